@@ -1,0 +1,94 @@
+"""Token-budget batches: items of similar length together, answers back in input order. Knows no text and no models."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pyterrier as pt
+import torch
+
+Batch = tuple[list[int], Any]  # which items, and their answers
+
+
+def map_batches(
+    function: Callable[[list[Any]], Any],
+    items: Sequence[Any],
+    lengths: Sequence[int],
+    max_tokens: int,
+    *,
+    describe: str | None = None,
+    unit: str = "passage",
+) -> list[Any]:
+    """`function` over all items, in batches of at most `max_tokens` tokens with padding, the longest items first.
+
+    function: list of items -> one answer per item, as a list or as a tensor with the batch first. A tensor may still be
+        in the making: it is read one batch late, so that the device works while the host reads.
+    lengths: tokens of each item; one that is longer than `max_tokens` makes a batch of its own.
+    describe: the name on a progress bar over `unit`s; None shows no bar.
+
+    Returns the answers in the order of the items, tensors as (nested) lists. Where memory runs out the batch is halved,
+    the following ones with it, and one warning says so. Raises MemoryError when a single item does not fit.
+    """
+    answers: list[Any] = [None] * len(items)
+    with pt.tqdm(total=len(items), desc=describe, unit=unit, disable=describe is None) as bar:
+        for batch, computed in _one_late(_computed(function, items, lengths, max_tokens)):
+            for i, answer in zip(
+                batch, computed.tolist() if isinstance(computed, torch.Tensor) else computed, strict=True
+            ):
+                answers[i] = answer
+            bar.update(len(batch))
+    return answers
+
+
+def _computed(
+    function: Callable[[list[Any]], Any], items: Sequence[Any], lengths: Sequence[int], max_tokens: int
+) -> Iterator[Batch]:
+    order = sorted(range(len(items)), key=lambda i: -lengths[i])  # longest first: memory runs out at once or never
+    start, warned = 0, False
+    while start < len(order):
+        longest = max(lengths[order[start]], 1)
+        batch = order[start : start + max(max_tokens // longest, 1)]
+        computed = _attempt(function, [items[i] for i in batch], longest)
+        if computed is not None:
+            yield batch, computed
+            start += len(batch)
+            continue
+        tried, max_tokens = len(batch) * longest, len(batch) // 2 * longest
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not warned:
+            warnings.warn(
+                f"out of memory in a batch of {tried} tokens; going on with half (max_tokens={max_tokens} avoids this)",
+                stacklevel=4,
+            )
+            warned = True
+
+
+def _attempt(function: Callable[[list[Any]], Any], batch: list[Any], longest: int) -> Any:
+    """The answers, or None when the batch did not fit into memory (which is free again once this has returned)."""
+    try:
+        return function(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise MemoryError(
+                f"an input of {longest} tokens alone does not fit into memory: shorten it, or use another device"
+            ) from error
+    return None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    )
+
+
+def _one_late(made: Iterable[Batch]) -> Iterator[Batch]:
+    """Each thing one step after it was made."""
+    held: list[Batch] = []
+    for thing in made:
+        held.append(thing)
+        if len(held) > 1:
+            yield held.pop(0)
+    yield from held

@@ -1,0 +1,89 @@
+"""Result frames in, result frames out: the only room that knows pandas. It knows no model and never reads the text."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pyterrier as pt
+
+Score = Callable[[list[str], list[list[str]]], list[list[float]]]
+
+
+def rerank(
+    frame: pd.DataFrame, score: Score, text_field: str = "text", context: pt.Transformer | None = None
+) -> pd.DataFrame:
+    """Give every row of a result frame a new score and rank.
+
+    frame: rows with `qid`, `query`, `docno` and `text_field`, in any order and under any index; it is not changed.
+    score: called once with all queries and, for each, its passages best first (by `rank`, else by `score`, else as the
+        rows stand); returns one list of scores per query, higher is better.
+    context: the transformer that PyTerrier names in its error when a column is missing.
+
+    Returns the same rows in the same order with every other column kept, `score` (float64) and `rank` (from 0) new.
+    Equal scores keep the order in which they came, whatever the order of the rows.
+
+    Raises pt.validate.InputValidationError for a missing column, TypeError for a query or text that is not a string, and
+    ValueError for a missing qid or docno, two queries under one qid, or a score that is not a finite number.
+    """
+    pt.validate.result_frame(frame, extra_columns=["query", text_field], context=context)
+    if frame.empty:
+        return pt.model.add_ranks(frame.assign(score=pd.Series(dtype="float64")))
+    rows = frame.reset_index(drop=True)
+    _check_keys(rows)
+    _check_strings(rows, "query")
+    _check_strings(rows, text_field)
+    lists = _lists(rows)
+    texts = rows[text_field].tolist()
+    scores = score(_queries(rows, lists), [[texts[row] for row in ranking] for ranking in lists])
+    best_first = rows.iloc[np.concatenate(lists)].assign(score=np.concatenate(scores).astype("float64"))
+    _check_finite(best_first)
+    return pt.model.add_ranks(best_first).sort_index()
+
+
+def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
+    """The row numbers of each query, best first."""
+    if "rank" in rows:
+        rows = rows.sort_values("rank", kind="stable")
+    elif "score" in rows:
+        rows = rows.sort_values("score", ascending=False, kind="stable")
+    return [ranking.to_numpy() for ranking in rows.groupby("qid", sort=False, observed=True).groups.values()]
+
+
+def _queries(rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:
+    queries = rows["query"].tolist()
+    for ranking in lists:
+        differing = next((queries[row] for row in ranking if queries[row] != queries[ranking[0]]), None)
+        if differing is not None:
+            raise ValueError(
+                f"qid {rows.at[ranking[0], 'qid']!r} has two queries, {queries[ranking[0]]!r} and {differing!r}; give each its own qid"
+            )
+    return [queries[ranking[0]] for ranking in lists]
+
+
+def _check_keys(rows: pd.DataFrame) -> None:
+    for column in ("qid", "docno"):
+        missing = np.flatnonzero(rows[column].isna())
+        if len(missing):
+            raise ValueError(f"{_name(rows, missing[0])} has no {column}; every row of a result frame needs one")
+
+
+def _check_strings(rows: pd.DataFrame, column: str) -> None:
+    for row, value in enumerate(rows[column].tolist()):
+        if not isinstance(value, str):
+            raise TypeError(
+                f"{column!r} of {_name(rows, row)} is {value!r}, not a string; load or fill it before reranking"
+            )
+
+
+def _check_finite(rows: pd.DataFrame) -> None:
+    wrong = np.flatnonzero(~np.isfinite(rows["score"]))
+    if len(wrong):
+        first = rows.iloc[wrong[0]]
+        raise ValueError(
+            f"the model gave {first['score']} for qid {first['qid']!r}, docno {first['docno']!r} ({len(wrong)} of {len(rows)} scores are not"
+            " finite); try dtype='float32', and check the checkpoint's weights"
+        )
+
+
+def _name(rows: pd.DataFrame, row: int) -> str:
+    return f"row {row} (qid {rows.at[row, 'qid']!r}, docno {rows.at[row, 'docno']!r})"

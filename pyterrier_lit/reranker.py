@@ -1,0 +1,54 @@
+"""What every reranker is as a PyTerrier transformer: a repr that rebuilds it, and weights that load on first use."""
+
+import threading
+from typing import Any, ClassVar
+
+import pyterrier as pt
+import torch
+
+
+class Reranker(pt.Transformer):
+    """A transformer whose constructor only keeps its arguments. Subclasses give `load` and name what it reads.
+
+    Copies share loaded weights; a pickle carries them; several threads may call one reranker.
+    """
+
+    loads_from: ClassVar[tuple[str, ...]] = (
+        "model",
+        "device",
+        "dtype",
+    )  # the arguments that decide what `load` returns
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+    _held: tuple[tuple[Any, ...], Any] | None = None
+
+    def load(self) -> Any:
+        """Read the checkpoint named by `self.model`."""
+        raise NotImplementedError(f"{type(self).__name__} must say how to load {self.model!r}")
+
+    def loaded(self) -> Any:
+        """What `load` returned, called on first use and again only after an argument in `loads_from` has been changed."""
+        with self._lock:
+            if self._held is None or self._held[0] != self._source():
+                self.hold(self.load())
+            return self._held[1]
+
+    def hold(self, loaded: Any) -> None:
+        """Use these weights for the present arguments, in place of what `load` would read."""
+        self._held = self._source(), loaded
+
+    def _source(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.loads_from)
+
+    def __repr__(self) -> str:
+        shown = []
+        for argument in pt.inspect.transformer_attributes(self):
+            value = (
+                str(argument.value).removeprefix("torch.")
+                if isinstance(argument.value, torch.dtype | torch.device)
+                else argument.value
+            )
+            if argument.name == "model":
+                shown.append(repr(value))
+            elif value != argument.init_default_value:
+                shown.append(f"{argument.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
