@@ -1,0 +1,84 @@
+"""Offline PyTerrier, tiny random checkpoints built in memory, and small result frames."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PT_TEST_TRANSFORMER_REPORTS": "0"}
+
+import importlib.util
+from pathlib import Path
+
+import pandas as pd
+import pyterrier as pt
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from pyterrier_lit import CrossEncoder
+
+pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
+torch.set_num_threads(2)
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
+
+
+@pytest.fixture(scope="session")
+def electra(tmp_path_factory):
+    """A folder with a random ELECTRA body of 2 layers over pieces of one character."""
+    folder = tmp_path_factory.mktemp("electra")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt")).save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = transformers.ElectraConfig(
+        vocab_size=len(pieces),
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.3,
+    )
+    transformers.ElectraModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cross_encoder_folder(electra, tmp_path_factory):
+    """A folder with a random cross-encoder."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("cross-encoder")
+    CrossEncoder.from_backbone(str(electra), device="cpu").save(folder)
+    return folder
+
+
+@pytest.fixture
+def frame():
+    """Two queries with 5 and 2 passages, extra columns, rows out of order under an index of strings."""
+    rows = [
+        ("q2", "red fox", "d6", "a fox is red", 2.0, 0),
+        ("q1", "what is a cat?", "d1", "a cat is an animal.", 5.0, 0),
+        ("q1", "what is a cat?", "d3", "dogs bark", 3.0, 2),
+        ("q1", "what is a cat?", "d2", "cats and dogs: 2 animals", 4.0, 1),
+        ("q2", "red fox", "d7", "the sky is blue", 1.0, 1),
+        ("q1", "what is a cat?", "d4", "", 2.0, 3),
+        ("q1", "what is a cat?", "d5", "x" * 300, 1.0, 4),
+    ]
+    return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "score", "rank"], index=list("gfedcba")).assign(
+        title="t", extra=range(7)
+    )
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The reader of ../shared/data."""
+    if not (SHARED / "load.py").exists():
+        pytest.skip(
+            "needs the reference data in ../shared/data, which is not part of the repository (its licences forbid that)"
+        )
+    spec = importlib.util.spec_from_file_location("shared_load", SHARED / "load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,65 @@
+"""The map of who imports whom, executed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "pyterrier_lit"
+ROOMS = {  # room: the rooms it may import
+    "__init__": {"cross_encoder"},
+    "batching": set(),
+    "checkpoints": set(),
+    "cross_encoder": {"batching", "checkpoints", "frames", "pairs", "reranker"},
+    "frames": set(),
+    "order": set(),
+    "pairs": set(),
+    "reranker": set(),
+}
+HEAVY = ("transformers", "accelerate", "sentence_transformers", "pyterrier_pisa", "matplotlib", "huggingface_hub")
+
+
+def imports(room):
+    """Our modules that a room's source imports."""
+    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "pyterrier_lit")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{room} imports relatively"
+            if (node.module or "").split(".")[0] == "pyterrier_lit":
+                yield node.module
+
+
+def test_every_room_is_on_the_map():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOMS.keys()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_lies_below_it(room):
+    assert {module.removeprefix("pyterrier_lit.") for module in imports(room)} <= ROOMS[room]
+
+
+def test_only_frames_knows_pandas():
+    for room in ROOMS:
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text()))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert room == "frames" or "numpy" not in names
+        assert room in ("frames", "cross_encoder") or "pandas" not in names  # rerankers name the frame in a signature
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = f"import sys, pyterrier_lit; print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_each_room_says_first_what_it_is():
+    for room in set(ROOMS) - {"__init__"}:
+        assert (PACKAGE / f"{room}.py").read_text(encoding="utf-8").startswith('"""'), room
