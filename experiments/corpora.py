@@ -1,0 +1,134 @@
+"""Collections to experiment on: Python's own documentation, a folder of files, or anything of ir_datasets."""
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pyterrier as pt
+
+PYTHON_DOCS = Path(__file__).parent / "python_docs"
+
+
+class Collection(pt.datasets.Dataset):
+    """Documents, topics, judgements and perhaps a run, as PyTerrier datasets give them.
+
+    docs: a function that yields {docno, text}. texts: docnos -> {docno: text}. topics: qid, query.
+    qrels: qid, docno, label. run: qid, docno, score and rank (from 0), or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        docs: Callable[[], Iterable[dict[str, str]]],
+        texts: Callable[[Iterable[str]], dict[str, str]],
+        topics: pd.DataFrame,
+        qrels: pd.DataFrame,
+        run: pd.DataFrame | None = None,
+    ):
+        self.name, self.docs, self.texts, self.topics, self.qrels, self.run = name, docs, texts, topics, qrels, run
+
+    def get_corpus_iter(self, *, verbose: bool = False) -> Iterator[dict[str, str]]:
+        return iter(pt.tqdm(self.docs(), desc=self.name, unit="doc") if verbose else self.docs())
+
+    def get_topics(self, variant: str | None = None) -> pd.DataFrame:
+        """All topics, or those whose qid begins with `variant`, such as "test-"."""
+        return self.topics[self.topics.qid.str.startswith(variant or "")].reset_index(drop=True)
+
+    def get_qrels(self, variant: str | None = None) -> pd.DataFrame:
+        return self.qrels[self.qrels.qid.str.startswith(variant or "")].reset_index(drop=True)
+
+    def get_results(self, variant: str | None = None) -> pd.DataFrame:
+        if self.run is None:
+            raise NotImplementedError(f"{self.name} has no run of its own")
+        return self.run.merge(self.get_topics(variant), on="qid")
+
+    def text_loader(self) -> "TextLoader":
+        return TextLoader(self)
+
+
+class TextLoader(pt.Transformer):
+    """Adds the `text` of each `docno`."""
+
+    def __init__(self, collection: Collection):
+        self.collection = collection
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        pt.validate.columns(inp, includes=["docno"], context=self)
+        texts = self.collection.texts(inp["docno"].unique())
+        unknown = next((docno for docno in inp["docno"] if docno not in texts), None)
+        if unknown is not None:
+            raise KeyError(f"docno {unknown!r} is not a document of {self.collection.name}")
+        return inp.assign(text=[texts[docno] for docno in inp["docno"]])
+
+    def __repr__(self) -> str:
+        return f"TextLoader({self.collection.name!r})"
+
+
+def load(name: str) -> Collection:
+    """`python-docs`, `irds:...` (an id of ir_datasets), or a folder with docs.jsonl[.gz] (docno, text), queries.tsv,
+    qrels.txt and perhaps run.txt (TREC formats; tab between qid and query).
+    """
+    if name == "python-docs":
+        docs = python_docs()
+        return in_memory(name, docs, read_topics(PYTHON_DOCS), read_qrels(PYTHON_DOCS).query("docno in @docs.docno"))
+    return from_ir_datasets(name) if name.startswith("irds:") else from_folder(Path(name))
+
+
+def python_docs() -> pd.DataFrame:
+    """docno, text: some 5,300 docstrings of this Python's standard library, sorted by name."""
+    command = [sys.executable, "-I", "-S", "-W", "ignore", str(PYTHON_DOCS / "docstrings.py")]
+    collected = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return pd.DataFrame(json.loads(collected), columns=["docno", "text"])
+
+
+def in_memory(
+    name: str, docs: pd.DataFrame, topics: pd.DataFrame, qrels: pd.DataFrame, run: pd.DataFrame | None = None
+) -> Collection:
+    """A collection whose documents (docno, text) are small enough to hold."""
+    records = docs.to_dict("records")
+    texts = dict(zip(docs.docno, docs.text, strict=True))
+    return Collection(name, lambda: records, lambda docnos: texts, topics, qrels, run)
+
+
+def from_folder(folder: Path) -> Collection:
+    missing = [file for file in ("queries.tsv", "qrels.txt") if not (folder / file).exists()]
+    documents = next((file for file in (folder / "docs.jsonl", folder / "docs.jsonl.gz") if file.exists()), None)
+    if missing or documents is None:
+        raise FileNotFoundError(
+            f"{folder} is not a collection: it lacks {', '.join([*missing, *(['docs.jsonl[.gz]'] * (documents is None))])};"
+            " wanted docs.jsonl[.gz], queries.tsv, qrels.txt and, if there is a first stage, run.txt"
+        )
+    with (gzip.open if documents.suffix == ".gz" else open)(documents, "rt", encoding="utf-8") as lines:
+        docs = pd.DataFrame([json.loads(line) for line in lines], columns=["docno", "text"])
+    run = folder / "run.txt"
+    ranking = pt.model.add_ranks(pt.io.read_results(str(run))) if run.exists() else None
+    return in_memory(folder.resolve().name, docs, read_topics(folder), read_qrels(folder), ranking)
+
+
+def from_ir_datasets(name: str) -> Collection:
+    import ir_datasets
+
+    dataset = ir_datasets.load(name.removeprefix("irds:"))
+
+    def texts(docnos: Iterable[str]) -> dict[str, str]:
+        return {doc.doc_id: doc.default_text() for doc in dataset.docs_store().get_many_iter(docnos)}
+
+    def docs() -> Iterator[dict[str, str]]:
+        return ({"docno": doc.doc_id, "text": doc.default_text()} for doc in dataset.docs_iter())
+
+    topics = pd.DataFrame([(q.query_id, q.default_text()) for q in dataset.queries_iter()], columns=["qid", "query"])
+    judged = [(qrel.query_id, qrel.doc_id, qrel.relevance) for qrel in dataset.qrels_iter()]
+    return Collection(name, docs, texts, topics, pd.DataFrame(judged, columns=["qid", "docno", "label"]))
+
+
+def read_topics(folder: Path) -> pd.DataFrame:
+    lines = (folder / "queries.tsv").read_text(encoding="utf-8").splitlines()
+    return pd.DataFrame([line.split("\t", 1) for line in lines if line], columns=["qid", "query"])
+
+
+def read_qrels(folder: Path) -> pd.DataFrame:
+    return pt.io.read_qrels(str(folder / "qrels.txt"))
