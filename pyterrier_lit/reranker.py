@@ -1,5 +1,6 @@
 """What every reranker is as a PyTerrier transformer: a repr that rebuilds it, and weights that load on first use."""
 
+import copy
 import threading
 from typing import Any, ClassVar
 
@@ -52,3 +53,17 @@ class Reranker(pt.Transformer):
             elif value != argument.init_default_value:
                 shown.append(f"{argument.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class ListwiseReranker(Reranker):
+    """A reranker that writes an order and can stop after the first `top_k` ranks, which `% k` tells it when compiled."""
+
+    top_k: int | None
+
+    def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
+        """What `(first >> self % k).compile()` puts in place of `self >> RankCutoff(k)`: the same top k for fewer steps."""
+        if self.top_k is not None and self.top_k <= k:
+            return None
+        shorter = copy.copy(self)
+        shorter.top_k = k
+        return shorter >> pt.RankCutoff(k)

@@ -13,10 +13,12 @@ ROOMS = {  # room: the rooms it may import
     "batching": set(),
     "checkpoints": set(),
     "cross_encoder": {"batching", "checkpoints", "frames", "pairs", "reranker"},
+    "decoding": set(),
     "frames": set(),
     "order": set(),
     "pairs": set(),
     "reranker": set(),
+    "windows": set(),
 }
 HEAVY = ("transformers", "accelerate", "sentence_transformers", "pyterrier_pisa", "matplotlib", "huggingface_hub")
 
