@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import pyterrier as pt
 import torch
 
 Batch = tuple[list[int], Any]  # which items, and their answers
@@ -15,28 +14,24 @@ def map_batches(
     items: Sequence[Any],
     lengths: Sequence[int],
     max_tokens: int,
-    *,
-    describe: str | None = None,
-    unit: str = "passage",
+    progress: Callable[[int], Any] = lambda done: None,
 ) -> list[Any]:
     """`function` over all items, in batches of at most `max_tokens` tokens with padding, the longest items first.
 
     function: list of items -> one answer per item, as a list or as a tensor with the batch first. A tensor may still be
         in the making: it is read one batch late, so that the device works while the host reads.
     lengths: tokens of each item; one that is longer than `max_tokens` makes a batch of its own.
-    describe: the name on a progress bar over `unit`s; None shows no bar.
+    progress: told how many items more are done, such as the `update` of a progress bar.
 
     Returns the answers in the order of the items, tensors as (nested) lists. Where memory runs out the batch is halved,
     the following ones with it, and one warning says so. Raises MemoryError when a single item does not fit.
     """
     answers: list[Any] = [None] * len(items)
-    with pt.tqdm(total=len(items), desc=describe, unit=unit, disable=describe is None) as bar:
-        for batch, computed in _one_late(_computed(function, items, lengths, max_tokens)):
-            for i, answer in zip(
-                batch, computed.tolist() if isinstance(computed, torch.Tensor) else computed, strict=True
-            ):
-                answers[i] = answer
-            bar.update(len(batch))
+    for batch, computed in _one_late(_computed(function, items, lengths, max_tokens)):
+        listed = computed.tolist() if isinstance(computed, torch.Tensor) else computed
+        for i, answer in zip(batch, listed, strict=True):
+            answers[i] = answer
+        progress(len(batch))
     return answers
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: a hub id or a folder -> config, weights, tokenizer; device and dtype. Every failure in plain words."""
 
+import dataclasses
 import json
 import pickle
 import re
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 Weights = dict[str, torch.Tensor]
+NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 
 
 def fetch(model: str | Path) -> Path:
@@ -69,6 +71,13 @@ def read_weights(folder: Path) -> Weights:
     return weights
 
 
+def library_config(config: dict[str, Any], config_class: type) -> Any:
+    """A configuration of the library from the fields of config.json that say what the network looks like."""
+    return config_class(
+        **{key: config[key] for key in config_class().to_dict() if key in config and key not in NO_SHAPE}
+    )
+
+
 def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
     """Put weights into a module; ValueError names every weight that is missing, left over or of another shape."""
     own = module.state_dict()
@@ -81,7 +90,7 @@ def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
     ]
     if problems:
         raise wrong_weights(source, problems)
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, assign=True)
 
 
 def wrong_weights(source: str, problems: list[str]) -> ValueError:
@@ -107,6 +116,101 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+class SentencePieces:
+    """T5's pieces as the slow tokenizer makes them (`legacy=False`), from spiece.model alone.
+
+    Control tokens in a text, such as </s>, are read as plain characters. Source: specs of LiT5, section 3.
+    """
+
+    def __init__(self, file: Path):
+        import sentencepiece
+
+        no_dummy_prefix = b"\x1a\x02\x18\x00"  # merges normalizer_spec.add_dummy_prefix = False into the model
+        self.processor = sentencepiece.SentencePieceProcessor()
+        self.processor.LoadFromSerializedProto(file.read_bytes() + no_dummy_prefix)
+        self._guard = len(self.processor.encode("<unk>"))
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without </s>. The guard in front keeps what a text begins with from being normalised away."""
+        guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
+        return [ids[self._guard :] for ids in self.processor.encode(guarded)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
+
+
+def read_sentencepieces(folder: Path) -> SentencePieces:
+    """The tokenizer in spiece.model."""
+    file = folder / "spiece.model"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no spiece.model, T5's tokenizer; fetch it from where the checkpoint came from"
+        )
+    try:
+        return SentencePieces(file)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read: it is cut short or damaged; fetch it again ({_first_line(error)})"
+        ) from error
+
+
+@dataclasses.dataclass
+class T5:
+    """A T5 checkpoint in memory."""
+
+    network: nn.Module  # transformers' T5ForConditionalGeneration
+    tied: bool  # the output layer is the embedding, scaled
+    pieces: SentencePieces
+    config: dict[str, Any]  # config.json
+    spiece: bytes  # spiece.model
+
+    def save(self, folder: Path, **fields: Any) -> None:
+        """Write config (with further fields), weights and tokenizer into an existing folder."""
+        twins = (
+            "encoder.embed_tokens.weight",
+            "decoder.embed_tokens.weight",
+            *(["lm_head.weight"] if self.tied else []),
+        )
+        weights = {name: tensor for name, tensor in self.network.state_dict().items() if name not in twins}
+        weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = self.config | {"tie_word_embeddings": self.tied} | fields
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "spiece.model").write_bytes(self.spiece)
+
+
+def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
+    """A T5 with its language model head, on a device in a dtype, ready for inference; ValueError for another architecture."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = read_config(folder)
+    if config.get("model_type") != "t5":
+        raise ValueError(
+            f"{folder} holds a {config.get('model_type')!r} checkpoint ({config.get('architectures')}); wanted a T5"
+        )
+    if dtype == torch.float16:
+        raise ValueError("dtype='float16' overflows in T5; wanted 'bfloat16' or 'float32'")
+    pieces = read_sentencepieces(folder)
+    weights = read_weights(folder)
+    for name in [name for name in weights if name.endswith("EncDecAttention.relative_attention_bias.weight")]:
+        del weights[name]  # T5's first checkpoints hold this table, which no version of the model reads
+    embedding = weights.get("shared.weight", weights.get("encoder.embed_tokens.weight"))
+    head = weights.get("lm_head.weight", embedding)
+    if embedding is None or head is None:
+        raise wrong_weights(str(folder), ["missing shared.weight"])
+    # The weights decide: transformers 5 writes tie_word_embeddings=true for untied models too
+    tied = head is embedding or torch.equal(head, embedding)
+    twins = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+    weights |= {f"{name}.weight": embedding for name in twins} | {"lm_head.weight": head}
+    with torch.device("meta"):
+        network = T5ForConditionalGeneration(library_config(config, T5Config))
+        network.lm_head = nn.Linear(network.config.d_model, network.config.vocab_size, bias=False)
+    load_strictly(network, weights, str(folder))
+    network.set_input_embeddings(network.shared)
+    network.to(device, dtype).eval().requires_grad_(False)
+    return T5(network, tied, pieces, config, (folder / "spiece.model").read_bytes())
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:

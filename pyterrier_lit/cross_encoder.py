@@ -19,6 +19,7 @@ from pyterrier_lit.checkpoints import (
     choose_device,
     choose_dtype,
     fetch,
+    library_config,
     load_strictly,
     read_config,
     read_tokenizer,
@@ -102,15 +103,9 @@ class CrossEncoder(Reranker):
         def logits(batch: list[Pair]) -> torch.Tensor:
             return encoder.scores(layout.tensors(batch, encoder.pad_id))
 
-        with torch.inference_mode():
-            computed = map_batches(
-                logits,
-                inputs,
-                [layout.length(pair) for pair in inputs],
-                self.max_tokens,
-                describe=type(self).__name__ if self.verbose else None,
-                unit="pair",
-            )
+        lengths = [layout.length(pair) for pair in inputs]
+        with torch.inference_mode(), self.progress(len(inputs), "pair") as bar:
+            computed = map_batches(logits, inputs, lengths, self.max_tokens, bar.update)
         score_of = dict(zip(pairs, computed, strict=True))
         return [
             [score_of[query, passage] for passage in ranking] for query, ranking in zip(queries, passages, strict=True)
@@ -366,13 +361,8 @@ def _body(folder: Path, backbone: str | None, config: dict[str, Any]) -> nn.Modu
     if backbone not in classes:
         raise ValueError(f"{folder} has a body of type {backbone!r}; wanted one of {', '.join(classes)}")
     config_class, model_class = classes[backbone]
-    known = {
-        key: config[key]
-        for key in config_class().to_dict()
-        if key in config and key not in ("model_type", "architectures", "dtype")
-    }
     options = {"add_pooling_layer": False} if backbone == "bert" else {}
-    return model_class(config_class(**known), **options)
+    return model_class(library_config(config, config_class), **options)
 
 
 def _bare(weights: Weights, backbone: str | None) -> Weights:

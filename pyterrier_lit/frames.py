@@ -1,16 +1,19 @@
 """Result frames in, result frames out: the only room that knows pandas. It knows no model and never reads the text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-Score = Callable[[list[str], list[list[str]]], list[list[float]]]
-
 
 def rerank(
-    frame: pd.DataFrame, score: Score, text_field: str = "text", context: pt.Transformer | None = None
+    frame: pd.DataFrame,
+    score: Callable[[list[str], list[list[str]]], Any],
+    text_field: str = "text",
+    context: pt.Transformer | None = None,
+    query_columns: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Give every row of a result frame a new score and rank.
 
@@ -18,6 +21,7 @@ def rerank(
     score: called once with all queries and, for each, its passages best first (by `rank`, else by `score`, else as the
         rows stand); returns one list of scores per query, higher is better.
     context: the transformer that PyTerrier names in its error when a column is missing.
+    query_columns: columns to add besides; then `score` returns (scores, values, ...), for each column one value per query.
 
     Returns the same rows in the same order with every other column kept, `score` (float64) and `rank` (from 0) new.
     Equal scores keep the order in which they came, whatever the order of the rows.
@@ -27,15 +31,21 @@ def rerank(
     """
     pt.validate.result_frame(frame, extra_columns=["query", text_field], context=context)
     if frame.empty:
-        return pt.model.add_ranks(frame.assign(score=pd.Series(dtype="float64")))
+        added = {column: pd.Series(dtype="object") for column in query_columns}
+        return pt.model.add_ranks(frame.assign(score=pd.Series(dtype="float64"), **added))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
     _check_strings(rows, "query")
     _check_strings(rows, text_field)
     lists = _lists(rows)
     texts = rows[text_field].tolist()
-    scores = score(_queries(rows, lists), [[texts[row] for row in ranking] for ranking in lists])
-    best_first = rows.iloc[np.concatenate(lists)].assign(score=np.concatenate(scores).astype("float64"))
+    found = score(_queries(rows, lists), [[texts[row] for row in ranking] for ranking in lists])
+    scores, *values = found if query_columns else (found,)
+    added = {
+        column: np.repeat(value, [len(ranking) for ranking in lists])
+        for column, value in zip(query_columns, values, strict=True)
+    }
+    best_first = rows.iloc[np.concatenate(lists)].assign(score=np.concatenate(scores).astype("float64"), **added)
     _check_finite(best_first)
     return pt.model.add_ranks(best_first).sort_index()
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import pyterrier as pt
 import torch
+from tqdm import tqdm
 
 
 class Reranker(pt.Transformer):
@@ -14,6 +15,7 @@ class Reranker(pt.Transformer):
     Copies share loaded weights; a pickle carries them; several threads may call one reranker.
     """
 
+    verbose: bool
     loads_from: ClassVar[tuple[str, ...]] = (
         "model",
         "device",
@@ -36,6 +38,10 @@ class Reranker(pt.Transformer):
     def hold(self, loaded: Any) -> None:
         """Use these weights for the present arguments, in place of what `load` would read."""
         self._held = self._source(), loaded
+
+    def progress(self, total: int, unit: str) -> tqdm:
+        """A bar over `total` units of work, shown when `verbose`."""
+        return pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
 
     def _source(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.loads_from)

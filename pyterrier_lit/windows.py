@@ -58,6 +58,8 @@ def slide(
 
     Returns for each query the numbers of its passages, best first.
     """
+    if passes < 1:
+        raise ValueError(f"passes={passes!r}; wanted a number from 1 on")
     rankings = [list(range(n)) for n in counts]
     sweeps = [k if sweep == passes - 1 else None for sweep in range(passes)]
     schedules = [[window for wanted in sweeps for window in sliding_windows(n, size, stride, wanted)] for n in counts]

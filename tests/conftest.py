@@ -17,7 +17,7 @@ import transformers
 from pyterrier_lit import CrossEncoder
 
 pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

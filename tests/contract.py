@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
@@ -140,7 +141,7 @@ class Contract:
         held = copy.copy(reranker.loaded())
         held.network = network
         broken.hold(held)
-        with pytest.raises(ValueError, match=r"nan.*docno"):
+        with pytest.raises(ValueError, match=r"(?i)\bnan\b"):
             broken(frame)
 
     def test_inspection(self, reranker):
@@ -218,7 +219,8 @@ class Contract:
             make(dtype="int7")(frame)
 
     def test_progress_is_shown_only_when_asked(self, make, frame, capfd):
+        name = type(make()).__name__
         make(verbose=False)(frame)
-        assert "7/7" not in capfd.readouterr().err
+        assert name not in capfd.readouterr().err
         make(verbose=True)(frame)
-        assert "7/7" in capfd.readouterr().err
+        assert re.search(rf"{name}: 100%", capfd.readouterr().err)

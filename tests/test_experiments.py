@@ -1,0 +1,105 @@
+"""experiments: the collections that corpora reads, and the quickstart from end to end."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import corpora  # noqa: E402
+
+
+def quickstart(*arguments, cwd):
+    command = [sys.executable, str(EXPERIMENTS / "quickstart.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A collection of four documents in a folder."""
+    docs = {
+        "d1": "solar power plants",
+        "d2": "fluid dynamics of water",
+        "d3": "power of water",
+        "d4": "unrelated words",
+    }
+    with gzip.open(tmp_path / "docs.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"docno": docno, "text": text}) + "\n" for docno, text in docs.items())
+    (tmp_path / "queries.tsv").write_text("q1\twater power\nq2\tfluid\nq3\tsolar\n")
+    (tmp_path / "qrels.txt").write_text("q1 0 d3 2\nq1 0 d1 1\nq2 0 d2 1\nq3 0 d1 1\n")
+    return tmp_path
+
+
+def test_python_docs_are_many_and_the_same_each_time():
+    docs = corpora.python_docs()
+    assert len(docs) > 4_500
+    assert docs.docno.is_unique and docs.docno.is_monotonic_increasing
+    assert not docs.text.str.contains(r" at 0x[0-9a-f]{6,}").any()
+    pd.testing.assert_frame_equal(corpora.python_docs(), docs)
+    assert docs.set_index("docno").text["str.removeprefix"].startswith("str.removeprefix(prefix)\nReturn a str")
+
+
+def test_python_docs_have_topics_and_judgements_apart_for_development_and_test():
+    collection = corpora.load("python-docs")
+    dev, test = collection.get_topics("dev-"), collection.get_topics("test-")
+    assert (len(dev), len(test)) == (20, 50) and len(collection.get_topics()) == 70
+    known = {doc["docno"] for doc in collection.get_corpus_iter()}
+    assert set(collection.get_qrels().docno) <= known
+    best = collection.get_qrels().groupby("qid").label.max()
+    assert set(best.index) == set(collection.get_topics().qid)
+
+
+def test_a_folder_is_a_collection(folder):
+    collection = corpora.load(str(folder))
+    assert [doc["docno"] for doc in collection.get_corpus_iter()] == ["d1", "d2", "d3", "d4"]
+    assert collection.get_topics().values.tolist() == [["q1", "water power"], ["q2", "fluid"], ["q3", "solar"]]
+    frame = collection.text_loader()(pd.DataFrame({"docno": ["d3", "d1", "d3"]}))
+    assert frame.text.tolist() == ["power of water", "solar power plants", "power of water"]
+    with pytest.raises(KeyError, match="'d9' is not a document"):
+        collection.text_loader()(pd.DataFrame({"docno": ["d9"]}))
+    with pytest.raises(NotImplementedError):
+        collection.get_results()
+    (folder / "run.txt").write_text("q1 Q0 d1 1 3.0 x\nq1 Q0 d3 2 2.0 x\n")
+    results = corpora.load(str(folder)).get_results()
+    assert results[["docno", "rank"]].values.tolist() == [["d1", 0], ["d3", 1]]
+    (folder / "qrels.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks qrels.txt; wanted docs.jsonl"):
+        corpora.load(str(folder))
+
+
+def test_the_quickstart_reranks_pythons_documentation(tmp_path):
+    pytest.importorskip("pyterrier_pisa", reason="needs the demo extra")
+    done = quickstart("--depth", 20, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert [list(row) for row in rows] == [["name", "nDCG@10", "RR@10", "mrt", "p"]] * 2
+    assert rows[0]["name"] == "BM25" and rows[0]["p"] is None
+    assert rows[1]["nDCG@10"] > rows[0]["nDCG@10"] and rows[1]["p"] < 0.05
+    assert f"{rows[1]['nDCG@10']:.4f}" in done.stdout
+    assert (tmp_path / "demo" / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_quickstart_takes_a_folder_and_a_model(folder, cross_encoder_folder, tmp_path):
+    pytest.importorskip("pyterrier_pisa", reason="needs the demo extra")
+    done = quickstart("--collection", folder, "--model", cross_encoder_folder, "--output", tmp_path / "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["name"] for row in json.loads((tmp_path / "a" / "results.json").read_text())] == [
+        "BM25",
+        "BM25 >> CrossEncoder",
+    ]
+    (folder / "run.txt").write_text("q1 Q0 d1 1 3.0 x\nq1 Q0 d3 2 2.0 x\nq2 Q0 d2 1 2.0 x\n")
+    done = quickstart("--collection", folder, "--model", cross_encoder_folder, "--output", tmp_path / "b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "b" / "results.json").read_text())[0]["name"] == "run.txt"
+
+
+def test_the_quickstart_names_a_folder_that_is_no_collection(tmp_path):
+    done = quickstart("--collection", tmp_path, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "is not a collection: it lacks queries.tsv, qrels.txt, docs.jsonl[.gz]" in done.stderr

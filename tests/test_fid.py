@@ -1,0 +1,85 @@
+"""fid: the library's own decoder over concatenated states, step by step, whatever the depth, padding and company."""
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_outputs import BaseModelOutput
+
+from pyterrier_lit.fid import FiD
+
+
+@pytest.fixture(params=["tied", "untied", "shallow encoder", "shallow decoder"])
+def fid(request):
+    torch.manual_seed(0)
+    depths = {"shallow encoder": (1, 3), "shallow decoder": (3, 1)}.get(request.param, (2, 2))
+    config = transformers.T5Config(
+        vocab_size=50, d_model=24, d_kv=7, d_ff=32, num_layers=depths[0], num_decoder_layers=depths[1], num_heads=3,
+        feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=12,
+        initializer_factor=3.0,
+    )  # fmt: skip
+    network = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    if request.param != "tied":
+        network.lm_head = torch.nn.Linear(24, 50, bias=False)
+        network.config.scale_decoder_outputs = False
+    return FiD(network, tied=request.param == "tied")
+
+
+WINDOWS = [[[5, 6, 7, 1], [8, 9, 1]], [[10, 11, 12, 13, 14, 15, 1]], [[20, 1], [21, 22, 1], [5, 6, 7, 1]]]
+WRITTEN = torch.tensor([[0, 3, 9, 4, 30, *range(20)], [0, 7, 7, 41, 8] + [2] * 20, [0, 2, 40, 6, 5] + [9] * 20])
+
+
+@torch.inference_mode()
+def test_each_step_equals_the_librarys_decoder_over_the_concatenated_states(fid):
+    memory = fid.read_prompts(WINDOWS, steps=25, watch=True)
+    plain = fid.read_prompts(WINDOWS, steps=25)
+    ours, masses, unwatched = [], [], []
+    for t in range(25):
+        states, mass = fid.write(memory, WRITTEN[:, t])
+        ours.append(fid.logits(states))
+        masses.append(mass)
+        unwatched.append(fid.logits(fid.write(plain, WRITTEN[:, t])[0]))
+    torch.testing.assert_close(torch.stack(unwatched), torch.stack(ours), atol=2e-5, rtol=1e-4)
+    for row, window in enumerate(WINDOWS):
+        alone = [fid.network.encoder(input_ids=torch.tensor([prompt])).last_hidden_state[0] for prompt in window]
+        states = torch.cat(alone)[None]
+        theirs = fid.network(
+            encoder_outputs=BaseModelOutput(states), decoder_input_ids=WRITTEN[row : row + 1], output_attentions=True
+        )
+        torch.testing.assert_close(torch.stack(ours)[:, row], theirs.logits[0], atol=2e-5, rtol=1e-4)
+        for layer, (block, attention) in enumerate(
+            zip(fid.network.decoder.block, theirs.cross_attentions, strict=True)
+        ):
+            cross = block.layer[1].EncDecAttention
+            norms = cross.v(states).view(*states.shape[:2], cross.n_heads, -1).norm(dim=-1)  # (1, S, H)
+            expected = torch.einsum("bhts,bsh->bts", attention, norms)[0] / cross.n_heads
+            got = torch.stack([mass[layer][row, : states.shape[1]] for mass in masses])
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+            assert all(mass[layer][row, states.shape[1] :].eq(0).all() for mass in masses)
+
+
+@torch.inference_mode()
+def test_rows_of_the_vocabulary_alone_give_their_logits(fid):
+    states, rows = torch.randn(3, 24), torch.tensor([4, 4, 49])
+    torch.testing.assert_close(fid.logits(states, rows), fid.logits(states)[:, rows])
+
+
+@torch.inference_mode()
+def test_equal_prompts_are_encoded_once(fid, monkeypatch):
+    seen = []
+    encode = fid.encode
+    monkeypatch.setattr(fid, "encode", lambda prompts: seen.extend(prompts) or encode(prompts))
+    fid.read_prompts(WINDOWS, steps=1)
+    assert sorted(seen) == sorted({tuple(prompt) for window in WINDOWS for prompt in window})
+
+
+@torch.inference_mode()
+def test_greedy_stops_after_every_row_has_ended_and_says_who_was_unfinished(fid, monkeypatch):
+    answers = torch.tensor([[7, 1, 9], [8, 8, 1], [1, 5, 5]])
+    steps = iter(answers.T)
+    monkeypatch.setattr(fid, "logits", lambda states: torch.nn.functional.one_hot(next(steps), num_classes=50).float())
+    written = list(fid.greedy(fid.read_prompts(WINDOWS, steps=9), 10))
+    assert [ids.tolist() for ids, _, _ in written] == answers.T.tolist()
+    assert [alive.tolist() for _, alive, _ in written] == [[True] * 3, [True, True, False], [False, True, False]]
