@@ -45,6 +45,7 @@ def main():
         [nDCG @ 10, RR @ 10, "mrt"],
         names=[name, f"{name} >> CrossEncoder"],
         baseline=0,
+        plan="tree",
         verbose=False,
     )
     rows = table.rename(columns={"nDCG@10 p-value": "p"})[["name", "nDCG@10", "RR@10", "mrt", "p"]]

@@ -204,8 +204,11 @@ def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
     tied = head is embedding or torch.equal(head, embedding)
     twins = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
     weights |= {f"{name}.weight": embedding for name in twins} | {"lm_head.weight": head}
+    architecture = library_config(config, T5Config)
+    if architecture.dense_act_fn == "gelu_new":
+        architecture.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one kernel in place of eight
     with torch.device("meta"):
-        network = T5ForConditionalGeneration(library_config(config, T5Config))
+        network = T5ForConditionalGeneration(architecture)
         network.lm_head = nn.Linear(network.config.d_model, network.config.vocab_size, bias=False)
     load_strictly(network, weights, str(folder))
     network.set_input_embeddings(network.shared)

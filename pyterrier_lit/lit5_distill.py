@@ -171,14 +171,15 @@ def constrained(t5: T5, windows: list[Asked]) -> list[list[int]]:
         return [list(range(n)) for n in counts]
     words, pieces = _identifiers(t5, max(counts))
     fid = FiD(t5.network, t5.tied)
-    memory = fid.read_prompts([window.prompts for window in windows], steps=sum(map(len, words)))
+    most = sum(map(len, words))
+    memory = fid.read_prompts([window.prompts for window in windows], steps=most)
     speller = Speller(words, counts, fid.device)
-    pieces = torch.tensor(pieces, device=fid.device)
-    ids, written = torch.full((len(windows),), START, device=fid.device), []
-    while not _all_written(written, needed):
-        symbols, candidates = speller.step(fid.logits(fid.write(memory, ids)[0], pieces))
+    ids, at = torch.full((len(windows),), START, device=fid.device), torch.tensor(pieces, device=fid.device)
+    written: list[torch.Tensor] = []
+    while len(written) < most and not _all_written(written, needed):
+        symbols, candidates = speller.step(fid.logits(fid.write(memory, ids)[0], at))
         written.append(candidates)
-        ids = pieces[symbols]
+        ids = at[symbols]
     speller.check()
     rows = torch.stack(written, 1).tolist()
     return [

@@ -15,12 +15,9 @@ class Reranker(pt.Transformer):
     Copies share loaded weights; a pickle carries them; several threads may call one reranker.
     """
 
+    # The arguments that decide what `load` returns
+    loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")
     verbose: bool
-    loads_from: ClassVar[tuple[str, ...]] = (
-        "model",
-        "device",
-        "dtype",
-    )  # the arguments that decide what `load` returns
     _lock: ClassVar[threading.RLock] = threading.RLock()
     _held: tuple[tuple[Any, ...], Any] | None = None
 
@@ -49,11 +46,9 @@ class Reranker(pt.Transformer):
     def __repr__(self) -> str:
         shown = []
         for argument in pt.inspect.transformer_attributes(self):
-            value = (
-                str(argument.value).removeprefix("torch.")
-                if isinstance(argument.value, torch.dtype | torch.device)
-                else argument.value
-            )
+            value = argument.value
+            if isinstance(value, torch.dtype | torch.device):
+                value = str(value).removeprefix("torch.")
             if argument.name == "model":
                 shown.append(repr(value))
             elif value != argument.init_default_value:

@@ -183,6 +183,7 @@ class Contract:
             qrels,
             [nDCG @ 10, RR @ 10, "mrt"],
             names=["first", "reranked"],
+            plan="tree",
             verbose=False,
         )
         ranks = reranker(frame).set_index("docno")["rank"]

@@ -1,0 +1,60 @@
+"""How much of a batch is padding: five ways to batch the pairs of a cross-encoder. Run by hand.
+
+    python experiments/bench_batching.py ../shared/data/dl19 [--run run.bm25.txt] [--model experiments/tiny/cross-encoder]
+
+Prints padded / real tokens over all queries x 100 passages: the figure depends on lengths alone.
+"""
+
+import argparse
+from pathlib import Path
+
+import corpora
+import pyterrier as pt
+
+from pyterrier_lit.batching import map_batches
+from pyterrier_lit.cross_encoder import DOC_LENGTH, QUERY_LENGTH, read_encoder
+from pyterrier_lit.pairs import PairLayout
+
+MAX_TOKENS = 16_384
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("collection", help="a folder with docs.jsonl[.gz], queries.tsv, qrels.txt and run.txt")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny" / "cross-encoder")
+    arguments = parser.parse_args()
+    collection = corpora.load(arguments.collection)
+    first = pt.RankCutoff(100) >> collection.text_loader()
+    encoder = read_encoder(arguments.model)
+    layout = PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up)
+    lists = []
+    for _, ranking in first(collection.get_results()).sort_values(["qid", "rank"]).groupby("qid"):
+        query = layout.pieces([ranking["query"].iloc[0]], QUERY_LENGTH)[0]
+        passages = layout.pieces(ranking.text.tolist(), DOC_LENGTH)
+        lists.append([layout.length((query, passage)) for passage in passages])
+    arrived = [length for ranking in lists for length in ranking]
+    in_queries = [length for ranking in lists for length in sorted(ranking)]
+    print(f"{len(lists)} queries, {len(arrived)} pairs, {sum(arrived) / len(arrived):.1f} tokens a pair")
+    for name, batches in {
+        "four queries in one tensor": chunks(arrived, 400),
+        "one query at a time": lists,
+        "32 pairs in arrival order": chunks(arrived, 32),
+        "32 pairs, sorted within a query": chunks(in_queries, 32),
+        f"ours: map_batches, {MAX_TOKENS:,} tokens": token_batches(arrived),
+    }.items():
+        padded = sum(len(batch) * max(batch) for batch in batches)
+        print(f"{name:40} {padded / sum(arrived):.3f} padded / real tokens")
+
+
+def chunks(lengths: list[int], size: int) -> list[list[int]]:
+    return [lengths[start : start + size] for start in range(0, len(lengths), size)]
+
+
+def token_batches(lengths: list[int]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    map_batches(lambda batch: batches.append(batch) or batch, lengths, lengths, MAX_TOKENS)
+    return batches
+
+
+if __name__ == "__main__":
+    main()
