@@ -15,8 +15,6 @@ from pyterrier_lit.batching import map_batches
 from pyterrier_lit.cross_encoder import DOC_LENGTH, QUERY_LENGTH, read_encoder
 from pyterrier_lit.pairs import PairLayout
 
-MAX_TOKENS = 16_384
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,7 +38,7 @@ def main():
         "one query at a time": lists,
         "32 pairs in arrival order": chunks(arrived, 32),
         "32 pairs, sorted within a query": chunks(in_queries, 32),
-        f"ours: map_batches, {MAX_TOKENS:,} tokens": token_batches(arrived),
+        **{f"ours: map_batches, {tokens:,} tokens": token_batches(arrived, tokens) for tokens in (4_096, 16_384)},
     }.items():
         padded = sum(len(batch) * max(batch) for batch in batches)
         print(f"{name:40} {padded / sum(arrived):.3f} padded / real tokens")
@@ -50,9 +48,9 @@ def chunks(lengths: list[int], size: int) -> list[list[int]]:
     return [lengths[start : start + size] for start in range(0, len(lengths), size)]
 
 
-def token_batches(lengths: list[int]) -> list[list[int]]:
+def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
-    map_batches(lambda batch: batches.append(batch) or batch, lengths, lengths, MAX_TOKENS)
+    map_batches(lambda batch: batches.append(batch) or batch, lengths, lengths, max_tokens)
     return batches
 
 

@@ -177,7 +177,9 @@ def rank_llm(folder, dtype, device):
     reranker = RankFiDDistill(folder, context_size=150, window_size=100, stride=50, precision=dtype, device=device)
     reranker._answer_maxlength = ANSWER + 1
     reranker._llm.generation_config.min_length = ANSWER + 1
-    reranker._tokenizer.decode = lambda ids, **options: ""  # random weights write pieces that the small vocabulary lacks
+    reranker._tokenizer.decode = lambda ids, **options: (
+        ""
+    )  # random weights write pieces that the small vocabulary lacks
 
     def rank(queries, passages):
         for query, ranking in zip(queries, passages, strict=True):

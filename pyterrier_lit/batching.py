@@ -9,6 +9,11 @@ import torch
 Batch = tuple[list[int], Any]  # which items, and their answers
 
 
+def encoder_tokens(device: torch.device) -> int:
+    """How many tokens an encoder should read at once: on a CPU what stays in its caches, else what fills a GPU."""
+    return 4_096 if device.type == "cpu" else 16_384
+
+
 def map_batches(
     function: Callable[[list[Any]], Any],
     items: Sequence[Any],

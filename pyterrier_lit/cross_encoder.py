@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from torch import nn
 
-from pyterrier_lit.batching import map_batches
+from pyterrier_lit.batching import encoder_tokens, map_batches
 from pyterrier_lit.checkpoints import (
     Weights,
     choose_device,
@@ -52,7 +52,8 @@ class CrossEncoder(Reranker):
     text_field: the column with the passages.
     special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text" reads
         them as plain characters, for texts from strangers.
-    max_tokens: tokens per batch with padding. When memory runs out the batch is halved and the run goes on.
+    max_tokens: tokens per batch with padding; None is 4,096 on a CPU and 16,384 on a GPU. When memory runs out the batch is
+        halved and the run goes on.
     device: None is the first GPU, else the CPU. dtype: None is bfloat16 on a GPU that has it, else float32.
     verbose: show a progress bar.
 
@@ -71,7 +72,7 @@ class CrossEncoder(Reranker):
         doc_length: int | None = None,
         text_field: str = "text",
         special_tokens: str = "parse",
-        max_tokens: int = 16_384,
+        max_tokens: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         verbose: bool = False,
@@ -105,7 +106,8 @@ class CrossEncoder(Reranker):
 
         lengths = [layout.length(pair) for pair in inputs]
         with torch.inference_mode(), self.progress(len(inputs), "pair") as bar:
-            computed = map_batches(logits, inputs, lengths, self.max_tokens, bar.update)
+            max_tokens = self.max_tokens or encoder_tokens(encoder.device)
+            computed = map_batches(logits, inputs, lengths, max_tokens, bar.update)
         score_of = dict(zip(pairs, computed, strict=True))
         return [
             [score_of[query, passage] for passage in ranking] for query, ranking in zip(queries, passages, strict=True)
@@ -182,12 +184,17 @@ class Encoder:
     def pad_id(self) -> int:
         return self.config.get("pad_token_id") or 0
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """input_ids, attention_mask, token_type_ids (B, L) -> float32 scores (B,), perhaps still being computed."""
-        device = next(self.network.parameters()).device
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
-        return self.network(**{name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}).float()
+        return self.network(
+            **{name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        ).float()
 
     def save(self, folder: Path, query_length: int, doc_length: int) -> None:
         """Write config, weights and tokenizer, with the lengths, into an existing folder."""

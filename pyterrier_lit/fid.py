@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pyterrier_lit.batching import map_batches
+from pyterrier_lit.batching import encoder_tokens, map_batches
 
 START, EOS = 0, 1  # T5's first input of a decoder (its pad token) and its end of sequence
-ENCODER_TOKENS = {"cpu": 4_096, "cuda": 65_536}  # encoded in one batch; on a CPU larger ones leave its caches
 
 
 @dataclasses.dataclass
@@ -63,7 +62,7 @@ class FiD:
         """
         prompts = list(dict.fromkeys(tuple(prompt) for window in windows for prompt in window))
         lengths = [len(prompt) for prompt in prompts]
-        states = map_batches(self.encode, prompts, lengths, ENCODER_TOKENS.get(self.device.type, ENCODER_TOKENS["cpu"]))
+        states = map_batches(self.encode, prompts, lengths, encoder_tokens(self.device))
         state_of = dict(zip(prompts, states, strict=True))
         return self.read([[state_of[tuple(prompt)] for prompt in window] for window in windows], steps, watch)
 
