@@ -59,7 +59,7 @@ class Prompter:
 
     def _cleaned(self, text: str) -> str:
         """A passage as the reference writes it: single blanks, and no [12] that could be taken for an identifier."""
-        return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(" ".join(text.split())))
+        return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
 
     def _neutral(self, text: str) -> str:
         """The text with a blank inside what the tokenizer would read as one of its special tokens: `< PLACEHOLDER>`."""

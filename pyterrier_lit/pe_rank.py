@@ -205,7 +205,7 @@ class PERank(ListwiseReranker):
             keys: list[Any] = list(range(len(docnos)))
         else:
             keys = docnos if self.vectors is not None else list(chain(*columns[self.text_field]))
-        docno_of = dict(zip(reversed(keys), reversed(docnos), strict=True))  # of equal texts the first
+        docno_of = dict(zip(keys, docnos, strict=True))
         row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         distinct, names = list(row_of), [docno_of[key] for key in row_of]
         if "doc_vec" in columns:

@@ -122,8 +122,10 @@ def test_a_docno_that_the_index_does_not_hold_is_named_whatever_its_form(tmp_pat
         from_index(index, [held[3], unknown, held[5]])
 
 
-def test_columns_that_are_wanted_can_be_inspected_with_an_index(folder, index):
+def test_an_index_and_an_encoder_can_be_inspected_and_are_no_stages(folder, index, encoder):
     reranker = PERank(folder, vectors=index, device="cpu")
+    assert pt.inspect.subtransformers(PERank(folder, vectors=index, encoder=encoder)) == {}
+    assert "<div" in pt.schematic.draw(PERank(folder, encoder=encoder) % 10)
     assert pt.inspect.transformer_inputs(reranker)[1] == ["qid", "docno", "query"]
     assert repr(reranker) == f"PERank({folder!r}, vectors={index!r}, device='cpu')"
     assert "<div" in pt.schematic.draw(pt.RankCutoff(100) >> reranker)

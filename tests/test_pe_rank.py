@@ -314,6 +314,26 @@ def test_windows_of_all_queries_advance_in_one_batch(make, monkeypatch):
     assert [width for _, width in calls].count(1) == 18 * 3
 
 
+def test_positions_are_counted_from_the_first_real_token(ranker):
+    short, long = WINDOWS[2], WINDOWS[1]
+    reading = ranker.network.read([ids_of(ranker, short), ids_of(ranker, long)], [vectors_of(short), vectors_of(long)])
+    padding = len(long["input_ids"]) - len(short["input_ids"])
+    assert reading.mask[0].tolist() == [0] * padding + [1] * len(short["input_ids"])
+    first, last = short["positions"][0]
+    assert reading.positions[0, padding:].tolist() == list(range(first, last + 1))
+    for step in (1, 2):
+        reading.name(torch.tensor([0, 0]))
+        assert reading.positions.tolist() == [[short["positions"][step]], [long["positions"][step]]]
+
+
+@pytest.mark.parametrize("mode", ["embedding", "first"])
+def test_with_a_cutoff_the_ranks_below_it_do_not_depend_on_other_queries_either(make, mode):
+    frames = [with_vectors(many(n, qid), seed=n)[0] for n, qid in ((18, "a"), (25, "b"), (12, "c"))]
+    reranker = make(top_k=4, window_size=9, stride=3, mode=mode, max_tokens=10**6)
+    together = quietly(reranker, pd.concat(frames))
+    assert_same_scores(together, pd.concat([quietly(reranker, frame) for frame in frames]))
+
+
 def test_a_single_passage_costs_no_forward_pass(make, monkeypatch, frame):
     reranker = make()
     calls = count_forwards(reranker.loaded(), monkeypatch)
