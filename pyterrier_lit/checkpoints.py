@@ -19,8 +19,8 @@ Weights = dict[str, torch.Tensor]
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 
 
-def fetch(model: str | Path) -> Path:
-    """The folder of a checkpoint: the path itself, or the hub's files in the local cache.
+def fetch(model: str | Path, *, weights: bool = True) -> Path:
+    """The folder of a checkpoint: the path itself, or the hub's files in the local cache, with or without the weights.
 
     Raises FileNotFoundError when it is neither here nor to be had, saying how to bring it to a machine without a network.
     """
@@ -35,10 +35,10 @@ def fetch(model: str | Path) -> Path:
         raise FileNotFoundError(f"there is no folder {str(model)!r}, and it is no hub id (owner/name) either")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         folder = Path(snapshot_download(str(model), allow_patterns=wanted))
-        if not any(folder.glob("*.safetensors")):
+        if weights and not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(str(model), allow_patterns=[*wanted, "pytorch_model*.bin"]))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise FileNotFoundError(

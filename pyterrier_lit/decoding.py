@@ -28,7 +28,9 @@ class Speller:
         self.unused = torch.arange(len(words), device=device) < torch.tensor(counts, device=device)[:, None]  # (B, N)
         self.alive = self.unused  # (B, N): unused candidates that begin with what is spelt of the present word
         self.spelt = torch.zeros(len(counts), dtype=torch.long, device=device)  # (B,): symbols of the present word
-        self.broken = torch.zeros((), dtype=torch.bool, device=device)  # whether a logit was NaN where it mattered
+        self.broken = torch.zeros(
+            len(counts), dtype=torch.bool, device=device
+        )  # (B,): a logit was NaN where it mattered
 
     def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """logits (B, S) over symbols -> the symbol each row spells next, (B,), and the candidate it completes, (B,), or -1.
@@ -37,7 +39,7 @@ class Speller:
         """
         following = self.symbols[self.spelt]  # (B, N)
         allowed = torch.zeros_like(logits).scatter_add_(1, following.clamp_min(0), self.alive.to(logits.dtype)) > 0
-        self.broken |= (logits.isnan() & allowed).any()
+        self.broken |= (logits.isnan() & allowed).any(1)
         symbol = logits.masked_fill(~allowed, float("-inf")).argmax(1)
         self.alive = self.alive & (following == symbol[:, None])
         self.spelt = self.spelt + 1
@@ -51,7 +53,7 @@ class Speller:
 
     def check(self) -> None:
         """ValueError if a logit that a choice was made from was NaN. Waits for the device: call it once, at the end."""
-        if self.broken:
+        if self.broken.any():
             raise ValueError(
                 "the model gave NaN where a candidate was to be chosen; try dtype='float32', and check the weights"
             )

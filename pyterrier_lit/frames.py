@@ -1,6 +1,6 @@
 """Result frames in, result frames out: the only room that knows pandas. It knows no model and never reads the text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ def rerank(
     context: pt.Transformer | None = None,
     query_columns: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Give every row of a result frame a new score and rank.
+    """Give every row of a result frame a new score and rank, from the queries and one column of passages.
 
     frame: rows with `qid`, `query`, `docno` and `text_field`, in any order and under any index; it is not changed.
     score: called once with all queries and, for each, its passages best first (by `rank`, else by `score`, else as the
@@ -29,21 +29,44 @@ def rerank(
     Raises pt.validate.InputValidationError for a missing column, TypeError for a query or text that is not a string, and
     ValueError for a missing qid or docno, two queries under one qid, or a score that is not a finite number.
     """
-    pt.validate.result_frame(frame, extra_columns=["query", text_field], context=context)
+    return rerank_columns(
+        frame, lambda queries, columns: score(queries, columns[text_field]), [{text_field: str}], context, query_columns
+    )
+
+
+def rerank_columns(
+    frame: pd.DataFrame,
+    score: Callable[[list[str], dict[str, list[list[Any]]]], Any],
+    ways: Sequence[Mapping[str, type]],
+    context: pt.Transformer | None = None,
+    query_columns: Sequence[str] = (),
+) -> pd.DataFrame:
+    """`rerank` for passages that are more than a text, and may be given in several ways.
+
+    ways: each the columns of one way and what their values must be (str, or object for anything); the first way whose
+        columns are all there is taken.
+    score: called once with all queries and the columns of that way, and `docno`: for each column a list per query of its
+        values best first.
+    """
+    with pt.validate.any(frame, context=context) as accepted:
+        for way in ways:
+            accepted.result_frame(extra_columns=["query", *way])
     if frame.empty:
         added = {column: pd.Series(dtype="object") for column in query_columns}
         return pt.model.add_ranks(frame.assign(score=pd.Series(dtype="float64"), **added))
+    way = next(way for way in ways if way.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
-    _check_strings(rows, "query")
-    _check_strings(rows, text_field)
+    for column in ("query", *(column for column, kind in way.items() if kind is str)):
+        _check_strings(rows, column)
     lists = _lists(rows)
-    texts = rows[text_field].tolist()
-    found = score(_queries(rows, lists), [[texts[row] for row in ranking] for ranking in lists])
-    scores, *values = found if query_columns else (found,)
+    values = {column: rows[column].tolist() for column in ("docno", *way)}
+    columns = {column: [[cells[row] for row in ranking] for ranking in lists] for column, cells in values.items()}
+    found = score(_queries(rows, lists), columns)
+    scores, *per_query = found if query_columns else (found,)
     added = {
         column: np.repeat(value, [len(ranking) for ranking in lists])
-        for column, value in zip(query_columns, values, strict=True)
+        for column, value in zip(query_columns, per_query, strict=True)
     }
     best_first = rows.iloc[np.concatenate(lists)].assign(score=np.concatenate(scores).astype("float64"), **added)
     _check_finite(best_first)

@@ -5,6 +5,8 @@ import os
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PT_TEST_TRANSFORMER_REPORTS": "0"}
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -52,6 +54,34 @@ def cross_encoder_folder(electra, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cross-encoder")
     CrossEncoder.from_backbone(str(electra), device="cpu").save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """backbone(kind): the folder of a tiny random causal language model of the library, with the tokenizer of golden/pe_rank."""
+
+    def build(kind):
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(3)
+        size = {"vocab_size": 700, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = transformers.AutoConfig.for_model(
+            kind,
+            **size,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=2048,
+            initializer_range=0.3,
+        )
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for name in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(GOLDEN / "pe_rank" / "checkpoint" / name, folder)
+        fields = json.loads((folder / "tokenizer_config.json").read_text())
+        fields["added_tokens_decoder"] = {k: v for k, v in fields["added_tokens_decoder"].items() if int(k) < 700}
+        fields["additional_special_tokens"] = []
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+        return str(folder)
+
+    return build
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pyterrier_lit"
 ROOMS = {  # room: the rooms it may import
-    "__init__": {"cross_encoder", "lit5_distill", "lit5_score"},
+    "__init__": {"cross_encoder", "lit5_distill", "lit5_score", "pe_rank"},
     "batching": set(),
     "checkpoints": set(),
     "cross_encoder": {"batching", "checkpoints", "frames", "pairs", "reranker"},
@@ -29,7 +29,24 @@ ROOMS = {  # room: the rooms it may import
     "lit5_score": {"batching", "checkpoints", "fid", "frames", "reranker"},
     "order": set(),
     "pairs": set(),
+    "passage_vectors": set(),
+    "pe_prompts": set(),
+    "pe_rank": {
+        "batching",
+        "checkpoints",
+        "decoding",
+        "frames",
+        "order",
+        "passage_vectors",
+        "pe_prompts",
+        "reranker",
+        "text_encoder",
+        "vector_lm",
+        "windows",
+    },
     "reranker": set(),
+    "text_encoder": set(),
+    "vector_lm": set(),
     "windows": set(),
 }
 HEAVY = ("transformers", "accelerate", "sentence_transformers", "pyterrier_pisa", "matplotlib", "huggingface_hub")
@@ -65,7 +82,7 @@ def test_only_frames_knows_pandas():
         }
         assert room == "frames" or "numpy" not in names
         assert (
-            room in ("frames", "cross_encoder", "lit5_distill", "lit5_score") or "pandas" not in names
+            room in ("frames", "cross_encoder", "lit5_distill", "lit5_score", "pe_rank") or "pandas" not in names
         )  # rerankers name the frame in a signature
 
 

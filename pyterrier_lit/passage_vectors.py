@@ -1,0 +1,89 @@
+"""Vectors of passages from a column, a dense index or an encoder; what is wrong is named. Knows no language model, no pandas."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+
+def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
+    """N vectors as they stand in a result frame (arrays, tensors or lists) -> (N, d) float32."""
+    rows = []
+    for value, docno in zip(values, docnos, strict=True):
+        try:
+            row = value.float().cpu() if torch.is_tensor(value) else torch.tensor(list(value), dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            row = torch.empty(())
+        if row.ndim != 1:
+            raise TypeError(
+                f"'doc_vec' of docno {docno!r} is {value!r}, not a vector of numbers; load it or drop the row"
+            )
+        rows.append(row)
+        if len(row) != len(rows[0]):
+            raise ValueError(
+                f"'doc_vec' of docno {docno!r} has {len(row)} dimensions, that of docno {docnos[0]!r} {len(rows[0])};"
+                " all must come from one encoder"
+            )
+    return torch.stack(rows)
+
+
+def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
+    """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. ValueError names docnos that it does not hold.
+
+    Each number that the index gives for a docno is read back: for a docno that it does not hold some give -1, which is
+    the last vector, some the number of another docno ("d01" for "d1"), and some an error.
+    """
+    if not hasattr(index, "payload"):
+        raise TypeError(
+            f"vectors={index!r} is no dense index; wanted a pyterrier_dr.FlexIndex, or None with a 'doc_vec' column"
+        )
+    held, vectors, _ = index.payload()
+    names = [str(docno) for docno in docnos]
+    try:
+        numbers = list(held.inv[names])
+    except ValueError:
+        numbers = [_number(held, name) for name in names]
+    known = [int(number) for number in numbers if number >= 0]
+    found = iter(held.fwd[known] if known else [])
+    right = [number >= 0 and next(found) == name for number, name in zip(numbers, names, strict=True)]
+    missing = [name for name, is_right in zip(names, right, strict=True) if not is_right]
+    if missing:
+        raise ValueError(
+            f"{index!r} holds no vectors of {len(missing)} of {len(names)} docnos, such as {', '.join(map(repr, missing[:5]))};"
+            " index them, or drop them from the ranking"
+        )
+    return torch.tensor(vectors[numbers], dtype=torch.float32)
+
+
+def from_encoder(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
+    """What a pyterrier_dr.BiEncoder makes of N texts -> (N, d) float32."""
+    if not hasattr(encoder, "encode_docs"):
+        raise TypeError(f"encoder={encoder!r} cannot encode passages; wanted a pyterrier_dr.BiEncoder")
+    return torch.tensor(encoder.encode_docs(list(texts)), dtype=torch.float32)
+
+
+def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, trained_on: str) -> torch.Tensor:
+    """(N, d) -> each row of length 1. ValueError when d is not `wanted`, or a number is not finite.
+
+    trained_on: the encoder of the checkpoint, for the error.
+    """
+    if vectors.shape[1] != wanted:
+        raise ValueError(
+            f"the passage vectors have {vectors.shape[1]} dimensions and this checkpoint reads {wanted}; give it those of {trained_on}"
+        )
+    wrong = torch.nonzero(~vectors.isfinite().all(1)).flatten().tolist()
+    if wrong:
+        number = next(number for number in vectors[wrong[0]].tolist() if not abs(number) < float("inf"))
+        raise ValueError(
+            f"the vector of a passage holds {number}: docno {docnos[wrong[0]]!r} ({len(wrong)} of {len(vectors)} vectors);"
+            " encode it again"
+        )
+    return F.normalize(vectors, dim=1)
+
+
+def _number(held: Any, name: str) -> int:
+    try:
+        return int(held.inv[[name]][0])
+    except ValueError:  # a docno that is not of the form of this index's docnos
+        return -1

@@ -1,0 +1,96 @@
+"""PE-Rank's prompt: a query and a placeholder per passage, through a checkpoint's chat template to ids. Knows no model."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # stands for a passage in the prompt; for a rank, in training alone
+
+PROMPT = (
+    "I will provide you with {n} passages, each with a special token representing the passage enclosed in [], followed by original text.\n"
+    "Rank the passages based on their relevance to the search query: {query}.\n"
+    "{passages}"
+    "Search Query: {query}.\n"
+    "Rank the {n} relatively ordered passages above based on their relevance to the search query, output the ranking in descending order."
+    " Only output the {n} unique special token in the ranking.\n\n"
+)
+
+
+class Prompter:
+    """Writes prompts for one tokenizer of transformers, which has a chat template and the token <PLACEHOLDER>."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        special = tokenizer.get_added_vocab()
+        self.placeholder = special[PLACEHOLDER]
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+
+    def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
+        """The ids of a prompt for each query and its n passages; texts: one for each passage, or none to leave them out.
+
+        Raises ValueError where a prompt has not one placeholder for each passage.
+        """
+        rendered = [
+            self.render(query, shown or [None] * n) for query, shown, n in zip(queries, texts, counts, strict=True)
+        ]
+        prompts = self.tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+        for ids, query, n in zip(prompts, queries, counts, strict=True):
+            if ids.count(self.placeholder) != n:
+                raise ValueError(
+                    f"the prompt for query {query!r} has {ids.count(self.placeholder)} placeholders for {n} passages; check the chat template"
+                )
+        return prompts
+
+    def render(self, query: str, texts: Sequence[str | None]) -> str:
+        """The prompt for n passages, each shown as its placeholder, or as that and its text, in the chat template."""
+        return self.tokenizer.apply_chat_template(
+            self.messages(query, texts), tokenize=False, add_generation_prompt=True
+        )
+
+    def messages(self, query: str, texts: Sequence[str | None]) -> list[dict[str, str]]:
+        """The prompt as one user turn."""
+        passages = "".join(
+            f"Passage {i}: [{PLACEHOLDER}]{'' if text is None else ' ' + self._cleaned(text)}\n\n"
+            for i, text in enumerate(texts, 1)
+        )
+        content = PROMPT.format(n=len(texts), query=self._neutral(query), passages=passages)
+        return [{"role": "user", "content": content}]
+
+    def _cleaned(self, text: str) -> str:
+        """A passage as the reference writes it: single blanks, and no [12] that could be taken for an identifier."""
+        return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
+
+    def _neutral(self, text: str) -> str:
+        """The text with a blank inside what the tokenizer would read as one of its special tokens: `< PLACEHOLDER>`."""
+        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: bool = False) -> Prompter:
+    """The tokenizer of a folder.
+
+    tokenizer_class: what its tokenizer_config.json says, for a folder without tokenizer.json; where there is one, that file
+        says all. (Transformers 5 would rebuild it by the class, and by Mistral's config choose another: other ids.)
+    vocab_size: that of the model. add: put the two tokens of PE-Rank in.
+    """
+    import transformers
+
+    if (folder / "tokenizer.json").exists():
+        known = transformers.PreTrainedTokenizerFast
+    else:
+        known = getattr(transformers, tokenizer_class.removesuffix("Fast"), None) or transformers.AutoTokenizer
+    try:
+        tokenizer = known.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(
+            f"{folder} has no tokenizer that can be read ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+        ) from error
+    if add:
+        tokenizer.add_tokens([PLACEHOLDER, RANK], special_tokens=True)
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {folder} has no chat template; wanted that of an instruction-tuned model")
+    if PLACEHOLDER not in tokenizer.get_added_vocab() or (len(tokenizer) > vocab_size and not add):
+        raise ValueError(
+            f"the tokenizer of {folder} with {len(tokenizer)} pieces is not that of a PE-Rank model of {vocab_size} ({PLACEHOLDER} among them)"
+        )
+    return Prompter(tokenizer)

@@ -1,0 +1,484 @@
+"""PERank: a language model reads one vector per passage and names the passages best first (arXiv 2406.14848)."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pandas as pd
+import safetensors.torch
+import tokenizers
+import torch
+
+from pyterrier_lit.batching import map_batches
+from pyterrier_lit.checkpoints import (
+    Weights,
+    choose_device,
+    choose_dtype,
+    fetch,
+    load_strictly,
+    read_config,
+    read_tokenizer,
+    read_tokenizer_config,
+    read_weights,
+    write,
+    wrong_weights,
+)
+from pyterrier_lit.decoding import Speller
+from pyterrier_lit.frames import rerank_columns
+from pyterrier_lit.order import complete, scores
+from pyterrier_lit.passage_vectors import from_column, from_encoder, from_index, normalised
+from pyterrier_lit.pe_prompts import Prompter, read_prompter
+from pyterrier_lit.reranker import ListwiseReranker
+from pyterrier_lit.text_encoder import POOLING, TextEncoder, bare, empty_encoder
+from pyterrier_lit.vector_lm import VectorLM, projector
+from pyterrier_lit.windows import Task, slide, sliding_windows
+
+Columns = dict[str, list[list[Any]]]  # by name of the column, for each query the values of its passages
+
+
+class PERank(ListwiseReranker):
+    """Rerank by PE-Rank: each passage is one vector in the prompt of a language model, whose next word is a passage.
+
+    model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or what `save` wrote. No code of
+        the checkpoint is run.
+    window_size, stride: passages per window and positions it moves up; a shorter list is one window of its own size.
+    passes: sweeps over each list.
+    top_k: order only the first k ranks; what lies below keeps the order that its windows left. The first k are those of
+        the full order. `((first >> PERank()) % 10).compile()` sets it.
+    vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` is not read).
+    encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint.
+        A `doc_vec` column of the frame goes before `vectors`, and these before an encoder; all must be of the encoder
+        that the checkpoint was trained with. Only an encoder, or a mode with text, needs the text.
+    mode: "embedding" is the paper's: a vector per passage. "text+embedding": the vector, and the text after it.
+        "first": as "embedding", but the passages are ordered by the logits of the first step: one forward pass a window.
+        That is an approximation of ours, for which the checkpoints were not trained.
+    text_field: the column with the passages.
+    max_tokens: prompt tokens of the windows that are decoded together; they cost memory for keys and values (131 kB a
+        token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes on.
+    device: None is the first GPU, else the CPU. dtype: None is bfloat16 on a GPU that has it, else float32.
+    verbose: show a progress bar.
+
+    Scores are n, n - 1, ... 1 in the decoded order. Source: Liu et al., WWW 2025; in float32 equal to liuqi6777/pe_rank,
+    but for lists of window_size - stride passages, which that one returns unranked, and for texts with special tokens.
+    """
+
+    schematic: ClassVar[dict[str, str]] = {"label": "PE-Rank"}
+
+    def __init__(
+        self,
+        model: str = "liuqi6777/pe-rank-mistral-jina",
+        *,
+        window_size: int = 20,
+        stride: int = 10,
+        passes: int = 1,
+        top_k: int | None = None,
+        vectors: Any = None,
+        encoder: Any = None,
+        mode: str = "embedding",
+        text_field: str = "text",
+        max_tokens: int = 16_384,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        verbose: bool = False,
+    ):
+        self.model = model
+        self.window_size = window_size
+        self.stride = stride
+        self.passes = passes
+        self.top_k = top_k
+        self.vectors = vectors
+        self.encoder = encoder
+        self.mode = mode
+        self.text_field = text_field
+        self.max_tokens = max_tokens
+        self.device = device
+        self.dtype = dtype
+        self.verbose = verbose
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """The same rows with scores that fall along the decoded order. See `frames.rerank` for what is raised."""
+        return rerank_columns(inp, self.score, self._ways(), context=self)
+
+    def score(self, queries: list[str], columns: Columns) -> list[list[float]]:
+        """n for the best of n passages, 1 for the last: Q queries and the columns of their passages -> Q lists of scores.
+
+        columns: `docno`, and of `doc_vec` and `text_field` what the mode and the source of the vectors need.
+        """
+        return [scores(order) for order in self.order(queries, columns)]
+
+    def order(self, queries: list[str], columns: Columns) -> list[list[int]]:
+        """The positions of each query's passages, best first: Q queries and columns as in `score` -> Q permutations."""
+        mode = self._how()
+        ranker = self.loaded()
+        counts = [len(docnos) for docnos in columns["docno"]]
+        texts = columns[self.text_field] if mode.reads_text else None
+        total = self.passes * sum(len(sliding_windows(n, self.window_size, self.stride)) for n in counts)
+
+        def order_tasks(tasks: list[Task]) -> list[list[int]]:
+            prompts = ranker.prompts([queries[task.query] for task in tasks], _of_tasks(texts, tasks), tasks)
+            windows = [
+                Window(prompt, vectors[rows], task.wanted)
+                for prompt, rows, task in zip(prompts, _of_tasks(row_of, tasks), tasks, strict=True)
+            ]
+            lengths = [len(window.prompt) + window.wanted for window in windows]
+            named = map_batches(
+                lambda batch: mode.decode(ranker.network, batch), windows, lengths, self.max_tokens, bar.update
+            )
+            for order, task, docnos in zip(named, tasks, _of_tasks(columns["docno"], tasks), strict=True):
+                if -1 in order:
+                    raise ValueError(
+                        f"the model gave nan for query {queries[task.query]!r} among {len(docnos)} passages from docno {docnos[0]!r} on;"
+                        " try dtype='float32', and check the checkpoint's weights"
+                    )
+            return [
+                complete(order[: task.wanted], len(task.passages)) for order, task in zip(named, tasks, strict=True)
+            ]
+
+        with torch.inference_mode():
+            vectors, row_of = self._look_up(ranker, columns)
+            with self.progress(total, "window") as bar:
+                return slide(counts, self.window_size, self.stride, order_tasks, passes=self.passes, k=self.top_k)
+
+    def load(self) -> "Ranker":
+        """Read the checkpoint: FileNotFoundError or ValueError says what is missing, damaged or of another kind."""
+        device = choose_device(self.device)
+        return read_ranker(fetch(self.model), device, choose_dtype(self.dtype, device))
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder that the constructor loads again: the reference's layout, without the `lm_head` that nothing reads."""
+        write(path, self.loaded().save)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name: str,
+        *,
+        encoder_name: str | None = None,
+        encoder_pooling: str = "mean",
+        embedding_size: int | None = None,
+        projector_type: str = "mlp2x_gelu",
+        **arguments: Any,
+    ) -> "PERank":
+        """An untrained PE-Rank: a causal language model under a new projector, drawn from torch's generator.
+
+        name: hub id or folder of the language model, such as "mistralai/Mistral-7B-Instruct-v0.2".
+        encoder_name: hub id or folder of the encoder to take inside, such as "sentence-transformers/all-MiniLM-L6-v2",
+            and encoder_pooling how its states become a vector: "mean", "cls" or "last_token". Without one the vectors
+            come from `vectors=`, `encoder=` or `doc_vec`, and embedding_size says how long they are.
+        projector_type: "linear", "mlp2x_gelu" (any number of layers), or "identity".
+        arguments: those of the constructor.
+        """
+        reranker = cls(name, **arguments)
+        device = choose_device(reranker.device)
+        fields = {
+            "encoder_name": encoder_name,
+            "encoder_pooling": encoder_pooling,
+            "embedding_size": embedding_size,
+            "projector_type": projector_type,
+        }
+        reranker.hold(new_ranker(fetch(name), fields, device, choose_dtype(reranker.dtype, device)))
+        return reranker
+
+    def subtransformers(self) -> dict[str, Any]:
+        """None: an index or encoder that is asked for vectors is no stage of the pipeline."""
+        return {}
+
+    def _how(self) -> "Mode":
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r}; wanted one of {', '.join(map(repr, MODES))}")
+        return MODES[self.mode]
+
+    def _ways(self) -> list[dict[str, type]]:
+        """The columns that a frame may hold: the vectors or what leads to them, and the text where the prompt has it."""
+        text: dict[str, type] = {self.text_field: str}
+        shown = text if self._how().reads_text else {}
+        return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
+
+    def _look_up(self, ranker: "Ranker", columns: Columns) -> tuple[torch.Tensor, list[list[int]]]:
+        """Vectors of length 1 (D, d), and for each passage of each query its row among them. Equal passages share a row."""
+        docnos = list(chain(*columns["docno"]))
+        if "doc_vec" in columns:
+            keys: list[Any] = list(range(len(docnos)))
+        else:
+            keys = docnos if self.vectors is not None else list(chain(*columns[self.text_field]))
+        docno_of = dict(zip(keys, docnos, strict=True))
+        row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        distinct, names = list(row_of), [docno_of[key] for key in row_of]
+        if "doc_vec" in columns:
+            vectors = from_column(list(chain(*columns["doc_vec"])), names)
+        elif self.vectors is not None:
+            vectors = from_index(self.vectors, names)
+        elif self.encoder is not None:
+            vectors = from_encoder(self.encoder, distinct)
+        else:
+            vectors = self._encode(ranker, distinct)
+        if "doc_vec" in columns or self.vectors is not None:
+            ranker.warn_of_strangers()
+        rows = iter([row_of[key] for key in keys])
+        return normalised(vectors, names, ranker.embedding_size, ranker.trained_on), [
+            list(islice(rows, len(ranking))) for ranking in columns["docno"]
+        ]
+
+    def _encode(self, ranker: "Ranker", texts: list[str]) -> torch.Tensor:
+        with self._lock:
+            encoder = ranker.text_encoder()
+        pieces = encoder.pieces(texts)
+        with self.progress(len(texts), "passage") as bar:
+            vectors = map_batches(
+                lambda batch: list(encoder.encode(batch)),
+                pieces,
+                [len(ids) for ids in pieces],
+                self.max_tokens,
+                bar.update,
+            )
+        return torch.stack(vectors).cpu()
+
+
+def _of_tasks(values: list[list[Any]] | None, tasks: list[Task]) -> list[list[Any]]:
+    """The values of each task's passages; without any, an empty list for each."""
+    return [[values[task.query][number] for number in task.passages] if values else [] for task in tasks]
+
+
+class Window(NamedTuple):
+    """A prompt in ids, the vectors (n, d) of its passages, and how many of these are to be named."""
+
+    prompt: list[int]
+    vectors: torch.Tensor
+    wanted: int
+
+
+def name_in_turn(network: VectorLM, windows: list[Window]) -> torch.Tensor:
+    """The paper's decoding, of B windows at once: the best passage not yet named is named and read as the next word.
+
+    Returns (B, T) passages, best first, and -1 in a row where the model gave NaN. The last of n passages is not asked for.
+    """
+    counts = [len(window.vectors) for window in windows]
+    steps = max(min(window.wanted, n - 1) for window, n in zip(windows, counts, strict=True))
+    device = next(network.parameters()).device
+    speller = Speller([[passage] for passage in range(max(counts))], counts, device)
+    named = torch.zeros(len(windows), steps, dtype=torch.long, device=device)
+    reading = network.read([window.prompt for window in windows], [window.vectors for window in windows])
+    for step in range(steps):
+        named[:, step], _ = speller.step(reading.logits())
+        reading.name(named[:, step])
+    return named.masked_fill(speller.broken[:, None], -1)
+
+
+def name_at_once(network: VectorLM, windows: list[Window]) -> torch.Tensor:
+    """All passages of B windows by the logits of the first step alone: (B, N), and -1 in a row where one was NaN."""
+    counts = torch.tensor([len(window.vectors) for window in windows])[:, None]
+    logits = network.read([window.prompt for window in windows], [window.vectors for window in windows]).logits()
+    outside = torch.arange(logits.shape[1], device=logits.device) >= counts.to(logits.device)
+    broken = (logits.isnan() & ~outside).any(1, keepdim=True)
+    order = logits.masked_fill(outside, float("-inf")).sort(descending=True, stable=True).indices
+    return order.masked_fill(broken, -1)
+
+
+class Mode(NamedTuple):
+    """Whether the prompt has the passages' texts too, and how the passages are named."""
+
+    reads_text: bool
+    decode: Callable[[VectorLM, list[Window]], torch.Tensor]
+
+
+MODES = {
+    "embedding": Mode(False, name_in_turn),
+    "text+embedding": Mode(True, name_in_turn),
+    "first": Mode(False, name_at_once),
+}
+
+
+@dataclasses.dataclass
+class Ranker:
+    """A checkpoint in memory."""
+
+    network: VectorLM
+    prompter: Prompter
+    config: dict[str, Any]  # config.json
+    folder: Path
+    encoder_weights: Weights  # of the encoder inside, which is built when a text is to be encoded
+    encoder: TextEncoder | None = None
+
+    @property
+    def embedding_size(self) -> int:
+        return self.config["embedding_size"]
+
+    @property
+    def trained_on(self) -> str:
+        name = self.config.get("encoder_name")
+        return (
+            f"{name} ({self.config.get('encoder_pooling', 'mean')} pooling)"
+            if name
+            else "the encoder it was trained with"
+        )
+
+    def warn_of_strangers(self) -> None:
+        """Say once that vectors without a name must be of the right encoder: those of another give a senseless order."""
+        if self.config.get("encoder_name"):
+            warnings.warn(
+                f"neither a 'doc_vec' column nor an index says which encoder made its vectors; this checkpoint reads those of {self.trained_on}",
+                stacklevel=2,
+            )
+
+    def prompts(self, queries: list[str], texts: list[list[str]], tasks: list[Task]) -> list[list[int]]:
+        """The ids of the prompt of each task, with the texts of its passages where there are any."""
+        prompts = self.prompter.ids(queries, texts, [len(task.passages) for task in tasks])
+        limit = self.config.get("max_position_embeddings") or float("inf")
+        for ids, query, task in zip(prompts, queries, tasks, strict=True):
+            if len(ids) + len(task.passages) > limit:
+                raise ValueError(
+                    f"the prompt for query {query!r} with {len(task.passages)} passages has {len(ids)} tokens and the model {limit}"
+                    " positions; use a smaller window_size, or shorter texts"
+                )
+        return prompts
+
+    def text_encoder(self) -> TextEncoder:
+        """The encoder inside the checkpoint, built from the config and tokenizer of `encoder_name` on first use."""
+        if self.encoder is None:
+            self.encoder = read_text_encoder(self)
+        return self.encoder
+
+    def save(self, folder: Path) -> None:
+        """Write config, weights and tokenizers into an existing folder."""
+        parts = {"model.": self.network.body, "model.projector.": self.network.projector}
+        weights = {
+            prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.state_dict().items()
+        }
+        config = self.config
+        if self.encoder:
+            config = config | {"encoder_config": self.encoder.config}
+            self.encoder.tokenizer.save(str(folder / ENCODER_TOKENIZER))
+        weights |= {ENCODER + name: tensor for name, tensor in self.encoder_weights.items()}
+        weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self.prompter.tokenizer.save_pretrained(folder)
+
+
+ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # in front of the names of their weights
+ENCODER_TOKENIZER = "encoder_tokenizer.json"
+KIND = "embed_"  # in front of the model_type of the language model
+
+
+def read_ranker(folder: Path, device: torch.device, dtype: torch.dtype) -> Ranker:
+    """A trained PE-Rank, on a device in a dtype."""
+    config = read_config(folder)
+    kind = str(config.get("model_type"))
+    if not kind.startswith(KIND):
+        raise ValueError(
+            f"{folder} holds {config.get('architectures')} (model_type {kind!r}), which is no PE-Rank checkpoint; wanted a model_type"
+            f" such as '{KIND}mistral'. To train one on a language model: PERank.from_backbone"
+        )
+    weights = read_weights(folder)
+    encoder_weights = bare(_below(weights, ENCODER))
+    projector_weights = _below(weights, PROJECTOR)
+    body_weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in weights.items()
+        if not name.startswith((ENCODER, PROJECTOR, "lm_head."))
+    }
+    fields = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "auto_map")}
+    body = _body(folder, kind.removeprefix(KIND), fields, body_weights, dtype)
+    hidden = body.config.hidden_size
+    head = projector(
+        config.get("projector_type", "identity") if config.get("use_proj", True) else "identity",
+        config.setdefault("embedding_size", hidden),
+        hidden,
+    )
+    load_strictly(head, projector_weights, f"{folder} (projector)")
+    prompter = read_prompter(folder, _tokenizer_class(folder), body.config.vocab_size)
+    network = VectorLM(body, head.to(dtype), prompter.placeholder)
+    return Ranker(network.to(device).eval(), prompter, config, folder, encoder_weights)
+
+
+def new_ranker(folder: Path, fields: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Ranker:
+    """A causal language model under an untrained projector; fields: those of `PERank.from_backbone` for config.json."""
+    import transformers
+
+    encoder, encoder_weights = None, {}
+    if fields["encoder_name"]:
+        source = fetch(fields["encoder_name"])
+        encoder_weights = bare(read_weights(source))
+        encoder = _encoder(
+            read_config(source), encoder_weights, read_tokenizer(source), fields["encoder_pooling"], str(source)
+        )
+        encoder.network.to(device, dtype).eval()
+        fields = fields | {"embedding_size": encoder.config["hidden_size"]}
+    if not fields["embedding_size"]:
+        raise ValueError("embedding_size=None without encoder_name=; one of them must say how long the vectors are")
+    body, found = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if found["missing_keys"]:
+        raise wrong_weights(str(folder), [f"missing {name}" for name in found["missing_keys"]])
+    prompter = read_prompter(folder, _tokenizer_class(folder), body.config.vocab_size, add=True)
+    body.resize_token_embeddings(max(body.config.vocab_size, len(prompter.tokenizer)), mean_resizing=False)
+    kind = body.config.model_type
+    head = projector(fields["projector_type"], fields["embedding_size"], body.config.hidden_size)
+    config = json.loads(body.config.to_json_string(use_diff=False)) | fields | {"model_type": KIND + kind}
+    config["architectures"] = [f"Embed{kind.capitalize()}ForRankLM"]
+    network = VectorLM(body, head.to(dtype), prompter.placeholder)
+    return Ranker(network.to(device).eval(), prompter, config, folder, encoder_weights, encoder)
+
+
+def read_text_encoder(ranker: Ranker) -> TextEncoder:
+    """The encoder inside a checkpoint: its weights from there, its config and tokenizer from `encoder_name` or, saved by us, there too."""
+    name = ranker.config.get("encoder_name")
+    if not ranker.encoder_weights:
+        raise ValueError(
+            f"{ranker.folder} holds no encoder; give the passages' vectors as vectors= or in a 'doc_vec' column, or an encoder="
+        )
+    if "encoder_config" in ranker.config:
+        config = ranker.config["encoder_config"]
+        tokenizer = tokenizers.Tokenizer.from_file(str(ranker.folder / ENCODER_TOKENIZER))
+    else:
+        near = [folder / str(name) for folder in (ranker.folder, ranker.folder.parent)]
+        source = next((folder for folder in near if folder.is_dir()), None) or fetch(str(name), weights=False)
+        config, tokenizer = read_config(source), read_tokenizer(source)
+    pooling = ranker.config.get("encoder_pooling", "mean")
+    encoder = _encoder(config, ranker.encoder_weights, tokenizer, pooling, f"{ranker.folder} (encoder {name})")
+    weight = next(ranker.network.parameters())
+    encoder.network.to(weight.device, weight.dtype).eval()
+    return encoder
+
+
+def _encoder(
+    config: dict[str, Any], weights: Weights, tokenizer: tokenizers.Tokenizer, pooling: str, source: str
+) -> TextEncoder:
+    if pooling not in POOLING:
+        raise ValueError(f"{source}: encoder_pooling={pooling!r}; wanted one of {', '.join(map(repr, POOLING))}")
+    network = empty_encoder(config)
+    load_strictly(network, weights, source)
+    return TextEncoder(network, tokenizer, config, pooling)
+
+
+def _body(folder: Path, kind: str, fields: dict[str, Any], weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
+    """The body of a language model of the library with exactly these weights, its position tables in float32."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.for_model(kind, **fields)
+        model_class = transformers.MODEL_MAPPING[type(config)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is over a language model {kind!r}, which transformers does not know") from error
+    body, found = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    problems = [
+        f"{problem} {name if isinstance(name, str) else name[0]}"
+        for problem in ("missing", "unexpected", "mismatched")
+        for name in found[f"{problem}_keys"]
+    ]
+    if problems:
+        raise wrong_weights(str(folder), problems)
+    return body
+
+
+def _tokenizer_class(folder: Path) -> str:
+    return str(read_tokenizer_config(folder).get("tokenizer_class", "AutoTokenizer"))
+
+
+def _below(weights: Weights, prefix: str) -> Weights:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

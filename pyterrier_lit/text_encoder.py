@@ -1,0 +1,167 @@
+"""The bi-encoder inside a checkpoint: texts to vectors, with the library's encoders or Jina v2's. Knows no queries."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import tokenizers
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LENGTH = 512  # tokens kept of a passage
+CHUNK = 1_000  # texts handed to the tokenizer at once: its results are some 10 kB each until only the ids are kept
+
+Pooling = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# states (B, L, H), mask (B, L) -> (B, H)
+POOLING: dict[str, Pooling] = {
+    "mean": lambda states, mask: (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1),
+    "cls": lambda states, mask: states[:, 0],
+    "last_token": lambda states, mask: states[torch.arange(len(states), device=mask.device), mask.sum(1) - 1],
+}
+
+
+@dataclasses.dataclass
+class TextEncoder:
+    """An encoder in memory."""
+
+    network: nn.Module
+    tokenizer: tokenizers.Tokenizer
+    config: dict[str, Any]  # the encoder's own config.json
+    pooling: str
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text with special tokens around them, at most LENGTH; white space counts as one blank."""
+        self.tokenizer.enable_truncation(min(LENGTH, self.config.get("max_position_embeddings", LENGTH)))
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), CHUNK):
+            chunk = [" ".join(text.split()) for text in texts[start : start + CHUNK]]
+            ids += [encoding.ids for encoding in self.tokenizer.encode_batch_fast(chunk)]
+        return ids
+
+    def encode(self, batch: Sequence[list[int]]) -> torch.Tensor:
+        """The ids of B texts -> float32 vectors (B, d), not normalised, perhaps still being computed."""
+        pad = self.config.get("pad_token_id") or 0
+        lengths = torch.tensor([len(ids) for ids in batch])[:, None]
+        inside = torch.arange(int(lengths.max())) < lengths
+        input_ids = torch.full(inside.shape, pad)
+        input_ids[inside] = torch.tensor(list(chain.from_iterable(batch)))
+        device = next(self.network.parameters()).device
+        input_ids = input_ids.to(device)
+        mask = (input_ids != pad).long()
+        states = self.network(input_ids=input_ids, attention_mask=mask)
+        states = states if torch.is_tensor(states) else states.last_hidden_state
+        return POOLING[self.pooling](states.float(), mask)
+
+
+def empty_encoder(config: dict[str, Any]) -> nn.Module:
+    """An encoder of the shape that its config.json gives, without pooler, its weights still to be loaded.
+
+    ValueError for one that would need code of its own: loaded as its nearest relative it would give wrong vectors.
+    """
+    positions = config.get("position_embedding_type", "absolute")
+    if positions == "alibi" and config.get("feed_forward_type") == "geglu":
+        return JinaBert(config)
+    if positions != "absolute" or "auto_map" in config:
+        raise ValueError(
+            f"the encoder {config.get('architectures')} (position_embedding_type {positions!r}) needs code of its own, which is not"
+            " run; give its vectors as vectors= or in a 'doc_vec' column, or the encoder as encoder="
+        )
+    import transformers
+
+    fields = {
+        key: value
+        for key, value in config.items()
+        if key not in ("model_type", "architectures", "dtype", "torch_dtype")
+    }
+    network = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(config["model_type"], **fields))
+    if getattr(network, "pooler", None) is not None:
+        network.pooler = None
+    return network
+
+
+def bare(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the names of `empty_encoder`: without the pooler, and without the buffer that old versions saved."""
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if not name.startswith("pooler.") and not name.endswith("embeddings.position_ids")
+    }
+
+
+class JinaBert(nn.Module):
+    """The body of jinaai/jina-embeddings-v2-*, its modules named as in that checkpoint so that it loads strictly.
+
+    config: the fields of the checkpoint's config.json. Source: Günther et al., Jina Embeddings 2 (arXiv 2310.19923).
+    """
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        hidden, eps = config["hidden_size"], config["layer_norm_eps"]
+        self.heads = config["num_attention_heads"]
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(config["vocab_size"], hidden),
+                "token_type_embeddings": nn.Embedding(config["type_vocab_size"], hidden),
+                "LayerNorm": nn.LayerNorm(hidden, eps=eps),
+            }
+        )
+        layers = [
+            Layer(hidden, self.heads, config["intermediate_size"], eps) for _ in range(config["num_hidden_layers"])
+        ]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """input_ids, attention_mask (B, L) -> states (B, L, H)"""
+        states = self.embeddings["word_embeddings"](input_ids) + self.embeddings["token_type_embeddings"].weight[0]
+        states = self.embeddings["LayerNorm"](states)
+        bias = alibi(self.heads, input_ids.shape[1], input_ids.device)[None]
+        bias = bias.masked_fill(attention_mask[:, None, None] == 0, float("-inf")).to(states.dtype)
+        for layer in self.encoder["layer"]:
+            states = layer(states, bias)
+        return states
+
+
+class Layer(nn.Module):
+    """Attention with a bias, then GELU(a) * b, each with its residual and norm after it."""
+
+    def __init__(self, hidden: int, heads: int, intermediate: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        reads = nn.ModuleDict({name: nn.Linear(hidden, hidden) for name in ("query", "key", "value")})
+        writes = nn.ModuleDict({"dense": nn.Linear(hidden, hidden), "LayerNorm": nn.LayerNorm(hidden, eps=eps)})
+        self.attention = nn.ModuleDict({"self": reads, "output": writes})
+        self.mlp = nn.ModuleDict(
+            {
+                "gated_layers": nn.Linear(hidden, 2 * intermediate, bias=False),
+                "wo": nn.Linear(intermediate, hidden),
+                "layernorm": nn.LayerNorm(hidden, eps=eps),
+            }
+        )
+
+    def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """states (B, L, H), bias on attention (B, heads, L, L) -> (B, L, H)"""
+        reads, writes = self.attention["self"], self.attention["output"]
+        query, key, value = (
+            reads[name](states).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+        states = writes["LayerNorm"](writes["dense"](attended) + states)
+        gate, passed = self.mlp["gated_layers"](states).chunk(2, dim=-1)
+        return self.mlp["layernorm"](self.mlp["wo"](F.gelu(gate) * passed) + states)
+
+
+def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """-slope_h * |i - j|: (heads, L, L)"""
+    at = torch.arange(length, device=device)
+    return -torch.tensor(slopes(heads), device=device)[:, None, None] * (at[:, None] - at).abs()
+
+
+def slopes(heads: int) -> list[float]:
+    """2^-(8/n), 2^-(16/n), ... 2^-8 for a power of two n; other numbers add every second slope of the next power."""
+    n = 2 ** math.floor(math.log2(heads))
+    own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    return own if n == heads else own + slopes(2 * n)[0::2][: heads - n]
