@@ -155,6 +155,12 @@ def test_below_top_k_the_incoming_order_stays(make):
     assert order[3:] == sorted(order[3:])
 
 
+def test_ranks_below_top_k_do_not_depend_on_queries_that_need_more(make):
+    lists = [some_passages(12), some_passages(45)]  # at first 3 identifiers are wanted of one and 10 of the other
+    together = make(top_k=3, window_size=20).order(["q", "q"], lists)
+    assert together == [make(top_k=3, window_size=20).order(["q"], [passages])[0] for passages in lists]
+
+
 def test_a_cutoff_fuses_and_decodes_less(make, monkeypatch):
     frame = pd.concat([many(30), many(12, "q2")])
     reranker = make(window_size=20)
