@@ -73,6 +73,30 @@ def test_a_folder_is_a_collection(folder):
         corpora.load(str(folder))
 
 
+def test_an_id_of_ir_datasets_is_a_collection(folder, monkeypatch):
+    from ir_datasets import registry
+    from ir_datasets.datasets.base import Dataset
+    from ir_datasets.formats import TrecQrels, TsvDocs, TsvQueries
+    from ir_datasets.util import LocalDownload as Local
+
+    monkeypatch.setenv("IR_DATASETS_HOME", str(folder / "home"))
+    (folder / "docs.tsv").write_text("d1\tsolar power\nd2\tfluid dynamics\n")
+    parts = (
+        TsvDocs(Local(folder / "docs.tsv"), namespace="mini-of-the-tests", lang="en"),
+        TsvQueries(Local(folder / "queries.tsv"), namespace="mini-of-the-tests", lang="en"),
+        TrecQrels(Local(folder / "qrels.txt"), {1: "relevant"}),
+    )
+    registry.register("mini-of-the-tests", Dataset(*parts))
+    collection = corpora.load("irds:mini-of-the-tests")
+    assert list(collection.get_corpus_iter())[1] == {"docno": "d2", "text": "fluid dynamics"}
+    assert collection.get_topics().qid.tolist() == ["q1", "q2", "q3"]
+    assert collection.get_qrels().label.tolist() == [2, 1, 1, 1]
+    assert collection.text_loader()(pd.DataFrame({"docno": ["d2", "d1"]})).text.tolist() == [
+        "fluid dynamics",
+        "solar power",
+    ]
+
+
 def test_the_quickstart_reranks_pythons_documentation(tmp_path):
     pytest.importorskip("pyterrier_pisa", reason="needs the demo extra")
     done = quickstart("--depth", 20, cwd=tmp_path)
