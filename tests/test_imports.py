@@ -30,6 +30,7 @@ ROOMS = {  # room: the rooms it may import
     "order": set(),
     "pairs": set(),
     "passage_vectors": set(),
+    "pe_checkpoint": {"checkpoints", "pe_prompts", "text_encoder", "vector_lm"},
     "pe_prompts": set(),
     "pe_rank": {
         "batching",
@@ -38,9 +39,8 @@ ROOMS = {  # room: the rooms it may import
         "frames",
         "order",
         "passage_vectors",
-        "pe_prompts",
+        "pe_checkpoint",
         "reranker",
-        "text_encoder",
         "vector_lm",
         "windows",
     },

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyterrier_lit import PERank
+from pyterrier_lit.pe_prompts import read_prompter
 from pyterrier_lit.pe_rank import Window, name_at_once, name_in_turn
-from pyterrier_lit.windows import Task
 
 FOLDER = GOLDEN / "pe_rank"
 ARRAYS = np.load(FOLDER / "arrays.npz")
@@ -688,7 +688,21 @@ def test_from_backbone_needs_the_length_of_the_vectors(backbone):
         PERank.from_backbone(backbone("mistral"), device="cpu")
 
 
-def test_prompts_with_a_task_of_every_size_have_as_many_placeholders(ranker):
-    tasks = [Task(0, list(range(n)), n) for n in (1, 7, 20)]
-    for ids, task in zip(ranker.prompts(["q"] * 3, [[]] * 3, tasks), tasks, strict=True):
-        assert ids.count(ranker.network.placeholder) == len(task.passages)
+def test_prompts_of_every_size_have_as_many_placeholders(ranker):
+    sizes = [1, 7, 20]
+    for ids, n in zip(ranker.prompts(["q"] * 3, [[]] * 3, sizes), sizes, strict=True):
+        assert ids.count(ranker.network.placeholder) == n
+
+
+@pytest.mark.shared
+def test_prompts_with_mistrals_tokenizer_have_the_length_that_the_authors_print(shared, tmp_path):
+    mistral = pytest.importorskip("mistral_common", reason="needs Mistral's tokenizer: pip install mistral-common")
+    shutil.copy(Path(mistral.__file__).parent / "data" / "tokenizer.model.v1", tmp_path / "tokenizer.model")
+    fields = (FOLDER / "checkpoint" / "tokenizer_config.json").read_text()
+    fields = fields.replace('"700"', '"32000"').replace('"701"', '"32001"')
+    (tmp_path / "tokenizer_config.json").write_text(fields)
+    prompter = read_prompter(tmp_path, "LlamaTokenizer", 32_002)
+    topics = shared.topics("dl19")
+    queries = topics[topics.qid.isin(shared.qrels("dl19").qid)]["query"].tolist()
+    lengths = [len(ids) for ids in prompter.ids(queries, [[]] * 43, [20] * 43)]
+    assert round(9 * sum(lengths) / 43, 1) == 2942.4  # nine windows a list of 100
