@@ -1,7 +1,10 @@
 """CrossEncoder: the contract, equality with lightning-ir (golden/cross_encoder), every format, every bad checkpoint."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -83,6 +86,20 @@ def test_scores_equal_the_reference(name, how):
 def test_older_formats_give_the_same_scores(name):
     out = CrossEncoder(str(FOLDER / "ckpt_legacy" / name), device="cpu")(golden_frame(golden("electra_bias")["items"]))
     assert (out.score - out.expected).abs().max() < 1e-4
+
+
+def test_a_hub_id_is_read_from_the_cache_without_a_network(tmp_path):
+    repository = tmp_path / "hub" / "models--webis--monoelectra-base"
+    shutil.copytree(FOLDER / "ckpt" / "electra_bias", repository / "snapshots" / "abc123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123")
+    code = "from pyterrier_lit import CrossEncoder; print(CrossEncoder(device='cpu').score(['x'], [['y']])[0][0])"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    here = CrossEncoder(str(FOLDER / "ckpt" / "electra_bias"), device="cpu").score(["x"], [["y"]])[0][0]
+    assert float(printed) == pytest.approx(here, abs=1e-5)
 
 
 def test_bfloat16_stays_close_to_the_reference():
