@@ -103,7 +103,8 @@ def from_folder(folder: Path) -> Collection:
             " wanted docs.jsonl[.gz], queries.tsv, qrels.txt and, if there is a first stage, run.txt"
         )
     with (gzip.open if documents.suffix == ".gz" else open)(documents, "rt", encoding="utf-8") as lines:
-        docs = pd.DataFrame([json.loads(line) for line in lines], columns=["docno", "text"])
+        docs = pd.DataFrame([json.loads(line) for line in lines if line.strip()], columns=["docno", "text"])
+    docs["docno"] = docs["docno"].astype(str)
     run = folder / "run.txt"
     ranking = pt.model.add_ranks(pt.io.read_results(str(run))) if run.exists() else None
     return in_memory(folder.resolve().name, docs, read_topics(folder), read_qrels(folder), ranking)
@@ -126,7 +127,7 @@ def from_ir_datasets(name: str) -> Collection:
 
 
 def read_topics(folder: Path) -> pd.DataFrame:
-    lines = (folder / "queries.tsv").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "queries.tsv").read_text(encoding="utf-8").split("\n")
     return pd.DataFrame([line.split("\t", 1) for line in lines if line], columns=["qid", "query"])
 
 

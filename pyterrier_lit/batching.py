@@ -31,6 +31,8 @@ def map_batches(
     Returns the answers in the order of the items, tensors as (nested) lists. Where memory runs out the batch is halved,
     the following ones with it, and one warning says so. Raises MemoryError when a single item does not fit.
     """
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens!r}; wanted a whole number from 1 on")
     answers: list[Any] = [None] * len(items)
     for batch, computed in _one_late(_computed(function, items, lengths, max_tokens)):
         listed = computed.tolist() if isinstance(computed, torch.Tensor) else computed

@@ -6,6 +6,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ class SentencePieces:
         return [ids[self._guard :] for ids in self.processor.encode(guarded)]
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+        """The text of ids; those that T5 can write but the tokenizer does not know (<extra_id_0>, ...) separate words."""
+        known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
+        return " ".join(self.processor.decode(group) for group in known)
 
 
 def read_sentencepieces(folder: Path) -> SentencePieces:

@@ -11,6 +11,7 @@ import pandas as pd
 import safetensors.torch
 import tokenizers
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pyterrier_lit.batching import encoder_tokens, map_batches
@@ -106,7 +107,7 @@ class CrossEncoder(Reranker):
 
         lengths = [layout.length(pair) for pair in inputs]
         with torch.inference_mode(), self.progress(len(inputs), "pair") as bar:
-            max_tokens = self.max_tokens or encoder_tokens(encoder.device)
+            max_tokens = encoder_tokens(encoder.device) if self.max_tokens is None else self.max_tokens
             computed = map_batches(logits, inputs, lengths, max_tokens, bar.update)
         score_of = dict(zip(pairs, computed, strict=True))
         return [
@@ -115,17 +116,14 @@ class CrossEncoder(Reranker):
 
     def load(self) -> "Encoder":
         """Read the checkpoint: FileNotFoundError or ValueError says what is missing, damaged or of another kind."""
-        if self.special_tokens not in ("parse", "text"):
-            raise ValueError(f"special_tokens={self.special_tokens!r}; wanted 'parse' or 'text'")
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         encoder = read_encoder(fetch(self.model))
-        encoder.tokenizer.encode_special_tokens = self.special_tokens == "text"
         encoder.network.to(device, dtype).eval()
         return encoder
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again, in the format of the checkpoint that was read."""
+        """Write a folder that the constructor loads again: as lightning-ir does today, or as transformers for an ordinary classifier."""
         encoder = self.loaded()
         _, query_length, doc_length = self._layout(encoder)
         write(path, lambda folder: encoder.save(folder, query_length, doc_length))
@@ -152,6 +150,9 @@ class CrossEncoder(Reranker):
             if not isinstance(length, int) or length < 1:
                 raise ValueError(f"{name}={length!r}; wanted a whole number of pieces from 1 on")
             lengths.append(length)
+        if self.special_tokens not in ("parse", "text"):
+            raise ValueError(f"special_tokens={self.special_tokens!r}; wanted 'parse' or 'text'")
+        encoder.tokenizer.encode_special_tokens = self.special_tokens == "text"  # set here: no copy or pickle keeps it
         return PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up), *lengths
 
 
@@ -252,7 +253,9 @@ class PooledScorer(nn.Module):
         states = self.body(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         ).last_hidden_state
-        logits = self.linear(POOLING[self.pooling](states, attention_mask[..., None]))
+        pooled, bias = POOLING[self.pooling](states, attention_mask[..., None]), self.linear.bias
+        # In float32 whatever the body's dtype: rounded to bfloat16, close scores would tie
+        logits = F.linear(pooled.float(), self.linear.weight.float(), None if bias is None else bias.float())
         return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(-1)[:, 1]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def rerank_columns(
     with pt.validate.any(frame, context=context) as accepted:
         for way in ways:
             accepted.result_frame(extra_columns=["query", *way])
+    _check_columns(frame, [*{column for way in ways for column in way}], query_columns)
     if frame.empty:
         added = {column: pd.Series(dtype="object") for column in query_columns}
         return pt.model.add_ranks(frame.assign(score=pd.Series(dtype="float64"), **added))
@@ -76,9 +77,9 @@ def rerank_columns(
 def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
     """The row numbers of each query, best first."""
     if "rank" in rows:
-        rows = rows.sort_values("rank", kind="stable")
+        rows = rows.sort_values("rank", kind="stable", key=pd.to_numeric)
     elif "score" in rows:
-        rows = rows.sort_values("score", ascending=False, kind="stable")
+        rows = rows.sort_values("score", ascending=False, kind="stable", key=pd.to_numeric)
     return [ranking.to_numpy() for ranking in rows.groupby("qid", sort=False, observed=True).groups.values()]
 
 
@@ -91,6 +92,18 @@ def _queries(rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:
                 f"qid {rows.at[ranking[0], 'qid']!r} has two queries, {queries[ranking[0]]!r} and {differing!r}; give each its own qid"
             )
     return [queries[ranking[0]] for ranking in lists]
+
+
+def _check_columns(frame: pd.DataFrame, read: list[str], added: Sequence[str]) -> None:
+    used = ["qid", "query", "docno", *read, "score", "rank"]
+    twice = [column for column in used if list(frame.columns).count(column) > 1]
+    if twice:
+        raise ValueError(f"the frame has two columns {twice[0]!r}; drop or rename one of them")
+    clash = [column for column in added if column in used]
+    if clash:
+        raise ValueError(
+            f"a new column cannot be called {clash[0]!r}, which the result frame needs; choose another name"
+        )
 
 
 def _check_keys(rows: pd.DataFrame) -> None:

@@ -127,17 +127,14 @@ class LiT5Distill(ListwiseReranker):
         return cls(name, **arguments)
 
     def _window(self, t5: T5) -> tuple[int, int]:
-        size = (
-            self.window_size
-            or t5.config.get("window_size")
-            or (100 if str(self.model).rstrip("/").endswith("v2") else 20)
-        )
+        by_name = 100 if str(self.model).rstrip("/").endswith("v2") else 20
+        size = t5.config.get("window_size", by_name) if self.window_size is None else self.window_size
         if size > IDENTIFIERS:
             raise ValueError(
                 f"window_size={size}: LiT5 was trained with identifiers up to {IDENTIFIERS}; use at most that"
             )
         recorded = t5.config.get("stride") if self.window_size is None else None
-        return size, self.stride or recorded or max(size // 2, 1)
+        return size, (recorded or max(size // 2, 1)) if self.stride is None else self.stride
 
     def _prompts(self, t5: T5, queries: list[str], passages: list[list[str]], tasks: list[Task]) -> list[Prompts]:
         """The prompts of each window, each of at most `max_length` ids with </s> at the end."""

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pyterrier as pt
@@ -47,7 +48,7 @@ class Reranker(pt.Transformer):
         shown = []
         for argument in pt.inspect.transformer_attributes(self):
             value = argument.value
-            if isinstance(value, torch.dtype | torch.device):
+            if isinstance(value, torch.dtype | torch.device | Path):
                 value = str(value).removeprefix("torch.")
             if argument.name == "model":
                 shown.append(repr(value))

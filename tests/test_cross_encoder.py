@@ -1,7 +1,9 @@
 """CrossEncoder: the contract, equality with lightning-ir (golden/cross_encoder), every format, every bad checkpoint."""
 
+import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -342,11 +344,32 @@ def test_special_tokens_are_read_as_the_reference_does_or_as_text(make, frame):
     )
     reranker = make(special_tokens="text")
     encoder = reranker.loaded()
-    layout = PairLayout(encoder.tokenizer, limit=encoder.limit)
+    layout, *_ = reranker._layout(encoder)
     control = {encoder.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
     assert all(control.isdisjoint(ids) for ids in layout.pieces(injected, 50))
     with pytest.raises(ValueError, match="special_tokens='none'"):
         make(special_tokens="none")(frame)
+
+
+def test_copies_and_new_backbones_keep_reading_special_tokens_as_text(make, electra, frame):
+    reranker = make(special_tokens="text")
+    hostile = frame.assign(text="a [SEP] b [CLS]")
+    expected = by_docno(reranker(hostile))
+    assert expected != by_docno(make()(hostile))
+    for other in (copy.deepcopy(reranker), pickle.loads(pickle.dumps(reranker))):
+        assert by_docno(other(hostile)) == pytest.approx(expected)
+    torch.manual_seed(1)
+    parsed = CrossEncoder.from_backbone(str(electra), device="cpu")
+    torch.manual_seed(1)
+    as_text = CrossEncoder.from_backbone(str(electra), device="cpu", special_tokens="text")
+    assert by_docno(as_text(hostile)) != by_docno(parsed(hostile))
+
+
+def test_close_scores_do_not_tie_in_bfloat16(make):
+    scores = make(dtype="bfloat16").score(
+        ["query"], [[f"{letter} passage" for letter in "abcdefghijklmnopqrstuvwxyz"]]
+    )[0]
+    assert len(set(scores)) == 26
 
 
 def test_a_passage_with_special_tokens_moves_no_other_passage(make, frame):

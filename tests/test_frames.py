@@ -62,6 +62,26 @@ def test_passages_come_best_first_by_rank_else_score_else_row():
     assert passages_seen(frame.assign(rank=frame["rank"] + 1))["x"] == ["b", "c", "a"]
 
 
+def test_ranks_and_scores_that_are_strings_count_as_numbers():
+    frame = pd.DataFrame(
+        {"qid": "q", "query": "x", "docno": list("abc"), "text": list("abc"), "rank": ["2", "10", "9"]}
+    )
+    assert passages_seen(frame)["x"] == ["a", "c", "b"]
+    assert passages_seen(frame.drop(columns="rank").assign(score=["2.5", "10", "9"]))["x"] == ["b", "c", "a"]
+    with pytest.raises(ValueError, match="first"):
+        passages_seen(frame.assign(rank=["first", "2", "3"]))
+
+
+def test_columns_that_stand_twice_or_would_be_overwritten_are_named_before_scoring():
+    frame = pd.DataFrame({"qid": ["1"], "query": "q", "docno": "a", "text": "x", "score": 1.0})
+    for column in ("text", "score", "qid"):
+        with pytest.raises(ValueError, match=f"two columns '{column}'"):
+            rerank(pd.concat([frame, frame[[column]]], axis=1), None)
+    for column in ("score", "rank", "text", "query"):
+        with pytest.raises(ValueError, match=f"cannot be called '{column}'"):
+            rerank(frame, None, query_columns=[column])
+
+
 def test_all_queries_are_scored_in_one_call_each_once():
     frame = pd.DataFrame(
         {"qid": ["2", "1", "2"], "query": ["same", "same", "same"], "docno": ["a", "a", "a"], "text": ["x", "y", "z"]}

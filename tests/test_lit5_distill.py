@@ -265,6 +265,9 @@ def test_windows_follow_the_name_the_record_and_the_caller(make, tmp_path):
         ({"decoding": "beam"}, "decoding='beam'; wanted one of 'constrained', 'free', 'first'"),
         ({"max_length": 0}, "max_length=0"),
         ({"top_k": 0}, "top_k=0"),
+        ({"window_size": 0}, "window_size=0"),
+        ({"stride": 0}, "stride=0"),
+        ({"max_tokens": None}, "max_tokens=None"),
         ({"passes": 0}, "passes=0"),
         ({"dtype": "float16"}, "float16.*overflows"),
     ],
@@ -348,6 +351,13 @@ def test_out_of_memory_halves_the_windows_and_the_orders_stay(make, monkeypatch)
     monkeypatch.setattr(module.FiD, "read", small_memory)
     with pytest.warns(UserWarning, match="out of memory"):
         assert make().order(queries, passages) == full
+
+
+def test_ids_that_the_tokenizer_does_not_know_separate_numbers():
+    pieces = t5("tiny-random").pieces
+    one, two = pieces(["1", "2"])
+    unknown = pieces.processor.get_piece_size() + 3  # T5 has more output rows than pieces: <extra_id_0>, ...
+    assert parse(pieces.decode([unknown, *two, unknown, *one, unknown]), 3) == [1, 0, 2]
 
 
 def test_an_error_in_a_batch_reaches_the_user(make, frame, monkeypatch):
