@@ -156,7 +156,7 @@ def naive(ranker, head, query, texts):
         for _ in range(len(shown) + 1):  # the last one writes the end of the answer
             read = body(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
             cache = read.past_key_values
-            logits = read.last_hidden_state[0, -1].float() @ table.float().T
+            logits = (read.last_hidden_state[0, -1] @ table.T).float()
             if not free:
                 break
             mask = torch.full_like(logits, float("-inf"))
@@ -202,7 +202,7 @@ def as_text(ranker, head, query, texts, answer):
         for _ in range(answer):
             read = body(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = read.past_key_values
-            ids = (read.last_hidden_state[0, -1].float() @ head.float().T).argmax()[None, None]
+            ids = (read.last_hidden_state[0, -1] @ head.T).argmax()[None, None]
     return list(range(len(texts)))
 
 
