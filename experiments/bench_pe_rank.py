@@ -7,7 +7,8 @@ package mistral-common (data/tokenizer.model.v1), and --vocab BERT's vocab.txt f
 are used, which cut texts into more pieces.
 
 naive           one window at a time: its passages are encoded anew, n + 1 forward passes with a cache, each of which
-                makes the logits of the whole vocabulary, on `--naive` queries
+                makes the logits of the whole vocabulary at every position it reads, as transformers 4.37 did for the
+                published code, on `--naive` queries
 ours            PERank on all queries at once, vectors from an index; besides with top_k=10, with the encoder, and in mode "first"
 text            the uncompressed listwise baseline: the same windows of texts, an answer of identifiers, on `--naive` queries
 """
@@ -156,7 +157,7 @@ def naive(ranker, head, query, texts):
         for _ in range(len(shown) + 1):  # the last one writes the end of the answer
             read = body(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
             cache = read.past_key_values
-            logits = (read.last_hidden_state[0, -1] @ table.T).float()
+            logits = (read.last_hidden_state[0] @ table.T).float()[-1]
             if not free:
                 break
             mask = torch.full_like(logits, float("-inf"))

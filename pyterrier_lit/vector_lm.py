@@ -1,8 +1,11 @@
 """A causal language model with vectors among its words: projector, inputs, decoding with a cache. Knows no text, no queries."""
 
+import os
 import re
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,16 +20,33 @@ class VectorLM(nn.Module):
         self.placeholder = placeholder  # the id that stands for a vector
 
     def read(self, prompts: list[list[int]], vectors: list[torch.Tensor]) -> "Reading":
-        """Begin with B prompts, each with as many placeholders as its vectors (N, d) have rows."""
+        """Begin with B prompts, each with as many placeholders as its vectors (N, d) have rows.
+
+        The words that all of them begin with are read once. Each prompt goes on after padding of its own.
+        """
         device = next(self.parameters()).device
-        length = max(map(len, prompts))
-        ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        cache, common = None, self._common(prompts)
+        if common:
+            embedded = self.body.get_input_embeddings()(torch.tensor([common], device=device))
+            cache = self.body(inputs_embeds=embedded, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(prompts))
+        rests = [prompt[len(common) :] for prompt in prompts]
+        length = max(map(len, rests))
+        ids = torch.tensor([[0] * (length - len(rest)) + rest for rest in rests], device=device)
+        mask = torch.tensor([[0] * (length - len(rest)) + [1] * len(rest) for rest in rests], device=device)
         stacked = pad_sequence(vectors, batch_first=True).to(device, self.body.dtype)
         counts = torch.tensor([len(rows) for rows in vectors], device=device)
         inside = torch.arange(stacked.shape[1], device=device) < counts[:, None]
         passages = self.projector(stacked)
-        return Reading(self.body, self.embed(ids, mask, passages, inside), mask, passages)
+        inputs = self.embed(ids, mask, passages, inside)
+        return Reading(self.body, inputs, F.pad(mask, (len(common), 0), value=1), passages, cache)
+
+    def _common(self, prompts: list[list[int]]) -> list[int]:
+        """The ids before any vector that several prompts begin with, one less than the shortest prompt at most."""
+        if len(prompts) < 2:
+            return []
+        common = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+        return common[: common.index(self.placeholder)] if self.placeholder in common else common
 
     def embed(
         self, ids: torch.Tensor, mask: torch.Tensor, passages: torch.Tensor, inside: torch.Tensor
@@ -39,18 +59,21 @@ class VectorLM(nn.Module):
 
 
 class Reading:
-    """B prompts, padded on the left, under decoding: `logits` reads what is new, `name` appends a passage to each.
+    """B prompts under decoding: `logits` reads what is new, `name` appends a passage to each.
 
-    inputs: (B, L, H). mask: (B, L), 0 on padding. passages: (B, N, H), the vectors that may be named.
+    inputs: (B, L, H), what is still to be read. mask: (B, C + L), 0 on padding, over what `cache` holds (C) and that.
+    passages: (B, N, H), the vectors that may be named.
     """
 
-    def __init__(self, body: nn.Module, inputs: torch.Tensor, mask: torch.Tensor, passages: torch.Tensor):
+    def __init__(
+        self, body: nn.Module, inputs: torch.Tensor, mask: torch.Tensor, passages: torch.Tensor, cache: Any = None
+    ):
         self.body = body
         self.inputs = inputs
         self.mask = mask
-        self.positions = (mask.cumsum(1) - 1).clamp_min(0)  # the first real token is at 0
+        self.positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -inputs.shape[1] :]  # the first real token is at 0
         self.passages = passages
-        self.cache = None
+        self.cache = cache
 
     def logits(self) -> torch.Tensor:
         """h . e_j of the last state h with every passage j: float32 (B, N). The vocabulary's own logits are never made."""
