@@ -14,6 +14,15 @@ def encoder_tokens(device: torch.device) -> int:
     return 4_096 if device.type == "cpu" else 16_384
 
 
+def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Which items to read together: those of like length, the longest first, at most `max_tokens` tokens with padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        count = max(max_tokens // max(lengths[order[0]], 1), 1)
+        yield order[:count]
+        order = order[count:]
+
+
 def map_batches(
     function: Callable[[list[Any]], Any],
     items: Sequence[Any],

@@ -72,6 +72,17 @@ def read_weights(folder: Path) -> Weights:
     return weights
 
 
+def read_weight(folder: Path, name: str) -> torch.Tensor | None:
+    """One tensor of a folder, if it is there, without reading the others where they are safetensors."""
+    for file in _weight_files(folder):
+        if file.suffix != ".safetensors":
+            return read_weights(folder).get(name)
+        with safetensors.safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                return tensors.get_tensor(name)
+    return None
+
+
 def library_config(config: dict[str, Any], config_class: type) -> Any:
     """A configuration of the library from the fields of config.json that say what the network looks like."""
     return config_class(
@@ -215,6 +226,8 @@ def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
         network.lm_head = nn.Linear(network.config.d_model, network.config.vocab_size, bias=False)
     load_strictly(network, weights, str(folder))
     network.set_input_embeddings(network.shared)
+    if tied:
+        network.lm_head.weight = network.shared.weight
     network.to(device, dtype).eval().requires_grad_(False)
     return T5(network, tied, pieces, config, (folder / "spiece.model").read_bytes())
 

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,12 +95,9 @@ class CrossEncoder(Reranker):
     def score(self, queries: list[str], passages: list[list[str]]) -> list[list[float]]:
         """The model's score of every passage of every query: Q queries, Q lists of passages -> Q lists of scores."""
         encoder = self.loaded()
-        layout, query_length, doc_length = self._layout(encoder)
         asked = [(query, passage) for query, ranking in zip(queries, passages, strict=True) for passage in ranking]
         pairs = list(dict.fromkeys(asked))
-        query_pieces = _pieces_of(layout, dict.fromkeys(query for query, _ in pairs), query_length)
-        passage_pieces = _pieces_of(layout, dict.fromkeys(passage for _, passage in pairs), doc_length)
-        inputs = [layout.fit(query_pieces[query], passage_pieces[passage]) for query, passage in pairs]
+        layout, inputs = self.pairs(pairs)
 
         def logits(batch: list[Pair]) -> torch.Tensor:
             return encoder.scores(layout.tensors(batch, encoder.pad_id))
@@ -113,6 +110,13 @@ class CrossEncoder(Reranker):
         return [
             [score_of[query, passage] for passage in ranking] for query, ranking in zip(queries, passages, strict=True)
         ]
+
+    def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
+        """P (query, passage) texts -> how they are laid out, and P pairs in ids, cut to the lengths. Each text is read once."""
+        layout, query_length, doc_length = self._layout(self.loaded())
+        query_pieces = _pieces_of(layout, dict.fromkeys(query for query, _ in texts), query_length)
+        passage_pieces = _pieces_of(layout, dict.fromkeys(passage for _, passage in texts), doc_length)
+        return layout, [layout.fit(query_pieces[query], passage_pieces[passage]) for query, passage in texts]
 
     def load(self) -> "Encoder":
         """Read the checkpoint: FileNotFoundError or ValueError says what is missing, damaged or of another kind."""

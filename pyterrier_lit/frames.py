@@ -1,7 +1,7 @@
 """Result frames in, result frames out: the only room that knows pandas. It knows no model and never reads the text."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -48,21 +48,11 @@ def rerank_columns(
     score: called once with all queries and the columns of that way, and `docno`: for each column a list per query of its
         values best first.
     """
-    with pt.validate.any(frame, context=context) as accepted:
-        for way in ways:
-            accepted.result_frame(extra_columns=["query", *way])
-    _check_columns(frame, [*{column for way in ways for column in way}], query_columns)
+    _check_columns(frame, ways, context, query_columns)
     if frame.empty:
         added = {column: pd.Series(dtype="object") for column in query_columns}
         return pt.model.add_ranks(frame.assign(score=pd.Series(dtype="float64"), **added))
-    way = next(way for way in ways if way.keys() <= set(frame.columns))
-    rows = frame.reset_index(drop=True)
-    _check_keys(rows)
-    for column in ("query", *(column for column, kind in way.items() if kind is str)):
-        _check_strings(rows, column)
-    lists = _lists(rows)
-    values = {column: rows[column].tolist() for column in ("docno", *way)}
-    columns = {column: [[cells[row] for row in ranking] for ranking in lists] for column, cells in values.items()}
+    rows, lists, columns = _read(frame, ways)
     found = score(_queries(rows, lists), columns)
     scores, *per_query = found if query_columns else (found,)
     added = {
@@ -72,6 +62,43 @@ def rerank_columns(
     best_first = rows.iloc[np.concatenate(lists)].assign(score=np.concatenate(scores).astype("float64"), **added)
     _check_finite(best_first)
     return pt.model.add_ranks(best_first).sort_index()
+
+
+class Ranking(NamedTuple):
+    """A query with its passages best first, column by column."""
+
+    qid: str
+    query: str
+    columns: dict[str, list[Any]]
+
+
+def rankings(
+    frame: pd.DataFrame, ways: Sequence[Mapping[str, type]], context: pt.Transformer | None = None
+) -> list[Ranking]:
+    """What a reranker would be given of a result frame, query by query: to learn from it. Arguments and errors as in `rerank_columns`."""
+    _check_columns(frame, ways, context)
+    if frame.empty:
+        return []
+    rows, lists, columns = _read(frame, ways)
+    qids, queries = rows["qid"].tolist(), _queries(rows, lists)
+    return [
+        Ranking(str(qids[rows_of[0]]), query, {name: values[i] for name, values in columns.items()})
+        for i, (rows_of, query) in enumerate(zip(lists, queries, strict=True))
+    ]
+
+
+def _read(
+    frame: pd.DataFrame, ways: Sequence[Mapping[str, type]]
+) -> tuple[pd.DataFrame, list[np.ndarray], dict[str, list[list[Any]]]]:
+    """The rows, numbered; the numbers of each query's rows best first; `docno` and the columns of the first way that is there."""
+    way = next(way for way in ways if way.keys() <= set(frame.columns))
+    rows = frame.reset_index(drop=True)
+    _check_keys(rows)
+    for column in ("query", *(column for column, kind in way.items() if kind is str)):
+        _check_strings(rows, column)
+    lists = _lists(rows)
+    values = {column: rows[column].tolist() for column in ("docno", *way)}
+    return rows, lists, {column: [[cells[row] for row in ranking] for ranking in lists] for column, cells in values.items()}
 
 
 def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
@@ -94,8 +121,16 @@ def _queries(rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:
     return [queries[ranking[0]] for ranking in lists]
 
 
-def _check_columns(frame: pd.DataFrame, read: list[str], added: Sequence[str]) -> None:
-    used = ["qid", "query", "docno", *read, "score", "rank"]
+def _check_columns(
+    frame: pd.DataFrame,
+    ways: Sequence[Mapping[str, type]],
+    context: pt.Transformer | None,
+    added: Sequence[str] = (),
+) -> None:
+    with pt.validate.any(frame, context=context) as accepted:
+        for way in ways:
+            accepted.result_frame(extra_columns=["query", *way])
+    used = ["qid", "query", "docno", *{column for way in ways for column in way}, "score", "rank"]
     twice = [column for column in used if list(frame.columns).count(column) > 1]
     if twice:
         raise ValueError(f"the frame has two columns {twice[0]!r}; drop or rename one of them")

@@ -95,14 +95,14 @@ class LiT5Distill(ListwiseReranker):
         if self.decoding not in DECODINGS:
             raise ValueError(f"decoding={self.decoding!r}; wanted one of {', '.join(map(repr, DECODINGS))}")
         decode = DECODINGS[self.decoding]
-        size, stride = self._window(t5)
+        size, stride = self.window()
         counts = [len(ranking) for ranking in passages]
         total = self.passes * sum(len(sliding_windows(n, size, stride)) for n in counts)
 
         def order_tasks(tasks: list[Task]) -> list[list[int]]:
             windows = [
-                Asked(prompts, task.wanted)
-                for prompts, task in zip(self._prompts(t5, queries, passages, tasks), tasks, strict=True)
+                Asked(self.prompts(queries[query], [passages[query][number] for number in numbers]), wanted)
+                for query, numbers, wanted in tasks
             ]
             lengths = [sum(map(len, window.prompts)) for window in windows]
             return map_batches(lambda batch: decode(t5, batch), windows, lengths, self.max_tokens, bar.update)
@@ -118,7 +118,7 @@ class LiT5Distill(ListwiseReranker):
     def save(self, path: str | Path) -> None:
         """Write a folder that the constructor loads again, with the window size and the stride."""
         t5 = self.loaded()
-        size, stride = self._window(t5)
+        size, stride = self.window()
         write(path, lambda folder: t5.save(folder, window_size=size, stride=stride))
 
     @classmethod
@@ -126,7 +126,9 @@ class LiT5Distill(ListwiseReranker):
         """An untrained LiT5: a T5 as it was pre-trained, such as "google/t5-v1_1-base". arguments: the constructor's."""
         return cls(name, **arguments)
 
-    def _window(self, t5: T5) -> tuple[int, int]:
+    def window(self) -> tuple[int, int]:
+        """The window size and the stride: the caller's, else the checkpoint's, else those of its family."""
+        t5 = self.loaded()
         by_name = 100 if str(self.model).rstrip("/").endswith("v2") else 20
         size = t5.config.get("window_size", by_name) if self.window_size is None else self.window_size
         if size > IDENTIFIERS:
@@ -136,18 +138,14 @@ class LiT5Distill(ListwiseReranker):
         recorded = t5.config.get("stride") if self.window_size is None else None
         return size, (recorded or max(size // 2, 1)) if self.stride is None else self.stride
 
-    def _prompts(self, t5: T5, queries: list[str], passages: list[list[str]], tasks: list[Task]) -> list[Prompts]:
-        """The prompts of each window, each of at most `max_length` ids with </s> at the end."""
+    def prompts(self, query: str, passages: list[str]) -> Prompts:
+        """The prompt of each passage of a window, at most `max_length` ids with </s> at the end."""
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise ValueError(f"max_length={self.max_length!r}; wanted a whole number of tokens from 1 on")
-        windows = []
-        for query, numbers, _ in tasks:
-            texts = [
-                f"Search Query: {queries[query]} Passage: [{i}] {passages[query][number]} Relevance Ranking: "
-                for i, number in enumerate(numbers, 1)
-            ]
-            windows.append([[*ids[: self.max_length - 1], EOS] for ids in t5.pieces(texts)])
-        return windows
+        texts = [
+            f"Search Query: {query} Passage: [{i}] {passage} Relevance Ranking: " for i, passage in enumerate(passages, 1)
+        ]
+        return [[*ids[: self.max_length - 1], EOS] for ids in self.loaded().pieces(texts)]
 
 
 class Asked(NamedTuple):

@@ -102,7 +102,7 @@ class LiT5Score(Reranker):
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation={self.aggregation!r}; wanted one of {', '.join(map(repr, AGGREGATIONS))}")
         t5, aggregation = self.loaded(), AGGREGATIONS[self.aggregation]
-        lists = [self._read(t5, query, ranking) for query, ranking in zip(queries, passages, strict=True)]
+        lists = [self.read(query, ranking) for query, ranking in zip(queries, passages, strict=True)]
         lengths = [sum(map(len, read.prompts)) for read in lists]
         with torch.inference_mode(), self.progress(len(lists), "query") as bar:
             answered = map_batches(
@@ -131,9 +131,11 @@ class LiT5Score(Reranker):
         """An untrained LiT5: a T5 as it was pre-trained, such as "google/t5-v1_1-base". arguments: the constructor's."""
         return cls(name, **arguments)
 
-    def _read(self, t5: T5, query: str, passages: list[str]) -> "Asked":
+    def read(self, query: str, passages: list[str]) -> "Asked":
+        """The prompts of a query's first `n_passages` passages, at most `max_length` ids each with </s> at the end."""
+        pieces_of = self.loaded().pieces
         texts = [f"question: {query} context: {passage}" for passage in passages[: self.n_passages]]
-        question, *pieces = t5.pieces([f"question: {query}", *texts])
+        question, *pieces = pieces_of([f"question: {query}", *texts])
         return Asked([[*ids[: self.max_length - 1], EOS] for ids in pieces], min(len(question), self.max_length))
 
 

@@ -17,6 +17,7 @@ from pyterrier_lit.checkpoints import (
     read_config,
     read_tokenizer,
     read_tokenizer_config,
+    read_weight,
     read_weights,
     wrong_weights,
 )
@@ -78,6 +79,17 @@ class Ranker:
         if self.encoder is None:
             self.encoder = read_text_encoder(self)
         return self.encoder
+
+    def head(self) -> torch.Tensor:
+        """The language model's own output layer (V, H), which ranking does not read: from its file, or its input embeddings."""
+        tied = self.config.get("tie_word_embeddings")
+        weight = self.network.body.get_input_embeddings().weight.detach() if tied else read_weight(self.folder, "lm_head.weight")
+        if weight is None:
+            raise ValueError(
+                f"{self.folder} holds no lm_head.weight: a PE-Rank that was saved can no longer write; align it before, right after"
+                " PERank.from_backbone"
+            )
+        return weight
 
     def save(self, folder: Path) -> None:
         """Write config, weights and tokenizers into an existing folder."""

@@ -24,6 +24,7 @@ class Prompter:
         self.tokenizer = tokenizer
         special = tokenizer.get_added_vocab()
         self.placeholder = special[PLACEHOLDER]
+        self.rank = special.get(RANK)
         self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
     def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
@@ -56,6 +57,20 @@ class Prompter:
         )
         content = PROMPT.format(n=len(texts), query=self._neutral(query), passages=passages)
         return [{"role": "user", "content": content}]
+
+    def answered(self, messages: list[dict[str, str]], answer: str) -> tuple[list[int], int]:
+        """The ids of a conversation with its answer, to learn from, and where the answer begins."""
+        turns = [*messages, {"role": "assistant", "content": answer}]
+        asked, whole = (
+            self.tokenizer(self.tokenizer.apply_chat_template(shown, tokenize=False), add_special_tokens=False)["input_ids"]
+            for shown in (messages, turns)
+        )
+        return whole, len(asked)
+
+    def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
+        """The question that shows one passage as its placeholder, and the answer: its text. The published wording is not known."""
+        content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
+        return [{"role": "user", "content": content}], self._neutral(text.strip())
 
     def _cleaned(self, text: str) -> str:
         """A passage as the reference writes it: single blanks, and no [12] that could be taken for an identifier."""

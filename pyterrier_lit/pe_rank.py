@@ -83,7 +83,7 @@ class PERank(ListwiseReranker):
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """The same rows with scores that fall along the decoded order. See `frames.rerank` for what is raised."""
-        return rerank_columns(inp, self.score, self._ways(), context=self)
+        return rerank_columns(inp, self.score, self.ways(), context=self)
 
     def score(self, queries: list[str], columns: Columns) -> list[list[float]]:
         """n for the best of n passages, 1 for the last: Q queries and the columns of their passages -> Q lists of scores.
@@ -122,7 +122,7 @@ class PERank(ListwiseReranker):
             ]
 
         with torch.inference_mode():
-            vectors, row_of = self._look_up(ranker, columns)
+            vectors, row_of = self.look_up(ranker, columns)
             with self.progress(total, "window") as bar:
                 return slide(counts, self.window_size, self.stride, order_tasks, passes=self.passes, k=self.top_k)
 
@@ -175,13 +175,13 @@ class PERank(ListwiseReranker):
             raise ValueError(f"mode={self.mode!r}; wanted one of {', '.join(map(repr, MODES))}")
         return MODES[self.mode]
 
-    def _ways(self) -> list[dict[str, type]]:
+    def ways(self) -> list[dict[str, type]]:
         """The columns that a frame may hold: the vectors or what leads to them, and the text where the prompt has it."""
         text: dict[str, type] = {self.text_field: str}
         shown = text if self._how().reads_text else {}
         return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
 
-    def _look_up(self, ranker: Ranker, columns: Columns) -> tuple[torch.Tensor, list[list[int]]]:
+    def look_up(self, ranker: Ranker, columns: Columns) -> tuple[torch.Tensor, list[list[int]]]:
         """Vectors of length 1 (D, d), and for each passage of each query its row among them. Equal passages share a row."""
         docnos = list(chain(*columns["docno"]))
         if "doc_vec" in columns:

@@ -1,6 +1,7 @@
 """What every reranker is as a PyTerrier transformer: a repr that rebuilds it, and weights that load on first use."""
 
 import copy
+import inspect
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,16 +46,7 @@ class Reranker(pt.Transformer):
         return tuple(getattr(self, name) for name in self.loads_from)
 
     def __repr__(self) -> str:
-        shown = []
-        for argument in pt.inspect.transformer_attributes(self):
-            value = argument.value
-            if isinstance(value, torch.dtype | torch.device | Path):
-                value = str(value).removeprefix("torch.")
-            if argument.name == "model":
-                shown.append(repr(value))
-            elif value != argument.init_default_value:
-                shown.append(f"{argument.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return representation(self)
 
 
 class ListwiseReranker(Reranker):
@@ -69,3 +61,19 @@ class ListwiseReranker(Reranker):
         shorter = copy.copy(self)
         shorter.top_k = k
         return shorter >> pt.RankCutoff(k)
+
+
+def representation(transformer: pt.Transformer) -> str:
+    """The call that rebuilds a transformer: arguments by position as they are, and by name those that are not the default."""
+    shown = []
+    for argument in pt.inspect.transformer_attributes(transformer):
+        value = argument.value
+        if isinstance(value, torch.dtype | torch.device | Path):
+            value = str(value).removeprefix("torch.")
+        if argument.init_parameter_kind == inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            shown.append(repr(value))
+        elif argument.init_parameter_kind == inspect.Parameter.VAR_KEYWORD:
+            shown += [f"{name}={setting!r}" for name, setting in value.items()]
+        elif value is not argument.init_default_value and value != argument.init_default_value:
+            shown.append(f"{argument.name}={value!r}")
+    return f"{type(transformer).__name__}({', '.join(shown)})"

@@ -60,9 +60,8 @@ def test_scores_and_answers_equal_the_reference(case, max_tokens):
     asked = [answer["qid"] for answer in reference["answers"]]
     passages = [[texts[qid][docno] for docno in reference["candidates"][qid]] for qid in asked]
     scores, answers = reranker.score_and_answer([queries[qid]["query"] for qid in asked], passages)
-    t5 = reranker.loaded()
     for answer, got, text, ranking in zip(reference["answers"], scores, answers, passages, strict=True):
-        read = reranker._read(t5, queries[answer["qid"]]["query"], ranking)
+        read = reranker.read(queries[answer["qid"]]["query"], ranking)
         assert read.prompts == answer["input_ids"]
         assert read.question == answer["query_pieces"]
         assert text == answer["text"]
@@ -92,7 +91,7 @@ def test_aggregations_are_their_formulas(make, aggregation):
     """Brute force: the library's attentions over one forward pass of the whole answer."""
     reranker = make(aggregation=aggregation)
     t5, passages = reranker.loaded(), ["a b c", "some longer passage here", "x", "a b c"]
-    read = reranker._read(t5, "what is it", passages)
+    read = reranker.read("what is it", passages)
     network, n_layers = t5.network, t5.network.config.num_decoder_layers
     network.set_attn_implementation("eager")
     with torch.inference_mode():

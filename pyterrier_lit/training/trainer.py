@@ -67,6 +67,8 @@ class Batch:
 class Objective(nn.Module):
     """What is to be learned: `draw` an example from a list, `collate` a batch of them, and the loss on it in `forward`."""
 
+    ways: Sequence[Mapping[str, type]]  # the columns that its lists have, as frames.rerank_columns takes them; `target` among them
+    wanted = "wanted queries with passages that are not all worth the same"
     accepts_loss_kwargs = False  # its loss is a mean over the batch: the Trainer divides by the accumulated batches
 
     def __init__(self, network: nn.Module):
@@ -88,6 +90,13 @@ class Objective(nn.Module):
     def collate(self, examples: list[Any]) -> dict[str, Batch]:
         """The arguments of `forward` for some examples."""
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """Keep few activations, and compute the others anew for the gradient."""
+        for module in self.modules():
+            if getattr(module, "supports_gradient_checkpointing", False):
+                enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Each tensor once, where a network shares some: safetensors keeps no two names for one."""
@@ -185,9 +194,7 @@ def train(
             **recipe.options,
         )
         if recipe.checkpointing:
-            for module in objective.modules():
-                if isinstance(module, transformers.PreTrainedModel) and module.supports_gradient_checkpointing:
-                    module.gradient_checkpointing_enable({"use_reentrant": False})
+            objective.forget()
         learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         loop = _loop()(
@@ -203,7 +210,9 @@ def train(
         loop.validate, loop.measure = validate, measure
         loop.train(resume_from_checkpoint=transformers.trainer_utils.get_last_checkpoint(str(state)))
         log = loop.state.log_history
-    return [{name: value for name, value in entry.items() if not name.startswith("train_")} for entry in log]
+    kept = ("step", "loss", "learning_rate", "grad_norm", measure)
+    entries = [{name: entry[name] for name in kept if name in entry} for entry in log]
+    return [entry for entry in entries if len(entry) > 1]
 
 
 def _loop() -> type:

@@ -1,0 +1,5 @@
+"""Training, declared in pipelines: FineTune learns from labels, Distil from a teacher."""
+
+from pyterrier_lit.training.distil import Distil, FineTune
+
+__all__ = ["Distil", "FineTune"]
