@@ -1,11 +1,12 @@
 """The training loop: transformers' Trainer around an objective. Knows no frames, no texts and no rerankers."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,41 +166,41 @@ def train(
     keep = {"strategy": "steps", "steps": every} if folder or validate else {"strategy": "no"}
     with tempfile.TemporaryDirectory() as temporary:
         state = _claim(Path(folder).expanduser(), recipe, seed, described) if folder else Path(temporary)
-        arguments = transformers.TrainingArguments(
-            output_dir=str(state),
-            max_steps=steps,
-            per_device_train_batch_size=recipe.at_once,
-            gradient_accumulation_steps=accumulated,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type="constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-            warmup_steps=warmup,
-            max_grad_norm=recipe.clip,
-            bf16=precision == torch.bfloat16,
-            fp16=precision == torch.float16,
-            use_cpu=objective.device.type == "cpu",
-            seed=seed,
-            logging_steps=max(steps // 200, 1),
-            logging_first_step=True,
-            save_total_limit=2,
-            eval_strategy="steps" if validate else "no",
-            eval_steps=every,
-            load_best_model_at_end=validate is not None,
-            metric_for_best_model=measure if validate else None,
-            greater_is_better=True if validate else None,
-            dataloader_num_workers=recipe.workers,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=not verbose,
+        arguments = {
+            "output_dir": str(state),
+            "max_steps": steps,
+            "per_device_train_batch_size": recipe.at_once,
+            "gradient_accumulation_steps": accumulated,
+            "learning_rate": recipe.learning_rate,
+            "lr_scheduler_type": "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
+            "warmup_steps": warmup,
+            "max_grad_norm": recipe.clip,
+            "bf16": precision == torch.bfloat16,
+            "fp16": precision == torch.float16,
+            "use_cpu": objective.device.type == "cpu",
+            "seed": seed,
+            "logging_steps": max(steps // 200, 1),
+            "logging_first_step": True,
+            "save_total_limit": 2,
+            "eval_strategy": "steps" if validate else "no",
+            "eval_steps": every,
+            "load_best_model_at_end": validate is not None,
+            "metric_for_best_model": measure if validate else None,
+            "greater_is_better": True if validate else None,
+            "dataloader_num_workers": recipe.workers,
+            "remove_unused_columns": False,
+            "report_to": "none",
+            "disable_tqdm": not verbose,
             **{f"save_{name}": value for name, value in keep.items()},
             **recipe.options,
-        )
+        }
         if recipe.checkpointing:
             objective.forget()
         learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         loop = _loop()(
             objective,
-            arguments,
+            transformers.TrainingArguments(**arguments),
             train_dataset=Draws(objective, lists, steps * recipe.batch_size, seed),
             data_collator=objective.collate,
             eval_dataset=[] if validate else None,
@@ -208,11 +209,27 @@ def train(
         )
         loop.remove_callback(transformers.PrinterCallback)
         loop.validate, loop.measure = validate, measure
-        loop.train(resume_from_checkpoint=transformers.trainer_utils.get_last_checkpoint(str(state)))
+        with _attention(objective):
+            loop.train(resume_from_checkpoint=transformers.trainer_utils.get_last_checkpoint(str(state)))
         log = loop.state.log_history
     kept = ("step", "loss", "learning_rate", "grad_norm", measure)
     entries = [{name: entry[name] for name in kept if name in entry} for entry in log]
     return [entry for entry in entries if len(entry) > 1]
+
+
+@contextlib.contextmanager
+def _attention(objective: Objective) -> Iterator[None]:
+    """On a CPU attention as a product of matrices while training: the gradient of the fused kernel takes several times as long there."""
+    models = [module for module in objective.modules() if hasattr(module, "set_attn_implementation")]
+    before = [model.config._attn_implementation for model in models]
+    if objective.device.type == "cpu":
+        for model in models:
+            model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for model, implementation in zip(models, before, strict=True):
+            model.set_attn_implementation(implementation)
 
 
 def _loop() -> type:
