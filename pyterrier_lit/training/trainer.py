@@ -26,7 +26,7 @@ class Recipe:
     learning_rate: of AdamW, over all parameters alike. batch_size: lists per step, over all devices.
     steps: updates of the weights; None trains `epochs` times over all lists.
     warmup: steps of rising learning rate, or below 1 their share. schedule: what follows, "constant", "linear" or "cosine".
-    clip: the largest norm of a gradient, 0 for any. at_once: lists in memory at once, of which batch_size is a multiple.
+    clip: the largest norm of a gradient, 0 for any. at_once: lists in memory at once, at most; batch_size is a multiple of it.
     precision: "bfloat16" computes under autocast with weights in float32, "float32" without; None is bfloat16 on a GPU
         that has it. checkpointing: compute activations anew for the gradient, for less memory.
     workers: processes that prepare batches. options: further arguments of transformers.TrainingArguments, such as deepspeed.
@@ -153,10 +153,11 @@ def train(
     import transformers
 
     devices = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
-    accumulated, rest = divmod(recipe.batch_size, recipe.at_once * devices)
+    at_once = min(recipe.at_once, max(recipe.batch_size // devices, 1))
+    accumulated, rest = divmod(recipe.batch_size, at_once * devices)
     if not lists or rest or not accumulated:
         raise ValueError(
-            f"{len(lists)} lists to learn from in batches of {recipe.batch_size}, {recipe.at_once} at once on {devices} device(s); wanted"
+            f"{len(lists)} lists to learn from in batches of {recipe.batch_size}, {at_once} at once on {devices} device(s); wanted"
             " some lists, and a batch_size that is a multiple of at_once times the devices"
         )
     steps = recipe.steps or max(math.ceil(recipe.epochs * len(lists) / recipe.batch_size), 1)
@@ -169,7 +170,7 @@ def train(
         arguments = {
             "output_dir": str(state),
             "max_steps": steps,
-            "per_device_train_batch_size": recipe.at_once,
+            "per_device_train_batch_size": at_once,
             "gradient_accumulation_steps": accumulated,
             "learning_rate": recipe.learning_rate,
             "lr_scheduler_type": "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,

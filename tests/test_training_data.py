@@ -1,0 +1,171 @@
+"""Training data: labels and teachers beside frames, samples, and files of runs and questions."""
+
+import gzip
+import json
+import random
+from collections import Counter
+
+import pandas as pd
+import pyterrier as pt
+import pytest
+from conftest import GOLDEN
+
+from pyterrier_lit.frames import rankings
+from pyterrier_lit.training import data
+
+WAYS = [{"text": str, "target": float}]
+
+
+@pytest.fixture
+def candidates():
+    return pd.DataFrame(
+        [("q1", "a", f"d{i}", f"text {i}", 9.0 - i, i) for i in range(5)] + [("q2", "b", "d1", "text 1", 1.0, 0)],
+        columns=["qid", "query", "docno", "text", "score", "rank"],
+    )
+
+
+def targets(frame):
+    return dict(zip(frame.docno, frame.target, strict=True))
+
+
+def test_labels_are_targets_and_what_is_not_judged_is_worth_nothing(candidates):
+    qrels = pd.DataFrame({"qid": ["q1", "q1", "q9"], "docno": ["d3", "d4", "d1"], "label": [2, -1, 3]})
+    labelled = data.with_labels(candidates, qrels)
+    assert targets(labelled[labelled.qid == "q1"]) == {"d0": 0, "d1": 0, "d2": 0, "d3": 2, "d4": -1}
+    assert "target" not in candidates
+    integers = candidates.assign(qid=candidates.qid.str[1:].astype(int))
+    judged = qrels.assign(qid=qrels.qid.str[1:])
+    assert data.with_labels(integers, judged).target.tolist() == labelled.target.tolist()
+
+
+@pytest.mark.parametrize("qrels, words", [(None, "no labels"), (pd.DataFrame({"qid": ["x"], "docno": ["d1"], "label": [1]}), "none of the 6 passages")])
+def test_without_labels_the_error_says_so(candidates, qrels, words):
+    with pytest.raises(ValueError, match=words):
+        data.with_labels(candidates, qrels)
+
+
+def test_a_teacher_is_a_transformer_a_run_a_file_or_the_order_that_comes(candidates, tmp_path):
+    longest_last = pt.apply.doc_score(lambda row: int(row["docno"][1:]))
+    expected = {"d0": 0.0, "d1": 1.0, "d2": 2.0, "d3": 3.0, "d4": 4.0}
+    one = candidates[candidates.qid == "q1"]
+    assert targets(data.with_teacher(one, longest_last)) == expected
+    run = longest_last(one)
+    assert targets(data.with_teacher(one, run)) == expected
+    ranks = targets(data.with_teacher(one, run.drop(columns="score")))
+    assert sorted(ranks, key=ranks.get) == sorted(expected, key=expected.get)
+    pt.io.write_results(run, str(tmp_path / "teacher.run"), format="trec")
+    assert targets(data.with_teacher(one, tmp_path / "teacher.run")) == expected
+    incoming = targets(data.with_teacher(one, None))
+    assert sorted(incoming, key=incoming.get) == ["d4", "d3", "d2", "d1", "d0"]
+    incoming = targets(data.with_teacher(one.drop(columns="rank").assign(score=[1, 5, 2, 4, 3]), None))
+    assert sorted(incoming, key=incoming.get) == ["d0", "d2", "d4", "d3", "d1"]
+
+
+def test_passages_that_the_teacher_does_not_rank_are_left_out_aloud(candidates):
+    run = candidates[candidates.docno != "d2"]
+    with pytest.warns(UserWarning, match="1 of 6 passages are not in the teacher's ranking"):
+        assert "d2" not in set(data.with_teacher(candidates, run).docno)
+    with pytest.raises(ValueError, match="ranks none of the 6 passages"):
+        data.with_teacher(candidates, run.assign(qid="other"))
+    with pytest.raises(ValueError, match="no number for qid 'q1', docno 'd0'"):
+        data.with_teacher(candidates, run.assign(score=float("nan")))
+
+
+@pytest.mark.parametrize("case", json.loads((GOLDEN / "cross_encoder" / "rundataset.json").read_text()), ids=str)
+def test_a_run_is_read_as_the_reference_reads_it(case):
+    asked = case["arguments"]
+    run = data.read_run(GOLDEN / "cross_encoder" / "toy.jsonl", depth=asked["depth"])
+    teacher = run if asked["targets"] == "score" else run.assign(score=asked["depth"] - run["rank"])
+    found = rankings(data.with_teacher(run, teacher), WAYS)
+    assert len(found) == len(case["samples"])
+    for sample, ranking in zip(case["samples"], found, strict=True):
+        n = asked["sample_size"] if asked["sample_size"] > 0 else None
+        picked = data.sample(ranking.columns["target"], n, asked["sampling_strategy"], random.Random(0))
+        assert (ranking.qid, ranking.query) == (sample["query_id"], sample["query"])
+        assert [ranking.columns["docno"][i] for i in picked] == sample["doc_ids"]
+        assert [ranking.columns["text"][i] for i in picked] == sample["docs"]
+        assert [ranking.columns["target"][i] for i in picked] == [value for (value,) in sample["targets"]]
+
+
+@pytest.mark.parametrize("name", ["run.txt", "run.txt.gz", "run.jsonl", "run.jsonl.gz", "run.parquet"])
+def test_runs_of_all_formats_are_one_run(tmp_path, name):
+    rows = [("7", "d1", 101 - 3, 3), ("7", "d2", 101 - 1, 1), ("7", "d3", 101 - 2, 2), ("10", "d1", 100, 1), ("7", "d2", 5, 9)]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+        pd.DataFrame(rows, columns=["query_id", "docno", "score", "rank"]).to_parquet(path)
+    else:
+        lines = [json.dumps({"qid": int(q), "docno": d, "score": s, "rank": r}) for q, d, s, r in rows]
+        if "txt" in name:
+            lines = [f"{q} Q0 {d} {r} {s} rankzephyr" for q, d, s, r in rows]
+        with (gzip.open if name.endswith("gz") else open)(path, "wt") as file:
+            file.write("\n".join(lines) + "\n")
+    run = data.read_run(path, depth=2)
+    assert run.to_dict("list") == {
+        "qid": ["10", "7", "7"], "docno": ["d1", "d2", "d3"], "score": [100.0, 100.0, 99.0], "rank": [0, 0, 1],
+    }  # fmt: skip
+
+
+def test_a_run_without_scores_has_those_of_its_ranks(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"qid": "1", "docno": "b", "rank": 2}\n{"qid": "1", "docno": "a", "rank": 1}\n')
+    assert data.read_run(path).docno.tolist() == ["a", "b"]
+    path.write_text('{"qid": "1", "docno": "b"}\n')
+    with pytest.raises(ValueError, match=r"run\.jsonl has no score or rank"):
+        data.read_run(path)
+    path.write_text('{"qid": "1", "docno": "b"\n')
+    with pytest.raises(ValueError, match="is not JSON lines"):
+        data.read_run(path)
+
+
+def test_questions_are_read_with_their_answers(tmp_path):
+    record = {"question": "who?", "answers": ["he", "she"], "ctxs": [{"id": 5, "title": "T", "text": "x"}, {"text": "y"}]}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(record) + "\n")
+    frame = data.read_qa(tmp_path / "qa.jsonl")
+    assert frame.to_dict("records") == [
+        {"qid": "0", "query": "who?", "docno": "5", "text": "T x", "answers": ["he", "she"], "rank": 0},
+        {"qid": "0", "query": "who?", "docno": "0-1", "text": "y", "answers": ["he", "she"], "rank": 1},
+    ]
+    (tmp_path / "qa.json").write_text(json.dumps([record, record | {"answers": []}]))
+    with pytest.raises(ValueError, match="question 1: it has no answers"):
+        data.read_qa(tmp_path / "qa.json")
+
+
+def draws(how, n, values, times=400):
+    return [data.sample(values, n, how, random.Random(i)) for i in range(times)]
+
+
+def test_samples_are_what_their_names_say():
+    values = [0, 1, 0, 0, 2, 0, 0, 0, 0, 0]
+    assert draws("top", 3, values, 1) == [[0, 1, 2]]
+    assert all(drawn[:2] == [0, 1] and len(set(drawn)) == 5 for drawn in draws("top_and_random", 5, values))
+    uniform = Counter(i for drawn in draws("random", 3, values) for i in drawn)
+    assert max(uniform.values()) < 1.5 * min(uniform.values())
+    weighted = Counter(i for drawn in draws("log_random", 3, values) for i in drawn)
+    assert weighted[0] > 1.5 * weighted[9]
+    for drawn in draws("single_relevant", 4, values):
+        assert drawn[0] in (1, 4) and not {1, 4} & set(drawn[1:]) and len(drawn) == 4
+    assert {drawn[0] for drawn in draws("single_relevant", 4, values)} == {1, 4}
+
+
+@pytest.mark.parametrize("how", data.SAMPLERS)
+def test_a_short_list_is_taken_whole(how):
+    assert sorted(data.sample([1, 0, 0], 8, how, random.Random(0))) == [0, 1, 2]
+    assert sorted(data.sample([1, 0, 0], None, how, random.Random(0))) == [0, 1, 2]
+
+
+def test_an_unknown_sampling_is_named():
+    with pytest.raises(ValueError, match="sampling='best'; wanted one of 'top', 'random'"):
+        data.sample([1, 0], 1, "best", random.Random(0))
+
+
+def test_a_window_is_shown_in_order_or_shuffled_and_ranked_by_targets():
+    values = [3.0, 9.0, 1.0, 9.0, 5.0]
+    for seed in range(50):
+        shown, order = data.window(values, 2, 4, 0.0, random.Random(seed))
+        assert shown == sorted(set(shown)) and 2 <= len(shown) <= 4
+        best = [shown[position] for position in order]
+        assert best == sorted(shown, key=lambda i: (-values[i], i))
+    shuffled = [data.window(values, 5, 5, 1.0, random.Random(seed))[0] for seed in range(20)]
+    assert len({tuple(shown) for shown in shuffled}) > 10
+    assert {len(data.window(values, 2, 4, 0.5, random.Random(seed))[0]) for seed in range(50)} == {2, 3, 4}
