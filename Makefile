@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 demo: $(VENV)/ready  ## BM25 >> CrossEncoder on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
 
-test: $(VENV)/ready  ## all tests, offline, on the CPU
+test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow
 	$(BIN)/python -m pytest
 
 style: $(VENV)/ready

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 import torch
 
-from pyterrier_lit.batching import map_batches
+from pyterrier_lit.batching import Budget, map_batches
 from pyterrier_lit.checkpoints import choose_device, choose_dtype, fetch, write
 from pyterrier_lit.decoding import Speller
 from pyterrier_lit.frames import rerank_columns
@@ -99,6 +99,7 @@ class PERank(ListwiseReranker):
         counts = [len(docnos) for docnos in columns["docno"]]
         texts = columns[self.text_field] if mode.reads_text else None
         total = self.passes * sum(len(sliding_windows(n, self.window_size, self.stride)) for n in counts)
+        budget = Budget(self.max_tokens)
 
         def order_tasks(tasks: list[Task]) -> list[list[int]]:
             asked, sizes = [queries[task.query] for task in tasks], [len(task.passages) for task in tasks]
@@ -108,9 +109,7 @@ class PERank(ListwiseReranker):
                 for prompt, rows, task in zip(prompts, _of_tasks(row_of, tasks), tasks, strict=True)
             ]
             lengths = [len(window.prompt) + window.wanted for window in windows]
-            named = map_batches(
-                lambda batch: mode.decode(ranker.network, batch), windows, lengths, self.max_tokens, bar.update
-            )
+            named = map_batches(lambda batch: mode.decode(ranker.network, batch), windows, lengths, budget, bar.update)
             for order, task, docnos in zip(named, tasks, _of_tasks(columns["docno"], tasks), strict=True):
                 if -1 in order:
                     raise ValueError(
