@@ -121,7 +121,7 @@ class PERank(ListwiseReranker):
             ]
 
         with torch.inference_mode():
-            vectors, row_of = self._look_up(ranker, columns)
+            vectors, row_of = self._look_up(ranker, columns, budget)
             with self.progress(total, "window") as bar:
                 return slide(counts, self.window_size, self.stride, order_tasks, passes=self.passes, k=self.top_k)
 
@@ -180,7 +180,7 @@ class PERank(ListwiseReranker):
         shown = text if self._how().reads_text else {}
         return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
 
-    def _look_up(self, ranker: Ranker, columns: Columns) -> tuple[torch.Tensor, list[list[int]]]:
+    def _look_up(self, ranker: Ranker, columns: Columns, budget: Budget) -> tuple[torch.Tensor, list[list[int]]]:
         """Vectors of length 1 (D, d), and for each passage of each query its row among them. Equal passages share a row."""
         docnos = list(chain(*columns["docno"]))
         if "doc_vec" in columns:
@@ -197,7 +197,7 @@ class PERank(ListwiseReranker):
         elif self.encoder is not None:
             vectors = from_encoder(self.encoder, distinct)
         else:
-            vectors = self._encode(ranker, distinct)
+            vectors = self._encode(ranker, distinct, budget)
         if "doc_vec" in columns or self.vectors is not None:
             ranker.warn_of_strangers()
         rows = iter([row_of[key] for key in keys])
@@ -205,7 +205,7 @@ class PERank(ListwiseReranker):
             list(islice(rows, len(ranking))) for ranking in columns["docno"]
         ]
 
-    def _encode(self, ranker: Ranker, texts: list[str]) -> torch.Tensor:
+    def _encode(self, ranker: Ranker, texts: list[str], budget: Budget) -> torch.Tensor:
         with self._lock:
             encoder = ranker.text_encoder()
         pieces = encoder.pieces(texts)
@@ -214,7 +214,7 @@ class PERank(ListwiseReranker):
                 lambda batch: list(encoder.encode(batch)),
                 pieces,
                 [len(ids) for ids in pieces],
-                self.max_tokens,
+                budget,
                 bar.update,
             )
         return torch.stack(vectors).cpu()

@@ -1,6 +1,7 @@
 """What every reranker is as a PyTerrier transformer: a repr that rebuilds it, and weights that load on first use."""
 
 import copy
+import os
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,3 +70,13 @@ class ListwiseReranker(Reranker):
         shorter = copy.copy(self)
         shorter.top_k = k
         return shorter >> pt.RankCutoff(k)
+
+
+def _alone() -> None:
+    """In a forked process the other threads are gone: torch would wait for its own for ever, and the lock may be held."""
+    torch.set_num_threads(1)
+    Reranker._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alone)
