@@ -5,7 +5,7 @@ import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import pyterrier as pt
@@ -39,7 +39,7 @@ class Distributed(pt.Transformer):
     Workers start on first use and stay until `close`, or until this object and its copies are gone.
     """
 
-    schematic: dict[str, str] = {"label": "Distributed"}  # noqa: RUF012
+    schematic: ClassVar[dict[str, str]] = {"label": "Distributed"}
 
     def __init__(
         self,
@@ -104,14 +104,6 @@ class Distributed(pt.Transformer):
 
         return run
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"pool": Pool()}  # a pickle starts workers of its own
-
-    def __copy__(self) -> "Distributed":
-        other = type(self).__new__(type(self))
-        other.__dict__ |= self.__dict__
-        return other
-
     def __repr__(self) -> str:
         reranker, *others = pt.inspect.transformer_attributes(self)
         shown = [f"{one.name}={one.value!r}" for one in others if one.value != one.init_default_value]
@@ -172,6 +164,9 @@ class Pool:
         self._made_for: tuple[Any, ...] | None = None
         self._make: Callable[[], Any] | None = None
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Pool, ()  # a pickle starts workers of its own
+
     def run(
         self, reranker: Reranker, workers: tuple[int, float, float], asked: Sequence[Callable[[], tuple[Any, ...]]]
     ) -> Iterator[tuple[int, Any]]:
@@ -201,7 +196,7 @@ class Pool:
                     if deaths[number] == ATTEMPTS * (1 if number is not None else len(self.workers)):
                         raise RuntimeError(
                             f"{deaths[number]} workers of Ray died {'as they loaded the model' if number is None else 'over the same queries'};"
-                            f" look for memory that ran out, in Ray's logs ({str(error).splitlines()[0]})"
+                            f" Ray says: {str(error).strip().splitlines()[-1]}"
                         ) from error
                     if number is not None:
                         waiting.appendleft(number)
