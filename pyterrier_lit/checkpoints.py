@@ -222,7 +222,11 @@ def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The fields of tokenizer_config.json, {} where there is none."""
     file = folder / "tokenizer_config.json"
-    return _read_json(file) if file.exists() else {}
+    fields = _read_json(file) if file.exists() else {}
+    limit = fields.get("model_max_length")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+        raise ValueError(f"{file}: model_max_length={limit!r}; wanted a number of tokens")
+    return fields
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

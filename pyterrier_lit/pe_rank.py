@@ -207,7 +207,7 @@ class PERank(ListwiseReranker):
 
     def _encode(self, ranker: Ranker, texts: list[str], budget: Budget) -> torch.Tensor:
         with self._lock:
-            encoder = ranker.text_encoder()
+            encoder = self._in_words(ranker.text_encoder)
         pieces = encoder.pieces(texts)
         with self.progress(len(texts), "passage") as bar:
             vectors = map_batches(

@@ -3,6 +3,7 @@
 import copy
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ class Reranker(pt.Transformer):
 
     # The arguments that decide what `load` returns
     loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")
+    model: str
     verbose: bool
     _lock: ClassVar[threading.RLock] = threading.RLock()
     _held: tuple[tuple[Any, ...], Any] | None = None
@@ -31,7 +33,7 @@ class Reranker(pt.Transformer):
         """What `load` returned, called on first use and again only after an argument in `loads_from` has been changed."""
         with self._lock:
             if self._held is None or self._held[0] != self._source():
-                self.hold(self.load())
+                self.hold(self._in_words(self.load))
             return self._held[1]
 
     def hold(self, loaded: Any) -> None:
@@ -41,6 +43,18 @@ class Reranker(pt.Transformer):
     def progress(self, total: int, unit: str) -> tqdm:
         """A bar over `total` units of work, shown when `verbose`."""
         return pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
+
+    def _in_words(self, load: Callable[[], Any]) -> Any:
+        """What `load` returns. Whatever the libraries raise for a field that makes no sense becomes a ValueError."""
+        try:
+            return load()
+        except (ValueError, OSError, ImportError, MemoryError, NotImplementedError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"model={str(self.model)!r} cannot be loaded: a field of its config or tokenizer files is missing or makes no sense"
+                f" ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
 
     def _source(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.loads_from)
