@@ -1,6 +1,6 @@
 """A long run through one reranker: does memory stay flat, and is every query answered once? Run by hand.
 
-    python experiments/soak.py [--queries 20000] [--passages 20] [--model experiments/tiny/cross-encoder] [--output soak]
+    python experiments/soak.py [--queries 20000] [--passages 20] [--model FOLDER] [--output soak]
 
 Queries come in frames of --frame as from `pt.Experiment(batch_size=...)`, each built new: words drawn from a fixed seed,
 some passages in several languages. Prints a line a frame, writes OUTPUT/soak.json and, with matplotlib, OUTPUT/soak.png. Ends
@@ -22,6 +22,7 @@ import pyterrier as pt
 
 from pyterrier_lit import CrossEncoder
 
+SMALLEST = Path(__file__).parents[1] / "tests" / "golden" / "cross_encoder" / "ckpt" / "electra_bias"
 WORDS = [
     "cat",
     "dog",
@@ -46,7 +47,7 @@ def main():
     parser.add_argument("--queries", type=int, default=20_000)
     parser.add_argument("--passages", type=int, default=20)
     parser.add_argument("--frame", type=int, default=200, help="queries per frame")
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny" / "cross-encoder")
+    parser.add_argument("--model", type=Path, default=SMALLEST)
     parser.add_argument("--allowed", type=float, default=50, help="MB that memory may grow after the first fifth")
     parser.add_argument("--output", type=Path, default=Path("soak"))
     arguments = parser.parse_args()
