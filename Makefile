@@ -2,13 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test style wheel clean
+.PHONY: demo test slow fuzz style wheel clean
 
 demo: $(VENV)/ready  ## BM25 >> CrossEncoder on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
 
-test: $(VENV)/ready  ## all tests, offline, on the CPU
+test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow
 	$(BIN)/python -m pytest
+
+slow: $(VENV)/ready  ## the tests marked slow, without the fuzzing
+	$(BIN)/python -m pytest -m slow --ignore tests/test_fuzz.py
+
+fuzz: $(VENV)/ready  ## 120,000 random frames, texts and checkpoints
+	$(BIN)/python -m pytest -m slow tests/test_fuzz.py --durations=0
 
 style: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

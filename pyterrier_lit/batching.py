@@ -9,6 +9,31 @@ import torch
 Batch = tuple[list[int], Any]  # which items, and their answers
 
 
+class Budget:
+    """How many tokens are computed at once: `tokens` with padding, and half of what was tried whenever memory runs out.
+
+    Calls of `map_batches` that share one learn once how much memory there is, and warn once.
+    """
+
+    def __init__(self, tokens: int):
+        if not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"max_tokens={tokens!r}; wanted a whole number from 1 on")
+        self.tokens = tokens
+        self.warned = False
+
+    def halve(self, items: int, longest: int) -> None:
+        """A batch of so many items, padded to `longest`, did not fit."""
+        self.tokens = items // 2 * longest
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not self.warned:
+            warnings.warn(
+                f"out of memory in a batch of {items * longest} tokens; going on with half (max_tokens={self.tokens} avoids this)",
+                stacklevel=5,
+            )
+            self.warned = True
+
+
 def encoder_tokens(device: torch.device) -> int:
     """How many tokens an encoder should read at once: on a CPU what stays in its caches, else what fills a GPU."""
     return 4_096 if device.type == "cpu" else 16_384
@@ -27,7 +52,7 @@ def map_batches(
     function: Callable[[list[Any]], Any],
     items: Sequence[Any],
     lengths: Sequence[int],
-    max_tokens: int,
+    max_tokens: int | Budget,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> list[Any]:
     """`function` over all items, in batches of at most `max_tokens` tokens with padding, the longest items first.
@@ -35,15 +60,15 @@ def map_batches(
     function: list of items -> one answer per item, as a list or as a tensor with the batch first. A tensor may still be
         in the making: it is read one batch late, so that the device works while the host reads.
     lengths: tokens of each item; one that is longer than `max_tokens` makes a batch of its own.
+    max_tokens: a number, or a `Budget` that remembers between calls what did not fit.
     progress: told how many items more are done, such as the `update` of a progress bar.
 
     Returns the answers in the order of the items, tensors as (nested) lists. Where memory runs out the batch is halved,
     the following ones with it, and one warning says so. Raises MemoryError when a single item does not fit.
     """
-    if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens!r}; wanted a whole number from 1 on")
+    budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
     answers: list[Any] = [None] * len(items)
-    for batch, computed in _one_late(_computed(function, items, lengths, max_tokens)):
+    for batch, computed in _one_late(_computed(function, items, lengths, budget)):
         listed = computed.tolist() if isinstance(computed, torch.Tensor) else computed
         for i, answer in zip(batch, listed, strict=True):
             answers[i] = answer
@@ -52,27 +77,19 @@ def map_batches(
 
 
 def _computed(
-    function: Callable[[list[Any]], Any], items: Sequence[Any], lengths: Sequence[int], max_tokens: int
+    function: Callable[[list[Any]], Any], items: Sequence[Any], lengths: Sequence[int], budget: Budget
 ) -> Iterator[Batch]:
     order = sorted(range(len(items)), key=lambda i: -lengths[i])  # longest first: memory runs out at once or never
-    start, warned = 0, False
+    start = 0
     while start < len(order):
         longest = max(lengths[order[start]], 1)
-        batch = order[start : start + max(max_tokens // longest, 1)]
+        batch = order[start : start + max(budget.tokens // longest, 1)]
         computed = _attempt(function, [items[i] for i in batch], longest)
-        if computed is not None:
-            yield batch, computed
-            start += len(batch)
+        if computed is None:
+            budget.halve(len(batch), longest)
             continue
-        tried, max_tokens = len(batch) * longest, len(batch) // 2 * longest
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if not warned:
-            warnings.warn(
-                f"out of memory in a batch of {tried} tokens; going on with half (max_tokens={max_tokens} avoids this)",
-                stacklevel=4,
-            )
-            warned = True
+        yield batch, computed
+        start += len(batch)
 
 
 def _attempt(function: Callable[[list[Any]], Any], batch: list[Any], longest: int) -> Any:

@@ -235,7 +235,11 @@ def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The fields of tokenizer_config.json, {} where there is none."""
     file = folder / "tokenizer_config.json"
-    return _read_json(file) if file.exists() else {}
+    fields = _read_json(file) if file.exists() else {}
+    limit = fields.get("model_max_length")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+        raise ValueError(f"{file}: model_max_length={limit!r}; wanted a number of tokens")
+    return fields
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -271,12 +275,16 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
     """Save a checkpoint: `fill` writes into a new folder, whose files go to `path` only when all of them are complete.
 
-    Until then an older checkpoint at `path` stays as it was; files of other names stay in any case.
+    Until then an older checkpoint at `path` stays as it was; files of other names stay in any case. OSError when the new
+    one cannot be written, as when a disk is full.
     """
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as new:
-        fill(Path(new))
+        try:
+            fill(Path(new))
+        except Exception as error:  # safetensors and tokenizers raise their own for a full disk
+            raise OSError(f"{path} could not be saved and is as it was before ({_first_line(error)})") from error
         for file in sorted(Path(new).iterdir()):
             file.chmod(0o644)
             file.replace(path / file.name)

@@ -361,7 +361,10 @@ def _encoder(
         raise ValueError(
             f"{folder}: the tokenizer knows {tokenizer.get_vocab_size()} pieces and the model {config['vocab_size']}; they are of two checkpoints"
         )
-    return Encoder(network, tokenizer, config, read_tokenizer_config(folder), clean_up)
+    encoder = Encoder(network, tokenizer, config, read_tokenizer_config(folder), clean_up)
+    if encoder.pad_id not in range(config["vocab_size"]):
+        raise ValueError(f"{folder}: pad_token_id={encoder.pad_id!r} is no piece of {config['vocab_size']}")
+    return encoder
 
 
 def _body(folder: Path, backbone: str | None, config: dict[str, Any]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Result frames in, result frames out: the only room that knows pandas. It knows no model and never reads the text."""
+"""Result frames in, result frames out: the only room that knows pandas. It knows no model and never looks for words."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,10 +24,12 @@ def rerank(
     query_columns: columns to add besides; then `score` returns (scores, values, ...), for each column one value per query.
 
     Returns the same rows in the same order with every other column kept, `score` (float64) and `rank` (from 0) new.
-    Equal scores keep the order in which they came, whatever the order of the rows.
+    Equal scores keep the order in which they came, whatever the order of the rows. Half a surrogate pair, which no
+    tokenizer takes, is handed on as U+FFFD; the column keeps it. What becomes of other odd input: pt_docs/bad_input.rst.
 
     Raises pt.validate.InputValidationError for a missing column, TypeError for a query or text that is not a string, and
-    ValueError for a missing qid or docno, two queries under one qid, or a score that is not a finite number.
+    ValueError for a missing qid or docno, two queries under one qid, an incoming rank or score that is no number, or a
+    new score that is not finite.
     """
     return rerank_columns(
         frame, lambda queries, columns: score(queries, columns[text_field]), [{text_field: str}], context, query_columns
@@ -51,9 +53,9 @@ def rerank_columns(
     _check_columns(frame, ways, context, query_columns)
     if frame.empty:
         added = {column: pd.Series(dtype="object") for column in query_columns}
-        return pt.model.add_ranks(frame.assign(score=pd.Series(dtype="float64"), **added))
-    rows, lists, columns = _read(frame, ways)
-    found = score(_queries(rows, lists), columns)
+        return pt.model.add_ranks(frame.reset_index(drop=True).assign(score=pd.Series(dtype="float64"), **added))
+    rows, lists, queries, columns = _read(frame, ways)
+    found = score(queries, columns)
     scores, *per_query = found if query_columns else (found,)
     added = {
         column: np.repeat(value, [len(ranking) for ranking in lists])
@@ -79,8 +81,8 @@ def rankings(
     _check_columns(frame, ways, context)
     if frame.empty:
         return []
-    rows, lists, columns = _read(frame, ways)
-    qids, queries = rows["qid"].tolist(), _queries(rows, lists)
+    rows, lists, queries, columns = _read(frame, ways)
+    qids = rows["qid"].tolist()
     return [
         Ranking(str(qids[rows_of[0]]), query, {name: values[i] for name, values in columns.items()})
         for i, (rows_of, query) in enumerate(zip(lists, queries, strict=True))
@@ -89,29 +91,31 @@ def rankings(
 
 def _read(
     frame: pd.DataFrame, ways: Sequence[Mapping[str, type]]
-) -> tuple[pd.DataFrame, list[np.ndarray], dict[str, list[list[Any]]]]:
-    """The rows, numbered; the numbers of each query's rows best first; `docno` and the columns of the first way that is there."""
+) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
+    """The rows, numbered; the numbers of each query's rows best first; the queries; `docno` and the columns of the first way that is there."""
     way = next(way for way in ways if way.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
-    for column in ("query", *(column for column, kind in way.items() if kind is str)):
-        _check_strings(rows, column)
+    queries = _strings(rows, "query")
+    values = {column: _strings(rows, column) if kind is str else rows[column].tolist() for column, kind in way.items()}
+    values["docno"] = rows["docno"].tolist()
     lists = _lists(rows)
-    values = {column: rows[column].tolist() for column in ("docno", *way)}
-    return rows, lists, {column: [[cells[row] for row in ranking] for ranking in lists] for column, cells in values.items()}
+    columns = {column: [[cells[row] for row in ranking] for ranking in lists] for column, cells in values.items()}
+    return rows, lists, _of_each(queries, rows, lists), columns
 
 
 def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
     """The row numbers of each query, best first."""
-    if "rank" in rows:
-        rows = rows.sort_values("rank", kind="stable", key=pd.to_numeric)
-    elif "score" in rows:
-        rows = rows.sort_values("score", ascending=False, kind="stable", key=pd.to_numeric)
+    for column, ascending in (("rank", True), ("score", False)):
+        if column in rows:
+            numbers = _numbers(rows, column)
+            rows = rows.loc[numbers.sort_values(ascending=ascending, kind="stable").index]
+            break
     return [ranking.to_numpy() for ranking in rows.groupby("qid", sort=False, observed=True).groups.values()]
 
 
-def _queries(rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:
-    queries = rows["query"].tolist()
+def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:
+    """The query of each list."""
     for ranking in lists:
         differing = next((queries[row] for row in ranking if queries[row] != queries[ranking[0]]), None)
         if differing is not None:
@@ -148,12 +152,33 @@ def _check_keys(rows: pd.DataFrame) -> None:
             raise ValueError(f"{_name(rows, missing[0])} has no {column}; every row of a result frame needs one")
 
 
-def _check_strings(rows: pd.DataFrame, column: str) -> None:
-    for row, value in enumerate(rows[column].tolist()):
-        if not isinstance(value, str):
+def _strings(rows: pd.DataFrame, column: str) -> list[str]:
+    cells = rows[column].tolist()
+    for row, cell in enumerate(cells):
+        if not isinstance(cell, str):
             raise TypeError(
-                f"{column!r} of {_name(rows, row)} is {value!r}, not a string; load or fill it before reranking"
+                f"{column!r} of {_name(rows, row)} is {cell!r}, not a string; load or fill it before reranking"
             )
+    return [_whole(cell) for cell in cells]
+
+
+def _whole(text: str) -> str:
+    """The text as UTF-8 can hold it: half a surrogate pair becomes U+FFFD, two halves their character, as in browsers."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _numbers(rows: pd.DataFrame, column: str) -> pd.Series:
+    numbers = pd.to_numeric(rows[column], errors="coerce")
+    wrong = np.flatnonzero(numbers.isna() & rows[column].notna())
+    if len(wrong):
+        raise ValueError(
+            f"{column!r} of {_name(rows, wrong[0])} is {rows.at[wrong[0], column]!r}, not a number; mend or drop the column"
+        )
+    return numbers
 
 
 def _check_finite(rows: pd.DataFrame) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 import torch
 
-from pyterrier_lit.batching import map_batches
+from pyterrier_lit.batching import Budget, map_batches
 from pyterrier_lit.checkpoints import T5, choose_device, choose_dtype, fetch, read_t5, write
 from pyterrier_lit.decoding import Speller
 from pyterrier_lit.fid import EOS, START, FiD
@@ -98,6 +98,7 @@ class LiT5Distill(ListwiseReranker):
         size, stride = self.window()
         counts = [len(ranking) for ranking in passages]
         total = self.passes * sum(len(sliding_windows(n, size, stride)) for n in counts)
+        budget = Budget(self.max_tokens)
 
         def order_tasks(tasks: list[Task]) -> list[list[int]]:
             windows = [
@@ -105,7 +106,7 @@ class LiT5Distill(ListwiseReranker):
                 for query, numbers, wanted in tasks
             ]
             lengths = [sum(map(len, window.prompts)) for window in windows]
-            return map_batches(lambda batch: decode(t5, batch), windows, lengths, self.max_tokens, bar.update)
+            return map_batches(lambda batch: decode(t5, batch), windows, lengths, budget, bar.update)
 
         with torch.inference_mode(), self.progress(total, "window") as bar:
             return slide(counts, size, stride, order_tasks, passes=self.passes, k=self.top_k)

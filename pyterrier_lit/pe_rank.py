@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 import torch
 
-from pyterrier_lit.batching import map_batches
+from pyterrier_lit.batching import Budget, map_batches
 from pyterrier_lit.checkpoints import choose_device, choose_dtype, fetch, write
 from pyterrier_lit.decoding import Speller
 from pyterrier_lit.frames import rerank_columns
@@ -99,6 +99,7 @@ class PERank(ListwiseReranker):
         counts = [len(docnos) for docnos in columns["docno"]]
         texts = columns[self.text_field] if mode.reads_text else None
         total = self.passes * sum(len(sliding_windows(n, self.window_size, self.stride)) for n in counts)
+        budget = Budget(self.max_tokens)
 
         def order_tasks(tasks: list[Task]) -> list[list[int]]:
             asked, sizes = [queries[task.query] for task in tasks], [len(task.passages) for task in tasks]
@@ -108,9 +109,7 @@ class PERank(ListwiseReranker):
                 for prompt, rows, task in zip(prompts, _of_tasks(row_of, tasks), tasks, strict=True)
             ]
             lengths = [len(window.prompt) + window.wanted for window in windows]
-            named = map_batches(
-                lambda batch: mode.decode(ranker.network, batch), windows, lengths, self.max_tokens, bar.update
-            )
+            named = map_batches(lambda batch: mode.decode(ranker.network, batch), windows, lengths, budget, bar.update)
             for order, task, docnos in zip(named, tasks, _of_tasks(columns["docno"], tasks), strict=True):
                 if -1 in order:
                     raise ValueError(
@@ -122,7 +121,7 @@ class PERank(ListwiseReranker):
             ]
 
         with torch.inference_mode():
-            vectors, row_of = self.look_up(ranker, columns)
+            vectors, row_of = self.look_up(ranker, columns, budget)
             with self.progress(total, "window") as bar:
                 return slide(counts, self.window_size, self.stride, order_tasks, passes=self.passes, k=self.top_k)
 
@@ -181,7 +180,7 @@ class PERank(ListwiseReranker):
         shown = text if self._how().reads_text else {}
         return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
 
-    def look_up(self, ranker: Ranker, columns: Columns) -> tuple[torch.Tensor, list[list[int]]]:
+    def look_up(self, ranker: Ranker, columns: Columns, budget: Budget) -> tuple[torch.Tensor, list[list[int]]]:
         """Vectors of length 1 (D, d), and for each passage of each query its row among them. Equal passages share a row."""
         docnos = list(chain(*columns["docno"]))
         if "doc_vec" in columns:
@@ -198,7 +197,7 @@ class PERank(ListwiseReranker):
         elif self.encoder is not None:
             vectors = from_encoder(self.encoder, distinct)
         else:
-            vectors = self._encode(ranker, distinct)
+            vectors = self._encode(ranker, distinct, budget)
         if "doc_vec" in columns or self.vectors is not None:
             ranker.warn_of_strangers()
         rows = iter([row_of[key] for key in keys])
@@ -206,16 +205,16 @@ class PERank(ListwiseReranker):
             list(islice(rows, len(ranking))) for ranking in columns["docno"]
         ]
 
-    def _encode(self, ranker: Ranker, texts: list[str]) -> torch.Tensor:
+    def _encode(self, ranker: Ranker, texts: list[str], budget: Budget) -> torch.Tensor:
         with self._lock:
-            encoder = ranker.text_encoder()
+            encoder = self._in_words(ranker.text_encoder)
         pieces = encoder.pieces(texts)
         with self.progress(len(texts), "passage") as bar:
             vectors = map_batches(
                 lambda batch: list(encoder.encode(batch)),
                 pieces,
                 [len(ids) for ids in pieces],
-                self.max_tokens,
+                budget,
                 bar.update,
             )
         return torch.stack(vectors).cpu()

@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ class Reranker(pt.Transformer):
 
     # The arguments that decide what `load` returns
     loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")
+    model: str
     verbose: bool
     _lock: ClassVar[threading.RLock] = threading.RLock()
     _held: tuple[tuple[Any, ...], Any] | None = None
@@ -31,7 +34,7 @@ class Reranker(pt.Transformer):
         """What `load` returned, called on first use and again only after an argument in `loads_from` has been changed."""
         with self._lock:
             if self._held is None or self._held[0] != self._source():
-                self.hold(self.load())
+                self.hold(self._in_words(self.load))
             return self._held[1]
 
     def hold(self, loaded: Any) -> None:
@@ -41,6 +44,18 @@ class Reranker(pt.Transformer):
     def progress(self, total: int, unit: str) -> tqdm:
         """A bar over `total` units of work, shown when `verbose`."""
         return pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
+
+    def _in_words(self, load: Callable[[], Any]) -> Any:
+        """What `load` returns. Whatever the libraries raise for a field that makes no sense becomes a ValueError."""
+        try:
+            return load()
+        except (ValueError, OSError, ImportError, MemoryError, NotImplementedError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"model={str(self.model)!r} cannot be loaded: a field of its config or tokenizer files is missing or makes no sense"
+                f" ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            ) from error
 
     def _source(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.loads_from)
@@ -77,3 +92,13 @@ def representation(transformer: pt.Transformer) -> str:
         elif value is not argument.init_default_value and value != argument.init_default_value:
             shown.append(f"{argument.name}={value!r}")
     return f"{type(transformer).__name__}({', '.join(shown)})"
+
+
+def _alone() -> None:
+    """In a forked process the other threads are gone: torch would wait for its own for ever, and the lock may be held."""
+    torch.set_num_threads(1)
+    Reranker._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alone)

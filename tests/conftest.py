@@ -16,7 +16,7 @@ import tokenizers
 import torch
 import transformers
 
-from pyterrier_lit import CrossEncoder
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 
 pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
@@ -24,6 +24,29 @@ torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
+
+
+SMALL = {
+    "CrossEncoder": (CrossEncoder, GOLDEN / "cross_encoder" / "ckpt" / "electra_bias"),
+    "LiT5Distill": (LiT5Distill, GOLDEN / "lit5" / "tiny-random"),
+    "LiT5Score": (LiT5Score, GOLDEN / "lit5" / "tiny-random"),
+    "PERank": (PERank, GOLDEN / "pe_rank" / "checkpoint"),
+}
+
+
+@pytest.fixture(scope="session", params=SMALL)
+def small(request):
+    """small(...): each of the four rerankers in turn, with these arguments, over one small checkpoint that is read once."""
+    kind, folder = SMALL[request.param]
+    read = kind(str(folder), device="cpu")
+
+    def build(**arguments):
+        reranker = kind(**{"model": str(folder), "device": "cpu"} | arguments)
+        if not set(kind.loads_from) & arguments.keys():
+            reranker.hold(read.loaded())
+        return reranker
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -45,11 +45,20 @@ ROOMS = {  # room: the rooms it may import
         "windows",
     },
     "reranker": set(),
+    "scale": {"reranker"},
     "text_encoder": set(),
     "vector_lm": set(),
     "windows": set(),
 }
-HEAVY = ("transformers", "accelerate", "sentence_transformers", "pyterrier_pisa", "matplotlib", "huggingface_hub")
+HEAVY = (
+    "transformers",
+    "accelerate",
+    "ray",
+    "sentence_transformers",
+    "pyterrier_pisa",
+    "matplotlib",
+    "huggingface_hub",
+)
 
 
 def imports(room):
@@ -82,7 +91,8 @@ def test_only_frames_knows_pandas():
         }
         assert room == "frames" or "numpy" not in names
         assert (
-            room in ("frames", "cross_encoder", "lit5_distill", "lit5_score", "pe_rank") or "pandas" not in names
+            room in ("frames", "cross_encoder", "lit5_distill", "lit5_score", "pe_rank", "scale")
+            or "pandas" not in names
         )  # rerankers name the frame in a signature
 
 

@@ -335,19 +335,22 @@ def test_another_architecture_and_a_missing_tokenizer_are_refused(make, frame, e
         make(model=str(tmp_path))(frame)
 
 
-def test_out_of_memory_halves_the_windows_and_the_orders_stay(make, monkeypatch):
+def test_out_of_memory_halves_the_windows_of_all_rounds_with_one_warning(make, monkeypatch):
     queries, passages = ["a", "b", "c", "d"], [some_passages(n) for n in (20, 20, 15, 7)]
-    full = make().order(queries, passages)
-    read = module.FiD.read
+    full = make(window_size=6).order(queries, passages)
+    read, tried = module.FiD.read, []
 
     def small_memory(self, windows, steps, watch=False):
+        tried.append(len(windows))
         if len(windows) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return read(self, windows, steps, watch)
 
     monkeypatch.setattr(module.FiD, "read", small_memory)
-    with pytest.warns(UserWarning, match="out of memory"):
-        assert make().order(queries, passages) == full
+    with pytest.warns(UserWarning, match="out of memory") as warned:
+        assert make(window_size=6).order(queries, passages) == full
+    assert len(warned) == 1
+    assert tried[:3] == [4, 2, 1] and set(tried[3:]) == {1} and len(tried) > 15
 
 
 def test_ids_that_the_tokenizer_does_not_know_separate_numbers():

@@ -167,3 +167,19 @@ def test_an_error_in_a_batch_reaches_the_user(make, frame, monkeypatch):
 def test_save_writes_what_the_constructor_loads(make, frame, tmp_path):
     make().save(tmp_path)
     assert by_docno(make(model=str(tmp_path))(frame)) == pytest.approx(by_docno(make()(frame)))
+
+
+def test_out_of_memory_halves_the_queries_and_the_scores_stay(make, monkeypatch):
+    queries, passages = ["a", "b", "c", "d"], [[f"passage {i}" for i in range(n)] for n in (9, 8, 3, 1)]
+    full = make().score(queries, passages)
+    read = module.FiD.read
+
+    def small_memory(self, windows, steps, watch=False):
+        if len(windows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(self, windows, steps, watch)
+
+    monkeypatch.setattr(module.FiD, "read", small_memory)
+    with pytest.warns(UserWarning, match="out of memory") as warned:
+        assert make().score(queries, passages) == [pytest.approx(scores, rel=1e-5) for scores in full]
+    assert len(warned) == 1

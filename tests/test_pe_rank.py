@@ -530,9 +530,9 @@ def test_nan_logits_are_named(make, frame, mode):
         reranker(frame)
 
 
-def test_out_of_memory_halves_the_batch_and_the_order_stays(make, monkeypatch):
-    frame = pd.concat([with_vectors(many(12, qid), seed=i)[0] for i, qid in enumerate("abcd")])
-    expected, reranker = quietly(make(), frame), make()
+def test_out_of_memory_halves_the_batches_of_all_rounds_with_one_warning(make, monkeypatch):
+    frame = pd.concat([many(30, qid) for qid in "abcd"])
+    expected, reranker = make()(frame), make()
     forward = reranker.loaded().network.body.forward
 
     def small_memory(inputs_embeds, **rest):
@@ -541,8 +541,9 @@ def test_out_of_memory_halves_the_batch_and_the_order_stays(make, monkeypatch):
         return forward(inputs_embeds=inputs_embeds, **rest)
 
     monkeypatch.setattr(reranker.loaded().network.body, "forward", small_memory)
-    with pytest.warns(UserWarning, match="out of memory"):
+    with pytest.warns(UserWarning, match="out of memory") as warned:
         assert_same_scores(reranker(frame), expected)
+    assert [warning.category for warning in warned].count(UserWarning) == 1
 
 
 # Checkpoints

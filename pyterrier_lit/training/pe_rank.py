@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from pyterrier_lit.batching import Budget
 from pyterrier_lit.frames import Ranking
 from pyterrier_lit.pe_prompts import RANK
 from pyterrier_lit.pe_rank import PERank
@@ -103,7 +104,7 @@ class VectorObjective(Objective):
         """Keep the vectors of all passages; returns for each list the rows of its passages."""
         columns = {name: [given.columns[name] for given in lists] for name in lists[0].columns} if lists else {"docno": []}
         with torch.no_grad():
-            vectors, rows = self.student.look_up(self.ranker, columns)
+            vectors, rows = self.student.look_up(self.ranker, columns, Budget(self.student.max_tokens))
         self.vectors = vectors.to(self.device)
         return rows
 

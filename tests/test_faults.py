@@ -1,0 +1,194 @@
+"""Faults that no reranker may suffer from: damaged files, a full disk, a kill, Ctrl-C, forks. Memory: test_<reranker>.py.
+
+Threads, copies, pickles and NaN are in contract.py, files cut short in test_checkpoints.py.
+"""
+
+import ast
+import contextlib
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from contract import assert_same_scores
+from test_imports import PACKAGE, ROOMS
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def header_of(file):
+    """How many bytes of a safetensors file come before the numbers."""
+    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
+
+
+def with_flipped_bit(file, at, bit):
+    damaged = bytearray(file.read_bytes())
+    damaged[at] ^= 1 << bit
+    file.write_bytes(damaged)
+
+
+@pytest.fixture
+def copied(small, tmp_path):
+    """A copy of the checkpoint, and a reranker that reads it."""
+    model = Path(small().model)
+    folder = shutil.copytree(model.parent, tmp_path / "copy") / model.name  # PE-Rank's encoder is its neighbour
+    return folder, lambda: small(model=str(folder))
+
+
+def test_a_flipped_bit_in_the_header_of_the_weights_is_named_or_changes_nothing(copied, frame):
+    folder, make = copied
+    file, drawn = folder / "model.safetensors", random.Random(0)
+    whole, weights, named = file.read_bytes(), safetensors.torch.load_file(file), 0
+    for at in [*range(8), *drawn.sample(range(8, header_of(file)), 30)]:
+        with_flipped_bit(file, at, drawn.randrange(8))
+        try:
+            make()(frame)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(folder) in str(error)
+            named += 1
+        else:
+            read = safetensors.torch.load_file(file)
+            assert read.keys() == weights.keys()
+            assert all(torch.equal(read[name], weights[name]) for name in weights)
+        file.write_bytes(whole)
+    assert named > 20
+
+
+def test_a_flipped_bit_in_a_weight_is_not_noticed(copied):
+    folder, make = copied
+    file = folder / "model.safetensors"
+    with_flipped_bit(file, header_of(file) + 1_000, 3)
+    make().loaded()
+
+
+@contextlib.contextmanager
+def disk_of(n):
+    """Here no file may grow beyond n bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [100, 5_000, 100_000])
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint(small, frame, tmp_path, room):
+    reranker = small()
+    expected = reranker(frame)
+    reranker.save(tmp_path)
+    before = contents(tmp_path)
+    with disk_of(room), pytest.raises(OSError, match=f"{tmp_path} could not be saved and is as it was before"):
+        reranker.save(tmp_path)
+    assert contents(tmp_path) == before
+    assert not list(tmp_path.glob(".saving-*"))
+    assert_same_scores(small(model=str(tmp_path))(frame), expected)
+
+
+def in_a_fork(function):
+    """Run a function in a forked process: its exit code, negative for a signal, None when it does not end."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(15)
+    code = process.exitcode
+    process.kill()
+    return code
+
+
+def test_a_process_killed_while_saving_leaves_the_old_checkpoint(small, frame, tmp_path):
+    reranker = small()
+    expected = reranker(frame)
+    reranker.save(tmp_path)
+    before = contents(tmp_path)
+
+    def killed():
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills who writes beyond the limit, mid-write
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        reranker.save(tmp_path)
+
+    assert in_a_fork(killed) == -signal.SIGXFSZ
+    assert contents(tmp_path) == before
+    assert list(tmp_path.glob(".saving-*"))
+    assert_same_scores(small(model=str(tmp_path))(frame), expected)
+    reranker.save(tmp_path)
+
+
+@pytest.mark.parametrize("at", [0, 3, 30])
+def test_ctrl_c_in_the_middle_of_a_call_leaves_the_object_usable(small, frame, at):
+    reranker, modules = small(), []
+    expected = reranker(frame)
+
+    def interrupt(module, inputs):
+        modules.append(module)
+        if len(modules) == at + 1:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reranker(frame)
+    finally:
+        hook.remove()
+    assert len(modules) == at + 1
+    assert_same_scores(reranker(frame), expected)
+
+
+def test_ctrl_c_while_weights_load_leaves_the_object_usable(copied, small, frame, monkeypatch):
+    reranker, load = copied[1](), safetensors.torch.load_file
+    monkeypatch.setattr(safetensors.torch, "load_file", lambda file: signal.raise_signal(signal.SIGINT) or load(file))
+    with pytest.raises(KeyboardInterrupt):
+        reranker(frame)
+    monkeypatch.undo()
+    assert_same_scores(reranker(frame), small()(frame))
+
+
+def test_a_process_forked_after_use_scores_alike(small, frame):
+    reranker, threads = small(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = reranker(frame)
+
+        def forked():
+            assert_same_scores(reranker(frame), expected)
+            os._exit(7)
+
+        assert in_a_fork(forked) == 7
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_no_code_and_no_pickle_of_a_checkpoint_is_run(copied, frame):
+    """A checkpoint that brings code, by every field that names some, is read without it or refused."""
+    folder, make = copied
+    code = f"open({str(folder / 'owned')!r}, 'w')\nclass Evil: pass\n"
+    for name in ("evil.py", "modeling_evil.py", "tokenization_evil.py", "__init__.py"):
+        (folder / name).write_text(code)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            fields = (folder / name).read_text().rstrip()[:-1]
+            autos = ", ".join(f'"{auto}": "evil.Evil"' for auto in ("AutoModel", "AutoConfig", "AutoModelForCausalLM"))
+            (folder / name).write_text(
+                f'{fields}, "auto_map": {{{autos}, "AutoTokenizer": ["evil.Evil", "evil.Evil"]}}}}'
+            )
+    make()(frame)
+    assert not (folder / "owned").exists()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_trusts_remote_code_or_unpickles(room):
+    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            assert "trust_remote_code" not in given
+            name = ast.unparse(node.func)
+            assert name not in ("pickle.load", "pickle.loads", "eval", "exec")
+            assert name != "torch.load" or given["weights_only"].value is True
