@@ -4,6 +4,7 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PT_TEST_TRANSFORMER_REPORTS": "0"}
 
+import gzip
 import importlib.util
 import json
 import shutil
@@ -24,6 +25,13 @@ torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
+
+
+def write_jsonl(path, records):
+    """The records as lines of a .jsonl or .jsonl.gz file, whose path is returned."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return path
 
 
 @pytest.fixture(scope="session")

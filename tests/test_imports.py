@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyterrier_lit"
 ROOMS = {  # room: the rooms it may import
     "__init__": {"cross_encoder", "lit5_distill", "lit5_score", "pe_rank"},
+    "__main__": {
+        "candidates",
+        "cross_encoder",
+        "lit5_distill",
+        "lit5_score",
+        "pe_rank",
+        "reranker",
+        "runs",
+        "tirex",
+    },
     "batching": set(),
+    "candidates": set(),
     "checkpoints": set(),
     "cross_encoder": {"batching", "checkpoints", "frames", "pairs", "reranker"},
     "decoding": set(),
@@ -45,11 +56,22 @@ ROOMS = {  # room: the rooms it may import
         "windows",
     },
     "reranker": set(),
+    "runs": {"batching", "candidates"},
     "text_encoder": set(),
+    "tirex": {"candidates", "checkpoints", "reranker", "runs"},
     "vector_lm": set(),
     "windows": set(),
 }
-HEAVY = ("transformers", "accelerate", "sentence_transformers", "pyterrier_pisa", "matplotlib", "huggingface_hub")
+HEAVY = (
+    "transformers",
+    "accelerate",
+    "sentence_transformers",
+    "pyterrier_pisa",
+    "matplotlib",
+    "huggingface_hub",
+    "tira",
+    "tirex_tracker",
+)
 
 
 def imports(room):
