@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,7 +41,7 @@ class Summary(NamedTuple):
         if self.real_tokens:
             ratio = self.padded_tokens / self.real_tokens
             done += f"; {self.padded_tokens:,} padded / {self.real_tokens:,} real tokens = {ratio:.3f}"
-        return done + (f"; {self.found:,} queries were there before" if self.found else "")
+        return done + (f"; done before: {self.found:,} queries" if self.found else "")
 
 
 def write_run(
@@ -108,8 +109,11 @@ class Part:
 
     def __init__(self, path: Path, resume: bool):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "r+b" if resume else "w+b")  # noqa: SIM115 - closed by __exit__
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "r+b" if resume else "w+b")  # noqa: SIM115 - closed by __exit__
+        except OSError as error:
+            raise OSError(f"{path.parent} cannot be written to ({error}); give another output") from error
         self.end = path.stat().st_size  # of what is to be kept
 
     def holds(self, queries: list[Candidates]) -> bool:
@@ -127,8 +131,11 @@ class Part:
         return True
 
     def append(self, lines: str) -> None:
-        self.file.write(lines.encode())
-        self.file.flush()
+        try:
+            self.file.write(lines.encode())
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written on ({error})") from error
         self.end = self.file.tell()
 
     def finish(self, output: Path) -> None:
@@ -137,11 +144,12 @@ class Part:
             raise ValueError(f"{self.path} was begun with a longer input; give that again, or delete it")
         os.fsync(self.file.fileno())
         if output.suffix == ".gz":
-            packed = self.path.with_name(f"{self.path.name}.gz")
             self.file.seek(0)
-            with open(packed, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
-                shutil.copyfileobj(self.file, file)
-            packed.replace(output)
+            with tempfile.TemporaryDirectory(dir=output.parent, prefix=".packing-") as folder:
+                packed = Path(folder) / output.name
+                with open(packed, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+                    shutil.copyfileobj(self.file, file)
+                packed.replace(output)
             self.path.unlink()
         else:
             self.path.replace(output)
