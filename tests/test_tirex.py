@@ -162,6 +162,24 @@ def test_an_earlier_systems_run_is_reranked_where_there_is_no_rerank_file(tira_i
     assert (tmp_path / "a" / "run.txt").read_bytes() == (tmp_path / "b" / "run.txt").read_bytes()
 
 
+def test_a_run_and_its_first_stage_go_back_into_an_experiment(tira_input, tmp_path, monkeypatch):
+    from pyterrier.measures import nDCG
+    from tira.third_party_integrations import load_rerank_data
+
+    in_tira(monkeypatch, tira_input / "input", tmp_path)
+    assert main(words()) == 0
+    candidates = pt.model.add_ranks(load_rerank_data(str(tira_input / "input")))
+    first_stage = pt.Transformer.from_df(candidates)
+    published = pt.Transformer.from_df(pt.model.add_ranks(pt.io.read_results(str(tmp_path / "run.txt"))))
+    topics = candidates[["qid", "query"]].drop_duplicates()
+    qrels = pt.io.read_qrels(str(tira_input / "truth" / "qrels.txt"))
+    reranker = CrossEncoder(str(CHECKPOINTS["cross-encoder"]), device="cpu")
+    systems = [first_stage, published, first_stage >> reranker]
+    table = pt.Experiment(systems, topics, qrels, [nDCG @ 10], names=["first", "published", "here"], verbose=False)
+    first, then, here = table["nDCG@10"]
+    assert then == here != first
+
+
 def refused(arguments, capsys):
     assert main(arguments) == 1
     return capsys.readouterr().err.splitlines()[-1]
