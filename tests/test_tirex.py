@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +256,10 @@ def test_a_model_from_the_hub_is_described_with_its_revision(tmp_path, monkeypat
     described = tirex.describe(CrossEncoder("webis/monoelectra-base", device="cpu"), 100)
     assert "model='webis/monoelectra-base'" in described and "revision 0123abcd" in described
     assert "over the first 100 candidates" in described
+
+
+def test_the_dockerfile_and_make_image_take_every_step_of_the_script():
+    steps = re.findall(r"^(\w+)\(\)", (ROOT / ".ci" / "image").read_text(), re.MULTILINE)
+    assert steps == ["install", "bake", "check"]
+    for file in ("Dockerfile", "Makefile"):
+        assert re.findall(r"\.ci/image (\w+)", (ROOT / file).read_text()) == steps
