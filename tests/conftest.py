@@ -22,7 +22,14 @@ from pyterrier_lit import CrossEncoder
 pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
+ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = {  # by the name on the command line
+    "lit5-distill": GOLDEN / "lit5" / "tiny-trained",
+    "lit5-score": GOLDEN / "lit5" / "tiny-trained",
+    "cross-encoder": GOLDEN / "cross_encoder" / "ckpt" / "electra_bias",
+    "pe-rank": GOLDEN / "pe_rank" / "checkpoint",
+}
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
 

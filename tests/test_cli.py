@@ -9,24 +9,15 @@ import subprocess
 import sys
 import time
 from itertools import accumulate, groupby
-from pathlib import Path
 
 import ir_measures
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import GOLDEN, write_jsonl
+from conftest import CHECKPOINTS, GOLDEN, ROOT, write_jsonl
 from ir_measures import AP, RR, nDCG
 
 from pyterrier_lit.__main__ import RERANKERS, SET_HERE, constructor_options, main
-
-CHECKPOINTS = {
-    "lit5-distill": GOLDEN / "lit5" / "tiny-trained",
-    "lit5-score": GOLDEN / "lit5" / "tiny-trained",
-    "cross-encoder": GOLDEN / "cross_encoder" / "ckpt" / "electra_bias",
-    "pe-rank": GOLDEN / "pe_rank" / "checkpoint",
-}
-ROOT = Path(__file__).parents[1]
 
 
 def golden_rows():

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pyterrier as pt
 import pytest
-from conftest import write_jsonl
-from test_cli import CHECKPOINTS, ROOT
+from conftest import CHECKPOINTS, ROOT, write_jsonl
 
 from pyterrier_lit import CrossEncoder, tirex
 from pyterrier_lit.__main__ import RERANKERS, main
