@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow fuzz style wheel clean
+.PHONY: demo test slow fuzz style wheel image clean
 
 demo: $(VENV)/ready  ## BM25 >> CrossEncoder on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
@@ -23,6 +23,12 @@ wheel: $(VENV)/ready  ## build the wheel, install it alone in a new environment,
 	rm -rf build dist && $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv --clear build/alone && build/alone/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && alone/bin/python -c "import pyterrier_lit; print(pyterrier_lit.__file__, pyterrier_lit.CrossEncoder())"
+
+image:  ## the Dockerfile's steps in a new environment, from the files that git knows, on the CPU and without the container
+	rm -rf build/image && mkdir -p build/image/source && git ls-files -z | xargs -0 cp --parents --target-directory build/image/source
+	build/image/source/.ci/image install $(CURDIR)/build/image/environment
+	build/image/source/.ci/image bake $(CURDIR)/build/image/environment
+	build/image/source/.ci/image check $(CURDIR)/build/image/environment
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

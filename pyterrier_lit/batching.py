@@ -1,5 +1,8 @@
 """Token-budget batches: items of similar length together, answers back in input order. Knows no text and no models."""
 
+import contextlib
+import contextvars
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -32,6 +35,30 @@ class Budget:
                 stacklevel=5,
             )
             self.warned = True
+
+
+@dataclasses.dataclass
+class Tokens:
+    """Tokens of computed batches: of their items alone, and with the padding between them."""
+
+    real: int = 0
+    padded: int = 0
+
+
+_counting: contextvars.ContextVar[Tokens] = contextvars.ContextVar("tokens")
+
+
+@contextlib.contextmanager
+def counted_tokens() -> Iterator[Tokens]:
+    """Count the tokens of all batches that this thread computes in the block. A batch that is itself computed in batches,
+    as a window is whose prompts are encoded, counts as those alone.
+    """
+    tokens = Tokens()
+    before = _counting.set(tokens)
+    try:
+        yield tokens
+    finally:
+        _counting.reset(before)
 
 
 def encoder_tokens(device: torch.device) -> int:
@@ -80,14 +107,18 @@ def _computed(
     function: Callable[[list[Any]], Any], items: Sequence[Any], lengths: Sequence[int], budget: Budget
 ) -> Iterator[Batch]:
     order = sorted(range(len(items)), key=lambda i: -lengths[i])  # longest first: memory runs out at once or never
-    start = 0
+    start, tokens = 0, _counting.get(Tokens())
     while start < len(order):
         longest = max(lengths[order[start]], 1)
         batch = order[start : start + max(budget.tokens // longest, 1)]
+        counted = tokens.padded
         computed = _attempt(function, [items[i] for i in batch], longest)
         if computed is None:
             budget.halve(len(batch), longest)
             continue
+        if tokens.padded == counted:  # else the function has mapped batches of its own
+            tokens.real += sum(lengths[i] for i in batch)
+            tokens.padded += len(batch) * longest
         yield batch, computed
         start += len(batch)
 

@@ -4,6 +4,7 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PT_TEST_TRANSFORMER_REPORTS": "0"}
 
+import gzip
 import importlib.util
 import json
 import shutil
@@ -21,7 +22,14 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
+ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
+CHECKPOINTS = {  # by the name on the command line
+    "lit5-distill": GOLDEN / "lit5" / "tiny-trained",
+    "lit5-score": GOLDEN / "lit5" / "tiny-trained",
+    "cross-encoder": GOLDEN / "cross_encoder" / "ckpt" / "electra_bias",
+    "pe-rank": GOLDEN / "pe_rank" / "checkpoint",
+}
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
 
@@ -47,6 +55,13 @@ def small(request):
         return reranker
 
     return build
+
+
+def write_jsonl(path, records):
+    """The records as lines of a .jsonl or .jsonl.gz file, whose path is returned."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return path
 
 
 @pytest.fixture(scope="session")

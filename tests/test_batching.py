@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_lit.batching import map_batches
+from pyterrier_lit.batching import Tokens, counted_tokens, map_batches
 
 lengths_lists = st.lists(st.integers(0, 60), max_size=60)
 
@@ -110,3 +110,16 @@ def test_a_tensor_is_read_one_batch_late():
 
     map_batches(compute, [1, 2, 3], [1, 1, 1], 1)
     assert events == ["computed", "computed", "read", "computed", "read", "read"]
+
+
+def test_tokens_are_counted_with_and_without_padding_and_once_where_batches_are_computed_in_batches():
+    with counted_tokens() as tokens:
+        map_batches(lambda batch: batch, ["aaa", "aa", "a"], [3, 2, 1], 6)
+    assert tokens == Tokens(real=6, padded=3 * 2 + 1)
+    with counted_tokens() as tokens:
+        map_batches(
+            lambda batch: [sum(map_batches(list, lengths, lengths, 4)) for lengths in batch], [[2, 1], [4]], [3, 4], 7
+        )
+    assert tokens == Tokens(real=7, padded=2 * 2 + 4)
+    map_batches(lambda batch: batch, ["a"], [1], 6)
+    assert tokens == Tokens(real=7, padded=8)

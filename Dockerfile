@@ -1,0 +1,25 @@
+# A reranker as a system for TIREx: finds its input and output by TIRA's variables, needs no network once it is built.
+#
+#   docker build .                                              torch as on the package index: with CUDA, and works without a GPU
+#   docker build --build-arg TORCH_INDEX=URL .                  torch from PyTorch's index of CPU wheels: a smaller image
+#   docker build --build-arg MODEL=webis/monoelectra-base .     a model inside; else mount a cache at /root/.cache/huggingface/hub
+#   docker build --build-arg RUN_AS=root .                      where only root may write to the output directory
+ARG BASE=python:3.12-slim
+FROM ${BASE}
+ARG TORCH_INDEX=
+ARG MODEL=
+ARG RUN_AS=lit
+
+COPY . /opt/pyterrier-lit
+RUN TORCH_INDEX="${TORCH_INDEX}" /opt/pyterrier-lit/.ci/image install /opt/environment
+
+# TIRA mounts models below /root, so that is the ordinary user's home
+RUN [ "${RUN_AS}" = root ] || { useradd --home-dir /root --no-create-home "${RUN_AS}" && chown -R "${RUN_AS}" /root; }
+USER ${RUN_AS}
+ENV HOME=/root PATH=/opt/environment/bin:${PATH}
+RUN MODEL="${MODEL}" /opt/pyterrier-lit/.ci/image bake /opt/environment
+
+ENV HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+RUN /opt/pyterrier-lit/.ci/image check /opt/environment
+WORKDIR /tmp
+CMD ["python", "-m", "pyterrier_lit", "tirex", "--help"]

@@ -1,0 +1,233 @@
+"""Candidates in files, a query at a time: a re-ranking file, or a run with topics and documents. Knows no model, no pandas.
+
+Whatever the size of the files, what is held is one query with its passages, and the qids that went by.
+"""
+
+import gzip
+import json
+import math
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Candidates(NamedTuple):
+    """A query and its passages, best first."""
+
+    qid: str
+    query: str
+    docnos: list[str]
+    texts: list[str]
+
+
+Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> the texts of those that are known
+
+
+def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidates]:
+    """The first `depth` candidates of each query of rerank.jsonl[.gz], TIRA's format, in the order of the file.
+
+    A line is an object with qid, query, docno and text, and perhaps rank and score; other fields, such as
+    original_document, are not read. qid and docno may be numbers. The lines of a query stand together. Best is the lowest
+    rank, whatever the first is called; where lines of a query have no rank the highest score; else the first line.
+
+    Raises OSError when the file cannot be read, and ValueError naming the line for anything else that is wrong: a missing
+    field, a (qid, docno) that comes twice, a query that comes again after another, a file that is empty or cut short.
+    """
+    for rows in _queries(path, map(_rerank_row, _objects(path))):
+        differing = next((row for row in rows if row.query != rows[0].query), None)
+        if differing is not None:
+            raise ValueError(
+                f"{differing.where}: qid {differing.qid!r} has two queries, {rows[0].query!r} and {differing.query!r};"
+                " give each its own qid"
+            )
+        best = _best_first(rows)[:depth]
+        yield Candidates(best[0].qid, best[0].query, [row.docno for row in best], [row.text for row in best])
+
+
+def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = None) -> Iterator[Candidates]:
+    """The first `depth` candidates of each query of a TREC run[.gz], in the order of the file; best is the lowest rank.
+
+    Raises what `read_rerank_file` does, also for a qid or docno that topics or documents do not know.
+    """
+    for rows in _queries(path, _run_rows(path)):
+        best = _best_first(rows)[:depth]
+        queries, texts = topics([best[0].qid]), documents([row.docno for row in best])
+        if best[0].qid not in queries:
+            raise ValueError(f"{best[0].where}: qid {best[0].qid!r} is not among the topics")
+        unknown = next((row for row in best if row.docno not in texts), None)
+        if unknown is not None:
+            raise ValueError(f"{unknown.where}: docno {unknown.docno!r} is not among the documents")
+        docnos = [row.docno for row in best]
+        yield Candidates(best[0].qid, queries[best[0].qid], docnos, [texts[docno] for docno in docnos])
+
+
+def topics(source: str) -> Lookup:
+    """The query of each qid: from lines {qid, query} of .jsonl[.gz], `qid tab query` of any other file, or irds:ID."""
+    if source.startswith("irds:"):
+        return OnDisk(source, ((query.query_id, query.default_text()) for query in _irds(source).queries_iter()))
+    return OnDisk(source, _texts(Path(source), "qid", "query"))
+
+
+def documents(source: str) -> Lookup:
+    """The text of each docno: from lines {docno, text} of .jsonl[.gz], `docno tab text` of any other file, or irds:ID."""
+    if source.startswith("irds:"):
+        store = _irds(source).docs_store()
+        return lambda docnos: {doc.doc_id: doc.default_text() for doc in store.get_many_iter(docnos)}
+    return OnDisk(source, _texts(Path(source), "docno", "text"))
+
+
+class OnDisk:
+    """Texts by id in a temporary database, which the system removes with the process."""
+
+    def __init__(self, source: str, texts: Iterable[tuple[str, str]]):
+        self.table = sqlite3.connect("")
+        self.table.execute("create table texts (id text primary key, text text)")
+        for id, text in texts:
+            try:
+                self.table.execute("insert into texts values (?, ?)", (id, text))
+            except sqlite3.IntegrityError:
+                raise ValueError(f"{source} has {id!r} twice; keep one of them") from None
+            except sqlite3.OperationalError as error:
+                raise OSError(f"the temporary index of {source} cannot be written ({error})") from error
+
+    def __call__(self, ids: Iterable[str]) -> dict[str, str]:
+        found = ((id, self.table.execute("select text from texts where id = ?", (id,)).fetchone()) for id in ids)
+        return {id: row[0] for id, row in found if row}
+
+
+class Row(NamedTuple):
+    """A line of a file of candidates. query and text are empty where they stand in other files."""
+
+    where: str  # the file and the line, for messages
+    qid: str
+    docno: str
+    rank: float | None
+    score: float | None
+    query: str = ""
+    text: str = ""
+
+
+def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows of each query. Every query comes once, and every passage once in it."""
+    finished: set[str] = set()
+    for qid, group in groupby(rows, key=lambda row: row.qid):
+        listed, docnos = [], set()
+        for row in group:
+            if qid in finished:
+                raise ValueError(f"{row.where}: qid {qid!r} came before, with others in between; sort the file by qid")
+            if row.docno in docnos:
+                raise ValueError(f"{row.where}: qid {qid!r} has docno {row.docno!r} twice; keep one of them")
+            docnos.add(row.docno)
+            listed.append(row)
+        finished.add(qid)
+        yield listed
+    if not finished:
+        raise ValueError(f"{path} holds no candidates")
+
+
+def _best_first(rows: list[Row]) -> list[Row]:
+    if all(row.rank is not None for row in rows):
+        return sorted(rows, key=lambda row: row.rank)
+    if all(row.score is not None for row in rows):
+        return sorted(rows, key=lambda row: -row.score)
+    return rows
+
+
+def _rerank_row(line: tuple[str, dict[str, Any]]) -> Row:
+    where, record = line
+    return Row(
+        where,
+        *(_key(record, name, where) for name in ("qid", "docno")),
+        *(_number(record, name, where) for name in ("rank", "score")),
+        *(_text(record, name, where) for name in ("query", "text")),
+    )
+
+
+def _run_rows(path: Path) -> Iterator[Row]:
+    for where, line in _lines(path):
+        columns = line.split()
+        if len(columns) != 6:
+            raise ValueError(f"{where} has {len(columns)} columns; wanted six: qid Q0 docno rank score system")
+        qid, _, docno, rank, score, _ = columns
+        numbers = {"rank": rank, "score": score}
+        yield Row(where, qid, docno, *(_number(numbers, name, where) for name in numbers))
+
+
+def _texts(path: Path, key: str, field: str) -> Iterator[tuple[str, str]]:
+    if ".jsonl" in path.suffixes:
+        for where, record in _objects(path):
+            yield _key(record, key, where), _text(record, field, where)
+        return
+    for where, line in _lines(path):
+        id, tab, text = line.rstrip("\r\n").partition("\t")
+        if not tab:
+            raise ValueError(f"{where} has no tab; wanted {key} and {field} with a tab between, or a file named .jsonl")
+        yield id, text
+
+
+def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is no JSON, or is cut short ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} holds a {type(record).__name__}, wanted an object of named fields")
+        yield where, record
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file, gzipped if its name says so, each with its place; empty ones are left out."""
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", line
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} cannot be read beyond line {number}: it is cut short or damaged; fetch it again ({error})"
+        ) from error
+
+
+def _key(record: dict[str, Any], name: str, where: str) -> str:
+    value = record.get(name)
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{where} {_given(record, name)}; wanted a string or a whole number")
+    if str(value).split() != [str(value)]:
+        raise ValueError(f"{where} has {name} {value!r}; it may not be empty or hold white space, which parts columns")
+    return str(value)
+
+
+def _text(record: dict[str, Any], name: str, where: str) -> str:
+    if not isinstance(record.get(name), str):
+        raise ValueError(f"{where} {_given(record, name)}; wanted a string")
+    return record[name]
+
+
+def _number(record: dict[str, Any], name: str, where: str) -> float | None:
+    if record.get(name) is None:
+        return None
+    try:
+        value = float(record[name])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{where} {_given(record, name)}; wanted a number")
+    return value
+
+
+def _given(record: dict[str, Any], name: str) -> str:
+    return f"has {name} {record[name]!r}" if name in record else f"has no {name}"
+
+
+def _irds(source: str) -> Any:
+    import ir_datasets
+
+    try:
+        return ir_datasets.load(source.removeprefix("irds:"))
+    except KeyError as error:
+        raise ValueError(f"{source} is not known to ir_datasets ({error})") from error

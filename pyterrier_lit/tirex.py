@@ -1,0 +1,133 @@
+"""TIRA's conventions around a run: what a system finds in its input directory and leaves in its output directory.
+
+Source: tira 0.0.207 and tirex-tracker 0.2.24, which check the output and measure the hardware. Knows no model.
+"""
+
+import contextlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyterrier as pt
+
+from pyterrier_lit.candidates import Candidates, documents, read_rerank_file, read_run, topics
+from pyterrier_lit.checkpoints import choose_device, choose_dtype, fetch
+from pyterrier_lit.reranker import Reranker
+from pyterrier_lit.runs import Summary, write_run
+
+METADATA = "ir-metadata.yml"
+FORMATS = ("run.txt", "ir_metadata", "run-with-metadata")
+
+
+def candidates_in(
+    folder: Path, first_stage: Path | None = None, depth: int | None = None
+) -> Callable[[], Iterator[Candidates]]:
+    """A reader of the queries that TIRA asks about: of rerank.jsonl[.gz], or of the run of an earlier system.
+
+    folder: the input directory. first_stage: the directory with the earlier system's run.txt[.gz], for a folder with
+    queries.jsonl and documents.jsonl. Raises FileNotFoundError when neither is there.
+    """
+    if (file := _either(folder, "rerank.jsonl")) is not None:
+        return partial(read_rerank_file, file, depth)
+    run = first_stage and _either(first_stage, "run.txt")
+    queries, docs = _either(folder, "queries.jsonl"), _either(folder, "documents.jsonl")
+    if run and queries and docs:
+        return partial(read_run, run, topics(str(queries)), documents(str(docs)), depth)
+    raise FileNotFoundError(
+        f"{folder} holds no rerank.jsonl[.gz], and there is no first stage's run to go with queries.jsonl and documents.jsonl;"
+        " a reranker wants a data set for re-ranking, or an input run"
+    )
+
+
+def write_submission(
+    reranker: Reranker,
+    read: Callable[[], Iterator[Candidates]],
+    folder: Path,
+    *,
+    system: str,
+    description: str,
+    dataset: str,
+    team: str,
+    repository: str,
+    compress: bool = False,
+    **how: Any,
+) -> Summary:
+    """Rerank all candidates into run.txt (or run.txt.gz), measure it into ir-metadata.yml, and have TIRA check both.
+
+    folder: the output directory, made if need be. system: the method's name; description: what one needs to repeat it.
+    dataset: TIRA's id of it. team, repository: who made it, and where the code is. how: further arguments of `write_run`,
+    which raises what this does besides. Files get their names when they are complete. Raises ImportError where the tirex extra
+    is not installed, and ValueError with the checker's words when the output is not right.
+    """
+    absent = [name for name in ("tira", "tirex_tracker") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ImportError(f"{' and '.join(absent)} cannot be imported; pip install 'pyterrier-lit[tirex]'")
+    output = folder / ("run.txt.gz" if compress else "run.txt")
+    said: dict[str, Any] = {
+        "actor": {"team": team},
+        "tag": system,
+        "method": {"name": system, "description": description},
+        "implementation": {"source": {"repository": repository}},
+        "data": {"test collection": {"name": dataset}},
+    }
+    with tracked(folder / METADATA, said):
+        summary = write_run(reranker, read, output, system=system, **how)
+        if summary.found:
+            said["method"]["description"] += "; resumed: runtime and resources are those of the last part"
+    check(folder)
+    return summary
+
+
+def describe(reranker: Reranker, depth: int | None) -> str:
+    """What one needs to repeat a run: every argument, the revision of the model, device and dtype."""
+    values = {argument.name: argument.value for argument in pt.inspect.transformer_attributes(reranker)}
+    device = choose_device(reranker.device)
+    values |= {"device": device.type, "dtype": str(choose_dtype(reranker.dtype, device)).removeprefix("torch.")}
+    folder = fetch(reranker.model)
+    revision = f"revision {folder.name}" if folder.parent.name == "snapshots" else "a local folder"
+    listed = ", ".join(f"{name}={value!r}" for name, value in values.items() if name != "verbose")
+    over = "all candidates" if depth is None else f"the first {depth} candidates"
+    return f"{type(reranker).__name__}({listed}); model: {revision}; over {over} of each query"
+
+
+@contextlib.contextmanager
+def tracked(path: Path, said: dict[str, Any]) -> Iterator[None]:
+    """Measure hardware, energy and versions in the block, and write them with what is `said` to `path` if it ends well."""
+    import yaml
+    from tirex_tracker import ALL_MEASURES, Measure, tracking
+
+    with tempfile.TemporaryDirectory() as measured:
+        # Not into the output: the tracker zips every file of the git work tree that is not ignored, data and keys too
+        file = Path(measured) / METADATA
+        with tracking(ALL_MEASURES - {Measure.GIT_ROOT}, 1_000, export_file_path=file):
+            yield
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for archive in ("archive", "archive path"):
+        found["implementation"].get("source", {}).pop(archive, None)
+    new = path.with_name(f".{path.name}.part")
+    new.write_text(yaml.safe_dump(_merged(found, said), allow_unicode=True), encoding="utf-8")
+    new.replace(path)
+
+
+def check(folder: Path) -> None:
+    """ValueError, in the words of TIRA's own checker, unless the run, the metadata and both together are right."""
+    from tira.check_format import check_format
+
+    for wanted in FORMATS:
+        status, message = check_format(folder, wanted)
+        if status.name != "OK":
+            raise ValueError(f"TIRA's checker refuses {folder} as {wanted}: {message}")
+
+
+def _either(folder: Path, name: str) -> Path | None:
+    """The file of that name, gzipped or not."""
+    return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)
+
+
+def _merged(found: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Both, with what is said before what was found, at every depth."""
+    both = {key: _merged(found[key], said[key]) for key in found.keys() & said.keys() if isinstance(said[key], dict)}
+    return found | said | both

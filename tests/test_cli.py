@@ -1,0 +1,240 @@
+"""The command line: the same run as in Python, killed and resumed, every mistake in one line on stderr."""
+
+import inspect
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from itertools import accumulate, groupby
+
+import ir_measures
+import pandas as pd
+import pyterrier as pt
+import pytest
+from conftest import CHECKPOINTS, GOLDEN, ROOT, write_jsonl
+from ir_measures import AP, RR, nDCG
+
+from pyterrier_lit.__main__ import RERANKERS, SET_HERE, constructor_options, main
+
+
+def golden_rows():
+    """The queries and passages of golden/lit5, each text once, as a re-ranking file has them; ranks from 1, worst first."""
+    lines = map(json.loads, (GOLDEN / "lit5" / "data.jsonl").read_text(encoding="utf-8").splitlines())
+    return [
+        {
+            "qid": line["qid"],
+            "query": line["query"],
+            "docno": doc["docno"],
+            "text": doc["text"],
+            "rank": rank,
+            "score": -rank,
+        }
+        for line in lines
+        for rank, doc in reversed(list(enumerate(distinct(line["docs"])[:25], 1)))
+    ]
+
+
+def distinct(docs):
+    return list({doc["text"]: doc for doc in docs}.values())
+
+
+def words(file, output, *more, reranker="cross-encoder"):
+    model = ["--reranker", reranker, "--model", CHECKPOINTS[reranker], "--device", "cpu"]
+    return [str(word) for word in ["rerank", "--input", file, "--output", output, *model, *more]]
+
+
+def program(arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pyterrier_lit", *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_jsonl(tmp_path / "rerank.jsonl.gz", golden_rows())
+
+
+@pytest.mark.parametrize("reranker", RERANKERS)
+def test_a_run_scores_identically_to_the_same_pipeline_in_python(tmp_path, file, capsys, reranker):
+    more = ["--depth", 20, "--max-tokens", 3_000, *(["--top-k", 5] if "top_k" in taken_by(reranker) else [])]
+    assert main(words(file, tmp_path / "run.txt", *more, reranker=reranker)) == 0
+    assert "5 queries, 92 pairs in" in capsys.readouterr().out
+
+    options = {"max_tokens": 3_000} | ({"top_k": 5} if "top_k" in taken_by(reranker) else {})
+    model = RERANKERS[reranker](str(CHECKPOINTS[reranker]), device="cpu", **options)
+    frame = pd.DataFrame(golden_rows())
+    frame["rank"] -= 1
+    expected = (pt.RankCutoff(20) >> model)(frame)
+
+    run = pt.io.read_results(str(tmp_path / "run.txt"))
+    both = expected.merge(run, on=["qid", "docno"], suffixes=("", "_written"))
+    assert len(both) == len(run) == len(expected) == 92
+    assert (both["rank"] + 1 == both["rank_written"]).all()
+    assert (both["score"] == both["score_written"].astype("float32")).all()
+    labels = [hash(docno * 3) % 3 for docno in range(len(both))]
+    qrels = both.assign(relevance=labels).rename(columns={"qid": "query_id", "docno": "doc_id"})
+    measures = [nDCG @ 10, AP, RR]
+    assert measured(measures, qrels, expected) == measured(measures, qrels, run)
+
+
+def measured(measures, qrels, run):
+    run = run.rename(columns={"qid": "query_id", "docno": "doc_id"})
+    return sorted(map(str, ir_measures.iter_calc(measures, qrels, run)))
+
+
+def taken_by(reranker):
+    return [name for name, owners in constructor_options().items() if reranker in owners]
+
+
+@pytest.mark.parametrize("reranker", RERANKERS)
+def test_every_argument_of_a_constructor_is_an_option_unless_it_is_an_object_or_set_here(reranker):
+    arguments = inspect.signature(RERANKERS[reranker]).parameters
+    objects = {"vectors", "encoder"}
+    assert set(taken_by(reranker)) == set(arguments) - set(SET_HERE) - objects
+
+
+def test_a_run_with_topics_and_documents_gives_the_same_as_a_rerank_file(tmp_path, file):
+    rows = golden_rows()
+    (tmp_path / "first.txt").write_text(
+        "".join(f"{r['qid']} Q0 {r['docno']} {r['rank']} {r['score']} bm25\n" for r in rows)
+    )
+    (tmp_path / "queries.tsv").write_text("".join({f"{r['qid']}\t{r['query']}\n": 0 for r in rows}))
+    write_jsonl(tmp_path / "docs.jsonl.gz", [{"docno": r["docno"], "text": r["text"]} for r in rows])
+    assert main(words(file, tmp_path / "a.txt")) == 0
+    more = ["--topics", tmp_path / "queries.tsv", "--documents", tmp_path / "docs.jsonl.gz"]
+    assert main(words(tmp_path / "first.txt", tmp_path / "b.txt", *more)) == 0
+    assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes()
+
+
+def test_a_killed_run_that_is_resumed_is_the_uninterrupted_run_byte_by_byte(tmp_path):
+    rows = [row | {"qid": f"{copy}{row['qid']}"} for copy in range(12) for row in golden_rows()]
+    file = write_jsonl(tmp_path / "rerank.jsonl", rows)
+    assert main(words(file, tmp_path / "whole.txt", "--chunk", 60, "--system", "x")) == 0
+    whole = (tmp_path / "whole.txt").read_bytes()
+
+    again = words(file, tmp_path / "run.txt", "--chunk", 60, "--system", "x")
+    process = program(again)
+    while process.poll() is None and not any(part.stat().st_size > 3_000 for part in tmp_path.glob("run.txt.*.part")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run.txt").exists()
+    (part,) = tmp_path.glob("run.txt.*.part")
+    left = part.read_bytes()
+    assert whole.startswith(left) and 3_000 < len(left) < len(whole)
+    part.write_bytes(left[:-7])  # as if the kill had come in the middle of a write
+
+    assert main([*again]) == 1  # not without --resume
+    assert part.read_bytes() == left[:-7]
+    process = program([*again, "--resume"])
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert (tmp_path / "run.txt").read_bytes() == whole
+    by_query = [
+        b"".join(lines) for _, lines in groupby(whole.splitlines(keepends=True), key=lambda line: line.split()[0])
+    ]
+    ends = list(accumulate(map(len, by_query)))[1::2]  # of the chunks, which hold two queries each
+    found = 2 * sum(end <= len(left) - 7 for end in ends)
+    assert out.startswith(f"{60 - found} queries") and out.endswith(f"; done before: {found} queries\n")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def refused(arguments, capsys):
+    """The one line that a command leaves on stderr when it fails."""
+    assert main(arguments) != 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line and "pair/s" not in line]
+    assert len(said) == 1, said
+    return said[0].removeprefix("python -m pyterrier_lit: ")
+
+
+def test_bad_input_is_one_clear_line_and_leaves_no_run(tmp_path, capsys):
+    rows = golden_rows()
+    cases = {
+        "has no text; wanted a string": [*rows[:30], {k: v for k, v in rows[30].items() if k != "text"}],
+        "twice; keep one of them": [*rows, rows[-1]],
+        "came before, with others in between": [*rows, rows[0]],
+        "holds no candidates": [],
+    }
+    for message, wrong in cases.items():
+        assert message in refused(
+            words(write_jsonl(tmp_path / "in.jsonl", wrong), tmp_path / "out" / "run.txt"), capsys
+        )
+        assert list((tmp_path / "out").iterdir()) == []
+    cut = write_jsonl(tmp_path / "in.jsonl.gz", rows)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert "it is cut short or damaged" in refused(words(cut, tmp_path / "out" / "run.txt"), capsys)
+    assert "No such file" in refused(words(tmp_path / "no.jsonl", tmp_path / "out" / "run.txt"), capsys)
+
+
+def test_a_model_or_argument_that_cannot_be_is_one_clear_line(tmp_path, file, capsys):
+    for more, message in (
+        (["--model", tmp_path / "nowhere"], "there is no folder"),
+        (["--device", "toaster"], "device='toaster' cannot be used here"),
+        (["--max-tokens", 0], "max_tokens=0; wanted a whole number"),
+        (["--system", "two words"], "system='two words'"),
+    ):
+        assert message in refused(words(file, tmp_path / "out" / "run.txt", *more), capsys)
+        assert not list(tmp_path.glob("out/*"))
+
+
+def test_options_that_do_not_go_together_are_named(tmp_path, file, capsys):
+    for more, message in (
+        (["--window-size", 7], "--window-size is an option of lit5-distill and pe-rank, not of cross-encoder"),
+        (["--topics", "q.tsv"], "--topics and --documents go together"),
+        (["--input", "run.txt"], "a run wants --topics and --documents with it"),
+        (["--depth", 0], "'0' is no whole number from 1 on"),
+        (["--max-tokens", "many"], "invalid int value"),
+        (["--reranker", "bm25"], "invalid choice: 'bm25'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(words(file, tmp_path / "run.txt", *more))
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_one_clear_line_before_the_model_loads(tmp_path, file, capsys):
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    places = ["taken"] if os.geteuid() == 0 else ["taken", "locked"]  # root may write everywhere
+    for place in places:
+        arguments = words(file, tmp_path / place / "run.txt", "--model", "no/such-model")
+        assert refused(arguments, capsys).startswith(f"{tmp_path / place} cannot be written to (")
+
+
+def test_a_full_disk_is_one_clear_line_and_what_was_finished_is_a_run(tmp_path, file):
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+
+    arguments = words(file, tmp_path / "run.txt", "--chunk", 30, "--system", "x")
+    process = program(arguments, preexec_fn=small)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert "Traceback" not in error
+    line = error.splitlines()[-1]
+    assert (
+        "cannot be written on ([Errno 27] File too large)" in line
+        and "what was finished is in" in line
+        and "resume goes on with it" in line
+    )
+    (part,) = tmp_path.glob("run.txt.*.part")
+    kept = pt.io.read_results(str(part))
+    assert kept.groupby("qid").size().tolist() == [25, 25]
+    assert main([*arguments, "--resume"]) == 0
+    assert main(words(file, tmp_path / "whole.txt", "--chunk", 30, "--system", "x")) == 0
+    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
+
+
+def test_the_summary_has_queries_pairs_seconds_and_tokens(tmp_path, file, capsys):
+    assert main(words(file, tmp_path / "run.txt.gz", "--chunk", 1)) == 0
+    said = capsys.readouterr().out.replace(",", "")
+    _, pairs, seconds, speed, padded, real, ratio = (
+        float(word) for word in said.split() if word.replace(".", "").isdigit()
+    )
+    assert (pairs, ratio) == (112, round(padded / real, 3))
+    assert speed == pytest.approx(pairs / seconds, rel=0.3) and padded > real > 112 * 3
