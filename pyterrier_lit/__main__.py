@@ -1,16 +1,17 @@
-"""The command line: `python -m pyterrier_lit rerank` and `tirex`. Knows options and messages; the rooms below do the work."""
+"""The command line: `python -m pyterrier_lit rerank`, `train` and `tirex`. Knows options and messages; the rooms below do the work."""
 
 import argparse
+import ast
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from pyterrier_lit.candidates import documents, read_rerank_file, read_run, topics
+from pyterrier_lit.candidates import Candidates, documents, read_rerank_file, read_run, topics
 from pyterrier_lit.cross_encoder import CrossEncoder
 from pyterrier_lit.lit5_distill import LiT5Distill
 from pyterrier_lit.lit5_score import LiT5Score
@@ -32,25 +33,13 @@ Parameters = dict[str, dict[str, inspect.Parameter]]  # by name, then by reranke
 
 def rerank(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     """Rerank the candidates in a file into a TREC run."""
-    parser.add_argument(
-        "--input", type=Path, required=True, help="rerank.jsonl[.gz], or a TREC run[.gz] to go with the next two"
-    )
-    parser.add_argument("--topics", help="qid and query: .jsonl[.gz], tab-separated, or irds:ID")
-    parser.add_argument("--documents", help="docno and text: .jsonl[.gz], tab-separated, or irds:ID")
+    add_candidates(parser)
     parser.add_argument("--output", type=Path, required=True, help="the run; gzipped if its name ends in .gz")
     add_reranker(parser)
+    add_run(parser)
 
     def run(arguments: argparse.Namespace) -> None:
-        chosen = reranker(parser, arguments)
-        if (arguments.topics is None) != (arguments.documents is None):
-            parser.error("--topics and --documents go together, with a run as --input")
-        if arguments.topics is None and ".jsonl" not in arguments.input.suffixes:
-            parser.error(f"--input {arguments.input} is no .jsonl[.gz]; a run wants --topics and --documents with it")
-        if arguments.topics is None:
-            read = partial(read_rerank_file, arguments.input, arguments.depth)
-        else:
-            lookups = topics(arguments.topics), documents(arguments.documents)
-            read = partial(read_run, arguments.input, *lookups, arguments.depth)
+        chosen, read = reranker(parser, arguments), candidates(parser, arguments, arguments.input)
         print(write_run(chosen, read, arguments.output, **how(arguments)))
 
     return run
@@ -73,13 +62,10 @@ def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
         )
     parser.add_argument("--dataset", help="TIRA's id of the data set; default: $TIRA_DATASET_ID, else the input's name")
     parser.add_argument("--team", default="pyterrier-lit", help="your team's name in TIRA (default %(default)s)")
-    parser.add_argument(
-        "--repository",
-        default="https://pypi.org/project/pyterrier-lit/",
-        help="where the code is (default %(default)s)",
-    )
+    parser.add_argument("--repository", default="pyterrier-lit", help="where the code is, a URL (default %(default)s)")
     parser.add_argument("--compress", action="store_true", help="write run.txt.gz")
     add_reranker(parser)
+    add_run(parser)
 
     def run(arguments: argparse.Namespace) -> None:
         chosen = reranker(parser, arguments)
@@ -99,13 +85,98 @@ def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     return run
 
 
-COMMANDS = (rerank, tirex)  # each adds its options to a parser and returns what is to be done with them
+def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+    """Train a reranker on candidates in a file, from labels or from a teacher's run."""
+    add_reranker(parser)
+    parser.add_argument("--backbone", help="hub id or folder to begin from, untrained; else --model is trained further")
+    for name, parameter in backbone_options().items():
+        meaning = f"of pe-rank with --backbone (default {parameter.default})"
+        parser.add_argument(flag(name), type=value_type(parameter), default=argparse.SUPPRESS, help=meaning)
+    add_candidates(parser)
+    taught = parser.add_mutually_exclusive_group(required=True)
+    taught.add_argument("--labels", type=Path, help="learn from these qrels")
+    taught.add_argument("--teacher", type=Path, help="learn from this ranking: TREC run[.gz], .jsonl[.gz] or .parquet")
+    taught.add_argument("--order", action="store_true", help="learn the order of the candidates")
+    taught.add_argument("--answers", action="store_true", help="learn to answer: --input holds question, answers, ctxs")
+    taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, first stage)")
+    parser.add_argument("--depth", type=positive, help="candidates per query; default: all")
+    parser.add_argument("--valid", type=Path, help="candidates to measure nDCG@10 on, in the format of --input")
+    parser.add_argument("--valid-labels", type=Path, help="the qrels of these")
+    parser.add_argument("--recipe", help="the name of a recipe; default: the paper's")
+    parser.add_argument(
+        "--set", action="append", default=[], type=setting, metavar="NAME=VALUE", help="a setting of the recipe, such as steps=1000"
+    )
+    parser.add_argument("--every", type=positive, help="steps between states and measurements")
+    parser.add_argument("--patience", type=positive, help="stop after so many measurements without a better one")
+    parser.add_argument("--seed", type=int, default=42, help="of all chance (default %(default)s)")
+    parser.add_argument("--state", type=Path, help="where the training's state is kept, to go on after a kill")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the trained checkpoint")
+
+    def run(arguments: argparse.Namespace) -> None:
+        from pyterrier_lit.training import Distil, FineTune
+        from pyterrier_lit.training.data import as_frame, read_qa, read_qrels
+
+        if (arguments.valid is None) != (arguments.valid_labels is None):
+            parser.error("--valid and --valid-labels go together")
+        student = reranker(parser, arguments)
+        settings = {
+            "recipe": arguments.recipe,
+            "folder": arguments.state,
+            "every": arguments.every,
+            "patience": arguments.patience,
+            "seed": arguments.seed,
+            **dict(arguments.set),
+        }
+        learns = FineTune(student, **settings)
+        if arguments.teacher or arguments.order:
+            learns = Distil(student, arguments.teacher, **settings)
+        frame = read_qa(arguments.input) if arguments.answers else as_frame(candidates(parser, arguments, arguments.input)())
+        validation = [as_frame(candidates(parser, arguments, arguments.valid)())] if arguments.valid else [None]
+        learns.fit(frame, read_qrels(arguments.labels), *validation, read_qrels(arguments.valid_labels))
+        student.save(arguments.output)
+        print(f"{arguments.output}: {len(learns.log)} measurements, the last {learns.log.iloc[-1].dropna().to_dict()}")
+
+    return run
+
+
+COMMANDS = (rerank, train, tirex)  # each adds its options to a parser and returns what is to be done with them
+
+
+def add_candidates(parser: argparse.ArgumentParser) -> None:
+    """The options that say where candidates are."""
+    parser.add_argument(
+        "--input", type=Path, required=True, help="rerank.jsonl[.gz], or a TREC run[.gz] to go with the next two"
+    )
+    parser.add_argument("--topics", help="qid and query: .jsonl[.gz], tab-separated, or irds:ID")
+    parser.add_argument("--documents", help="docno and text: .jsonl[.gz], tab-separated, or irds:ID")
+
+
+def candidates(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, path: Path
+) -> Callable[[], Iterator[Candidates]]:
+    """How the candidates in a file are read, each time from the start."""
+    if (arguments.topics is None) != (arguments.documents is None):
+        parser.error("--topics and --documents go together, with a run as --input")
+    if arguments.topics is None and ".jsonl" not in path.suffixes:
+        parser.error(f"--input {path} is no .jsonl[.gz]; a run wants --topics and --documents with it")
+    if arguments.topics is None:
+        return partial(read_rerank_file, path, arguments.depth)
+    return partial(read_run, path, topics(arguments.topics), documents(arguments.documents), arguments.depth)
 
 
 def add_reranker(parser: argparse.ArgumentParser) -> None:
-    """The options that both commands have: which reranker, how it is set, how the run is written."""
+    """The options that all commands have: which reranker, and how it is set."""
     parser.add_argument("--reranker", choices=RERANKERS, required=True)
     parser.add_argument("--model", help="hub id or folder; default: the reranker's published checkpoint")
+    own = parser.add_argument_group("arguments of the rerankers", "as the classes of pyterrier_lit document them")
+    for name, parameters in constructor_options().items():
+        defaults = ", ".join(f"{reranker} (default {given.default})" for reranker, given in parameters.items())
+        kind = value_type(next(iter(parameters.values())))
+        own.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=defaults)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The options of the commands that write a run."""
     parser.add_argument("--depth", type=positive, help="candidates reranked per query; default: all")
     parser.add_argument("--system", help="last column of the run; default: reranker and model")
     parser.add_argument(
@@ -117,15 +188,10 @@ def add_reranker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with what an interrupted run with the same options has left"
     )
-    own = parser.add_argument_group("arguments of the rerankers", "as the classes of pyterrier_lit document them")
-    for name, parameters in constructor_options().items():
-        defaults = ", ".join(f"{reranker} (default {given.default})" for reranker, given in parameters.items())
-        kind = value_type(next(iter(parameters.values())))
-        own.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=defaults)
 
 
 def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker that the options describe."""
+    """The reranker that the options describe; with --backbone a new one."""
     given = {name: getattr(arguments, name) for name in constructor_options() if hasattr(arguments, name)}
     for name in given:
         owners = constructor_options()[name]
@@ -133,7 +199,11 @@ def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
             parser.error(f"{flag(name)} is an option of {' and '.join(owners)}, not of {arguments.reranker}")
     if arguments.model is not None:
         given["model"] = arguments.model
-    return RERANKERS[arguments.reranker](**given)
+    if getattr(arguments, "backbone", None) is None:
+        return RERANKERS[arguments.reranker](**given)
+    if arguments.reranker == "pe-rank":
+        given |= {name: getattr(arguments, name) for name in backbone_options() if hasattr(arguments, name)}
+    return RERANKERS[arguments.reranker].from_backbone(arguments.backbone, **given)
 
 
 def how(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -151,6 +221,23 @@ def constructor_options() -> Parameters:
             if parameter.name not in SET_HERE and value_type(parameter):
                 found.setdefault(parameter.name, {})[name] = parameter
     return found
+
+
+def backbone_options() -> dict[str, inspect.Parameter]:
+    """What `PERank.from_backbone` takes besides: the encoder inside and the projector."""
+    named = inspect.signature(PERank.from_backbone).parameters.values()
+    return {parameter.name: parameter for parameter in named if parameter.kind == parameter.KEYWORD_ONLY}
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as Python writes it, or else as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def value_type(parameter: inspect.Parameter) -> type | None:
@@ -184,7 +271,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     try:
         arguments.run(arguments)
-    except (OSError, ValueError, MemoryError, ImportError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, TypeError, MemoryError, ImportError, KeyboardInterrupt) as error:
         told = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
         print(f"{parser.prog}: {' '.join('; '.join(told).split())}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -8,13 +8,14 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_lit.candidates import Candidates
 from pyterrier_lit.frames import Ranking
 
 KEY = ["qid", "docno"]
@@ -160,6 +161,21 @@ def read_qa(path: str | Path) -> pd.DataFrame:
             docno = str(passage.get("id", passage.get("docno", f"{number}-{rank}")))
             rows.append((str(record.get("id", number)), record["question"], docno, text, answers, rank))
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "answers", "rank"])
+
+
+def read_qrels(path: Path | None) -> pd.DataFrame | None:
+    """Judgements in TREC's format; None without a file."""
+    return None if path is None else pt.io.read_qrels(str(path))
+
+
+def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
+    """A result frame of candidates, each query's best first."""
+    rows = [
+        (given.qid, given.query, docno, text, rank)
+        for given in candidates
+        for rank, (docno, text) in enumerate(zip(given.docnos, given.texts, strict=True))
+    ]
+    return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "rank"])
 
 
 def _joined(frame: pd.DataFrame, targets: pd.DataFrame) -> pd.DataFrame:

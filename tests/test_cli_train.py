@@ -1,0 +1,112 @@
+"""`python -m pyterrier_lit train`: from files to a checkpoint, the same as in Python, and mistakes in one line."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import GOLDEN, write_jsonl
+
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit.__main__ import main
+from pyterrier_lit.training import FineTune
+
+LIT5 = GOLDEN / "lit5" / "tiny-random"
+FEW = ["--set", "steps=2", "--set", "batch_size=2", "--set", "at_once=2", "--device", "cpu"]
+
+
+@pytest.fixture
+def rows():
+    return [
+        {"qid": f"q{q}", "query": letter, "docno": f"d{i}", "text": f"{letter if i == q else 'no'} {i}", "rank": i + 1}
+        for q, letter in enumerate("abcd")
+        for i in range(5)
+    ]
+
+
+@pytest.fixture
+def file(tmp_path, rows):
+    return write_jsonl(tmp_path / "rerank.jsonl", rows)
+
+
+@pytest.fixture
+def labels(tmp_path):
+    path = tmp_path / "qrels.txt"
+    path.write_text("".join(f"q{q} 0 d{q} 1\n" for q in range(4)))
+    return path
+
+
+def train(*arguments):
+    return main(["train", *map(str, arguments)])
+
+
+def test_from_labels_it_is_the_training_in_python(file, rows, labels, cross_encoder_folder, tmp_path, capsys):
+    more = ["--set", "n_passages=3", "--set", "learning_rate=1e-2", "--seed", 5]
+    where = ["--input", file, "--labels", labels, "--output", tmp_path / "out", "--state", tmp_path / "state", "--every", 1]
+    valid = ["--valid", file, "--valid-labels", labels]
+    assert train("--reranker", "cross-encoder", "--model", cross_encoder_folder, *where, *valid, *FEW, *more) == 0
+    assert "measurements, the last {'step': 2.0, 'nDCG@10'" in capsys.readouterr().out
+    assert (tmp_path / "state" / "checkpoint-2").is_dir()
+    frame = pd.DataFrame(rows)
+    qrels = pd.DataFrame([(f"q{q}", f"d{q}", 1) for q in range(4)], columns=["qid", "docno", "label"])
+    student = CrossEncoder(str(cross_encoder_folder), device="cpu")
+    settings = {"steps": 2, "batch_size": 2, "at_once": 2, "n_passages": 3, "learning_rate": 1e-2, "seed": 5, "every": 1}
+    FineTune(student, **settings, verbose=False).fit(frame, qrels, frame, qrels)
+    trained = CrossEncoder(str(tmp_path / "out"), device="cpu")
+    pd.testing.assert_frame_equal(trained(frame), student(frame))
+
+
+def test_every_reranker_learns_from_files(file, rows, electra, backbone, tmp_path):
+    run = tmp_path / "teacher.run"
+    run.write_text("".join(f"{row['qid']} Q0 {row['docno']} {6 - row['rank']} {row['rank']} teacher\n" for row in rows))
+    questions = {"question": "who?", "answers": ["he"], "ctxs": [{"text": "he is"}, {"text": "she is"}]}
+    qa = write_jsonl(tmp_path / "qa.jsonl", [questions, questions])
+    torch.manual_seed(0)
+    for number, (kind, arguments) in enumerate(
+        [
+            (CrossEncoder, ["cross-encoder", "--backbone", electra, "--input", file, "--teacher", run, "--doc-length", 40]),
+            (LiT5Distill, ["lit5-distill", "--backbone", LIT5, "--input", file, "--order", "--window-size", 4]),
+            (LiT5Score, ["lit5-score", "--backbone", LIT5, "--input", qa, "--answers"]),
+            (
+                PERank,
+                ["pe-rank", "--backbone", backbone("mistral"), "--input", file, "--passages", "--recipe", "pe-rank-alignment",
+                 "--encoder-name", GOLDEN / "pe_rank" / "encoder"],
+            ),
+        ]
+    ):  # fmt: skip
+        output = tmp_path / str(number)
+        assert train("--reranker", *arguments, "--output", output, *FEW) == 0
+        assert len(kind(str(output), device="cpu")(pd.DataFrame(rows))) == len(rows)
+    assert LiT5Distill(str(tmp_path / "1"), device="cpu").window()[0] == 4
+    assert json.loads((tmp_path / "0" / "config.json").read_text())["doc_length"] == 40
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--order", "--set", "speed=1"], "'speed' is no setting of PairRecipe"),
+        (["--order", "--recipe", "best"], "recipe='best'; CrossEncoder has"),
+        (["--teacher", "nowhere.run"], "nowhere.run"),
+        (["--answers"], "it has no question; wanted question, answers and ctxs"),
+    ],
+)
+def test_mistakes_are_one_line(file, cross_encoder_folder, tmp_path, capsys, arguments, words):
+    model = ["--reranker", "cross-encoder", "--model", cross_encoder_folder, "--device", "cpu"]
+    assert train(*model, "--input", file, "--output", tmp_path / "out", *arguments) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in said and said.startswith("python -m pyterrier_lit: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "one of the arguments --labels --teacher --order --answers --passages is required"),
+        (["--order", "--set", "steps"], "'steps' is no NAME=VALUE"),
+        (["--order", "--valid", "x.jsonl"], "--valid and --valid-labels go together"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(file, cross_encoder_folder, tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit) as end:
+        train("--reranker", "cross-encoder", "--input", file, "--output", tmp_path / "out", *arguments)
+    assert end.value.code == 2 and words in capsys.readouterr().err
