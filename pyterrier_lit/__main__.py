@@ -104,7 +104,12 @@ def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     parser.add_argument("--valid-labels", type=Path, help="the qrels of these")
     parser.add_argument("--recipe", help="the name of a recipe; default: the paper's")
     parser.add_argument(
-        "--set", action="append", default=[], type=setting, metavar="NAME=VALUE", help="a setting of the recipe, such as steps=1000"
+        "--set",
+        action="append",
+        default=[],
+        type=setting,
+        metavar="NAME=VALUE",
+        help="a setting of the recipe, such as steps=1000",
     )
     parser.add_argument("--every", type=positive, help="steps between states and measurements")
     parser.add_argument("--patience", type=positive, help="stop after so many measurements without a better one")
@@ -130,7 +135,11 @@ def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
         learns = FineTune(student, **settings)
         if arguments.teacher or arguments.order:
             learns = Distil(student, arguments.teacher, **settings)
-        frame = read_qa(arguments.input) if arguments.answers else as_frame(candidates(parser, arguments, arguments.input)())
+        frame = (
+            read_qa(arguments.input)
+            if arguments.answers
+            else as_frame(candidates(parser, arguments, arguments.input)())
+        )
         validation = [as_frame(candidates(parser, arguments, arguments.valid)())] if arguments.valid else [None]
         learns.fit(frame, read_qrels(arguments.labels), *validation, read_qrels(arguments.valid_labels))
         student.save(arguments.output)

@@ -144,7 +144,8 @@ class LiT5Distill(ListwiseReranker):
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise ValueError(f"max_length={self.max_length!r}; wanted a whole number of tokens from 1 on")
         texts = [
-            f"Search Query: {query} Passage: [{i}] {passage} Relevance Ranking: " for i, passage in enumerate(passages, 1)
+            f"Search Query: {query} Passage: [{i}] {passage} Relevance Ranking: "
+            for i, passage in enumerate(passages, 1)
         ]
         return [[*ids[: self.max_length - 1], EOS] for ids in self.loaded().pieces(texts)]
 

@@ -83,7 +83,11 @@ class Ranker:
     def head(self) -> torch.Tensor:
         """The language model's own output layer (V, H), which ranking does not read: from its file, or its input embeddings."""
         tied = self.config.get("tie_word_embeddings")
-        weight = self.network.body.get_input_embeddings().weight.detach() if tied else read_weight(self.folder, "lm_head.weight")
+        weight = (
+            self.network.body.get_input_embeddings().weight.detach()
+            if tied
+            else read_weight(self.folder, "lm_head.weight")
+        )
         if weight is None:
             raise ValueError(
                 f"{self.folder} holds no lm_head.weight: a PE-Rank that was saved can no longer write; align it before, right after"

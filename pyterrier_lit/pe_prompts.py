@@ -62,7 +62,9 @@ class Prompter:
         """The ids of a conversation with its answer, to learn from, and where the answer begins."""
         turns = [*messages, {"role": "assistant", "content": answer}]
         asked, whole = (
-            self.tokenizer(self.tokenizer.apply_chat_template(shown, tokenize=False), add_special_tokens=False)["input_ids"]
+            self.tokenizer(self.tokenizer.apply_chat_template(shown, tokenize=False), add_special_tokens=False)[
+                "input_ids"
+            ]
             for shown in (messages, turns)
         )
         return whole, len(asked)

@@ -1,7 +1,7 @@
 """A causal language model with vectors among its words: projector, inputs, decoding with a cache. Knows no text, no queries."""
 
-import os
 import re
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class VectorLM(nn.Module):
         """The ids before any vector that several prompts begin with, one less than the shortest prompt at most."""
         if len(prompts) < 2:
             return []
-        common = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        common = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
         return common[: common.index(self.placeholder)] if self.placeholder in common else common
 
     def embed(

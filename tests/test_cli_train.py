@@ -42,7 +42,18 @@ def train(*arguments):
 
 def test_from_labels_it_is_the_training_in_python(file, rows, labels, cross_encoder_folder, tmp_path, capsys):
     more = ["--set", "n_passages=3", "--set", "learning_rate=1e-2", "--seed", 5]
-    where = ["--input", file, "--labels", labels, "--output", tmp_path / "out", "--state", tmp_path / "state", "--every", 1]
+    where = [
+        "--input",
+        file,
+        "--labels",
+        labels,
+        "--output",
+        tmp_path / "out",
+        "--state",
+        tmp_path / "state",
+        "--every",
+        1,
+    ]
     valid = ["--valid", file, "--valid-labels", labels]
     assert train("--reranker", "cross-encoder", "--model", cross_encoder_folder, *where, *valid, *FEW, *more) == 0
     assert "measurements, the last {'step': 2.0, 'nDCG@10'" in capsys.readouterr().out
@@ -50,7 +61,15 @@ def test_from_labels_it_is_the_training_in_python(file, rows, labels, cross_enco
     frame = pd.DataFrame(rows)
     qrels = pd.DataFrame([(f"q{q}", f"d{q}", 1) for q in range(4)], columns=["qid", "docno", "label"])
     student = CrossEncoder(str(cross_encoder_folder), device="cpu")
-    settings = {"steps": 2, "batch_size": 2, "at_once": 2, "n_passages": 3, "learning_rate": 1e-2, "seed": 5, "every": 1}
+    settings = {
+        "steps": 2,
+        "batch_size": 2,
+        "at_once": 2,
+        "n_passages": 3,
+        "learning_rate": 1e-2,
+        "seed": 5,
+        "every": 1,
+    }
     FineTune(student, **settings, verbose=False).fit(frame, qrels, frame, qrels)
     trained = CrossEncoder(str(tmp_path / "out"), device="cpu")
     pd.testing.assert_frame_equal(trained(frame), student(frame))

@@ -153,7 +153,17 @@ def test_only_frames_knows_pandas():
         }
         assert room == "frames" or "numpy" not in names
         assert (
-            room in ("frames", "training.data", "cross_encoder", "lit5_distill", "lit5_score", "pe_rank", "scale", "training.distil")
+            room
+            in (
+                "frames",
+                "training.data",
+                "cross_encoder",
+                "lit5_distill",
+                "lit5_score",
+                "pe_rank",
+                "scale",
+                "training.distil",
+            )
             or "pandas" not in names
         )  # training.data puts targets beside frames; rerankers and estimators name the frame in a signature
 

@@ -41,7 +41,9 @@ def candidates():
 
 @pytest.fixture
 def qrels():
-    return pd.DataFrame([(f"q{q}", f"{letter}{q % 6}", 1) for q, letter in enumerate("abcdefgh")], columns=["qid", "docno", "label"])
+    return pd.DataFrame(
+        [(f"q{q}", f"{letter}{q % 6}", 1) for q, letter in enumerate("abcdefgh")], columns=["qid", "docno", "label"]
+    )
 
 
 @pytest.fixture
@@ -63,7 +65,9 @@ def test_five_steps_are_lightning_irs(name):
     encoder = CrossEncoder(str(GOLDEN / "cross_encoder" / reference["checkpoint"]), device="cpu")
     rows = [
         (f"{q}", query, f"{q}-{i}", text, -i, target)
-        for q, (query, texts, targets) in enumerate(zip(reference["queries"], reference["docs"], reference["targets"], strict=True))
+        for q, (query, texts, targets) in enumerate(
+            zip(reference["queries"], reference["docs"], reference["targets"], strict=True)
+        )
         for i, (text, target) in enumerate(zip(texts, targets, strict=True))
     ]
     frame = pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "score", "target"])
@@ -80,7 +84,9 @@ def test_five_steps_are_lightning_irs(name):
     )
     training.fit(frame, None)
     assert losses(training) == pytest.approx([step["loss"] for step in reference["history"]], abs=1e-5)
-    assert training.log["grad_norm"].tolist() == pytest.approx([step["grad_norm"] for step in reference["history"]], rel=1e-4)
+    assert training.log["grad_norm"].tolist() == pytest.approx(
+        [step["grad_norm"] for step in reference["history"]], rel=1e-4
+    )
     scores, expected = encoder(frame)["score"].to_numpy(), np.array(reference["final_scores"])
     assert np.abs(scores - scores.mean() - expected + expected.mean()).max() < 1e-5
 
@@ -88,7 +94,11 @@ def test_five_steps_are_lightning_irs(name):
 def taught(row, query):
     worth = dict(zip(row["ranking"], range(len(row["ranking"]), 0, -1), strict=True))
     n = len(worth)
-    columns = {"docno": [str(i) for i in range(n)], "text": row["extra_texts"][:n], "target": [worth[i + 1] for i in range(n)]}
+    columns = {
+        "docno": [str(i) for i in range(n)],
+        "text": row["extra_texts"][:n],
+        "target": [worth[i + 1] for i in range(n)],
+    }
     return Ranking("q", query, columns)
 
 
@@ -104,7 +114,10 @@ def test_pe_ranks_second_stage_is_the_references():
     lists = objective.prepare([taught(row, query) for row, query in zip(rows, queries, strict=True)])
     batch = objective.collate([objective.draw(given, random.Random(0)) for given in lists])["batch"]
     for view, name in zip(batch.views, ("wo", "w"), strict=True):
-        ids, mask = arrays[f"stage2.inputs_{name}_content.input_ids"], arrays[f"stage2.inputs_{name}_content.attention_mask"]
+        ids, mask = (
+            arrays[f"stage2.inputs_{name}_content.input_ids"],
+            arrays[f"stage2.inputs_{name}_content.attention_mask"],
+        )
         assert view == [row[inside].tolist() for row, inside in zip(ids, mask, strict=True)]
         expected = arrays[f"stage2.logits_{name}"]
         scores = objective.scores(view, batch.rows, batch.order)[0].detach().numpy()
@@ -143,7 +156,15 @@ def test_pe_ranks_first_stage_is_the_references_and_only_the_projector_learns():
 @pytest.mark.parametrize("loss", cross_encoder.LOSSES)
 def test_a_cross_encoder_learns_by_every_loss(student, candidates, qrels, loss):
     training = FineTune(
-        student, loss=loss, steps=60, batch_size=8, at_once=4, learning_rate=3e-3, n_passages=None, sampling="top", **QUIET
+        student,
+        loss=loss,
+        steps=60,
+        batch_size=8,
+        at_once=4,
+        learning_rate=3e-3,
+        n_passages=None,
+        sampling="top",
+        **QUIET,
     )
     training.fit(candidates, qrels)
     first = training(candidates).query("rank == 0")
@@ -169,7 +190,15 @@ def test_lists_of_unequal_length_learn_as_they_do_alone(student, candidates, qre
 def test_a_lit5_distill_learns_the_order(candidates, tmp_path):
     model = LiT5Distill(str(LIT5), window_size=6, device="cpu")
     backwards = pt.apply.doc_score(lambda row: int(row["docno"][1:]))
-    settings = {"steps": 40, "batch_size": 8, "at_once": 8, "warmup": 0, "learning_rate": 1e-2, "smallest": 6, "shuffle": 0.0}
+    settings = {
+        "steps": 40,
+        "batch_size": 8,
+        "at_once": 8,
+        "warmup": 0,
+        "learning_rate": 1e-2,
+        "smallest": 6,
+        "shuffle": 0.0,
+    }
     pipeline = pt.Transformer.identity() >> Distil(model, backwards, dropout=0.0, **settings, **QUIET)
     pipeline.fit(candidates, None)
     expected = {f"q{q}": [f"{letter}{i}" for i in (5, 4, 3, 2, 1, 0)] for q, letter in enumerate("abcdefgh")}
@@ -218,8 +247,10 @@ def test_what_is_computed_anew_for_the_gradient_changes_nothing(candidates):
     frame = candidates.assign(target=range(len(candidates)))
     gradients = []
     for forgets in (False, True):
-        objective = lit5_distill.RECIPES["lit5-distill-v2"].but(dropout=0.0, shuffle=0.0, smallest=6).objective(
-            LiT5Distill(str(LIT5), window_size=6, device="cpu")
+        objective = (
+            lit5_distill.RECIPES["lit5-distill-v2"]
+            .but(dropout=0.0, shuffle=0.0, smallest=6)
+            .objective(LiT5Distill(str(LIT5), window_size=6, device="cpu"))
         )
         objective.train()
         if forgets:
@@ -243,7 +274,9 @@ def test_the_target_text_of_a_window_names_the_best_first(candidates):
 def test_an_answer_is_as_long_as_the_student_may_write():
     model = LiT5Score(str(LIT5), answer_length=5, n_passages=2, device="cpu")
     objective = lit5_score.RECIPES["fid-reader"].objective(model)
-    question = objective.draw(Ranking("q", "q", {"text": ["x", "y", "z"], "answers": ["a b c d e f g"] * 3}), random.Random(0))
+    question = objective.draw(
+        Ranking("q", "q", {"text": ["x", "y", "z"], "answers": ["a b c d e f g"] * 3}), random.Random(0)
+    )
     prompts, answer = objective.read(question)
     assert len(prompts) == 2 and len(answer) == 4 and answer[-1] == 1
 
@@ -257,7 +290,11 @@ def test_draw_number_i_is_always_the_same_and_an_epoch_holds_every_list_once():
             return given, chosen.random()
 
     draws = Draws(Objective(), "abcde", 20, seed=3)
-    assert [draws[i] for i in reversed(range(20))][::-1] == [draws[i] for i in range(20)] == [pickle.loads(pickle.dumps(draws[i])) for i in range(20)]
+    assert (
+        [draws[i] for i in reversed(range(20))][::-1]
+        == [draws[i] for i in range(20)]
+        == [pickle.loads(pickle.dumps(draws[i])) for i in range(20)]
+    )
     epochs = ["".join(draws[i][0] for i in range(start, start + 5)) for start in range(0, 20, 5)]
     assert all(sorted(epoch) == list("abcde") for epoch in epochs) and len(set(epochs)) > 1
     assert len({draws[i][1] for i in range(20)}) == 20
@@ -285,8 +322,19 @@ def test_a_killed_training_goes_on_to_the_same_end(candidates, qrels, cross_enco
     qrels.to_pickle(tmp_path / "qrels")
 
     def start(folder, pause):
-        command = [sys.executable, "-c", textwrap.dedent(SCRIPT), tmp_path / "frame", tmp_path / "qrels", cross_encoder_folder, folder, str(pause)]
-        return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-c",
+            textwrap.dedent(SCRIPT),
+            tmp_path / "frame",
+            tmp_path / "qrels",
+            cross_encoder_folder,
+            folder,
+            str(pause),
+        ]
+        return subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
 
     whole = start(tmp_path / "whole", 0).communicate()[0]
     killed = start(tmp_path / "killed", 0.1)
@@ -307,7 +355,7 @@ def test_a_folder_goes_on_only_with_the_training_that_began_there(student, candi
     again = FineTune(student, **settings)
     again.fit(candidates, qrels)
     pd.testing.assert_frame_equal(student(candidates), trained)
-    with pytest.raises(ValueError, match="holds a training with another recipe.*learning_rate"):
+    with pytest.raises(ValueError, match=r"holds a training with another recipe.*learning_rate"):
         FineTune(student, learning_rate=1.0, **settings).fit(candidates, qrels)
     with pytest.raises(ValueError, match="holds a training with another seed: 1, now 2"):
         FineTune(student, **settings | {"seed": 2}).fit(candidates, qrels)
@@ -318,7 +366,9 @@ def test_the_best_weights_on_validation_queries_are_kept(student, candidates, qr
     wrong = candidates.merge(qrels.rename(columns={"label": "score_"}), how="left").fillna({"score_": 0})
     FineTune(student, steps=40, batch_size=8, at_once=8, learning_rate=3e-3, **QUIET).fit(candidates, qrels)
     teacher = wrong.assign(score=-wrong.score_)[["qid", "docno", "score"]]
-    training = Distil(student, teacher, steps=30, every=5, batch_size=8, at_once=8, learning_rate=1e-3, patience=2, **QUIET)
+    training = Distil(
+        student, teacher, steps=30, every=5, batch_size=8, at_once=8, learning_rate=1e-3, patience=2, **QUIET
+    )
     training.fit(candidates, None, candidates, qrels)
     measured = training.log.dropna(subset="nDCG@10")
     assert measured["nDCG@10"].iloc[0] == measured["nDCG@10"].max() > measured["nDCG@10"].min()
@@ -333,7 +383,9 @@ def test_the_same_seed_gives_the_same_student(electra, candidates, qrels):
     for seed in (1, 1, 2):
         torch.manual_seed(0)
         model = CrossEncoder.from_backbone(str(electra), device="cpu")
-        FineTune(model, steps=5, batch_size=4, n_passages=3, seed=seed, learning_rate=1e-3, verbose=False).fit(candidates, qrels)
+        FineTune(model, steps=5, batch_size=4, n_passages=3, seed=seed, learning_rate=1e-3, verbose=False).fit(
+            candidates, qrels
+        )
         found.append(model(candidates).score.tolist())
     assert found[0] == found[1] != found[2]
 
@@ -362,7 +414,9 @@ def test_after_training_the_student_is_as_it_was_but_for_its_weights(cross_encod
     assert network.body.config._attn_implementation == "sdpa"
 
 
-def test_a_sequence_classifier_and_a_student_that_stopped_in_an_error_stay_usable(cross_encoder_folder, candidates, qrels):
+def test_a_sequence_classifier_and_a_student_that_stopped_in_an_error_stay_usable(
+    cross_encoder_folder, candidates, qrels
+):
     model = CrossEncoder(str(cross_encoder_folder), device="cpu")
     expected = model(candidates)
     with pytest.raises(TypeError):
@@ -381,7 +435,14 @@ def test_in_a_pipeline_it_is_its_student(student, candidates, qrels):
     pd.testing.assert_frame_equal(pipeline(topics), (first % 4 >> student)(topics))
     training = Distil(student)
     assert pt.inspect.transformer_inputs(training) == pt.inspect.transformer_inputs(student)
-    assert pt.inspect.transformer_outputs(training, ["qid", "query", "docno", "text"]) == ["qid", "query", "docno", "text", "score", "rank"]
+    assert pt.inspect.transformer_outputs(training, ["qid", "query", "docno", "text"]) == [
+        "qid",
+        "query",
+        "docno",
+        "text",
+        "score",
+        "rank",
+    ]
     assert "CrossEncoder" in pt.schematic.draw(pipeline)
     with pytest.raises(pt.validate.InputValidationError):
         training(candidates.drop(columns="text"))
@@ -407,17 +468,30 @@ def test_the_representation_rebuilds_it(student):
 
 def test_recipes_are_the_papers():
     labels, rankings_ = cross_encoder.RECIPES["rank-distillm-labels"], cross_encoder.RECIPES["rank-distillm-rankings"]
-    assert FineTune(CrossEncoder("x")).chosen_recipe() == labels and Distil(CrossEncoder("x")).chosen_recipe() == rankings_
+    assert (
+        FineTune(CrossEncoder("x")).chosen_recipe() == labels and Distil(CrossEncoder("x")).chosen_recipe() == rankings_
+    )
     shared = ("learning_rate", "batch_size", "weight_decay", "warmup", "schedule", "clip")
     for recipe in (labels, rankings_):
         assert [getattr(recipe, name) for name in shared] == [1e-5, 32, 0.01, 0, "constant", 0]
     assert (labels.loss, labels.n_passages, labels.steps) == ("lce", 8, 20_000)
     assert (rankings_.loss, rankings_.n_passages, rankings_.epochs) == ("ranknet", None, 3)
     windows = Distil(LiT5Distill("x")).chosen_recipe()
-    assert [getattr(windows, name) for name in ("learning_rate", "batch_size", "warmup", "dropout", "decay")] == [5e-5, 64, 100, 0.1, 0.95]
+    assert [getattr(windows, name) for name in ("learning_rate", "batch_size", "warmup", "dropout", "decay")] == [
+        5e-5,
+        64,
+        100,
+        0.1,
+        0.95,
+    ]
     ranking, alignment = (pe_rank.RECIPES[f"pe-rank-{name}"] for name in ("ranking", "alignment"))
     assert [ranking.learning_rate, ranking.batch_size, ranking.kl_weight, ranking.clip] == [2e-5, 32, 0.2, 1.0]
-    assert [alignment.learning_rate, alignment.warmup, alignment.schedule, alignment.max_length] == [1e-3, 0.03, "cosine", 512]
+    assert [alignment.learning_rate, alignment.warmup, alignment.schedule, alignment.max_length] == [
+        1e-3,
+        0.03,
+        "cosine",
+        512,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -440,12 +514,22 @@ def test_what_makes_no_sense_is_refused(student, candidates, qrels, build, error
 
 
 def test_without_anything_to_learn_from_the_error_says_so(student, candidates, qrels):
-    with pytest.raises(ValueError, match="nothing to learn from in 8 queries; wanted queries with passages that are not all worth the same"):
+    with pytest.raises(
+        ValueError,
+        match="nothing to learn from in 8 queries; wanted queries with passages that are not all worth the same",
+    ):
         Distil(student, candidates.assign(score=1.0), **QUIET).fit(candidates)
-    with pytest.raises(ValueError, match="nothing to learn from in 8 queries; wanted queries with a text or a list of texts in the column `answers`"):
+    with pytest.raises(
+        ValueError,
+        match="nothing to learn from in 8 queries; wanted queries with a text or a list of texts in the column `answers`",
+    ):
         FineTune(LiT5Score(str(LIT5), device="cpu"), **QUIET).fit(candidates.assign(answers=None))
     with pytest.raises(ValueError, match="0 lists to learn from"):
-        train(cross_encoder.RECIPES["rank-distillm-labels"].objective(student), [], cross_encoder.RECIPES["rank-distillm-labels"])
+        train(
+            cross_encoder.RECIPES["rank-distillm-labels"].objective(student),
+            [],
+            cross_encoder.RECIPES["rank-distillm-labels"],
+        )
 
 
 def test_a_saved_pe_rank_cannot_be_aligned_any_more(backbone, candidates, tmp_path):
@@ -459,5 +543,9 @@ def test_a_saved_pe_rank_cannot_be_aligned_any_more(backbone, candidates, tmp_pa
 def test_a_window_whose_prompt_is_too_long_is_named(backbone, candidates):
     model = PERank.from_backbone(backbone("mistral"), embedding_size=8, device="cpu", window_size=6, stride=3)
     frame = candidates.assign(doc_vec=[np.ones(8, "float32")] * len(candidates))
-    with pytest.raises(ValueError, match=r"the prompt for query '\w' with 6 passages has \d+ tokens; wanted at most 100"):
-        FineTune(model, max_length=100, steps=1, batch_size=2, **QUIET).fit(frame, pd.DataFrame({"qid": ["q0"], "docno": ["a0"], "label": [1]}))
+    with pytest.raises(
+        ValueError, match=r"the prompt for query '\w' with 6 passages has \d+ tokens; wanted at most 100"
+    ):
+        FineTune(model, max_length=100, steps=1, batch_size=2, **QUIET).fit(
+            frame, pd.DataFrame({"qid": ["q0"], "docno": ["a0"], "label": [1]})
+        )

@@ -38,7 +38,10 @@ def test_labels_are_targets_and_what_is_not_judged_is_worth_nothing(candidates):
     assert data.with_labels(integers, judged).target.tolist() == labelled.target.tolist()
 
 
-@pytest.mark.parametrize("qrels, words", [(None, "no labels"), (pd.DataFrame({"qid": ["x"], "docno": ["d1"], "label": [1]}), "none of the 6 passages")])
+@pytest.mark.parametrize(
+    "qrels, words",
+    [(None, "no labels"), (pd.DataFrame({"qid": ["x"], "docno": ["d1"], "label": [1]}), "none of the 6 passages")],
+)
 def test_without_labels_the_error_says_so(candidates, qrels, words):
     with pytest.raises(ValueError, match=words):
         data.with_labels(candidates, qrels)
@@ -89,7 +92,13 @@ def test_a_run_is_read_as_the_reference_reads_it(case):
 
 @pytest.mark.parametrize("name", ["run.txt", "run.txt.gz", "run.jsonl", "run.jsonl.gz", "run.parquet"])
 def test_runs_of_all_formats_are_one_run(tmp_path, name):
-    rows = [("7", "d1", 101 - 3, 3), ("7", "d2", 101 - 1, 1), ("7", "d3", 101 - 2, 2), ("10", "d1", 100, 1), ("7", "d2", 5, 9)]
+    rows = [
+        ("7", "d1", 101 - 3, 3),
+        ("7", "d2", 101 - 1, 1),
+        ("7", "d3", 101 - 2, 2),
+        ("10", "d1", 100, 1),
+        ("7", "d2", 5, 9),
+    ]
     path = tmp_path / name
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
@@ -119,7 +128,11 @@ def test_a_run_without_scores_has_those_of_its_ranks(tmp_path):
 
 
 def test_questions_are_read_with_their_answers(tmp_path):
-    record = {"question": "who?", "answers": ["he", "she"], "ctxs": [{"id": 5, "title": "T", "text": "x"}, {"text": "y"}]}
+    record = {
+        "question": "who?",
+        "answers": ["he", "she"],
+        "ctxs": [{"id": 5, "title": "T", "text": "x"}, {"text": "y"}],
+    }
     (tmp_path / "qa.jsonl").write_text(json.dumps(record) + "\n")
     frame = data.read_qa(tmp_path / "qa.jsonl")
     assert frame.to_dict("records") == [

@@ -82,7 +82,9 @@ class PairObjective(Objective):
 
     def collate(self, examples: list[Example]) -> dict[str, Batch]:
         """Pairs in ids, and the targets."""
-        _, pairs = self.student.pairs([(example.query, passage) for example in examples for passage in example.passages])
+        _, pairs = self.student.pairs(
+            [(example.query, passage) for example in examples for passage in example.passages]
+        )
         return {"batch": Batch(pairs=pairs, targets=[example.targets for example in examples])}
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -90,7 +92,9 @@ class PairObjective(Objective):
         layout, pad = self.layout, self.encoder.pad_id
         lengths = [layout.length(pair) for pair in batch.pairs]
         parts = list(like_lengths(lengths, self.recipe.max_tokens or encoder_tokens(self.device)))
-        computed = torch.cat([self.encoder.scores(layout.tensors([batch.pairs[i] for i in part], pad)) for part in parts])
+        computed = torch.cat(
+            [self.encoder.scores(layout.tensors([batch.pairs[i] for i in part], pad)) for part in parts]
+        )
         at = torch.tensor([i for part in parts for i in part], device=self.device)
         flat = torch.zeros_like(computed).index_copy(0, at, computed)
         mask = _padded([[True] * len(targets) for targets in batch.targets], False).to(self.device)

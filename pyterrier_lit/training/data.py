@@ -25,7 +25,9 @@ Teacher = pt.Transformer | pd.DataFrame | str | Path | None
 def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
     """A result frame with the judgements as targets, 0 where there is none. ValueError without any judgement of a passage that is there."""
     if qrels is None:
-        raise ValueError("there are no labels to learn from: give fit(topics, qrels), or take Distil for a teacher's ranking")
+        raise ValueError(
+            "there are no labels to learn from: give fit(topics, qrels), or take Distil for a teacher's ranking"
+        )
     judged = qrels.drop_duplicates(KEY)[[*KEY, "label"]].rename(columns={"label": "target"})
     labelled = _joined(frame, judged).fillna({"target": 0})
     if not (labelled["target"] > 0).any():
@@ -59,7 +61,8 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
         )
     if len(left) < len(taught):
         warnings.warn(
-            f"{len(taught) - len(left)} of {len(taught)} passages are not in the teacher's ranking and are left out", stacklevel=2
+            f"{len(taught) - len(left)} of {len(taught)} passages are not in the teacher's ranking and are left out",
+            stacklevel=2,
         )
     return left
 
@@ -136,7 +139,9 @@ def read_run(path: str | Path, depth: int | None = None) -> pd.DataFrame:
     run = run.rename(columns={"query_id": "qid", "doc_id": "docno"})
     missing = [column for column in KEY if column not in run] or ["score or rank"] * (not {"score", "rank"} & set(run))
     if missing:
-        raise ValueError(f"{path} has no {missing[0]} (it has {', '.join(map(str, run.columns))}); wanted qid, docno and score or rank")
+        raise ValueError(
+            f"{path} has no {missing[0]} (it has {', '.join(map(str, run.columns))}); wanted qid, docno and score or rank"
+        )
     if "score" not in run:
         run["score"] = -run["rank"].astype("float64")
     run = run.astype({"qid": str, "docno": str, "score": "float64"}).drop_duplicates(KEY)
@@ -154,7 +159,9 @@ def read_qa(path: str | Path) -> pd.DataFrame:
         lacking = [field for field in ("question", "ctxs") if field not in record]
         answers = record.get("answers", record.get("answer"))
         if lacking or not answers:
-            raise ValueError(f"{path}, question {number}: it has no {[*lacking, 'answers'][0]}; wanted question, answers and ctxs")
+            raise ValueError(
+                f"{path}, question {number}: it has no {[*lacking, 'answers'][0]}; wanted question, answers and ctxs"
+            )
         answers = [answers] if isinstance(answers, str) else list(answers)
         for rank, passage in enumerate(record["ctxs"]):
             text = f"{passage['title']} {passage['text']}" if passage.get("title") else passage["text"]
@@ -180,7 +187,10 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
 
 def _joined(frame: pd.DataFrame, targets: pd.DataFrame) -> pd.DataFrame:
     """The rows of a frame with their targets, NaN where there is none, whatever types the keys have."""
-    value_of = {(str(qid), str(docno)): target for qid, docno, target in zip(*(targets[c] for c in [*KEY, "target"]), strict=True)}
+    value_of = {
+        (str(qid), str(docno)): target
+        for qid, docno, target in zip(*(targets[c] for c in [*KEY, "target"]), strict=True)
+    }
     found = [value_of.get((str(qid), str(docno))) for qid, docno in zip(frame["qid"], frame["docno"], strict=True)]
     return frame.assign(target=pd.array(found, dtype="Float64").to_numpy("float64", na_value=float("nan")))
 
@@ -189,7 +199,11 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         text = file.read()
     try:
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+        records = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
+        )
     except ValueError as error:
         raise ValueError(f"{path} is not JSON lines: {error}") from error
     return records

@@ -61,11 +61,15 @@ class Training(pt.Estimator):
         """The recipe, by name or by default, with the settings. ValueError and TypeError name what there is."""
         room = next((room for student, room in ROOMS.items() if isinstance(self.student, student)), None)
         if room is None:
-            raise TypeError(f"{self.student!r} cannot be trained; wanted one of {', '.join(kind.__name__ for kind in ROOMS)}")
+            raise TypeError(
+                f"{self.student!r} cannot be trained; wanted one of {', '.join(kind.__name__ for kind in ROOMS)}"
+            )
         recipe = self.default_recipe(room) if self.recipe is None else self.recipe
         if isinstance(recipe, str):
             if recipe not in room.RECIPES:
-                raise ValueError(f"recipe={recipe!r}; {type(self.student).__name__} has {', '.join(map(repr, room.RECIPES))}")
+                raise ValueError(
+                    f"recipe={recipe!r}; {type(self.student).__name__} has {', '.join(map(repr, room.RECIPES))}"
+                )
             recipe = room.RECIPES[recipe]
         return recipe.but(**self.settings)
 
@@ -194,7 +198,9 @@ class Distil(Training):
     def default_recipe(self, room: ModuleType) -> str:
         """The student's recipe for a teacher's rankings."""
         if room.DISTIL is None:
-            raise TypeError(f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; take FineTune")
+            raise TypeError(
+                f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; take FineTune"
+            )
         return room.DISTIL
 
     def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:

@@ -45,7 +45,9 @@ class AnswerObjective(Objective):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The loss of B examples."""
         states, mask = self._fuse(batch.windows)
-        labels = pad_sequence([torch.tensor(answer) for answer in batch.answers], batch_first=True, padding_value=-1).to(self.device)
+        labels = pad_sequence(
+            [torch.tensor(answer) for answer in batch.answers], batch_first=True, padding_value=-1
+        ).to(self.device)
         written = torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1].clamp_min(EOS)], 1)
         decoded = self.network.decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=mask)
         logits = self.fid.logits(decoded.last_hidden_state)

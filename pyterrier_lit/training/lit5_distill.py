@@ -56,7 +56,9 @@ class OrderObjective(AnswerObjective):
         self.largest = recipe.largest or student.window()[0]
         self.ways: list[dict[str, type]] = [{student.text_field: str, "target": float}]
         if not 2 <= recipe.smallest <= self.largest:
-            raise ValueError(f"windows of {recipe.smallest} to {self.largest} passages; wanted 2 <= smallest <= largest")
+            raise ValueError(
+                f"windows of {recipe.smallest} to {self.largest} passages; wanted 2 <= smallest <= largest"
+            )
 
     def prepare(self, lists: Sequence[Ranking]) -> list[Ranking]:
         """The lists that say which passage is better."""

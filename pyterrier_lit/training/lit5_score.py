@@ -29,7 +29,9 @@ class AnswerRecipe(Recipe):
 
 RECIPES: dict[str, Recipe] = {
     # LiT5-Score's own is not published; this is the large reader of FiD (Izacard and Grave), from which it descends
-    "fid-reader": AnswerRecipe(5e-5, batch_size=64, steps=15_000, warmup=1_000, schedule="linear", weight_decay=0.01, clip=1.0),
+    "fid-reader": AnswerRecipe(
+        5e-5, batch_size=64, steps=15_000, warmup=1_000, schedule="linear", weight_decay=0.01, clip=1.0
+    ),
 }
 FINE_TUNE, DISTIL = "fid-reader", None
 

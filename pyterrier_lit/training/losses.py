@@ -66,9 +66,7 @@ def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperatu
     return _divergence(teacher, scores.masked_fill(~inside, float("-inf")).log_softmax(1), inside).sum(1).mean()
 
 
-def list_mle(
-    scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "mean"
-) -> torch.Tensor:
+def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "mean") -> torch.Tensor:
     """The likelihood of the target order, one rank after the other (Plackett and Luce): mean over queries of the mean
     (reduction="mean") or sum ("sum") over ranks i of
 

@@ -3,8 +3,8 @@
 import dataclasses
 import random
 from collections.abc import Sequence
-from itertools import chain, islice
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,9 @@ class RankingRecipe(Recipe):
 
 # The published scripts: AdamW, cosine, warm-up of 3 %; stage 1 on 4 GPUs of (by README and paper) 1 or 8, stage 2 on 4 x 4 x 2
 RECIPES: dict[str, Recipe] = {
-    "pe-rank-alignment": AlignmentRecipe(1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True),
+    "pe-rank-alignment": AlignmentRecipe(
+        1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True
+    ),
     "pe-rank-ranking": RankingRecipe(
         2e-5, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, clip=1.0, checkpointing=True
     ),
@@ -102,20 +104,26 @@ class VectorObjective(Objective):
 
     def look_up(self, lists: Sequence[Ranking]) -> list[list[int]]:
         """Keep the vectors of all passages; returns for each list the rows of its passages."""
-        columns = {name: [given.columns[name] for given in lists] for name in lists[0].columns} if lists else {"docno": []}
+        columns = (
+            {name: [given.columns[name] for given in lists] for name in lists[0].columns} if lists else {"docno": []}
+        )
         with torch.no_grad():
             vectors, rows = self.student.look_up(self.ranker, columns, Budget(self.student.max_tokens))
         self.vectors = vectors.to(self.device)
         return rows
 
-    def states(self, ids: Sequence[list[int]], rows: Sequence[list[int]], order: Sequence[list[int]]) -> tuple[torch.Tensor, ...]:
+    def states(
+        self, ids: Sequence[list[int]], rows: Sequence[list[int]], order: Sequence[list[int]]
+    ) -> tuple[torch.Tensor, ...]:
         """B prompts, padded on the right, with projected vectors for their placeholders and, in the order given, for their ranks:
         states (B, L, H), ids (B, L), passages (B, N, H), and which of these there are, (B, N)."""
         device = self.device
         padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
         mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True).to(device)
         inside = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True).to(device)
-        passages = self.network.projector(self.vectors[pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)])
+        passages = self.network.projector(
+            self.vectors[pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)]
+        )
         inputs = self.network.embed(padded, mask, passages, inside)
         named = passages.gather(1, _padded(order, device)[..., None].expand_as(passages)) if order else passages
         inputs = inputs.masked_scatter((padded == self.prompter.rank)[..., None], named[inside].to(inputs.dtype))
@@ -136,7 +144,11 @@ class AlignmentObjective(VectorObjective):
     def prepare(self, lists: Sequence[Ranking]) -> list[Passage]:
         """Each distinct passage that has a text."""
         texts = [text for given in lists for text in given.columns[self.student.text_field]]
-        return [Passage(*passage) for passage in dict.fromkeys(zip(chain(*self.look_up(lists)), texts, strict=True)) if passage[1].strip()]
+        return [
+            Passage(*passage)
+            for passage in dict.fromkeys(zip(chain(*self.look_up(lists)), texts, strict=True))
+            if passage[1].strip()
+        ]
 
     def draw(self, given: Passage, chosen: random.Random) -> Passage:
         """The passage."""
@@ -156,7 +168,9 @@ class AlignmentObjective(VectorObjective):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """The loss of B passages."""
         states, ids, *_ = self.states(batch.ids, batch.rows, [])
-        starts, stops = (torch.tensor(at, device=self.device)[:, None] for at in (batch.starts, [len(row) for row in batch.ids]))
+        starts, stops = (
+            torch.tensor(at, device=self.device)[:, None] for at in (batch.starts, [len(row) for row in batch.ids])
+        )
         at = torch.arange(1, ids.shape[1], device=self.device)
         answer = (at >= starts) & (at < stops)
         logits = F.linear(states[:, :-1][answer], self.head.to(states.dtype))
@@ -190,7 +204,9 @@ class RankingObjective(VectorObjective):
         texts: list[list[str | None]] = [[None] * len(shown)]
         if self.recipe.text_weight:
             texts.append([given.texts[i] for i in shown])
-        views = [self.prompter.answered(self.prompter.messages(given.query, view), RANK * len(shown))[0] for view in texts]
+        views = [
+            self.prompter.answered(self.prompter.messages(given.query, view), RANK * len(shown))[0] for view in texts
+        ]
         if len(views[-1]) > self.max_length:
             raise ValueError(
                 f"the prompt for query {given.query!r} with {len(shown)} passages has {len(views[-1])} tokens; wanted at most"
@@ -218,7 +234,9 @@ class RankingObjective(VectorObjective):
             loss = loss + recipe.kl_weight * list_kl(scores[0], scores[1], targets, inside[0])
         return {"loss": loss}
 
-    def scores(self, ids: Sequence[list[int]], rows: list[list[int]], order: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(
+        self, ids: Sequence[list[int]], rows: list[list[int]], order: list[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """h . e_j with the state h before each rank of B windows: (B, rank, N), and which passages there are, (B, N)."""
         states, padded, passages, inside = self.states(ids, rows, order)
         before = states[:, :-1][padded[:, 1:] == self.prompter.rank]

@@ -15,7 +15,9 @@ from torch import nn
 
 from pyterrier_lit.checkpoints import choose_dtype
 
-Log = list[dict[str, float]]  # what was measured, in order: step, and of loss, learning_rate, grad_norm, nDCG@10 what there is
+Log = list[
+    dict[str, float]
+]  # what was measured, in order: step, and of loss, learning_rate, grad_norm, nDCG@10 what there is
 SETTINGS = "training.json"  # in the folder of a training: what it was started with
 
 
@@ -50,7 +52,9 @@ class Recipe:
         """This recipe with some fields changed. TypeError names the fields there are."""
         unknown = changes.keys() - (names := [field.name for field in dataclasses.fields(self)])
         if unknown:
-            raise TypeError(f"{sorted(unknown)[0]!r} is no setting of {type(self).__name__}; there are {', '.join(names)}")
+            raise TypeError(
+                f"{sorted(unknown)[0]!r} is no setting of {type(self).__name__}; there are {', '.join(names)}"
+            )
         return dataclasses.replace(self, **changes)
 
     def objective(self, student: Any) -> "Objective":
@@ -68,7 +72,9 @@ class Batch:
 class Objective(nn.Module):
     """What is to be learned: `draw` an example from a list, `collate` a batch of them, and the loss on it in `forward`."""
 
-    ways: Sequence[Mapping[str, type]]  # the columns that its lists have, as frames.rerank_columns takes them; `target` among them
+    ways: Sequence[
+        Mapping[str, type]
+    ]  # the columns that its lists have, as frames.rerank_columns takes them; `target` among them
     wanted = "wanted queries with passages that are not all worth the same"
     accepts_loss_kwargs = False  # its loss is a mean over the batch: the Trainer divides by the accumulated batches
 
@@ -96,7 +102,9 @@ class Objective(nn.Module):
         """Keep few activations, and compute the others anew for the gradient."""
         for module in self.modules():
             if getattr(module, "supports_gradient_checkpointing", False):
-                enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+                enable = (
+                    getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+                )
                 enable({"use_reentrant": False})
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
