@@ -60,14 +60,14 @@ def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stag
 def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     """Measured beside published, one row per figure of `results` (frames of `results`, concatenated).
 
-    tables: only these tables of `published.csv`; all their figures appear, measured or not. By default every table that has a
+    tables: only these tables of `published.csv`; all their figures of the measures in `results` appear, measured or not. By default every table that has a
     figure of the same paper, collection, first stage, depth, model and measure. The depth of a first stage is not looked at.
 
     Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced` ("within" or "outside" the
     tolerance, empty where there is nothing to reach), `table`, `source`, `status`.
     """
     tables = list(tables)
-    figures = published(table=tables) if tables else published()
+    figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
     key = [*KEY[:3], "_depth", *KEY[4:]]
     both = _comparable(results).merge(
         _comparable(figures).rename(columns={"value": "published"}),
