@@ -7,9 +7,8 @@ layers, whose random embeddings let each word piece expand to itself alone.
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 import pyterrier as pt
 import torch
@@ -41,20 +40,30 @@ def dense(name: str) -> Any:
     return SBertBiEncoder(_minilm() if name == "stand-in" else name, batch_size=64)
 
 
-def late_interaction(name: str) -> pt.Transformer:
-    """A reranker by the sum, over the query's tokens, of the best similarity with a token of the passage."""
-    from sentence_transformers import MultiVectorEncoder
+class LateInteraction(pt.Transformer):
+    """Reranks by the sum, over the query's tokens, of the best similarity with a token of the passage (ColBERT)."""
 
-    torch.manual_seed(0)  # of the stand-in's projection
-    model = MultiVectorEncoder(_minilm() if name == "stand-in" else name)
+    schematic: ClassVar[dict[str, str]] = {"label": "ColBERT"}
 
-    def rerank(group: pd.DataFrame) -> pd.DataFrame:
-        query = model.encode_query([group["query"].iloc[0]], show_progress_bar=False)
-        passages = model.encode_document(group["text"].tolist(), show_progress_bar=False)
-        scores = np.asarray(model.similarity(query, passages).cpu()).ravel()
-        return pt.model.add_ranks(group.assign(score=scores.astype("float64")))
+    def __init__(self, name: str):
+        from sentence_transformers import MultiVectorEncoder
 
-    return pt.apply.by_query(rerank, add_ranks=False)
+        torch.manual_seed(0)  # of the stand-in's projection
+        self.name = name
+        self.encoder = MultiVectorEncoder(_minilm() if name == "stand-in" else name)
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        pt.validate.result_frame(inp, extra_columns=["query", "text"], context=self)
+        groups = [self.score(group) for _, group in inp.groupby("qid", sort=False)]
+        return pt.model.add_ranks(pd.concat(groups) if groups else inp.assign(score=pd.Series(dtype="float64")))
+
+    def score(self, group: pd.DataFrame) -> pd.DataFrame:
+        query = self.encoder.encode_query([group["query"].iloc[0]], show_progress_bar=False)
+        passages = self.encoder.encode_document(group["text"].tolist(), show_progress_bar=False)
+        return group.assign(score=self.encoder.similarity(query, passages).cpu().double().numpy().ravel())
+
+    def __repr__(self) -> str:
+        return f"LateInteraction({self.name!r})"
 
 
 def _minilm() -> str:

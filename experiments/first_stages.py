@@ -59,13 +59,13 @@ def cached(stage: pt.Transformer, folder: Path) -> pt.Transformer:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep what C++ prints from the terminal."""
+    """Keep what an index prints, from C++ and from Python, to itself."""
     sys.stdout.flush()
     kept = os.dup(1), os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-        os.close(kept[0]), os.close(kept[1])
+        try:
+            yield
+        finally:
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+            os.close(kept[0]), os.close(kept[1])

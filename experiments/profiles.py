@@ -319,8 +319,8 @@ SMALL = Profile(
     verbose=False,
     pipelines={
         "collection": "python-docs/test",
-        "topics": 6,
-        "documents": 300,
+        "topics": 4,
+        "documents": 120,
         "encoders": {"splade": "stand-in", "colbert": "stand-in", "dense": "stand-in"},
         "rerankers": SMALL_RERANKERS,
     },

@@ -1,11 +1,51 @@
-"""One experiment of a sweep: pipelines over one first stage, whose runs are kept, so that a sweep goes on where it stopped."""
+"""Sweeps: every reranker of a comparison over every first stage. Runs are kept, so that a sweep goes on where it stopped."""
 
 import zlib
 from pathlib import Path
 
 import compare
+import corpora
+import first_stages
 import pandas as pd
 import pyterrier as pt
+from profiles import Comparison
+
+
+def run(
+    comparison: Comparison, measures: list, folder: Path, *, depth: int, verbose: bool = False
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The means as `compare.results` gives them, and the same per query: paper, collection, first_stage, model, qid, measure, value.
+
+    folder: keeps indexes, first stages and runs, and is asked before anything is computed. A qid begins with its collection
+    and a slash, for topics of two collections may share a number. Fewer than all topics are another collection by name.
+    """
+    means, queries = [], []
+    for name, where in pt.tqdm(
+        comparison.collections.items(), desc=comparison.paper, unit="collection", disable=not verbose
+    ):
+        collection = corpora.load(where.source)
+        passages = corpora.load(where.source, comparison.text_of) if comparison.text_of else collection
+        label = name if comparison.topics is None else f"{name}, first {comparison.topics} topics"
+        for stage, source in where.first_stages.items():
+            here = folder / comparison.paper / name / stage
+            first = first_stages.load(source, collection, here, depth)
+            averages, each = experiment(
+                {compare.FIRST_STAGE: first}
+                | {
+                    model: first >> passages.text_loader() >> reranker
+                    for model, reranker in comparison.rerankers.items()
+                },
+                collection.get_topics().iloc[: comparison.topics],
+                collection.get_qrels(),
+                measures,
+                here,
+                verbose=verbose,
+            )
+            facts = {"paper": comparison.paper, "collection": label, "first_stage": stage}
+            means.append(compare.results(averages, **facts, depth=depth))
+            queries.append(each.assign(**facts, qid=f"{name}/" + each["qid"]))
+    nothing = pd.DataFrame(columns=[*compare.KEY, "measured", "p"])
+    return pd.concat(means or [nothing], ignore_index=True), pd.concat(queries or [pd.DataFrame()], ignore_index=True)
 
 
 def experiment(
@@ -17,30 +57,34 @@ def experiment(
     *,
     baseline: str = compare.FIRST_STAGE,
     verbose: bool = False,
-) -> pd.DataFrame:
-    """`pt.Experiment` over pipelines by name, with paired t-tests against the one named `baseline`, Holm-corrected.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`pt.Experiment` over pipelines by name: its table, and per query (model, qid, measure, value).
 
+    The table has paired t-tests against the pipeline named `baseline`, Holm-corrected over the others.
     folder: keeps each pipeline's run. A run is used again when the pipeline's repr and the topics are the same; delete it
         when a checkpoint behind a name has changed. verbose: a bar over the pipelines, with the time that is left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if baseline not in pipelines:
         raise ValueError(f"baseline={baseline!r} is none of the pipelines {', '.join(map(repr, pipelines))}")
+    folder.mkdir(parents=True, exist_ok=True)
     asked = topics.to_csv(index=False)
     files = {
         f"{name.replace('/', '--')} {zlib.crc32((repr(pipeline) + asked).encode()):08x}": name
         for name, pipeline in pipelines.items()
     }
-    table = pt.Experiment(
+    alone = len(pipelines) == 1
+    averages = pt.Experiment(
         list(pipelines.values()),
         topics,
         qrels,
         measures,
         names=list(files),
-        baseline=list(pipelines).index(baseline) if len(pipelines) > 1 else None,
-        correction="holm" if len(pipelines) > 1 else None,
+        baseline=None if alone else list(pipelines).index(baseline),
+        correction=None if alone else "holm",
         save_dir=str(folder),
         save_mode="reuse",
         verbose=verbose,
     )
-    return table.assign(name=table["name"].map(files))
+    queries = pd.read_csv(folder / "perquery.csv", dtype={"qid": str}).query("name in @files")
+    queries = queries.assign(model=queries["name"].map(files)).drop(columns="name")
+    return averages.assign(name=averages["name"].map(files)), queries
