@@ -82,7 +82,7 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     within = both["difference"].abs() <= both["tolerance"] + 1e-9
     both["reproduced"] = within.map({True: "within", False: "outside"}).where(comparable, "")
     columns = [*KEY, "measured", "p", "published", "difference", "tolerance", "reproduced", "table", "source", "status"]
-    return both[columns].fillna({"table": "", "source": "", "status": ""})
+    return both.reindex(columns=columns).fillna({"table": "", "source": "", "status": ""})
 
 
 def tolerance(paper: str, model: str, measure: str) -> float:

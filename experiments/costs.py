@@ -1,9 +1,12 @@
 """What a reranker costs: seconds, FLOPs, parameters, memory, tokens. Counted by PyTorch's FLOP counter, tracked by tirex-tracker."""
 
+import importlib
+import importlib.util
 import json
 import time
 
 import pandas as pd
+import pyterrier as pt
 import torch
 from tirex_tracker import Measure, tracking
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -15,11 +18,11 @@ from pyterrier_lit.windows import sliding_windows
 MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_MB: 1.0}  # in MB
 
 
-def of(reranker: Reranker, candidates: pd.DataFrame) -> dict[str, float]:
+def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
     """The costs of reranking these candidates (qid, query, docno, text), all queries in one call, weights already loaded.
 
     seconds and TFLOP are per query, FLOPs as the networks were run: with padding, without what caches saved. parameters
-    are millions. MB is how much more memory the process held at its most than at its least, of the GPU where it used one.
+    are millions, nan for a peer that does not say. MB is how much more memory the process held at its most than at its least, of the GPU where it used one.
     """
     reranker(candidates.groupby("qid").head(2))  # what only the first call pays
     with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
@@ -30,12 +33,21 @@ def of(reranker: Reranker, candidates: pd.DataFrame) -> dict[str, float]:
     return {
         "seconds": seconds / queries,
         "TFLOP": flops(reranker, candidates) / queries / 1e12,
-        "parameters": parameters(reranker) / 1e6,
+        "parameters": parameters(reranker) / 1e6 if isinstance(reranker, Reranker) else float("nan"),
         "MB": max(_spread(tracked, measure) * unit for measure, unit in MEMORY.items()),
     }
 
 
-def flops(reranker: Reranker, candidates: pd.DataFrame) -> int:
+def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transformer]:
+    """The peers whose package is installed: name -> (package, class, arguments) becomes name -> transformer."""
+    return {
+        name: getattr(importlib.import_module(package), kind)(**arguments)
+        for name, (package, kind, arguments) in peers.items()
+        if importlib.util.find_spec(package)
+    }
+
+
+def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
     """Multiplications and additions of one call, by PyTorch's counter; its formula for attention also counts the CPU's kernel."""
     cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     with FlopCounterMode(display=False, custom_mapping=cpu) as counter:

@@ -50,9 +50,9 @@ class Profile:
     pipelines: dict  # pipelines.ipynb: collection, topics, documents, encoders, rerankers
     trec_dl: list[Comparison]
     beir: list[Comparison]
-    tirex: Comparison
-    efficiency: dict  # efficiency.ipynb: collection, first stage, topics, rerankers, depths, windows
-    open_questions: dict  # open_questions.ipynb: collection, first stage, topics, checkpoints and what is varied
+    tirex: list[Comparison]
+    efficiency: dict  # efficiency.ipynb: collection, topics, rerankers, their peers, depths, windows
+    open_questions: dict  # open_questions.ipynb: collection, topics, rerankers and what is varied
 
 
 # The papers' checkpoints by the names in published.csv (specs: lit5 section 7, cross-encoder section 3, pe-rank section 7)
@@ -193,15 +193,19 @@ CORPORA = {  # as published.csv spells them
     "Vaswani": "vaswani",
     "WaPo": "wapo",
 }
-PAPER_TIREX = Comparison(
-    "Rank-DistiLLM",
-    ("arxiv_table2",),
-    {
-        task: Collection(f"irds:{task}", {TIREX: f"{DATA}/runs/tirex/{task.replace('/', '-')}.txt"}, CORPORA[corpus])
-        for corpus, task in TASKS[["corpus", "ir_datasets_id"]].itertuples(index=False)
-    },
-    CROSS_ENCODERS,
-)
+PAPER_TIREX = [
+    Comparison(
+        "Rank-DistiLLM",
+        ("arxiv_table2",),
+        {
+            task: Collection(
+                f"irds:{task}", {TIREX: f"{DATA}/runs/tirex/{task.replace('/', '-')}.txt"}, CORPORA[corpus]
+            )
+            for corpus, task in TASKS[["corpus", "ir_datasets_id"]].itertuples(index=False)
+        },
+        CROSS_ENCODERS,
+    )
+]
 
 
 # Small: the quickstart's collection, the project's own checkpoints, few topics; besides, what ../shared/data has
@@ -229,46 +233,53 @@ def shared_runs(collection: str, **files: str) -> Collection:
 PYTHON_DOCS = {"python-docs": Collection("python-docs/test", {"bm25": "bm25"})}
 
 SMALL_DL = [
-    Comparison("LiT5", ("ecir_table1",), PYTHON_DOCS, tiny(), topics=6),
-    Comparison(
-        "LiT5",
-        ("ecir_table1",),
-        where_present(
+    dataclasses.replace(PAPER_DL[0], collections=PYTHON_DOCS, rerankers=tiny(), topics=6),
+    dataclasses.replace(
+        PAPER_DL[0],
+        collections=where_present(
             {name: shared_runs(name, bm25="run.bm25.txt", splade__ed="run.splade++ed.txt") for name in ("dl19", "dl21")}
         ),
+        rerankers={},
     ),
-    Comparison(
-        "Rank-DistiLLM",
-        ("arxiv_table1",),
-        where_present(
+    dataclasses.replace(
+        PAPER_DL[1],
+        collections=where_present(
             {"dl19": shared_runs("dl19", bm25="runs/terrier-bm25.txt.gz", colbertv2="runs/colbertv2-webis.txt.gz")}
         ),
+        rerankers={},
     ),
+    dataclasses.replace(PAPER_DL[2], collections={}, rerankers={}),
 ]
 SMALL_BEIR = [
-    Comparison("LiT5", ("ecir_table2",), PYTHON_DOCS, tiny(), text_of=corpora.text_alone, topics=6),
-    Comparison(
-        "LiT5",
-        ("ecir_table2",),
-        where_present({"beir/nfcorpus": Collection(str(SHARED / "nfcorpus"), {"bm25": "bm25"})}),
+    dataclasses.replace(PAPER_BEIR[0], collections=PYTHON_DOCS, rerankers=tiny(), topics=6),
+    dataclasses.replace(
+        PAPER_BEIR[0],
+        collections=where_present({"beir/nfcorpus": Collection(str(SHARED / "nfcorpus"), {"bm25": "bm25"})}),
+        rerankers={},
+    ),
+    dataclasses.replace(PAPER_BEIR[1], collections={}, rerankers={}),
+]
+SMALL_TIREX = [
+    dataclasses.replace(
+        PAPER_TIREX[0],
+        collections={
+            f"python-docs/{part}": Collection(f"python-docs/{part}", {TIREX: "bm25"}, "python-docs")
+            for part in ("dev", "test")
+        },
+        rerankers={"tiny CrossEncoder": tiny()["tiny CrossEncoder"]},
+        topics=6,
+    ),
+    dataclasses.replace(
+        PAPER_TIREX[0],
+        collections=where_present(
+            {
+                name: Collection(str(SHARED / name), {TIREX: "bm25"}, name)
+                for name in ("cranfield", "vaswani", "nfcorpus")
+            }
+        ),
+        rerankers={},
     ),
 ]
-SMALL_TIREX = Comparison(
-    "Rank-DistiLLM",
-    ("arxiv_table2",),
-    {
-        f"python-docs/{part}": Collection(f"python-docs/{part}", {TIREX: "bm25"}, "python-docs")
-        for part in ("dev", "test")
-    }
-    | where_present(
-        {
-            name: Collection(str(SHARED / name), {TIREX: str(SHARED / name / "run.txt")}, name)
-            for name in ("cranfield", "vaswani")
-        }
-    ),
-    {"tiny CrossEncoder": tiny()["tiny CrossEncoder"]},
-    topics=6,
-)
 
 
 # Pipelines, efficiency, open questions
@@ -302,6 +313,8 @@ PAPER = Profile(
         "collection": PAPER_DL[0].collections["dl19"],
         "topics": None,
         "rerankers": LIT5_AT_150 | CROSS_ENCODERS | PE_RANKERS,
+        "encoders": {"dense": "sentence-transformers/all-MiniLM-L6-v2", "colbert": "lightonai/GTE-ModernColBERT-v1"},
+        "peers": {"monoT5-3B": ("pyterrier_t5", "MonoT5ReRanker", {"model": "castorini/monot5-3b-msmarco"})},
         "depths": [10, 20, 50, 100, 200, 500, 1000],
         "windows": [5, 10, 20, 50, 100],
     },
@@ -309,6 +322,7 @@ PAPER = Profile(
         "collection": PAPER_DL[0].collections["dl19"],
         "topics": None,
         "rerankers": RERANKERS,
+        "dense": "sentence-transformers/all-MiniLM-L6-v2",
         "score_weights": [*LIT5_SCORE, *LIT5_V2],  # an answerer, and what was trained to write orders
         "n_passages": [5, 10, 20, 50, 100],
         "windows": [(5, 2), (10, 5), (20, 10), (40, 20), (100, 50)],
@@ -331,6 +345,8 @@ SMALL = Profile(
         "collection": PYTHON_DOCS["python-docs"],
         "topics": 4,
         "rerankers": SMALL_RERANKERS,
+        "encoders": {"dense": "stand-in", "colbert": "stand-in"},
+        "peers": {},
         "depths": [5, 10, 20, 40],
         "windows": [4, 10, 20],
     },
@@ -338,6 +354,7 @@ SMALL = Profile(
         "collection": PYTHON_DOCS["python-docs"],
         "topics": 6,
         "rerankers": SMALL_RERANKERS,
+        "dense": "stand-in",
         "score_weights": [f"{TINY}/lit5-score", f"{TINY}/lit5-distill"],
         "n_passages": [5, 10, 20],
         "windows": [(4, 2), (10, 5), (20, 10)],

@@ -14,7 +14,7 @@ from profiles import Comparison
 def run(
     comparison: Comparison, measures: list, folder: Path, *, depth: int, verbose: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The means as `compare.results` gives them, and the same per query: paper, collection, first_stage, model, qid, measure, value.
+    """The means as `compare.results` gives them, and the same per query: paper, collection, corpus, first_stage, model, qid, measure, value.
 
     folder: keeps indexes, first stages and runs, and is asked before anything is computed. A qid begins with its collection
     and a slash, for topics of two collections may share a number. Fewer than all topics are another collection by name.
@@ -25,7 +25,7 @@ def run(
     ):
         collection = corpora.load(where.source)
         passages = corpora.load(where.source, comparison.text_of) if comparison.text_of else collection
-        label = name if comparison.topics is None else f"{name}, first {comparison.topics} topics"
+        part = "" if comparison.topics is None else f", first {comparison.topics} topics"
         for stage, source in where.first_stages.items():
             here = folder / comparison.paper / name / stage
             first = first_stages.load(source, collection, here, depth)
@@ -41,9 +41,9 @@ def run(
                 here,
                 verbose=verbose,
             )
-            facts = {"paper": comparison.paper, "collection": label, "first_stage": stage}
+            facts = {"paper": comparison.paper, "collection": name + part, "first_stage": stage}
             means.append(compare.results(averages, **facts, depth=depth))
-            queries.append(each.assign(**facts, qid=f"{name}/" + each["qid"]))
+            queries.append(each.assign(**facts, corpus=where.corpus + part, qid=f"{name}/" + each["qid"]))
     nothing = pd.DataFrame(columns=[*compare.KEY, "measured", "p"])
     return pd.concat(means or [nothing], ignore_index=True), pd.concat(queries or [pd.DataFrame()], ignore_index=True)
 
