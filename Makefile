@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test style wheel clean
+.PHONY: demo test notebooks style wheel clean
 
 demo: $(VENV)/ready  ## BM25 >> CrossEncoder on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
 
 test: $(VENV)/ready  ## all tests, offline, on the CPU
 	$(BIN)/python -m pytest
+
+notebooks: $(VENV)/ready  ## run all notebooks in the small profile, in place
+	$(BIN)/python experiments/run_notebooks.py
 
 style: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """Run notebooks from top to bottom, in place or aside, and keep their outputs without warnings, progress bars and times.
 
 python experiments/run_notebooks.py                                     every notebook in the small profile, in place
-python experiments/run_notebooks.py --profile paper --output FOLDER trec_dl.ipynb
+python experiments/run_notebooks.py --profile paper --output FOLDER experiments/trec_dl.ipynb
 """
 
 import argparse

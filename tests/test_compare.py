@@ -1,15 +1,11 @@
 """experiments/compare.py: the published figures, and their comparison with measured ones, against cases worked out by hand."""
 
 import math
-import sys
 from pathlib import Path
 
+import compare
 import pandas as pd
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import compare
 
 STATUSES = {"confirmed", "readme", "recalled", "erratum"}
 

@@ -1,24 +1,19 @@
 """experiments/*.ipynb: each runs to its end in the small profile, and is committed as it runs, without machine paths."""
 
 import re
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
+import run_notebooks
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-NOTEBOOKS = sorted(EXPERIMENTS.glob("*.ipynb"))
-sys.path.insert(0, str(EXPERIMENTS))
-
-import run_notebooks  # noqa: E402
+NOTEBOOKS = sorted(run_notebooks.HERE.glob("*.ipynb"))
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}.items():
+    for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
 
 
