@@ -310,7 +310,7 @@ PAPER = Profile(
     beir=PAPER_BEIR,
     tirex=PAPER_TIREX,
     efficiency={
-        "collection": PAPER_DL[0].collections["dl19"],
+        "collection": Collection(IRDS_DL["dl19"], {"bm25": "bm25"}),  # a run of 100 passages is too short
         "topics": None,
         "rerankers": LIT5_AT_150 | CROSS_ENCODERS | PE_RANKERS,
         "encoders": {"dense": "sentence-transformers/all-MiniLM-L6-v2", "colbert": "lightonai/GTE-ModernColBERT-v1"},

@@ -1,5 +1,6 @@
 """Sweeps: every reranker of a comparison over every first stage. Runs are kept, so that a sweep goes on where it stopped."""
 
+import warnings
 import zlib
 from pathlib import Path
 
@@ -73,18 +74,20 @@ def experiment(
         for name, pipeline in pipelines.items()
     }
     alone = len(pipelines) == 1
-    averages = pt.Experiment(
-        list(pipelines.values()),
-        topics,
-        qrels,
-        measures,
-        names=list(files),
-        baseline=None if alone else list(pipelines).index(baseline),
-        correction=None if alone else "holm",
-        save_dir=str(folder),
-        save_mode="reuse",
-        verbose=verbose,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There are shared pipeline components")  # plan="tree" would keep no runs
+        averages = pt.Experiment(
+            list(pipelines.values()),
+            topics,
+            qrels,
+            measures,
+            names=list(files),
+            baseline=None if alone else list(pipelines).index(baseline),
+            correction=None if alone else "holm",
+            save_dir=str(folder),
+            save_mode="reuse",
+            verbose=verbose,
+        )
     queries = pd.read_csv(folder / "perquery.csv", dtype={"qid": str}).query("name in @files")
     queries = queries.assign(model=queries["name"].map(files)).drop(columns="name")
     return averages.assign(name=averages["name"].map(files)), queries
