@@ -66,7 +66,7 @@ MONOELECTRA = {
 PE_RANK = {"PE-Rank (Jina)": "liuqi6777/pe-rank-mistral-jina"}
 
 
-def distill(max_length: int, **models: int) -> dict[str, Reranker]:
+def distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]:
     return {
         name: LiT5Distill(name, window_size=window, stride=window // 2, max_length=max_length, verbose=True)
         for name, window in models.items()
@@ -78,8 +78,8 @@ CROSS_ENCODERS = {  # 32 and 256 pieces
 }
 PE_RANKERS = {name: PERank(model, window_size=20, stride=10, verbose=True) for name, model in PE_RANK.items()}
 LIT5_AT_150 = {  # tokens of a prompt on MS MARCO
-    **distill(150, **LIT5_V2),
-    **distill(150, **LIT5_V1),
+    **distill(LIT5_V2, 150),
+    **distill(LIT5_V1, 150),
     **{name: LiT5Score(name, n_passages=100, max_length=150, answer_length=20, verbose=True) for name in LIT5_SCORE},
 }
 
@@ -160,7 +160,7 @@ PAPER_BEIR = [
         "LiT5",
         ("ecir_table2",),
         {name: Collection(source, {"bm25": "bm25"}) for name, source in BEIR.items()},
-        distill(512, **LIT5_V2),
+        distill(LIT5_V2, 512),
         text_of=corpora.text_alone,  # the prompts have no title
     ),
     Comparison(
@@ -225,9 +225,9 @@ def where_present(collections: dict[str, Collection]) -> dict[str, Collection]:
     return {name: collection for name, collection in collections.items() if Path(collection.source).exists()}
 
 
-def shared_runs(collection: str, **files: str) -> Collection:
+def shared_runs(collection: str, files: dict[str, str]) -> Collection:
     folder = SHARED / collection
-    return Collection(str(folder), {name.replace("__", "++"): str(folder / file) for name, file in files.items()})
+    return Collection(str(folder), {name: str(folder / file) for name, file in files.items()})
 
 
 PYTHON_DOCS = {"python-docs": Collection("python-docs/test", {"bm25": "bm25"})}
@@ -237,14 +237,21 @@ SMALL_DL = [
     dataclasses.replace(
         PAPER_DL[0],
         collections=where_present(
-            {name: shared_runs(name, bm25="run.bm25.txt", splade__ed="run.splade++ed.txt") for name in ("dl19", "dl21")}
+            {
+                name: shared_runs(name, {"bm25": "run.bm25.txt", "splade++ed": "run.splade++ed.txt"})
+                for name in ("dl19", "dl21")
+            }
         ),
         rerankers={},
     ),
     dataclasses.replace(
         PAPER_DL[1],
         collections=where_present(
-            {"dl19": shared_runs("dl19", bm25="runs/terrier-bm25.txt.gz", colbertv2="runs/colbertv2-webis.txt.gz")}
+            {
+                "dl19": shared_runs(
+                    "dl19", {"bm25": "runs/terrier-bm25.txt.gz", "colbertv2": "runs/colbertv2-webis.txt.gz"}
+                )
+            }
         ),
         rerankers={},
     ),
