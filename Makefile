@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow fuzz style wheel image clean
+.PHONY: demo test slow fuzz notebooks tiny style wheel image clean
 
 demo: $(VENV)/ready  ## BM25 >> CrossEncoder on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
@@ -15,6 +15,12 @@ slow: $(VENV)/ready  ## the tests marked slow, without the fuzzing
 
 fuzz: $(VENV)/ready  ## 120,000 random frames, texts and checkpoints
 	$(BIN)/python -m pytest -m slow tests/test_fuzz.py --durations=0
+
+notebooks: $(VENV)/ready  ## run all notebooks in the small profile, in place
+	$(BIN)/python experiments/run_notebooks.py
+
+tiny: $(VENV)/ready  ## train the small checkpoints of experiments/tiny anew, in about an hour
+	$(BIN)/python experiments/tiny/make.py
 
 style: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyterrier as pt
 
 PYTHON_DOCS = Path(__file__).parent / "python_docs"
+
+TextOf = Callable[[dict[str, Any]], str]
 
 
 class Collection(pt.datasets.Dataset):
@@ -68,14 +71,45 @@ class TextLoader(pt.Transformer):
         return f"TextLoader({self.collection.name!r})"
 
 
-def load(name: str) -> Collection:
-    """`python-docs`, `irds:...` (an id of ir_datasets), or a folder with docs.jsonl[.gz] (docno, text), queries.tsv,
-    qrels.txt and perhaps run.txt (TREC formats; tab between qid and query).
+def load(name: str, text_of: TextOf | None = None) -> Collection:
+    """`python-docs` (or `python-docs/dev`, `python-docs/test`: some of its topics), `irds:...` (an id of ir_datasets), or
+    a folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv, qrels.txt and perhaps run.txt (TREC formats;
+    tab between qid and query).
+
+    text_of: makes the text of a document from its fields; None takes ir_datasets' default (title and text) or `text`.
     """
-    if name == "python-docs":
-        docs = python_docs()
-        return in_memory(name, docs, read_topics(PYTHON_DOCS), read_qrels(PYTHON_DOCS).query("docno in @docs.docno"))
-    return from_ir_datasets(name) if name.startswith("irds:") else from_folder(Path(name))
+    if name.split("/")[0] == "python-docs":
+        docs, topics = python_docs(), read_topics(PYTHON_DOCS)
+        topics = topics[topics["qid"].str.startswith(name.partition("/")[2])].reset_index(drop=True)
+        qrels = read_qrels(PYTHON_DOCS).query("docno in @docs.docno and qid in @topics.qid")
+        return in_memory(name, docs, topics, qrels)
+    return from_ir_datasets(name, text_of) if name.startswith("irds:") else from_folder(Path(name), text_of)
+
+
+def text_alone(doc: dict[str, str]) -> str:
+    """The text without a title."""
+    return doc["text"]
+
+
+def titled_text(doc: dict[str, str]) -> str:
+    """As PE-Rank reads documents with a title, such as BEIR's; white space collapsed."""
+    return " ".join((f"Title: {doc['title']} Content: {doc['text']}" if doc.get("title") else doc["text"]).split())
+
+
+def part(collection: Collection, topics: int | None, documents: int | None) -> Collection:
+    """The first topics, their judged documents, and evenly among the others as many as make up `documents`; None is all.
+
+    Much easier to search than the whole: for trying a pipeline, not for figures. A part has no run.
+    """
+    if topics is None and documents is None:
+        return collection
+    asked = collection.get_topics().head(len(collection.topics) if topics is None else topics)
+    qrels = collection.qrels[collection.qrels["qid"].isin(asked["qid"])].reset_index(drop=True)
+    docs = pd.DataFrame(collection.get_corpus_iter())
+    judged = docs["docno"].isin(qrels["docno"])
+    others = docs[~judged].iloc[:: max(1, (~judged).sum() // max(1, (documents or len(docs)) - judged.sum()))]
+    kept = pd.concat([docs[judged], others]).head(documents or len(docs)).sort_index()
+    return in_memory(f"{collection.name} ({len(asked)} topics, {len(kept)} passages)", kept, asked, qrels)
 
 
 def python_docs() -> pd.DataFrame:
@@ -94,7 +128,7 @@ def in_memory(
     return Collection(name, lambda: records, lambda docnos: texts, topics, qrels, run)
 
 
-def from_folder(folder: Path) -> Collection:
+def from_folder(folder: Path, text_of: TextOf | None = None) -> Collection:
     missing = [file for file in ("queries.tsv", "qrels.txt") if not (folder / file).exists()]
     documents = next((file for file in (folder / "docs.jsonl", folder / "docs.jsonl.gz") if file.exists()), None)
     if missing or documents is None:
@@ -103,23 +137,28 @@ def from_folder(folder: Path) -> Collection:
             " wanted docs.jsonl[.gz], queries.tsv, qrels.txt and, if there is a first stage, run.txt"
         )
     with (gzip.open if documents.suffix == ".gz" else open)(documents, "rt", encoding="utf-8") as lines:
-        docs = pd.DataFrame([json.loads(line) for line in lines if line.strip()], columns=["docno", "text"])
+        records = [json.loads(line) for line in lines if line.strip()]
+    texts = [(text_of or text_alone)(record) for record in records]
+    docs = pd.DataFrame({"docno": [record["docno"] for record in records], "text": texts})
     docs["docno"] = docs["docno"].astype(str)
     run = folder / "run.txt"
     ranking = pt.model.add_ranks(pt.io.read_results(str(run))) if run.exists() else None
     return in_memory(folder.resolve().name, docs, read_topics(folder), read_qrels(folder), ranking)
 
 
-def from_ir_datasets(name: str) -> Collection:
+def from_ir_datasets(name: str, text_of: TextOf | None = None) -> Collection:
     import ir_datasets
 
     dataset = ir_datasets.load(name.removeprefix("irds:"))
 
+    def text(doc: Any) -> str:
+        return doc.default_text() if text_of is None else text_of(doc._asdict())
+
     def texts(docnos: Iterable[str]) -> dict[str, str]:
-        return {doc.doc_id: doc.default_text() for doc in dataset.docs_store().get_many_iter(docnos)}
+        return {doc.doc_id: text(doc) for doc in dataset.docs_store().get_many_iter(docnos)}
 
     def docs() -> Iterator[dict[str, str]]:
-        return ({"docno": doc.doc_id, "text": doc.default_text()} for doc in dataset.docs_iter())
+        return ({"docno": doc.doc_id, "text": text(doc)} for doc in dataset.docs_iter())
 
     topics = pd.DataFrame([(q.query_id, q.default_text()) for q in dataset.queries_iter()], columns=["qid", "query"])
     judged = [(qrel.query_id, qrel.doc_id, qrel.relevance) for qrel in dataset.qrels_iter()]

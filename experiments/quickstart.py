@@ -6,15 +6,14 @@ python experiments/quickstart.py --collection irds:vaswani --model NAME
 """
 
 import argparse
-import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import corpora
+import first_stages
 import pandas as pd
 import pyterrier as pt
 from pyterrier.measures import RR, nDCG
@@ -58,29 +57,8 @@ def first_stage(
     """The collection's own run if it has one, else PISA BM25 (k1 = 0.9, b = 0.4, Porter2) over an index made now."""
     if collection.run is not None:
         return "run.txt", pt.Transformer.from_df(collection.get_results(held_out))
-    from pyterrier_pisa import PisaIndex
-
-    index = PisaIndex(str(arguments.output / "index.pisa"), text_field="text", stemmer="porter2", overwrite=True)
     print(f"indexing {collection.name} with PISA")
-    with silence():
-        index.index(collection.get_corpus_iter())
-        bm25 = index.bm25(num_results=arguments.depth)
-        bm25.search("warm up")  # PISA computes its score bounds on first use, aloud
-    return "BM25", bm25
-
-
-@contextlib.contextmanager
-def silence():
-    """Keep what C++ prints from the terminal."""
-    sys.stdout.flush()
-    kept = os.dup(1), os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-        os.close(kept[0]), os.close(kept[1])
+    return "BM25", first_stages.bm25(collection, arguments.output / "index.pisa", arguments.depth, overwrite=True)
 
 
 def show(rows: pd.DataFrame, collection: corpora.Collection, arguments: argparse.Namespace) -> None:

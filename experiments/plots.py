@@ -1,0 +1,33 @@
+"""Charts that several notebooks draw. Knows tables of `compare.table` and matplotlib."""
+
+import pandas as pd
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+
+def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
+    """One panel per collection, one line per first stage and model: published figures as rings, measured ones as discs."""
+    lines = list(dict.fromkeys(table["model"] + " over " + table["first_stage"]))
+    collections = list(dict.fromkeys(table["collection"]))
+    columns, rows_of_panels = min(per_row, len(collections)), -(-len(collections) // per_row)
+    size = (2.4 * columns + 3.5, (0.26 * len(lines) + 0.9) * rows_of_panels + 0.5)
+    figure, panels = pyplot.subplots(
+        rows_of_panels, columns, sharey=True, squeeze=False, figsize=size, layout="constrained"
+    )
+    for panel in panels.flat[len(collections) :]:
+        panel.axis("off")
+    for panel, name in zip(panels.flat, collections, strict=False):
+        rows = table[table["collection"] == name]
+        at = (rows["model"] + " over " + rows["first_stage"]).map(lines.index)
+        panel.scatter(rows["published"], at, s=45, facecolors="none", edgecolors="tab:gray", label="published")
+        panel.scatter(rows["measured"], at, s=22, color="tab:blue", label="measured", zorder=3)
+        panel.set_title(name, fontsize="medium")
+        panel.grid(axis="y", alpha=0.3)
+    for panel in panels[:, 0]:
+        panel.set_yticks(range(len(lines)), lines, fontsize="small")
+    panels[0][0].invert_yaxis()  # shared by all
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)
+    figure.suptitle(f"{title}: nDCG@10")
+    pyplot.close(figure)  # the notebook shows what the cell returns
+    return figure

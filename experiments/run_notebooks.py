@@ -1,0 +1,51 @@
+"""Run notebooks from top to bottom, in place or aside, and keep their outputs without warnings, progress bars and times.
+
+python experiments/run_notebooks.py                                     every notebook in the small profile, in place
+python experiments/run_notebooks.py --profile paper --output FOLDER experiments/trec_dl.ipynb
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="by default all of this folder")
+    parser.add_argument("--profile", default="small")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder for the notebooks with their outputs")
+    arguments = parser.parse_args()
+    for path in arguments.notebooks or sorted(HERE.glob("*.ipynb")):
+        print(path.name, flush=True)
+        nbformat.write(run(path, HERE, PROFILE=arguments.profile), arguments.output / path.name)
+
+
+def run(path: Path, folder: Path, **parameters: str) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a run in `folder`, its parameters cell changed to these values.
+
+    The small profile starts afresh; what others have computed is kept and used again. Raises what the notebook raises.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    chosen = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    written = chosen.source
+    chosen.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    if parameters.get("PROFILE") == "small":
+        shutil.rmtree(folder / "results" / "small" / path.stem, ignore_errors=True)
+    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(folder)}}, record_timing=False)
+    client.execute(env=os.environ | {"PYTHONPATH": paths})
+    chosen.source = written
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return notebook
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""What every notebook does first: choose its profile, be quiet, and work without a network. Knows no experiment."""
+
+import os
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import pyterrier as pt
+import transformers
+from profiles import PROFILES, Profile
+
+
+def enter(profile: str, notebook: str) -> tuple[Profile, Path]:
+    """The profile of this name, and the folder `results/PROFILE/NOTEBOOK` for what the notebook keeps between runs."""
+    if profile not in PROFILES:
+        raise ValueError(f"PROFILE={profile!r}; wanted one of {', '.join(map(repr, PROFILES))}")
+    folder = Path("results", profile, notebook)
+    folder.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", message="The inplace keyword", category=DeprecationWarning)  # pyterrier, pandas 3
+    if not PROFILES[profile].verbose:
+        transformers.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()
+        pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
+    return PROFILES[profile], folder

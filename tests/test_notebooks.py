@@ -1,0 +1,49 @@
+"""experiments/*.ipynb: each runs to its end in the small profile, and is committed as it runs, without machine paths."""
+
+import re
+
+import nbformat
+import pytest
+import run_notebooks
+
+NOTEBOOKS = sorted(run_notebooks.HERE.glob("*.ipynb"))
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.slow
+def test_a_notebook_runs_in_the_small_profile(path, tmp_path, offline):
+    notebook = run_notebooks.run(path, tmp_path, PROFILE="small")
+    assert not [output for cell in code(notebook) for output in cell.outputs if output.output_type == "error"]
+
+
+def test_a_notebook_is_committed_with_the_outputs_of_one_run_and_a_choice_of_profile(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.cells[0].source.startswith("# ") and "PROFILE" in code(notebook)[0].source
+    assert code(notebook)[0].metadata["tags"] == ["parameters"] and code(notebook)[0].source.startswith(
+        'PROFILE = "small"'
+    )
+    assert [cell.execution_count for cell in code(notebook)] == [*range(1, len(code(notebook)) + 1)]
+    assert {output.output_type for cell in code(notebook) for output in cell.outputs} >= {"display_data"}
+
+
+def test_a_notebook_has_no_branch_on_its_profile(path):
+    for cell in code(nbformat.read(path, as_version=4))[1:]:
+        assert "PROFILE" not in re.sub(r"workplace\.enter\(PROFILE, ", "", cell.source)
+
+
+def test_a_notebook_names_no_machine(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"(?<![\w.:/])/(?:home|root|tmp|work|usr|opt|mnt|Users|var|data)/[^\s\"\\]*", text)
+    assert "stderr" not in text
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
