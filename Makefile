@@ -8,7 +8,7 @@ demo: $(VENV)/ready  ## BM25 >> CrossEncoder on Python's own documentation: a ta
 	$(BIN)/python experiments/quickstart.py
 
 test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 slow: $(VENV)/ready  ## the tests marked slow, without the fuzzing
 	$(BIN)/python -m pytest -m slow --ignore tests/test_fuzz.py
