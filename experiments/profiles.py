@@ -16,6 +16,7 @@ from pyterrier_lit.reranker import Reranker
 
 HERE = Path(__file__).parent
 TINY = os.path.relpath(HERE / "tiny")  # the project's own small checkpoints
+UNTRAINED = os.path.relpath(HERE.parent / "tests" / "golden" / "lit5" / "tiny-random")  # stands in for a small LiT5
 SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # collections that some machines have; never needed
 DATA = "data"  # the reader's own files: runs in TREC format, collections in folders (see experiments/README.md)
 
@@ -53,6 +54,9 @@ class Profile:
     tirex: list[Comparison]
     efficiency: dict  # efficiency.ipynb: collection, topics, rerankers, their peers, depths, windows
     open_questions: dict  # open_questions.ipynb: collection, topics, rerankers and what is varied
+    distillation: (
+        dict  # distillation.ipynb: collections to learn from and to test on, student, teacher and what is varied
+    )
 
 
 # The papers' checkpoints by the names in published.csv (specs: lit5 section 7, cross-encoder section 3, pe-rank section 7)
@@ -212,11 +216,11 @@ PAPER_TIREX = [
 
 
 def tiny() -> dict[str, Reranker]:
-    """The four small checkpoints, on the CPU, so that every machine gives the same figures."""
+    """Small checkpoints of all four, those of LiT5 untrained, on the CPU, so that every machine gives the same figures."""
     return {
         "tiny CrossEncoder": CrossEncoder(f"{TINY}/cross-encoder", device="cpu"),
-        "tiny LiT5-Distill": LiT5Distill(f"{TINY}/lit5-distill", device="cpu"),
-        "tiny LiT5-Score": LiT5Score(f"{TINY}/lit5-score", device="cpu"),
+        "tiny LiT5-Distill": LiT5Distill(UNTRAINED, device="cpu"),
+        "tiny LiT5-Score": LiT5Score(UNTRAINED, device="cpu"),
         "tiny PE-Rank": PERank(f"{TINY}/pe-rank", device="cpu"),
     }
 
@@ -299,6 +303,8 @@ RERANKERS = {
 }
 SMALL_RERANKERS = {name.removeprefix("tiny "): reranker for name, reranker in tiny().items()}
 
+SHORT = {"steps": 6, "batch_size": 4, "at_once": 4, "learning_rate": 1e-4, "verbose": False}  # a training of seconds
+
 PAPER = Profile(
     depth=100,
     verbose=True,
@@ -334,6 +340,17 @@ PAPER = Profile(
         "n_passages": [5, 10, 20, 50, 100],
         "windows": [(5, 2), (10, 5), (20, 10), (40, 20), (100, 50)],
     },
+    distillation={
+        "train": Collection("irds:msmarco-passage/train", {"first": f"{DATA}/runs/msmarco-train.colbertv2.txt"}),
+        "test": PAPER_DL[1].collections["dl19"],
+        "backbone": "google/electra-base-discriminator",
+        "lengths": (32, 256),
+        "teacher": f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt",  # of hub dataset webis/rank-distillm
+        "labels": {},  # settings besides the papers'
+        "rankings": {},
+        "depths": [10, 25, 50, 100],
+        "queries": [100, 1_000, 10_000],
+    },
 )
 SMALL = Profile(
     depth=20,
@@ -362,9 +379,20 @@ SMALL = Profile(
         "topics": 4,
         "rerankers": SMALL_RERANKERS,
         "dense": "stand-in",
-        "score_weights": [f"{TINY}/lit5-score", f"{TINY}/lit5-distill"],
+        "score_weights": [UNTRAINED, str(Path(UNTRAINED).with_name("tiny-trained"))],
         "n_passages": [5, 10, 20],
         "windows": [(4, 2), (10, 5), (20, 10)],
+    },
+    distillation={
+        "train": Collection("python-docs/dev", {"first": "bm25"}),
+        "test": Collection("python-docs/test", {"bm25": "bm25"}),
+        "backbone": f"{TINY}/cross-encoder",
+        "lengths": (24, 64),
+        "teacher": CrossEncoder(f"{TINY}/cross-encoder", device="cpu"),
+        "labels": SHORT,
+        "rankings": SHORT,
+        "depths": [5, 20],
+        "queries": [5, 20],
     },
 )
 PROFILES = {"paper": PAPER, "small": SMALL}

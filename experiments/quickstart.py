@@ -1,4 +1,4 @@
-"""The README's first command: BM25 against BM25 >> CrossEncoder on a real collection, as a table and a chart.
+"""The README's first command: BM25 against BM25 and a reranker on a real collection, as a table and a chart.
 
 python experiments/quickstart.py                                          Python's own documentation
 python experiments/quickstart.py --collection FOLDER --model NAME         docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
@@ -18,16 +18,17 @@ import pandas as pd
 import pyterrier as pt
 from pyterrier.measures import RR, nDCG
 
-from pyterrier_lit import CrossEncoder
+from pyterrier_lit import CrossEncoder, PERank
+from pyterrier_lit.reranker import Reranker
 
-TINY = Path(__file__).parent / "tiny" / "cross-encoder"
+TINY = Path(__file__).parent / "tiny"
 HELD_OUT = {"python-docs": "test-"}  # the topics to evaluate on, where a collection has others for development
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collection", default="python-docs", help="python-docs, a folder, or irds:ID")
-    parser.add_argument("--model", default=str(TINY), help="a cross-encoder: hub id or folder")
+    parser.add_argument("--model", help="a cross-encoder: hub id or folder; default: the project's small checkpoints")
     parser.add_argument("--depth", type=int, default=100, help="passages reranked per query")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results.png and results.json")
     arguments = parser.parse_args()
@@ -36,19 +37,30 @@ def main():
     collection = corpora.load(arguments.collection)
     held_out = HELD_OUT.get(arguments.collection)
     name, first = first_stage(collection, held_out, arguments)
-    reranker = CrossEncoder(arguments.model, verbose=True)
+    chosen = rerankers(arguments.model)
+    candidates = first % arguments.depth >> collection.text_loader()
     table = pt.Experiment(
-        [first, first % arguments.depth >> collection.text_loader() >> reranker],
+        [first, *(candidates >> reranker for reranker in chosen)],
         collection.get_topics(held_out),
         collection.get_qrels(held_out),
         [nDCG @ 10, RR @ 10, "mrt"],
-        names=[name, f"{name} >> CrossEncoder"],
+        names=[name, *(f"{name} >> {type(reranker).__name__}" for reranker in chosen)],
         baseline=0,
         plan="tree",
         verbose=False,
     )
     rows = table.rename(columns={"nDCG@10 p-value": "p"})[["name", "nDCG@10", "RR@10", "mrt", "p"]]
     show(rows, collection, arguments)
+
+
+def rerankers(model: str | None) -> list[Reranker]:
+    """A cross-encoder of the reader's, or the project's small checkpoints."""
+    if model is not None:
+        return [CrossEncoder(model, verbose=True)]
+    return [
+        CrossEncoder(str(TINY / "cross-encoder"), verbose=True),
+        PERank(str(TINY / "pe-rank"), verbose=True),
+    ]
 
 
 def first_stage(
@@ -68,17 +80,18 @@ def show(rows: pd.DataFrame, collection: corpora.Collection, arguments: argparse
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    print(f"\n{collection.name}, model {arguments.model}, the first {arguments.depth} passages reranked")
+    shown = arguments.model or f"the small checkpoints of {TINY.name}"
+    print(f"\n{collection.name}, {shown}, the first {arguments.depth} passages reranked")
     print("mrt: milliseconds per query, of the whole pipeline; p: paired t-test on nDCG@10 against the first row\n")
     print(rows.to_string(index=False, float_format="{:.4f}".format, na_rep=""))
-    if arguments.model == str(TINY) and arguments.collection != "python-docs":
+    if arguments.model is None and arguments.collection != "python-docs":
         print(
-            "\nThis small model has only ever read Python's documentation: for other texts give a real one with --model."
+            "\nThese small models have only ever read Python's documentation: for other texts give a real one with --model."
         )
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     (arguments.output / "results.json").write_text(json.dumps(records, indent=2) + "\n")
 
-    axes = rows.plot.bar(x="name", y=["nDCG@10", "RR@10"], rot=0, ylim=(0, 1), figsize=(7, 4), width=0.7)
+    axes = rows.plot.bar(x="name", y=["nDCG@10", "RR@10"], rot=0, ylim=(0, 1), figsize=(8, 4), width=0.7)
     for bars in axes.containers:
         axes.bar_label(bars, fmt="%.3f")
     axes.set(

@@ -134,7 +134,7 @@ class CrossEncoder(Reranker):
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> "CrossEncoder":
-        """An untrained cross-encoder: the body of an ELECTRA or BERT checkpoint under a new head, w ~ N(0, initializer_range), b = 0.
+        """An untrained cross-encoder: the body of an ELECTRA or BERT checkpoint, or of a cross-encoder, under a new head, w ~ N(0, initializer_range), b = 0.
 
         name: hub id or folder, such as "google/electra-base-discriminator". Its other heads are left out. The head is
         drawn from torch's generator: `torch.manual_seed` fixes it. arguments: those of the constructor.
@@ -232,7 +232,7 @@ def read_encoder(folder: Path) -> Encoder:
 def new_encoder(folder: Path) -> Encoder:
     """The body of an ELECTRA or BERT checkpoint under an untrained head."""
     config = read_config(folder)
-    backbone = config.get("model_type")
+    backbone = _backbone(config)
     network = PooledScorer(_body(folder, backbone, config), bias=False)
     nn.init.normal_(network.linear.weight, std=config.get("initializer_range", 0.02))
     own = network.body.state_dict().keys()
@@ -307,7 +307,7 @@ class LabelScorer(nn.Module):
 
 
 def _read_pooled(folder: Path, config: dict[str, Any], weights: Weights) -> PooledScorer:
-    backbone = config.get("backbone_model_type") or str(config.get("model_type")).removeprefix("mono-")
+    backbone = _backbone(config)
     pooling, scoring = config.get("pooling_strategy", "first"), config.get("scoring_strategy", "rank")
     if pooling not in POOLING or scoring not in ("rank", "mono"):
         raise ValueError(
@@ -365,6 +365,11 @@ def _encoder(
     if encoder.pad_id not in range(config["vocab_size"]):
         raise ValueError(f"{folder}: pad_token_id={encoder.pad_id!r} is no piece of {config['vocab_size']}")
     return encoder
+
+
+def _backbone(config: dict[str, Any]) -> str:
+    """The kind of the body: "electra", "bert", ..."""
+    return config.get("backbone_model_type") or str(config.get("model_type")).removeprefix("mono-")
 
 
 def _body(folder: Path, backbone: str | None, config: dict[str, Any]) -> nn.Module:

@@ -167,6 +167,7 @@ def new_ranker(folder: Path, fields: dict[str, Any], device: torch.device, dtype
     head = projector(fields["projector_type"], fields["embedding_size"], body.config.hidden_size)
     config = json.loads(body.config.to_json_string(use_diff=False)) | fields | {"model_type": KIND + kind}
     config["architectures"] = [f"Embed{kind.capitalize()}ForRankLM"]
+    config.pop("_name_or_path", None)  # where it lay on this machine
     network = VectorLM(body, head.to(dtype), prompter.placeholder)
     return Ranker(network.to(device).eval(), prompter, config, folder, encoder_weights, encoder)
 

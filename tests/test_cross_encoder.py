@@ -415,3 +415,11 @@ def test_out_of_memory_halves_the_batch_and_the_scores_stay(make, frame, monkeyp
         assert_same_scores(reranker(frame), expected)
     assert len([warning for warning in warned if warning.category is UserWarning]) == 1
     assert sizes[0] > 60 >= sizes[-1]
+
+
+def test_a_new_head_on_the_body_of_a_cross_encoder():
+    trained = CrossEncoder(str(FOLDER / "ckpt" / "electra_bias"), device="cpu")
+    new = CrossEncoder.from_backbone(str(FOLDER / "ckpt" / "electra_bias"), device="cpu")
+    ours, theirs = (encoder.loaded().network.state_dict() for encoder in (new, trained))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items() if name.startswith("body."))
+    assert not torch.equal(ours["linear.weight"], theirs["linear.weight"])

@@ -692,6 +692,12 @@ def test_from_backbone_needs_the_length_of_the_vectors(backbone):
         PERank.from_backbone(backbone("mistral"), device="cpu")
 
 
+def test_a_saved_student_names_no_folder_of_the_machine_it_began_from(backbone, tmp_path):
+    folder = backbone("mistral")
+    PERank.from_backbone(folder, embedding_size=8, device="cpu").save(tmp_path)
+    assert folder not in (tmp_path / "config.json").read_text()
+
+
 def test_prompts_of_every_size_have_as_many_placeholders(ranker):
     sizes = [1, 7, 20]
     for ids, n in zip(ranker.prompts(["q"] * 3, [[]] * 3, sizes), sizes, strict=True):
