@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test slow fuzz notebooks tiny style wheel image clean
 
-demo: $(VENV)/ready  ## BM25 >> CrossEncoder on Python's own documentation: a table, demo/results.json and demo/results.png
+demo: $(VENV)/ready  ## BM25, and two rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
 
 test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow
