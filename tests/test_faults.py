@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from contract import assert_same_scores
-from test_imports import PACKAGE, ROOMS
+from test_imports import ROOMS, source
 
 
 def contents(folder):
@@ -185,7 +185,7 @@ def test_no_code_and_no_pickle_of_a_checkpoint_is_run(copied, frame):
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_room_trusts_remote_code_or_unpickles(room):
-    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source(room))):
         if isinstance(node, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             assert "trust_remote_code" not in given

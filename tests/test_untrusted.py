@@ -9,8 +9,6 @@ from conftest import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyterrier_lit.windows import Task
-
 CONTROL = [
     "[SEP]",
     "[CLS]",
@@ -47,13 +45,11 @@ hostile = (
 def pair(reranker, query, passages):
     """CrossEncoder: the control ids of each input, with the token type they have."""
     encoder = reranker.loaded()
-    layout, query_length, doc_length = reranker._layout(encoder)
+    layout, pairs = reranker.pairs([(query, passage) for passage in passages])
     control = {encoder.tokenizer.token_to_id(token) for token in ("[SEP]", "[CLS]", "[PAD]", "[MASK]")}
-    pieces = layout.pieces([query], query_length)[0]
-    batch = [layout.fit(pieces, passage) for passage in layout.pieces(passages, doc_length)]
     return [
         [(id, kind) for id, kind in zip(ids, types, strict=True) if id in control]
-        for tensors in [layout.tensors([pair], 0) for pair in batch]
+        for tensors in [layout.tensors([pair], 0) for pair in pairs]
         for ids, types in zip(tensors["input_ids"].tolist(), tensors["token_type_ids"].tolist(), strict=True)
     ]
 
@@ -67,14 +63,13 @@ def t5_control(t5, ids):
 def distill(reranker, query, passages):
     """LiT5Distill: the control ids of each prompt, and the last id, which must be the only one."""
     t5 = reranker.loaded()
-    prompts = reranker._prompts(t5, [query], [passages], [Task(0, list(range(len(passages))), len(passages))])[0]
-    return [(t5_control(t5, ids), ids[-1]) for ids in prompts]
+    return [(t5_control(t5, ids), ids[-1]) for ids in reranker.prompts(query, passages)]
 
 
 def score(reranker, query, passages):
     """LiT5Score: as LiT5Distill, and that each prompt begins with the same ids, which are the query's."""
     t5 = reranker.loaded()
-    read = reranker._read(t5, query, passages)
+    read = reranker.read(query, passages)
     alike = len({tuple(ids[: min(read.question, len(ids)) - 1]) for ids in read.prompts}) == 1
     return [(t5_control(t5, ids), ids[-1], alike) for ids in read.prompts]
 
