@@ -237,4 +237,5 @@ def test_the_summary_has_queries_pairs_seconds_and_tokens(tmp_path, file, capsys
         float(word) for word in said.split() if word.replace(".", "").isdigit()
     )
     assert (pairs, ratio) == (112, round(padded / real, 3))
-    assert speed == pytest.approx(pairs / seconds, rel=0.3) and padded > real > 112 * 3
+    assert pairs / (seconds + 0.06) < speed < pairs / max(seconds - 0.06, 1e-9)  # one decimal of the seconds is shown
+    assert padded > real > 112 * 3
