@@ -1,4 +1,4 @@
-"""How the small checkpoints beside this file were made: `make tiny`, on two cores in about an hour, seeds fixed.
+"""How the small checkpoints beside this file were made: `make tiny`, in about an hour on one core, seeds fixed.
 
     python experiments/tiny/make.py [NAME ...] [--output FOLDER]
 
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import pandas as pd
 import safetensors.torch
-import sentencepiece
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -32,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import corpora
 from first_stages import silence
 
-from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit import CrossEncoder, PERank
 from pyterrier_lit.batching import like_lengths
-from pyterrier_lit.training import Distil, FineTune
+from pyterrier_lit.training import Distil
 
 SEED = 42
 OPENINGS = (
@@ -184,25 +183,10 @@ def write_bert(model: transformers.BertModel, words: list[str], folder: Path) ->
     transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
 
 
-def align_bert(
-    folder: Path, texts: list[str], vectors: torch.Tensor, steps: int, batch: int, learning_rate: float
-) -> None:
-    """Align the BERT in a folder."""
-    model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).train()
-    align(model, pieces(folder, texts), vectors, steps, batch, learning_rate)
-    model.save_pretrained(folder)
-
-
-def align(
-    model: torch.nn.Module,
-    ids: list[list[int]],
-    vectors: torch.Tensor,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-) -> None:
-    """Train an encoder until its states average to the given vectors (N, d), alone and compared with each other."""
-    model.set_attn_implementation("eager")
+def align(folder: Path, texts: list[str], vectors: torch.Tensor, steps: int, batch: int, learning_rate: float) -> None:
+    """Train the BERT in a folder until its states average to the given vectors (N, d), alone and compared with each other."""
+    model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager").train()
+    ids = pieces(folder, texts)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -216,6 +200,7 @@ def align(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    model.save_pretrained(folder)
 
 
 def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncoder:
@@ -238,7 +223,7 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
     model.load_state_dict(own)
     write_bert(model, words, folder)
     some = len(material.docs) + 30_000
-    align_bert(folder, material.texts[:some], material.vectors[:some], int(700 * share), batch=64, learning_rate=3e-4)
+    align(folder, material.texts[:some], material.vectors[:some], int(700 * share), batch=64, learning_rate=3e-4)
     student = CrossEncoder.from_backbone(str(folder), query_length=QUERY_LENGTH, doc_length=DOC_LENGTH, device="cpu")
     candidates = material.candidates()
     Distil(
@@ -285,7 +270,7 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
         encoder.embeddings.position_embeddings.weight.mul_(0.1)
     write_bert(encoder, words, folder / "encoder")
     reduced = F.normalize(material.vectors[:some] @ directions, dim=1)
-    align_bert(folder / "encoder", material.texts[:some], reduced, int(3_000 * share), batch=128, learning_rate=1e-3)
+    align(folder / "encoder", material.texts[:some], reduced, int(3_000 * share), batch=128, learning_rate=1e-3)
     write_language_model(folder)
     student = PERank.from_backbone(
         str(folder / "lm"), encoder_name=str(folder / "encoder"), projector_type="linear", device="cpu"
@@ -352,98 +337,7 @@ def write_language_model(folder: Path) -> None:
     fast.save_pretrained(folder / "lm")
 
 
-def write_t5(material: Material, folder: Path, share: float) -> None:
-    """A T5 of three and two layers over 4,000 pieces, its encoder taught MiniLM's vectors in 160 dimensions."""
-    width, size, some = 160, 4_000, len(material.docs) + 20_000
-    model_bytes = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in material.texts[:some] for line in text.split("\n") if line.strip()),
-        model_writer=model_bytes,
-        vocab_size=size,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        character_coverage=0.9999,
-        user_defined_symbols=[f"\u2581{i}" for i in range(1, 21)],  # identifiers are one piece each
-        normalization_rule_name="nmt_nfkc_cf",
-        minloglevel=2,
-    )
-    folder.mkdir(exist_ok=True)
-    (folder / "spiece.model").write_bytes(model_bytes.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes.getvalue())
-    directions = torch.pca_lowrank(material.vectors[:some], q=width, niter=4, center=False)[2]
-    words = [processor.id_to_piece(id).replace("\u2581", "") or "." for id in range(size)]
-    alone = encode(material.minilm, words) @ directions
-    model = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=size,
-            d_model=width,
-            d_kv=40,
-            num_heads=4,
-            d_ff=2 * width,
-            num_layers=3,
-            num_decoder_layers=2,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            tie_word_embeddings=True,
-            decoder_start_token_id=0,
-        )
-    )
-    with torch.no_grad():
-        model.shared.weight.copy_(alone / alone.std())
-    model.save_pretrained(folder)
-    t5 = LiT5Distill(str(folder), device="cpu").loaded()
-    ids = [[*row[:DOC_LENGTH], 1] for row in t5.pieces(material.texts[:some])]
-    wanted = F.normalize(material.vectors[:some] @ directions, dim=1)
-    t5.network.requires_grad_(True)
-    align(t5.network.encoder, ids, wanted, int(400 * share), batch=128, learning_rate=2e-3)
-    t5.save(folder)
-
-
-def lit5_distill(material: Material, folder: Path, share: float) -> LiT5Distill:
-    """A small T5 that writes the teacher's order of up to eight passages."""
-    write_t5(material, folder, share)
-    student = LiT5Distill(str(folder), window_size=8, stride=4, max_length=QUERY_LENGTH + DOC_LENGTH, device="cpu")
-    candidates = material.candidates()
-    Distil(
-        student,
-        candidates.assign(score=candidates.teacher),
-        **FROM_SCRATCH,
-        steps=int(450 * share),
-        smallest=2,
-        shuffle=0.3,
-    ).fit(candidates)
-    student.loaded().network.half()
-    return student
-
-
-def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
-    """A small T5 that answers a sentence of a docstring with the name of what it documents, from the first five passages."""
-    write_t5(material, folder, share)
-    student = LiT5Score(str(folder), max_length=QUERY_LENGTH + DOC_LENGTH, device="cpu")
-    candidates = material.candidates()
-    first = candidates[candidates["rank"] < 5]
-    best = first.sort_values("teacher").drop_duplicates("qid", keep="last").set_index("qid").docno
-    answers = first.qid.map(best).str.split("(").str[0]
-    FineTune(student, **FROM_SCRATCH, steps=int(350 * share)).fit(first.assign(answers=answers))
-    student.loaded().network.half()
-    return student
-
-
-FROM_SCRATCH = {
-    "batch_size": 16,
-    "at_once": 16,
-    "learning_rate": 1.5e-3,
-    "warmup": 100,
-    "schedule": "cosine",
-    "clip": 1.0,
-    "dropout": 0.0,
-    "checkpointing": False,
-    "precision": "bfloat16",
-    "seed": SEED,
-}
-STUDENTS = {"cross-encoder": cross_encoder, "lit5-distill": lit5_distill, "lit5-score": lit5_score, "pe-rank": pe_rank}
+STUDENTS = {"cross-encoder": cross_encoder, "pe-rank": pe_rank}
 
 if __name__ == "__main__":
     main()

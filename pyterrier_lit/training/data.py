@@ -70,7 +70,7 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
 def sample(targets: Sequence[float], n: int | None, how: str, chosen: random.Random) -> list[int]:
     """Which n passages of a list to learn from, as positions; all where there are no more, or n is None.
 
-    targets: of the passages, best first by the first stage. how: one of SAMPLERS, or of `lightning-ir`'s names for them.
+    targets: of the passages, best first by the first stage. how: one of SAMPLERS, which have lightning-ir's names; ValueError for another.
     """
     if how not in SAMPLERS:
         raise ValueError(f"sampling={how!r}; wanted one of {', '.join(map(repr, SAMPLERS))}")
