@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,7 +161,7 @@ def train(
     """
     import transformers
 
-    devices = int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1
+    devices = int(os.environ.get("WORLD_SIZE", 1))  # processes, as `accelerate launch` and torchrun say; one GPU each
     at_once = min(recipe.at_once, max(recipe.batch_size // devices, 1))
     accumulated, rest = divmod(recipe.batch_size, at_once * devices)
     if not lists or rest or not accumulated:
@@ -207,9 +208,11 @@ def train(
             objective.forget()
         learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        settings = transformers.TrainingArguments(**arguments)
+        settings._n_gpu = min(settings.n_gpu, 1)  # else one process would hand the same batch to every GPU it sees
         loop = _loop()(
             objective,
-            transformers.TrainingArguments(**arguments),
+            settings,
             train_dataset=Draws(objective, lists, steps * recipe.batch_size, seed),
             data_collator=objective.collate,
             eval_dataset=[] if validate else None,
