@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,6 +347,33 @@ def test_a_killed_training_goes_on_to_the_same_end(candidates, qrels, cross_enco
     assert killed.communicate()[0] == "" and killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "checkpoint-24").exists()
     assert start(tmp_path / "killed", 0).communicate()[0] == whole != ""
+
+
+@pytest.mark.slow  # two processes that import torch and meet
+def test_two_processes_learn_as_one(candidates, qrels, cross_encoder_folder, tmp_path):
+    candidates.to_pickle(tmp_path / "frame")
+    qrels.to_pickle(tmp_path / "qrels")
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    model = shutil.copytree(cross_encoder_folder, tmp_path / "model")
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # processes drop differently
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | without_dropout))
+    arguments = [tmp_path / "script.py", tmp_path / "frame", tmp_path / "qrels", model]
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    scores = {}
+    for name, command in {"one": [sys.executable], "two": together}.items():
+        printed = subprocess.run(
+            [*map(str, command), *map(str, arguments), str(tmp_path / name), "0"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ).stdout.splitlines()
+        found = np.array([json.loads(line.partition(" ")[2]) for line in printed])
+        assert len(found) == (2 if name == "two" else 1)
+        scores[name] = found - found.mean(1, keepdims=True)  # the loss does not say where the scores lie
+    assert abs(scores["one"]).max() > 1
+    np.testing.assert_allclose(scores["two"], np.repeat(scores["one"], 2, 0), atol=1e-3)
 
 
 def test_a_folder_goes_on_only_with_the_training_that_began_there(student, candidates, qrels, tmp_path):
