@@ -82,7 +82,7 @@ class Training(pt.Estimator):
     ) -> None:
         """Train the student on result frames with the columns it reads; `log` then holds what was measured, a row a time.
 
-        With validation frames the student is measured by nDCG@10 `every` so many steps, and ends with the weights of the best
+        With validation frames the student is measured by `nDCG@10` `every` so many steps, and ends with the weights of the best
         time. Raises what `data.with_labels` and `data.with_teacher` raise, and ValueError where there is nothing to learn from.
         """
         recipe = self.chosen_recipe()
@@ -128,7 +128,7 @@ class FineTune(Training):
         recipe: the name of one of the student's recipes, or a Recipe. None is the paper's.
         folder: where the training's state is kept, so that it goes on after a kill: see `trainer.train`.
         every: steps between states, and between measurements on validation frames.
-        patience: stop after so many of these without a better nDCG@10.
+        patience: stop after so many of these without a better `nDCG@10`.
         seed: of all chance.
         verbose: show progress.
         settings: fields of the recipe to change, such as steps=1_000, learning_rate=2e-5, loss="lce" (see the recipe's docstring).
