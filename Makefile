@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow fuzz notebooks tiny style wheel image clean
+.PHONY: demo test slow fuzz notebooks tiny docs style wheel image clean
 
 demo: $(VENV)/ready  ## BM25, and two rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
@@ -21,6 +21,9 @@ notebooks: $(VENV)/ready  ## run all notebooks in the small profile, in place
 
 tiny: $(VENV)/ready  ## train the small checkpoints of experiments/tiny anew, in about an hour
 	$(BIN)/python experiments/tiny/make.py
+
+docs: $(VENV)/ready  ## the pages of pt_docs as PyTerrier's site shows them, in build/docs; a warning is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -c docs pyterrier_lit/pt_docs build/docs
 
 style: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

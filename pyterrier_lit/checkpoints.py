@@ -17,13 +17,15 @@ import torch
 from torch import nn
 
 Weights = dict[str, torch.Tensor]
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # of which a tokenizer has one
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 
 
-def fetch(model: str | Path, *, weights: bool = True) -> Path:
+def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path as model=") -> Path:
     """The folder of a checkpoint: the path itself, or the hub's files in the local cache, with or without the weights.
 
-    Raises FileNotFoundError when it is neither here nor to be had, saying how to bring it to a machine without a network.
+    Raises FileNotFoundError when it is neither here nor to be had, saying how to bring it to a machine without a network, and
+    what to do with it there: `use`.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -44,10 +46,21 @@ def fetch(model: str | Path, *, weights: bool = True) -> Path:
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise FileNotFoundError(
             f"there is no folder {str(model)!r} here, and the hub did not give that checkpoint ({type(error).__name__}: {_first_line(error)})."
-            f" Check the name; without a network, run `hf download {model} --local-dir FOLDER` on a machine that has one, copy FOLDER here"
-            " and pass its path as model="
+            f" Check the name; without a network, {how_to_fetch(str(model), use)}"
         ) from error
     return folder
+
+
+def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=") -> str:
+    """How a checkpoint comes to a machine without a network: a part of a sentence for errors."""
+    return f"run `hf download {name} --local-dir FOLDER` on a machine that has one, copy FOLDER here and {use}"
+
+
+def missing(folder: Path, what: str) -> FileNotFoundError:
+    """The error for a folder that lacks a file."""
+    return FileNotFoundError(
+        f"{folder} holds no {what}. Fetch the checkpoint whole; without a network, {how_to_fetch(use=f'put its files into {folder}')}"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -111,8 +124,15 @@ def wrong_weights(source: str, problems: list[str]) -> ValueError:
     return ValueError(f"{source} does not hold the weights of this model: {listed}")
 
 
+def check_vocabulary(folder: Path) -> None:
+    """FileNotFoundError for a folder without a vocabulary, of which transformers makes a tokenizer all the same, with no pieces."""
+    if not any(found for name in VOCABULARIES for found in folder.glob(name)):
+        raise missing(folder, "tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
+
+
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """The fast tokenizer of a folder (tokenizer.json, else vocab.txt, else what transformers makes of it), without cutting or padding."""
+    check_vocabulary(folder)
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -159,9 +179,7 @@ def read_sentencepieces(folder: Path) -> SentencePieces:
     """The tokenizer in spiece.model."""
     file = folder / "spiece.model"
     if not file.exists():
-        raise FileNotFoundError(
-            f"{folder} holds no spiece.model, T5's tokenizer; fetch it from where the checkpoint came from"
-        )
+        raise missing(folder, "spiece.model, T5's tokenizer")
     try:
         return SentencePieces(file)
     except (RuntimeError, OSError) as error:
@@ -299,10 +317,10 @@ def _weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted(set(_read_json(folder / index)["weight_map"].values()))]
             absent = [file.name for file in files if not file.exists()]
             if absent:
-                raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, which {index} names")
+                raise missing(folder, f"{', '.join(absent)}, which {index} names")
             return files
-    raise FileNotFoundError(
-        f"{folder} holds no weights: wanted model.safetensors or pytorch_model.bin, in one file or in shards with their index"
+    raise missing(
+        folder, "weights: wanted model.safetensors or pytorch_model.bin, in one file or in shards with their index"
     )
 
 
@@ -310,7 +328,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file.parent} holds no {file.name}, so it is not a checkpoint folder") from None
+        raise missing(file.parent, file.name) from None
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read: it is cut short or damaged; fetch it again ({_first_line(error)})"

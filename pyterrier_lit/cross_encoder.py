@@ -45,18 +45,20 @@ LIGHTNING_IR = (
 class CrossEncoder(Reranker):
     """Rerank by a cross-encoder that reads each (query, passage) pair: score(q, d) = w . h_[CLS] + b.
 
-    model: hub id or folder. Read are the checkpoints of lightning-ir over ELECTRA or BERT (`webis/monoelectra-base`,
-        `webis/monoelectra-large`; all its formats since 2024) and ordinary sequence classification checkpoints with one
-        label, or two of which the second is the score. No code of the checkpoint is run.
-    query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32 and
-        256. Together they are capped by the model's positions, the longer side first.
-    text_field: the column with the passages.
-    special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text" reads
-        them as plain characters, for texts from strangers.
-    max_tokens: tokens per batch with padding; None is 4,096 on a CPU and 16,384 on a GPU. When memory runs out the batch is
-        halved and the run goes on.
-    device: None is the first GPU, else the CPU. dtype: None is bfloat16 on a GPU that has it, else float32.
-    verbose: show a progress bar.
+    Args:
+        model: hub id or folder. Read are the checkpoints of lightning-ir over ELECTRA or BERT (`webis/monoelectra-base`,
+            `webis/monoelectra-large`; all its formats since 2024) and ordinary sequence classification checkpoints with one
+            label, or two of which the second is the score. No code of the checkpoint is run.
+        query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32 and
+            256. Together they are capped by the model's positions, the longer side first.
+        text_field: the column with the passages.
+        special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text" reads
+            them as plain characters, for texts from strangers.
+        max_tokens: tokens per batch with padding; None is 4,096 on a CPU and 16,384 on a GPU. When memory runs out the batch is
+            halved and the run goes on.
+        device: None is the first GPU, else the CPU.
+        dtype: None is bfloat16 on a GPU that has it, else float32.
+        verbose: show a progress bar.
 
     A pair's score depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe; equal scores are ties and keep
     their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
@@ -136,8 +138,10 @@ class CrossEncoder(Reranker):
     def from_backbone(cls, name: str, **arguments: Any) -> "CrossEncoder":
         """An untrained cross-encoder: the body of an ELECTRA or BERT checkpoint, or of a cross-encoder, under a new head, w ~ N(0, initializer_range), b = 0.
 
-        name: hub id or folder, such as "google/electra-base-discriminator". Its other heads are left out. The head is
-        drawn from torch's generator: `torch.manual_seed` fixes it. arguments: those of the constructor.
+        Args:
+            name: hub id or folder, such as "google/electra-base-discriminator". Its other heads are left out. The head
+                is drawn from torch's generator: `torch.manual_seed` fixes it.
+            arguments: those of the constructor.
         """
         reranker = cls(name, **arguments)
         device = choose_device(reranker.device)

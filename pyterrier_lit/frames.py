@@ -17,11 +17,12 @@ def rerank(
 ) -> pd.DataFrame:
     """Give every row of a result frame a new score and rank, from the queries and one column of passages.
 
-    frame: rows with `qid`, `query`, `docno` and `text_field`, in any order and under any index; it is not changed.
-    score: called once with all queries and, for each, its passages best first (by `rank`, else by `score`, else as the
-        rows stand); returns one list of scores per query, higher is better.
-    context: the transformer that PyTerrier names in its error when a column is missing.
-    query_columns: columns to add besides; then `score` returns (scores, values, ...), for each column one value per query.
+    Args:
+        frame: rows with `qid`, `query`, `docno` and `text_field`, in any order and under any index; it is not changed.
+        score: called once with all queries and, for each, its passages best first (by `rank`, else by `score`, else as the
+            rows stand); returns one list of scores per query, higher is better.
+        context: the transformer that PyTerrier names in its error when a column is missing.
+        query_columns: columns to add besides; then `score` returns (scores, values, ...), for each column one value per query.
 
     Returns the same rows in the same order with every other column kept, `score` (float64) and `rank` (from 0) new.
     Equal scores keep the order in which they came, whatever the order of the rows. Half a surrogate pair, which no

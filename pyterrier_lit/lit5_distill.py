@@ -26,24 +26,26 @@ Prompts = list[list[int]]  # the prompts of one window
 class LiT5Distill(ListwiseReranker):
     """Rerank lists by LiT5-Distill: T5 Fusion-in-Decoder over a window of up to 100 passages, then the window slides up.
 
-    model: hub id or folder: `castorini/LiT5-Distill-{base,large,xl}` (v1: windows of 20) or the same with `-v2` (one
-        window of 100), or what `save` wrote.
-    window_size, stride: passages per window (at most 100) and positions it moves up. None for window_size takes what the
-        checkpoint records, else 100 for a name that ends in v2 and 20 for others; None for stride is half the window.
-        A shorter list is one window of its own size.
-    passes: sweeps over each list.
-    max_length: tokens of a prompt, cut on the right: 150 in the papers for MS MARCO, 512 for BEIR.
-    top_k: order only the first k ranks; what lies below keeps its incoming order. The first k are those of the full
-        order. `((first >> LiT5Distill()) % 10).compile()` sets it.
-    decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's greedy
-        text, repaired: first mention wins, what is missing follows in incoming order; where that text is already a
-        permutation both agree. "first" orders by the probabilities of the first identifier alone (FIRST, arXiv
-        2406.15657): one step, or two above 56 identifiers, an approximation that LiT5 was not trained for.
-    text_field: the column with the passages.
-    max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and values
-        (37 kB a token for base in bfloat16). When memory runs out it is halved and the run goes on.
-    device: None is the first GPU, else the CPU. dtype: None is bfloat16 on a GPU that has it, else float32.
-    verbose: show a progress bar.
+    Args:
+        model: hub id or folder: `castorini/LiT5-Distill-{base,large,xl}` (v1: windows of 20) or the same with `-v2` (one
+            window of 100), or what `save` wrote.
+        window_size, stride: passages per window (at most 100) and positions it moves up. None for window_size takes what the
+            checkpoint records, else 100 for a name that ends in v2 and 20 for others; None for stride is half the window.
+            A shorter list is one window of its own size.
+        passes: sweeps over each list.
+        max_length: tokens of a prompt, cut on the right: 150 in the papers for MS MARCO, 512 for BEIR.
+        top_k: order only the first k ranks; what lies below keeps its incoming order. The first k are those of the full
+            order. `((first >> LiT5Distill()) % 10).compile()` sets it.
+        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's greedy
+            text, repaired: first mention wins, what is missing follows in incoming order; where that text is already a
+            permutation both agree. "first" orders by the probabilities of the first identifier alone (FIRST, arXiv
+            2406.15657): one step, or two above 56 identifiers, an approximation that LiT5 was not trained for.
+        text_field: the column with the passages.
+        max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and values
+            (37 kB a token for base in bfloat16). When memory runs out it is halved and the run goes on.
+        device: None is the first GPU, else the CPU.
+        dtype: None is bfloat16 on a GPU that has it, else float32.
+        verbose: show a progress bar.
 
     Scores are n, n - 1, ... 1 in the order written. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR 2025 (v2). In
     float32 equal to castorini/LiT5 for lists that fill their windows; where that one pads a short list with empty
@@ -124,7 +126,12 @@ class LiT5Distill(ListwiseReranker):
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> "LiT5Distill":
-        """An untrained LiT5: a T5 as it was pre-trained, such as "google/t5-v1_1-base". arguments: the constructor's."""
+        """An untrained LiT5: a T5 as it was pre-trained.
+
+        Args:
+            name: hub id or folder, such as "google/t5-v1_1-base".
+            arguments: those of the constructor.
+        """
         return cls(name, **arguments)
 
     def window(self) -> tuple[int, int]:

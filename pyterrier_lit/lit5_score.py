@@ -29,7 +29,7 @@ AGGREGATIONS = {
 
 
 class LiT5Score(Reranker):
-    """Rerank by LiT5-Score: T5 Fusion-in-Decoder answers the query, and its cross-attention tells where it looked.
+    """Rerank by LiT5-Score: T5 Fusion-in-Decoder answers the query, and its cross-attention tells where it looked::
 
         score(d) = sum over answer positions t, layers l, tokens s of d of  a[l, t, s]  / (256 * layers)
         a[l, t, s] = mean over heads of  attention weight (softmax over all passages) * length of the value vector
@@ -37,17 +37,20 @@ class LiT5Score(Reranker):
     t runs from the start token to the position that predicts the end of the answer; s leaves out the query, which each
     prompt repeats.
 
-    model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or what `save` wrote.
-    n_passages: the first that are read together, the paper's 100. All passages of a query share one attention, so scores
-        of separate windows could not be compared: what lies below stays there in its incoming order, scored -1, -2, ...
-    max_length: tokens of a prompt, cut on the right. answer_length: tokens of the answer with its start token.
-    aggregation: "mean" is the paper's, as above; "max" takes the largest sum over layers among a passage's tokens in
-        place of their sum; "late" weighs layer l of n (from 1) by 2 l / (n + 1). The latter two are ours.
-    answer_field: a column for the answer that was written, the same in all rows of a query; None adds none.
-    text_field: the column with the passages.
-    max_tokens: prompt tokens of the queries that are read and answered together. When memory runs out it is halved.
-    device: None is the first GPU, else the CPU. dtype: None is bfloat16 on a GPU that has it, else float32.
-    verbose: show a progress bar.
+    Args:
+        model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or what `save` wrote.
+        n_passages: the first that are read together, the paper's 100. All passages of a query share one attention, so scores
+            of separate windows could not be compared: what lies below stays there in its incoming order, scored -1, -2, ...
+        max_length: tokens of a prompt, cut on the right.
+        answer_length: tokens of the answer with its start token.
+        aggregation: "mean" is the paper's, as above; "max" takes the largest sum over layers among a passage's tokens in
+            place of their sum; "late" weighs layer l of n (from 1) by 2 l / (n + 1). The latter two are ours.
+        answer_field: a column for the answer that was written, the same in all rows of a query; None adds none.
+        text_field: the column with the passages.
+        max_tokens: prompt tokens of the queries that are read and answered together. When memory runs out it is halved.
+        device: None is the first GPU, else the CPU.
+        dtype: None is bfloat16 on a GPU that has it, else float32.
+        verbose: show a progress bar.
 
     Although each passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe.
     Source: arXiv 2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists that are full.
@@ -128,7 +131,12 @@ class LiT5Score(Reranker):
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> "LiT5Score":
-        """An untrained LiT5: a T5 as it was pre-trained, such as "google/t5-v1_1-base". arguments: the constructor's."""
+        """An untrained LiT5: a T5 as it was pre-trained.
+
+        Args:
+            name: hub id or folder, such as "google/t5-v1_1-base".
+            arguments: those of the constructor.
+        """
         return cls(name, **arguments)
 
     def read(self, query: str, passages: list[str]) -> "Asked":

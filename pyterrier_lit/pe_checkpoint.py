@@ -12,8 +12,10 @@ import torch
 
 from pyterrier_lit.checkpoints import (
     Weights,
+    check_vocabulary,
     fetch,
     load_strictly,
+    missing,
     read_config,
     read_tokenizer,
     read_tokenizer_config,
@@ -138,7 +140,7 @@ def read_ranker(folder: Path, device: torch.device, dtype: torch.dtype) -> Ranke
         hidden,
     )
     load_strictly(head, projector_weights, f"{folder} (projector)")
-    prompter = read_prompter(folder, _tokenizer_class(folder), body.config.vocab_size)
+    prompter = _prompter(folder, body.config.vocab_size)
     network = VectorLM(body, head.to(dtype), prompter.placeholder)
     return Ranker(network.to(device).eval(), prompter, config, folder, encoder_weights)
 
@@ -161,7 +163,7 @@ def new_ranker(folder: Path, fields: dict[str, Any], device: torch.device, dtype
     body, found = transformers.AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if found["missing_keys"]:
         raise wrong_weights(str(folder), [f"missing {name}" for name in found["missing_keys"]])
-    prompter = read_prompter(folder, _tokenizer_class(folder), body.config.vocab_size, add=True)
+    prompter = _prompter(folder, body.config.vocab_size, add=True)
     body.resize_token_embeddings(max(body.config.vocab_size, len(prompter.tokenizer)), mean_resizing=False)
     kind = body.config.model_type
     head = projector(fields["projector_type"], fields["embedding_size"], body.config.hidden_size)
@@ -181,10 +183,13 @@ def read_text_encoder(ranker: Ranker) -> TextEncoder:
         )
     if "encoder_config" in ranker.config:
         config = ranker.config["encoder_config"]
+        if not (ranker.folder / ENCODER_TOKENIZER).exists():
+            raise missing(ranker.folder, f"{ENCODER_TOKENIZER}, of the encoder inside")
         tokenizer = tokenizers.Tokenizer.from_file(str(ranker.folder / ENCODER_TOKENIZER))
     else:
         near = [folder / str(name) for folder in (ranker.folder, ranker.folder.parent)]
-        source = next((folder for folder in near if folder.is_dir()), None) or fetch(str(name), weights=False)
+        use = f"put it at {near[0]}, or give the passages' vectors as vectors= or an encoder="
+        source = next((folder for folder in near if folder.is_dir()), None) or fetch(str(name), weights=False, use=use)
         config, tokenizer = read_config(source), read_tokenizer(source)
     pooling = ranker.config.get("encoder_pooling", "mean")
     encoder = _encoder(config, ranker.encoder_weights, tokenizer, pooling, f"{ranker.folder} (encoder {name})")
@@ -225,8 +230,10 @@ def _body(folder: Path, kind: str, fields: dict[str, Any], weights: Weights, dty
     return body
 
 
-def _tokenizer_class(folder: Path) -> str:
-    return str(read_tokenizer_config(folder).get("tokenizer_class", "AutoTokenizer"))
+def _prompter(folder: Path, vocab_size: int, *, add: bool = False) -> Prompter:
+    check_vocabulary(folder)
+    kind = str(read_tokenizer_config(folder).get("tokenizer_class", "AutoTokenizer"))
+    return read_prompter(folder, kind, vocab_size, add=add)
 
 
 def _below(weights: Weights, prefix: str) -> Weights:

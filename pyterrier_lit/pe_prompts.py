@@ -105,7 +105,10 @@ def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: b
     if add:
         tokenizer.add_tokens([PLACEHOLDER, RANK], special_tokens=True)
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {folder} has no chat template; wanted that of an instruction-tuned model")
+        raise ValueError(
+            f"the tokenizer of {folder} has no chat template; wanted that of an instruction-tuned model, in"
+            " tokenizer_config.json or chat_template.jinja"
+        )
     if PLACEHOLDER not in tokenizer.get_added_vocab() or (len(tokenizer) > vocab_size and not add):
         raise ValueError(
             f"the tokenizer of {folder} with {len(tokenizer)} pieces is not that of a PE-Rank model of {vocab_size} ({PLACEHOLDER} among them)"

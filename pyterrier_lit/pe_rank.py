@@ -25,24 +25,26 @@ Columns = dict[str, list[list[Any]]]  # by name of the column, for each query th
 class PERank(ListwiseReranker):
     """Rerank by PE-Rank: each passage is one vector in the prompt of a language model, whose next word is a passage.
 
-    model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or what `save` wrote. No code of
-        the checkpoint is run.
-    window_size, stride: passages per window and positions it moves up; a shorter list is one window of its own size.
-    passes: sweeps over each list.
-    top_k: order only the first k ranks; what lies below keeps the order that its windows left. The first k are those of
-        the full order. `((first >> PERank()) % 10).compile()` sets it.
-    vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` is not read).
-    encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint.
-        A `doc_vec` column of the frame goes before `vectors`, and these before an encoder; all must be of the encoder
-        that the checkpoint was trained with. Only an encoder, or a mode with text, needs the text.
-    mode: "embedding" is the paper's: a vector per passage. "text+embedding": the vector, and the text after it.
-        "first": as "embedding", but the passages are ordered by the logits of the first step: one forward pass a window.
-        That is an approximation of ours, for which the checkpoints were not trained.
-    text_field: the column with the passages.
-    max_tokens: prompt tokens of the windows that are decoded together; they cost memory for keys and values (131 kB a
-        token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes on.
-    device: None is the first GPU, else the CPU. dtype: None is bfloat16 on a GPU that has it, else float32.
-    verbose: show a progress bar.
+    Args:
+        model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or what `save` wrote. No code of
+            the checkpoint is run.
+        window_size, stride: passages per window and positions it moves up; a shorter list is one window of its own size.
+        passes: sweeps over each list.
+        top_k: order only the first k ranks; what lies below keeps the order that its windows left. The first k are those of
+            the full order. `((first >> PERank()) % 10).compile()` sets it.
+        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` is not read).
+        encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint.
+            A `doc_vec` column of the frame goes before `vectors`, and these before an encoder; all must be of the encoder
+            that the checkpoint was trained with. Only an encoder, or a mode with text, needs the text.
+        mode: "embedding" is the paper's: a vector per passage. "text+embedding": the vector, and the text after it.
+            "first": as "embedding", but the passages are ordered by the logits of the first step: one forward pass a window.
+            That is an approximation of ours, for which the checkpoints were not trained.
+        text_field: the column with the passages.
+        max_tokens: prompt tokens of the windows that are decoded together; they cost memory for keys and values (131 kB a
+            token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes on.
+        device: None is the first GPU, else the CPU.
+        dtype: None is bfloat16 on a GPU that has it, else float32.
+        verbose: show a progress bar.
 
     Scores are n, n - 1, ... 1 in the decoded order. Source: Liu et al., WWW 2025; in float32 equal to liuqi6777/pe_rank,
     but for lists of window_size - stride passages, which that one returns unranked, and for texts with special tokens.
@@ -147,12 +149,14 @@ class PERank(ListwiseReranker):
     ) -> "PERank":
         """An untrained PE-Rank: a causal language model under a new projector, drawn from torch's generator.
 
-        name: hub id or folder of the language model, such as "mistralai/Mistral-7B-Instruct-v0.2".
-        encoder_name: hub id or folder of the encoder to take inside, such as "sentence-transformers/all-MiniLM-L6-v2",
-            and encoder_pooling how its states become a vector: "mean", "cls" or "last_token". Without one the vectors
-            come from `vectors=`, `encoder=` or `doc_vec`, and embedding_size says how long they are.
-        projector_type: "linear", "mlp2x_gelu" (any number of layers), or "identity".
-        arguments: those of the constructor.
+        Args:
+            name: hub id or folder of the language model, such as "mistralai/Mistral-7B-Instruct-v0.2".
+            encoder_name: hub id or folder of the encoder to take inside, such as "sentence-transformers/all-MiniLM-L6-v2".
+                Without one the vectors come from `vectors=`, `encoder=` or `doc_vec`.
+            encoder_pooling: how the encoder's states become a vector: "mean", "cls" or "last_token".
+            embedding_size: how long the vectors are, where there is no encoder_name.
+            projector_type: "linear", "mlp2x_gelu" (any number of layers), or "identity".
+            arguments: those of the constructor.
         """
         reranker = cls(name, **arguments)
         device = choose_device(reranker.device)

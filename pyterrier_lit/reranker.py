@@ -86,12 +86,17 @@ def representation(transformer: pt.Transformer) -> str:
         if isinstance(value, torch.dtype | torch.device | Path):
             value = str(value).removeprefix("torch.")
         if argument.init_parameter_kind == inspect.Parameter.POSITIONAL_OR_KEYWORD:
-            shown.append(repr(value))
+            shown.append(_in_one_line(value))
         elif argument.init_parameter_kind == inspect.Parameter.VAR_KEYWORD:
             shown += [f"{name}={setting!r}" for name, setting in value.items()]
         elif value is not argument.init_default_value and value != argument.init_default_value:
-            shown.append(f"{argument.name}={value!r}")
+            shown.append(f"{argument.name}={_in_one_line(value)}")
     return f"{type(transformer).__name__}({', '.join(shown)})"
+
+
+def _in_one_line(value: Any) -> str:
+    """How an argument is shown; of a frame or an array, which no call in a line rebuilds, its kind and shape."""
+    return f"<{type(value).__name__} of {value.shape}>" if hasattr(value, "shape") else repr(value)
 
 
 def _alone() -> None:

@@ -24,11 +24,13 @@ ATTEMPTS = 3  # workers that may die over one shard, or while they load
 class Distributed(pt.Transformer):
     """Rerank on Ray: `num_workers` processes with a copy of the model each, on this machine or on a cluster.
 
-    reranker: any reranker of this package. The workers load its checkpoint themselves (on a cluster: a hub id, or a folder
-        that all machines see); weights that are loaded or trained here go along. After more training call `close`.
-    num_workers: copies of the model. num_gpus: GPUs of each; leave the reranker's device=None, which is the worker's own.
-    num_cpus: cores of each, and threads.
-    verbose: show a progress bar.
+    Args:
+        reranker: any reranker of this package. The workers load its checkpoint themselves (on a cluster: a hub id, or a folder
+            that all machines see); weights that are loaded or trained here go along. After more training call `close`.
+        num_workers: copies of the model.
+        num_gpus: GPUs of each; leave the reranker's device=None, which is the worker's own.
+        num_cpus: cores of each, and threads.
+        verbose: show a progress bar.
 
     Ray (extra `ray`) starts on this machine unless `ray.init` was called or RAY_ADDRESS names a cluster. Queries go out in
     shards, by estimated tokens and the largest first, to whichever worker is free, two to each at most; scores come back

@@ -43,11 +43,11 @@ def test_a_file_is_no_checkpoint(tmp_path):
 
 
 def test_a_folder_without_config_or_weights_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config.json.*`hf download .*put its files into /"):
         read_config(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no weights: wanted model.safetensors or pytorch_model.bin"):
         read_weights(tmp_path)
-    with pytest.raises(ValueError, match=r"no tokenizer that can be read: wanted tokenizer.json or vocab.txt"):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.json, vocab.txt or tokenizer.model"):
         read_tokenizer(tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_weights_in_shards_and_in_torch_files_are_read(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert all(torch.equal(read_weights(tmp_path)[name], tensor) for name, tensor in weights.items())
     (tmp_path / "model-b.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks model-b.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds no model-b.safetensors, which"):
         read_weights(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")

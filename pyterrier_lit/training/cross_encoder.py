@@ -26,8 +26,14 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PairRecipe(Recipe):
-    """loss: one of LOSSES, and loss_options its further arguments. n_passages, sampling: which passages of a list an example holds,
-    see `data.sample`. Of at_once lists the pairs are computed in parts of max_tokens tokens (None: by the device)."""
+    """A CrossEncoder's recipe: an example is a query with some of its passages.
+
+    Args:
+        loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse" or "list_mle"; see `training.losses`.
+        loss_options: further arguments of the loss, such as {"temperature": 0.05}.
+        n_passages, sampling: which passages of a list an example holds, see `data.sample`.
+        max_tokens: the pairs of at_once lists are computed in parts of so many tokens; None: by the device.
+    """
 
     loss: str = "ranknet"
     loss_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -82,7 +82,7 @@ class Training(pt.Estimator):
     ) -> None:
         """Train the student on result frames with the columns it reads; `log` then holds what was measured, a row a time.
 
-        With validation frames the student is measured by nDCG@10 `every` so many steps, and ends with the weights of the best
+        With validation frames the student is measured by `nDCG@10` `every` so many steps, and ends with the weights of the best
         time. Raises what `data.with_labels` and `data.with_teacher` raise, and ValueError where there is nothing to learn from.
         """
         recipe = self.chosen_recipe()
@@ -123,12 +123,15 @@ class Training(pt.Estimator):
 class FineTune(Training):
     """Train a student on labels: `pipe = first_stage >> text >> FineTune(student); pipe.fit(topics, qrels)`.
 
-    student: a reranker, mostly from `from_backbone`; it is trained in place, and this transformer ranks as it does.
-    recipe: the name of one of the student's recipes, or a Recipe. None is the paper's.
-    folder: where the training's state is kept, so that it goes on after a kill: see `trainer.train`. every: steps between states, and
-        between measurements on validation frames. patience: stop after so many of these without a better nDCG@10.
-    seed: of all chance. verbose: show progress.
-    settings: fields of the recipe to change, such as steps=1_000, learning_rate=2e-5, loss="lce" (see the recipe's docstring).
+    Args:
+        student: a reranker, mostly from `from_backbone`; it is trained in place, and this transformer ranks as it does.
+        recipe: the name of one of the student's recipes, or a Recipe. None is the paper's.
+        folder: where the training's state is kept, so that it goes on after a kill: see `trainer.train`.
+        every: steps between states, and between measurements on validation frames.
+        patience: stop after so many of these without a better `nDCG@10`.
+        seed: of all chance.
+        verbose: show progress.
+        settings: fields of the recipe to change, such as steps=1_000, learning_rate=2e-5, loss="lce" (see the recipe's docstring).
 
     LiT5Score learns from answers instead of labels, in a column `answers` (a list of texts a query); PERank's alignment stage
     from the passages alone.
@@ -167,9 +170,10 @@ class FineTune(Training):
 class Distil(Training):
     """Train a student on a teacher's rankings: `pipe = first_stage >> text >> Distil(student, teacher); pipe.fit(topics, None)`.
 
-    teacher: any transformer, which reranks the training queries' passages; a run, as a frame or a file; None is the order in which
-        the passages come. With `first_stage % 50` teacher and student see the first 50 (the paper's depths), with
-        `topics.sample(1_000)` so many queries. The other arguments are those of FineTune.
+    Args:
+        teacher: any transformer, which reranks the training queries' passages; a run, as a frame or a file; None is the order in which
+            the passages come. With `first_stage % 50` teacher and student see the first 50 (the paper's depths), with
+            `topics.sample(1_000)` so many queries. The other arguments are those of FineTune.
     """
 
     def __init__(

@@ -15,9 +15,15 @@ from pyterrier_lit.training.trainer import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class WindowRecipe(Recipe):
-    """An example is a window of smallest to largest passages (None: the student's window size) drawn from a list, in the order of
-    the first stage or, with probability shuffle, in any; the paper varies both and gives no distribution. decay: of the loss from one token to
-    the next. dropout: of the T5. The encoder reads max_tokens at once (None: by the device)."""
+    """A LiT5Distill's recipe: an example is a window drawn from a list. The paper varies its size and order and gives no distribution.
+
+    Args:
+        smallest, largest: passages of a window; None for largest is the student's window size.
+        shuffle: the probability that a window's passages stand in any order, in place of the first stage's.
+        decay: of the loss from one token to the next.
+        dropout: of the T5.
+        max_tokens: what the encoder reads at once; None: by the device.
+    """
 
     smallest: int = 2
     largest: int | None = None

@@ -14,8 +14,13 @@ from pyterrier_lit.training.trainer import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRecipe(Recipe):
-    """An example is a question with the first n_passages of its list (None: as many as the student reads) and one of its answers.
-    dropout: of the T5. The encoder reads max_tokens at once (None: by the device)."""
+    """A LiT5Score's recipe: an example is a question with the first passages of its list and one of its answers.
+
+    Args:
+        n_passages: how many; None: as many as the student reads.
+        dropout: of the T5.
+        max_tokens: what the encoder reads at once; None: by the device.
+    """
 
     n_passages: int | None = None
     dropout: float = 0.1

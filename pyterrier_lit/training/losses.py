@@ -30,7 +30,7 @@ def margin_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -
 
 
 def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
-    """Approximate discounted rank MSE: mean over all passages of the batch of (p_i - r_i)^2 / log2(r_i + 1), with
+    """Approximate discounted rank MSE: mean over all passages of the batch of (p_i - r_i)^2 / log2(r_i + 1), with::
 
         p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)        the approximate rank
         r_i = 1, 2, ... in the order of the targets                  the teacher's rank; ties in the order of their positions
@@ -68,7 +68,7 @@ def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperatu
 
 def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "mean") -> torch.Tensor:
     """The likelihood of the target order, one rank after the other (Plackett and Luce): mean over queries of the mean
-    (reduction="mean") or sum ("sum") over ranks i of
+    (reduction="mean") or sum ("sum") over ranks i of::
 
         -log softmax(s_i over the passages not yet ranked) at the passage of rank i
 

@@ -21,7 +21,11 @@ from pyterrier_lit.training.trainer import Batch, Objective, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentRecipe(Recipe):
-    """Stage 1: the projector alone learns, each passage of the lists is an example. max_length: tokens of question and text."""
+    """A PERank's recipe, stage 1: the projector alone learns, and each passage of the lists is an example.
+
+    Args:
+        max_length: tokens of question and text.
+    """
 
     max_length: int = 512
 
@@ -32,13 +36,17 @@ class AlignmentRecipe(Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class RankingRecipe(Recipe):
-    """Stage 2: an example is a window of smallest to largest passages (None: the student's window size) drawn from a list, in the order of the
-    first stage or, with probability shuffle, in any.
+    """A PERank's recipe, stage 2: an example is a window drawn from a list.
 
-    text_weight: of ranking with the texts in the prompt, 0 leaves them out; kl_weight: of the divergence between both.
-    reduction: the loss of a window is the "sum" over its ranks, as in the published code until 2024-10, or their "mean", as since then; the
-        divergence is a sum in both, so that in "mean" it weighs n times as much. With "mean" a retraining is reported to be far worse (the
-        code's issue tracker: .6355 for .7046). max_length: tokens of a prompt with its answer.
+    Args:
+        smallest, largest: passages of a window; None is the student's window size.
+        shuffle: the probability that a window's passages stand in any order, in place of the first stage's.
+        text_weight: of ranking with the texts in the prompt; 0 leaves them out.
+        kl_weight: of the divergence between both.
+        reduction: the loss of a window is the "sum" over its ranks, as in the published code until 2024-10, or their "mean", as since then; the
+            divergence is a sum in both, so that in "mean" it weighs n times as much. With "mean" a retraining is reported to be far worse
+            (the code's issue tracker: .6355 for .7046).
+        max_length: tokens of a prompt with its answer.
     """
 
     smallest: int | None = None

@@ -26,13 +26,21 @@ SETTINGS = "training.json"  # in the folder of a training: what it was started w
 class Recipe:
     """How much and how fast to train. A paper's setting is a value of this; further fields belong to the objective.
 
-    learning_rate: of AdamW, over all parameters alike. batch_size: lists per step, over all devices.
-    steps: updates of the weights; None trains `epochs` times over all lists.
-    warmup: steps of rising learning rate, or below 1 their share. schedule: what follows, "constant", "linear" or "cosine".
-    clip: the largest norm of a gradient, 0 for any. at_once: lists in memory at once, at most; batch_size is a multiple of it.
-    precision: "bfloat16" computes under autocast with weights in float32, "float32" without; None is bfloat16 on a GPU
-        that has it. checkpointing: compute activations anew for the gradient, for less memory.
-    workers: processes that prepare batches. options: further arguments of transformers.TrainingArguments, such as deepspeed.
+    Args:
+        learning_rate: of AdamW, over all parameters alike.
+        batch_size: lists per step, over all devices.
+        steps: updates of the weights; None trains `epochs` times over all lists.
+        epochs: times over all lists, where steps is None.
+        warmup: steps of rising learning rate, or below 1 their share.
+        schedule: what follows, "constant", "linear" or "cosine".
+        weight_decay: of AdamW.
+        clip: the largest norm of a gradient, 0 for any.
+        at_once: lists in memory at once, at most; batch_size is a multiple of it.
+        precision: "bfloat16" computes under autocast with weights in float32, "float32" without; None is bfloat16 on a GPU
+            that has it.
+        checkpointing: compute activations anew for the gradient, for less memory.
+        workers: processes that prepare batches.
+        options: further arguments of transformers.TrainingArguments, such as deepspeed.
     """
 
     learning_rate: float

@@ -1,0 +1,17 @@
+"""How `make docs` builds pyterrier_lit/pt_docs, which PyTerrier's own site takes from the package with settings like these."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.abspath(".."))
+
+project = "pyterrier_lit"
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = project
+html_show_copyright = False
+
+autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 100
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!pyterrier_lit).*")]  # what other packages hold has no pages here

