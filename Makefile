@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow fuzz notebooks tiny style wheel image clean
+.PHONY: demo test slow fuzz notebooks tiny style types wheel image clean
 
 demo: $(VENV)/ready  ## BM25, and two rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
@@ -24,6 +24,9 @@ tiny: $(VENV)/ready  ## train the small checkpoints of experiments/tiny anew, in
 
 style: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/ready  ## mypy, strict
+	$(BIN)/mypy
 
 wheel: $(VENV)/ready  ## build the wheel, install it alone in a new environment, import it from there
 	rm -rf build dist && $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
