@@ -159,7 +159,10 @@ class CrossEncoder(Reranker):
             lengths.append(length)
         if self.special_tokens not in ("parse", "text"):
             raise ValueError(f"special_tokens={self.special_tokens!r}; wanted 'parse' or 'text'")
-        encoder.tokenizer.encode_special_tokens = self.special_tokens == "text"  # set here: no copy or pickle keeps it
+        as_text = self.special_tokens == "text"
+        with self._lock:  # set here, since no copy or pickle keeps it; and once, since not while another thread encodes
+            if encoder.tokenizer.encode_special_tokens != as_text:
+                encoder.tokenizer.encode_special_tokens = as_text
         query_length, doc_length = lengths
         layout = PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up)
         return layout, query_length, doc_length
