@@ -2,13 +2,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow fuzz notebooks tiny style types wheel image clean
+.PHONY: demo test test-lowest slow fuzz notebooks tiny style types wheel image clean
 
 demo: $(VENV)/ready  ## BM25, and two rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
 
 test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow
 	$(BIN)/python -m pytest --numprocesses auto
+
+test-lowest:  ## the same with the lowest versions that pyproject.toml allows, in an environment of its own (6.5 GB with CUDA's libraries)
+	$(PYTHON) -m venv --clear build/lowest
+	build/lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[demo,test]'
+	build/lowest/bin/python -m pytest --numprocesses auto
 
 slow: $(VENV)/ready  ## the tests marked slow, without the fuzzing
 	$(BIN)/python -m pytest -m slow --ignore tests/test_fuzz.py
