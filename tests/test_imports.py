@@ -114,6 +114,10 @@ HEAVY = (
     "huggingface_hub",
     "tira",
     "tirex_tracker",
+    "pyterrier_dr",
+    "sentencepiece",
+    "scipy",
+    "ir_datasets",
 )
 
 
