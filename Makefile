@@ -2,13 +2,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow fuzz notebooks tiny docs style wheel image clean
+.PHONY: demo test test-lowest slow fuzz notebooks tiny docs style types wheel image clean
 
 demo: $(VENV)/ready  ## BM25, and two rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
 
 test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow
 	$(BIN)/python -m pytest --numprocesses auto
+
+test-lowest:  ## the same with the lowest versions that pyproject.toml allows, in an environment of its own (6.5 GB with CUDA's libraries)
+	$(PYTHON) -m venv --clear build/lowest
+	build/lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[demo,test]'
+	build/lowest/bin/python -m pytest --numprocesses auto
 
 slow: $(VENV)/ready  ## the tests marked slow, without the fuzzing
 	$(BIN)/python -m pytest -m slow --ignore tests/test_fuzz.py
@@ -27,6 +32,9 @@ docs: $(VENV)/ready  ## the pages of pt_docs as PyTerrier's site shows them, in 
 
 style: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/ready  ## mypy, strict
+	$(BIN)/mypy
 
 wheel: $(VENV)/ready  ## build the wheel, install it alone in a new environment, import it from there
 	rm -rf build dist && $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

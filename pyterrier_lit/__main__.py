@@ -91,7 +91,7 @@ def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     parser.add_argument("--backbone", help="hub id or folder to begin from, untrained; else --model is trained further")
     for name, parameter in backbone_options().items():
         meaning = f"of pe-rank with --backbone (default {parameter.default})"
-        parser.add_argument(flag(name), type=value_type(parameter), default=argparse.SUPPRESS, help=meaning)
+        parser.add_argument(flag(name), type=value_types(parameter)[0], default=argparse.SUPPRESS, help=meaning)
     add_candidates(parser)
     taught = parser.add_mutually_exclusive_group(required=True)
     taught.add_argument("--labels", type=Path, help="learn from these qrels")
@@ -132,7 +132,7 @@ def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
             "seed": arguments.seed,
             **dict(arguments.set),
         }
-        learns = FineTune(student, **settings)
+        learns: FineTune | Distil = FineTune(student, **settings)
         if arguments.teacher or arguments.order:
             learns = Distil(student, arguments.teacher, **settings)
         frame = (
@@ -140,8 +140,8 @@ def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
             if arguments.answers
             else as_frame(candidates(parser, arguments, arguments.input)())
         )
-        validation = [as_frame(candidates(parser, arguments, arguments.valid)())] if arguments.valid else [None]
-        learns.fit(frame, read_qrels(arguments.labels), *validation, read_qrels(arguments.valid_labels))
+        validation = as_frame(candidates(parser, arguments, arguments.valid)()) if arguments.valid else None
+        learns.fit(frame, read_qrels(arguments.labels), validation, read_qrels(arguments.valid_labels))
         student.save(arguments.output)
         print(f"{arguments.output}: {len(learns.log)} measurements, the last {learns.log.iloc[-1].dropna().to_dict()}")
 
@@ -180,7 +180,7 @@ def add_reranker(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("arguments of the rerankers", "as the classes of pyterrier_lit document them")
     for name, parameters in constructor_options().items():
         defaults = ", ".join(f"{reranker} (default {given.default})" for reranker, given in parameters.items())
-        kind = value_type(next(iter(parameters.values())))
+        kind = value_types(next(iter(parameters.values())))[0]
         own.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=defaults)
 
 
@@ -227,7 +227,7 @@ def constructor_options() -> Parameters:
     found: Parameters = {}
     for name, kind in RERANKERS.items():
         for parameter in inspect.signature(kind).parameters.values():
-            if parameter.name not in SET_HERE and value_type(parameter):
+            if parameter.name not in SET_HERE and value_types(parameter):
                 found.setdefault(parameter.name, {})[name] = parameter
     return found
 
@@ -249,10 +249,10 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def value_type(parameter: inspect.Parameter) -> type | None:
-    """How a word of the command line becomes a value; None for objects, such as a dense index."""
+def value_types(parameter: inspect.Parameter) -> list[type]:
+    """How a word of the command line can become a value, the best first; none for objects, such as a dense index."""
     kinds = get_args(parameter.annotation) or (parameter.annotation,)
-    return next((kind for kind in (int, float, str) if kind in kinds), None)
+    return [kind for kind in (int, float, str) if kind in kinds]
 
 
 def flag(name: str) -> str:

@@ -10,6 +10,7 @@ import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,9 +131,9 @@ def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _best_first(rows: list[Row]) -> list[Row]:
     if all(row.rank is not None for row in rows):
-        return sorted(rows, key=lambda row: row.rank)
+        return sorted(rows, key=attrgetter("rank"))
     if all(row.score is not None for row in rows):
-        return sorted(rows, key=lambda row: -row.score)
+        return sorted(rows, key=attrgetter("score"), reverse=True)
     return rows
 
 
@@ -140,9 +141,12 @@ def _rerank_row(line: tuple[str, dict[str, Any]]) -> Row:
     where, record = line
     return Row(
         where,
-        *(_key(record, name, where) for name in ("qid", "docno")),
-        *(_number(record, name, where) for name in ("rank", "score")),
-        *(_text(record, name, where) for name in ("query", "text")),
+        _key(record, "qid", where),
+        _key(record, "docno", where),
+        _number(record, "rank", where),
+        _number(record, "score", where),
+        _text(record, "query", where),
+        _text(record, "text", where),
     )
 
 
@@ -153,7 +157,7 @@ def _run_rows(path: Path) -> Iterator[Row]:
             raise ValueError(f"{where} has {len(columns)} columns; wanted six: qid Q0 docno rank score system")
         qid, _, docno, rank, score, _ = columns
         numbers = {"rank": rank, "score": score}
-        yield Row(where, qid, docno, *(_number(numbers, name, where) for name in numbers))
+        yield Row(where, qid, docno, _number(numbers, "rank", where), _number(numbers, "score", where))
 
 
 def _texts(path: Path, key: str, field: str) -> Iterator[tuple[str, str]]:
@@ -203,9 +207,10 @@ def _key(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def _text(record: dict[str, Any], name: str, where: str) -> str:
-    if not isinstance(record.get(name), str):
+    value = record.get(name)
+    if not isinstance(value, str):
         raise ValueError(f"{where} {_given(record, name)}; wanted a string")
-    return record[name]
+    return value
 
 
 def _number(record: dict[str, Any], name: str, where: str) -> float | None:

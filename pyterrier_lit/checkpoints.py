@@ -92,7 +92,8 @@ def read_weight(folder: Path, name: str) -> torch.Tensor | None:
             return read_weights(folder).get(name)
         with safetensors.safe_open(file, "pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                return tensors.get_tensor(name)
+                tensor: torch.Tensor = tensors.get_tensor(name)
+                return tensor
     return None
 
 
@@ -139,7 +140,7 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         else:
             import transformers
 
-            known = transformers.BertTokenizerFast if (folder / "vocab.txt").exists() else transformers.AutoTokenizer
+            known = transformers.BertTokenizer if (folder / "vocab.txt").exists() else transformers.AutoTokenizer
             tokenizer = known.from_pretrained(folder).backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(
@@ -192,7 +193,7 @@ def read_sentencepieces(folder: Path) -> SentencePieces:
 class T5:
     """A T5 checkpoint in memory."""
 
-    network: nn.Module  # transformers' T5ForConditionalGeneration
+    network: Any  # transformers' T5ForConditionalGeneration
     tied: bool  # the output layer is the embedding, scaled
     pieces: SentencePieces
     config: dict[str, Any]  # config.json
@@ -240,7 +241,7 @@ def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
     if architecture.dense_act_fn == "gelu_new":
         architecture.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one kernel in place of eight
     with torch.device("meta"):
-        network = T5ForConditionalGeneration(architecture)
+        network: Any = T5ForConditionalGeneration(architecture)
         network.lm_head = nn.Linear(network.config.d_model, network.config.vocab_size, bias=False)
     load_strictly(network, weights, str(folder))
     network.set_input_embeddings(network.shared)

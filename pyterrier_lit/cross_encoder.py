@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import safetensors.torch
@@ -32,6 +32,9 @@ from pyterrier_lit.checkpoints import (
 from pyterrier_lit.frames import rerank
 from pyterrier_lit.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUERY_LENGTH, DOC_LENGTH = 32, 256  # pieces kept where neither the caller nor the checkpoint says
 LIGHTNING_IR = (
@@ -96,7 +99,7 @@ class CrossEncoder(Reranker):
 
     def score(self, queries: list[str], passages: list[list[str]]) -> list[list[float]]:
         """The model's score of every passage of every query: Q queries, Q lists of passages -> Q lists of scores."""
-        encoder = self.loaded()
+        encoder: Encoder = self.loaded()
         asked = [(query, passage) for query, ranking in zip(queries, passages, strict=True) for passage in ranking]
         pairs = list(dict.fromkeys(asked))
         layout, inputs = self.pairs(pairs)
@@ -160,8 +163,13 @@ class CrossEncoder(Reranker):
             lengths.append(length)
         if self.special_tokens not in ("parse", "text"):
             raise ValueError(f"special_tokens={self.special_tokens!r}; wanted 'parse' or 'text'")
-        encoder.tokenizer.encode_special_tokens = self.special_tokens == "text"  # set here: no copy or pickle keeps it
-        return PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up), *lengths
+        as_text = self.special_tokens == "text"
+        with self._lock:  # set here, since no copy or pickle keeps it; and once, since not while another thread encodes
+            if encoder.tokenizer.encode_special_tokens != as_text:
+                encoder.tokenizer.encode_special_tokens = as_text
+        query_length, doc_length = lengths
+        layout = PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up)
+        return layout, query_length, doc_length
 
 
 def _pieces_of(layout: PairLayout, texts: dict[str, None], length: int) -> dict[str, list[int]]:
@@ -201,9 +209,9 @@ class Encoder:
         """input_ids, attention_mask, token_type_ids (B, L) -> float32 scores (B,), perhaps still being computed."""
         if self.device.type == "cuda":
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
-        return self.network(
-            **{name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
-        ).float()
+        there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
+        scores: torch.Tensor = self.network(**there)
+        return scores.float()
 
     def save(self, folder: Path, query_length: int, doc_length: int) -> None:
         """Write config, weights and tokenizer, with the lengths, into an existing folder."""
@@ -248,7 +256,7 @@ def new_encoder(folder: Path) -> Encoder:
 class PooledScorer(nn.Module):
     """score = w . pool(h) + b over a bare encoder; with two rows in w, the log-probability of the second."""
 
-    def __init__(self, body: nn.Module, *, pooling: str = "first", rows: int = 1, bias: bool = True):
+    def __init__(self, body: "PreTrainedModel", *, pooling: str = "first", rows: int = 1, bias: bool = True):
         super().__init__()
         self.body = body
         self.pooling = pooling
@@ -292,7 +300,7 @@ POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 class LabelScorer(nn.Module):
     """The last logit of a sequence classifier with one or two labels."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: "PreTrainedModel"):
         super().__init__()
         self.model = model
         self.reads_types = "token_type_ids" in inspect.signature(model.forward).parameters
@@ -302,7 +310,8 @@ class LabelScorer(nn.Module):
     ) -> torch.Tensor:
         """(B, L) three times -> (B,)"""
         types = {"token_type_ids": token_type_ids} if self.reads_types else {}
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits[:, -1]
+        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+        return logits[:, -1]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         """Write the weights as transformers does; returns config.json's fields."""
@@ -376,7 +385,7 @@ def _backbone(config: dict[str, Any]) -> str:
     return config.get("backbone_model_type") or str(config.get("model_type")).removeprefix("mono-")
 
 
-def _body(folder: Path, backbone: str | None, config: dict[str, Any]) -> nn.Module:
+def _body(folder: Path, backbone: str | None, config: dict[str, Any]) -> "PreTrainedModel":
     """A bare ELECTRA or BERT, without pooler, of the shape that a config gives; its weights are still random."""
     import transformers
 
@@ -388,7 +397,8 @@ def _body(folder: Path, backbone: str | None, config: dict[str, Any]) -> nn.Modu
         raise ValueError(f"{folder} has a body of type {backbone!r}; wanted one of {', '.join(classes)}")
     config_class, model_class = classes[backbone]
     options = {"add_pooling_layer": False} if backbone == "bert" else {}
-    return model_class(library_config(config, config_class), **options)
+    body: PreTrainedModel = model_class(library_config(config, config_class), **options)
+    return body
 
 
 def _bare(weights: Weights, backbone: str | None) -> Weights:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pyterrier_lit.batching import encoder_tokens, map_batches
@@ -39,13 +38,14 @@ class Memory:
 class FiD:
     """A T5ForConditionalGeneration whose decoder reads many separately encoded inputs. Encoder and decoder may differ in depth."""
 
-    def __init__(self, network: nn.Module, tied: bool):
+    def __init__(self, network: Any, tied: bool):
         self.network = network
         self.tied = tied  # the output layer is the embedding, scaled
 
     @property
     def device(self) -> torch.device:
-        return self.network.shared.weight.device
+        embedding: torch.Tensor = self.network.shared.weight
+        return embedding.device
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """n prompts of L_i ids -> n states (L_i, D). Padding is masked: prompts encode alike in any company."""
@@ -174,9 +174,10 @@ class FiD:
             num_buckets=self.network.config.relative_attention_num_buckets,
             max_distance=self.network.config.relative_attention_max_distance,
         )
-        return attention.relative_attention_bias(buckets).T
+        bias: torch.Tensor = attention.relative_attention_bias(buckets)
+        return bias.T
 
 
 def _heads(projected: torch.Tensor, config: Any) -> torch.Tensor:
     """(B, n, H * d) -> (B, H, n, d)"""
-    return projected.unflatten(-1, (config.num_heads, config.d_kv)).transpose(1, 2).contiguous()
+    return projected.view(*projected.shape[:2], config.num_heads, config.d_kv).transpose(1, 2).contiguous()

@@ -53,8 +53,8 @@ def rerank_columns(
     """
     _check_columns(frame, ways, context, query_columns)
     if frame.empty:
-        added = {column: pd.Series(dtype="object") for column in query_columns}
-        return pt.model.add_ranks(frame.reset_index(drop=True).assign(score=pd.Series(dtype="float64"), **added))
+        nothing = {column: pd.Series(dtype="object") for column in query_columns}
+        return pt.model.add_ranks(frame.reset_index(drop=True).assign(score=pd.Series(dtype="float64"), **nothing))
     rows, lists, queries, columns = _read(frame, ways)
     found = score(queries, columns)
     scores, *per_query = found if query_columns else (found,)

@@ -173,7 +173,7 @@ def attend(t5: T5, asked: list[Asked], aggregation: Aggregation, answer_length: 
     owner = _owners(asked, most).to(fid.device)  # (B, S): the passage of each token, `most` for what does not count
     total, written = torch.zeros(len(asked), most, device=fid.device), []
     for ids, unfinished, mass in fid.greedy(memory, answer_length):
-        step = sum(weight * layer for weight, layer in zip(weights, mass, strict=True))
+        step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))
         drawn = step.new_zeros(len(asked), most + 1).scatter_reduce_(1, owner, step, aggregation.tokens)[:, :most]
         total += drawn * unfinished[:, None]
         written.append(ids)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import tokenizers
@@ -27,6 +27,9 @@ from pyterrier_lit.pe_prompts import Prompter, read_prompter
 from pyterrier_lit.text_encoder import POOLING, TextEncoder, bare, empty_encoder
 from pyterrier_lit.vector_lm import VectorLM, projector
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # in front of the names of their weights
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
 KIND = "embed_"  # in front of the model_type of the language model
@@ -45,7 +48,8 @@ class Ranker:
 
     @property
     def embedding_size(self) -> int:
-        return self.config["embedding_size"]
+        size: int = self.config["embedding_size"]
+        return size
 
     @property
     def trained_on(self) -> str:
@@ -84,12 +88,9 @@ class Ranker:
 
     def head(self) -> torch.Tensor:
         """The language model's own output layer (V, H), which ranking does not read: from its file, or its input embeddings."""
+        words: Any = self.network.body.get_input_embeddings()
         tied = self.config.get("tie_word_embeddings")
-        weight = (
-            self.network.body.get_input_embeddings().weight.detach()
-            if tied
-            else read_weight(self.folder, "lm_head.weight")
-        )
+        weight = words.weight.detach() if tied else read_weight(self.folder, "lm_head.weight")
         if weight is None:
             raise ValueError(
                 f"{self.folder} holds no lm_head.weight: a PE-Rank that was saved can no longer write; align it before, right after"
@@ -208,15 +209,16 @@ def _encoder(
     return TextEncoder(network, tokenizer, config, pooling)
 
 
-def _body(folder: Path, kind: str, fields: dict[str, Any], weights: Weights, dtype: torch.dtype) -> torch.nn.Module:
+def _body(folder: Path, kind: str, fields: dict[str, Any], weights: Weights, dtype: torch.dtype) -> "PreTrainedModel":
     """The body of a language model of the library with exactly these weights, its position tables in float32."""
     import transformers
 
     try:
         config = transformers.AutoConfig.for_model(kind, **fields)
-        model_class = transformers.MODEL_MAPPING[type(config)]
+        model_class: Any = transformers.MODEL_MAPPING[type(config)]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder} is over a language model {kind!r}, which transformers does not know") from error
+    body: PreTrainedModel
     body, found = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
     )

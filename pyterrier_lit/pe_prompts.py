@@ -45,8 +45,8 @@ class Prompter:
 
     def render(self, query: str, texts: Sequence[str | None]) -> str:
         """The prompt for n passages, each shown as its placeholder, or as that and its text, in the chat template."""
-        return self.tokenizer.apply_chat_template(
-            self.messages(query, texts), tokenize=False, add_generation_prompt=True
+        return str(
+            self.tokenizer.apply_chat_template(self.messages(query, texts), tokenize=False, add_generation_prompt=True)
         )
 
     def messages(self, query: str, texts: Sequence[str | None]) -> list[dict[str, str]]:
@@ -92,6 +92,7 @@ def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: b
     """
     import transformers
 
+    known: Any
     if (folder / "tokenizer.json").exists():
         known = transformers.PreTrainedTokenizerFast
     else:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 
 class Reranker(pt.Transformer):
-    """A transformer whose constructor only keeps its arguments. Subclasses give `load` and name what it reads.
+    """A transformer whose constructor only keeps its arguments. Subclasses give `load`, `save` and `from_backbone`, and name what `load` reads.
 
     Copies share loaded weights; a pickle carries them; several threads may call one reranker.
     """
@@ -22,6 +22,8 @@ class Reranker(pt.Transformer):
     # The arguments that decide what `load` returns
     loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")
     model: str
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
     verbose: bool
     _lock: ClassVar[threading.RLock] = threading.RLock()
     _held: tuple[tuple[Any, ...], Any] | None = None
@@ -30,12 +32,23 @@ class Reranker(pt.Transformer):
         """Read the checkpoint named by `self.model`."""
         raise NotImplementedError(f"{type(self).__name__} must say how to load {self.model!r}")
 
+    def save(self, path: str | Path) -> None:
+        """Write a folder that the constructor loads again."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it is saved")
+
+    @classmethod
+    def from_backbone(cls, name: str, **arguments: Any) -> "Reranker":
+        """An untrained reranker over the pre-trained model `name`."""
+        raise NotImplementedError(f"{cls.__name__} must say how it begins from {name!r}")
+
     def loaded(self) -> Any:
         """What `load` returned, called on first use and again only after an argument in `loads_from` has been changed."""
         with self._lock:
-            if self._held is None or self._held[0] != self._source():
-                self.hold(self._in_words(self.load))
-            return self._held[1]
+            if self._held is not None and self._held[0] == self._source():
+                return self._held[1]
+            loaded = self._in_words(self.load)
+            self.hold(loaded)
+            return loaded
 
     def hold(self, loaded: Any) -> None:
         """Use these weights for the present arguments, in place of what `load` would read."""
@@ -43,7 +56,8 @@ class Reranker(pt.Transformer):
 
     def progress(self, total: int, unit: str) -> tqdm:
         """A bar over `total` units of work, shown when `verbose`."""
-        return pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
+        bar: tqdm = pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
+        return bar
 
     def _in_words(self, load: Callable[[], Any]) -> Any:
         """What `load` returns. Whatever the libraries raise for a field that makes no sense becomes a ValueError."""

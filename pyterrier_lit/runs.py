@@ -199,13 +199,13 @@ def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidat
 
 
 def _lines(reranker: pt.Transformer, queries: list[Candidates], system: str) -> str:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"qid": query.qid, "query": query.query, "docno": docno, "text": text, "rank": rank}
         for query in queries
         for rank, (docno, text) in enumerate(zip(query.docnos, query.texts, strict=True))
     ]
     rankings: dict[str, list[dict[str, Any]]] = {query.qid: [] for query in queries}
-    for row in sorted(reranker(rows), key=lambda row: row["rank"]):
+    for row in sorted(reranker.transform_iter(rows), key=lambda row: row["rank"]):
         rankings[row["qid"]].append(row)
     return "".join(
         f"{qid} Q0 {row['docno']} {rank} {score:.9g} {system}\n"  # nine digits tell all float32 apart

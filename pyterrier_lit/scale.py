@@ -160,11 +160,12 @@ class Worker:
 class Pool:
     """The workers of a `Distributed` and its copies. They are replaced when they die, and when what they hold has changed."""
 
+    _make: Callable[[], Any]  # starts a worker
+
     def __init__(self) -> None:
         self.workers: list[Any] = []
         self._lock = threading.RLock()
         self._made_for: tuple[Any, ...] | None = None
-        self._make: Callable[[], Any] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Pool, ()  # a pickle starts workers of its own
@@ -175,7 +176,10 @@ class Pool:
         """Yield (number, answer) of every call in `asked` as it is done; its arguments are made when a worker is free."""
         ray = _ray()
         self._start(reranker, workers)
-        waiting, pending, deaths = deque(range(len(asked))), {}, Counter()
+        waiting = deque(range(len(asked)))
+        # Of each call its worker, and the number of what was asked: None while it loads the model
+        pending: dict[Any, tuple[Any, int | None]] = {}
+        deaths: Counter[int | None] = Counter()
         known: list[Any] = []
 
         def admit() -> None:

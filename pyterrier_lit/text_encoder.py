@@ -77,9 +77,10 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
         for key, value in config.items()
         if key not in ("model_type", "architectures", "dtype", "torch_dtype")
     }
-    network = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(config["model_type"], **fields))
+    shape = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    network: nn.Module = transformers.AutoModel.from_config(shape)
     if getattr(network, "pooler", None) is not None:
-        network.pooler = None
+        network.register_module("pooler", None)
     return network
 
 
@@ -97,6 +98,9 @@ class JinaBert(nn.Module):
 
     config: the fields of the checkpoint's config.json. Source: Günther et al., Jina Embeddings 2 (arXiv 2310.19923).
     """
+
+    embeddings: Any  # modules in modules: torch's types end at the first
+    encoder: Any
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -116,8 +120,8 @@ class JinaBert(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """input_ids, attention_mask (B, L) -> states (B, L, H)"""
-        states = self.embeddings["word_embeddings"](input_ids) + self.embeddings["token_type_embeddings"].weight[0]
-        states = self.embeddings["LayerNorm"](states)
+        words, types = self.embeddings["word_embeddings"], self.embeddings["token_type_embeddings"]
+        states: torch.Tensor = self.embeddings["LayerNorm"](words(input_ids) + types.weight[0])
         bias = alibi(self.heads, input_ids.shape[1], input_ids.device)[None]
         bias = bias.masked_fill(attention_mask[:, None, None] == 0, float("-inf")).to(states.dtype)
         for layer in self.encoder["layer"]:
@@ -127,6 +131,8 @@ class JinaBert(nn.Module):
 
 class Layer(nn.Module):
     """Attention with a bias, then GELU(a) * b, each with its residual and norm after it."""
+
+    attention: Any
 
     def __init__(self, hidden: int, heads: int, intermediate: int, eps: float):
         super().__init__()
@@ -151,7 +157,8 @@ class Layer(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
         states = writes["LayerNorm"](writes["dense"](attended) + states)
         gate, passed = self.mlp["gated_layers"](states).chunk(2, dim=-1)
-        return self.mlp["layernorm"](self.mlp["wo"](F.gelu(gate) * passed) + states)
+        states = self.mlp["layernorm"](self.mlp["wo"](F.gelu(gate) * passed) + states)
+        return states
 
 
 def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.Tensor:

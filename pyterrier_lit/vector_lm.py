@@ -2,18 +2,21 @@
 
 import re
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class VectorLM(nn.Module):
     """The body of a causal language model of the library, and the projector that brings vectors into its input space."""
 
-    def __init__(self, body: nn.Module, projector: nn.Module, placeholder: int):
+    def __init__(self, body: "PreTrainedModel", projector: nn.Module, placeholder: int):
         super().__init__()
         self.body = body
         self.projector = projector
@@ -54,7 +57,7 @@ class VectorLM(nn.Module):
     ) -> torch.Tensor:
         """The input embeddings of ids (B, L) under mask (B, L), where projected passages (B, N, H), as far as `inside`
         (B, N) says, stand in for the placeholders in order: (B, L, H)."""
-        embedded = self.body.get_input_embeddings()(ids)
+        embedded: torch.Tensor = self.body.get_input_embeddings()(ids)
         at = ((ids == self.placeholder) & (mask == 1))[..., None]
         return embedded.masked_scatter(at, passages[inside])
 
@@ -67,7 +70,12 @@ class Reading:
     """
 
     def __init__(
-        self, body: nn.Module, inputs: torch.Tensor, mask: torch.Tensor, passages: torch.Tensor, cache: Any = None
+        self,
+        body: "PreTrainedModel",
+        inputs: torch.Tensor,
+        mask: torch.Tensor,
+        passages: torch.Tensor,
+        cache: Any = None,
     ):
         self.body = body
         self.inputs = inputs

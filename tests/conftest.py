@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pandas as pd
 import pyterrier as pt
 import pytest
@@ -20,6 +21,8 @@ import transformers
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 
 pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
+hypothesis.settings.register_profile("unhurried", parent=hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("unhurried")  # other jobs may run on the machine
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 
 ROOT = Path(__file__).parents[1]

@@ -209,9 +209,15 @@ def test_an_output_that_cannot_be_written_is_one_clear_line_before_the_model_loa
 
 def test_a_full_disk_is_one_clear_line_and_what_was_finished_is_a_run(tmp_path, file):
     def small():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
 
-    arguments = words(file, tmp_path / "run.txt", "--chunk", 30, "--system", "x")
+    settings = [
+        "--chunk",
+        30,
+        "--system",
+        100 * "x",
+    ]  # long lines: torch may write a small file of its own as it starts
+    arguments = words(file, tmp_path / "run.txt", *settings)
     process = program(arguments, preexec_fn=small)
     _, error = process.communicate()
     assert process.returncode == 1
@@ -226,7 +232,7 @@ def test_a_full_disk_is_one_clear_line_and_what_was_finished_is_a_run(tmp_path, 
     kept = pt.io.read_results(str(part))
     assert kept.groupby("qid").size().tolist() == [25, 25]
     assert main([*arguments, "--resume"]) == 0
-    assert main(words(file, tmp_path / "whole.txt", "--chunk", 30, "--system", "x")) == 0
+    assert main(words(file, tmp_path / "whole.txt", *settings)) == 0
     assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
 
 

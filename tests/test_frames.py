@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_lit.frames import rerank
@@ -15,7 +15,6 @@ def by_length(queries, passages):
     return [[float(len(passage)) for passage in ranking] for ranking in passages]
 
 
-@settings(deadline=None)
 @given(rows, st.randoms())
 def test_rows_stay_and_ranks_follow_the_scores(rows, random):
     frame = pd.DataFrame(

@@ -31,7 +31,7 @@ any_text = st.one_of(text, st.text(st.characters(), max_size=5))  # the latter m
 def fuzz(cases, strategy, check):
     """Call check(example) for so many examples."""
     quick = {"database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}  # no shrinking
-    settings(max_examples=cases, deadline=None, **quick)(given(strategy)(check))()
+    settings(max_examples=cases, **quick)(given(strategy)(check))()
 
 
 # Frames

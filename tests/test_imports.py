@@ -97,6 +97,7 @@ ROOMS = {  # room: the rooms it may import
         "training.data",
         "training.losses",
         "training.trainer",
+        "vector_lm",
     },
     "training.trainer": {"checkpoints"},
     "tirex": {"candidates", "checkpoints", "reranker", "runs"},
@@ -113,6 +114,10 @@ HEAVY = (
     "huggingface_hub",
     "tira",
     "tirex_tracker",
+    "pyterrier_dr",
+    "sentencepiece",
+    "scipy",
+    "ir_datasets",
 )
 
 

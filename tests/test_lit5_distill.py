@@ -191,7 +191,7 @@ def test_n_identifiers_cost_their_pieces_less_the_last(make, monkeypatch):
     assert len(steps) == 19
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 1000))
 def test_constrained_decoding_is_brute_force_over_unused_identifiers(counts, seed):
     """Each identifier, one at a time and alone: the likeliest allowed piece at every step, from the library's own logits."""

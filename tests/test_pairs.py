@@ -3,7 +3,7 @@
 import pytest
 import tokenizers
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_lit.pairs import PairLayout
@@ -21,7 +21,6 @@ def layout(tokenizer):
     return PairLayout(tokenizer, limit=12)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), min_size=1, max_size=5))
 def test_whole_pairs_are_what_the_tokenizer_writes(tokenizer, texts):
     layout = PairLayout(tokenizer)
@@ -59,7 +58,6 @@ def test_a_free_standing_contraction_is_glued_only_with_clean_up(tokenizer):
     assert ids[True][1:] == ids[False][1:]
 
 
-@settings(deadline=None)
 @given(st.text(alphabet="adnot' .,", max_size=40))
 def test_clean_up_is_decoding_and_encoding_again(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False).ids[:20]

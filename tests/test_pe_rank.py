@@ -272,7 +272,7 @@ def test_a_cutoff_names_window_less_stride_passages_and_keeps_the_top(make, monk
     assert len(calls) == 9 * 19
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     st.integers(1, 8).flatmap(lambda w: st.tuples(st.just(w), st.integers(1, w))),
     st.integers(1, 12),
@@ -497,7 +497,7 @@ def test_special_tokens_in_queries_and_passages_are_plain_text(make, ranker, mod
         assert ids.count(1) == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.sampled_from([*HOSTILE, "<", ">", "PLACEHOLDER", " ", "s", "/", "日本 ☃", "\n"]), max_size=8).map(
         "".join

@@ -8,7 +8,7 @@ import pyterrier as pt
 import pytest
 import torch
 from conftest import write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pyterrier_lit.candidates import Candidates, documents, read_rerank_file, read_run, topics
@@ -78,7 +78,6 @@ def test_a_gzipped_run_is_the_same_run(tmp_path):
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100)
 
 
-@settings(deadline=None)
 @given(st.lists(numbers | st.sampled_from([0.0, -0.0, 1.0, 1.0 + 2.0**-23]), max_size=20))
 def test_written_scores_fall_strictly_even_as_float32_and_change_only_at_ties(scores):
     scores = sorted(scores, reverse=True)

@@ -97,7 +97,7 @@ def structure(request):
     return lambda query, passages: STRUCTURES[request.param](reranker, query, passages)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(hostile, st.lists(hostile, min_size=3, max_size=3))
 def test_no_text_alters_the_structure_of_a_prompt(structure, query, passages):
     assert structure(query, passages) == structure("what is a cat", ["a cat", "is an animal", "of some kind"])

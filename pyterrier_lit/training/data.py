@@ -48,7 +48,7 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
         return frame.assign(target=order.iloc[:, 0].astype("float64"))
     if isinstance(teacher, str | Path):
         teacher = read_run(teacher)
-    run = teacher if isinstance(teacher, pd.DataFrame) else teacher(frame)
+    run = teacher if isinstance(teacher, pd.DataFrame) else teacher.transform(frame)
     values = run["score"] if "score" in run else -run["rank"]
     if values.isna().any():
         row = run[values.isna()].iloc[0]

@@ -42,7 +42,7 @@ class Training(pt.Estimator):
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """What the student makes of the frame."""
-        return self.student(inp)
+        return self.student.transform(inp)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
         """What the student does with a cutoff behind it."""
@@ -160,7 +160,7 @@ class FineTune(Training):
 
     def default_recipe(self, room: ModuleType) -> str:
         """The student's recipe for labels."""
-        return room.FINE_TUNE
+        return str(room.FINE_TUNE)
 
     def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
         """The frame with its labels."""
@@ -205,7 +205,7 @@ class Distil(Training):
             raise TypeError(
                 f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; take FineTune"
             )
-        return room.DISTIL
+        return str(room.DISTIL)
 
     def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
         """The frame with what the teacher makes of it."""
@@ -214,6 +214,6 @@ class Distil(Training):
 
 def ndcg_at_10(student: pt.Transformer, frame: pd.DataFrame, qrels: pd.DataFrame) -> float:
     """nDCG@10 of what a student makes of a result frame, over the queries that have judgements."""
-    run = student(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
+    run = student.transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
     judged = qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
     return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])

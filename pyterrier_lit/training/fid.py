@@ -23,7 +23,7 @@ class AnswerObjective(Objective):
         super().__init__(t5.network.requires_grad_(True))
         self.t5, self.fid = t5, FiD(t5.network, t5.tied)
         self.decay, self.max_tokens, self.forgets = decay, max_tokens, False
-        for module in self.network.modules():
+        for module in t5.network.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
             elif isinstance(getattr(module, "dropout", None), float):  # of attention weights
@@ -49,7 +49,7 @@ class AnswerObjective(Objective):
             [torch.tensor(answer) for answer in batch.answers], batch_first=True, padding_value=-1
         ).to(self.device)
         written = torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1].clamp_min(EOS)], 1)
-        decoded = self.network.decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=mask)
+        decoded = self.t5.network.decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=mask)
         logits = self.fid.logits(decoded.last_hidden_state)
         return {"loss": decayed_cross_entropy(logits, labels, labels >= 0, self.decay)}
 

@@ -17,6 +17,7 @@ from pyterrier_lit.pe_rank import PERank
 from pyterrier_lit.training.data import uneven, window
 from pyterrier_lit.training.losses import list_kl, list_mle
 from pyterrier_lit.training.trainer import Batch, Objective, Recipe
+from pyterrier_lit.vector_lm import VectorLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,9 @@ class Window(NamedTuple):
 class VectorObjective(Objective):
     """What both stages share: passages' vectors, looked up once as the student does, and prompts with placeholders."""
 
+    network: VectorLM
+    vectors: torch.Tensor  # (D, d) of all passages
+
     def __init__(self, student: PERank, max_length: int):
         self.ranker = student.loaded()
         super().__init__(self.ranker.network)
@@ -143,6 +147,8 @@ class AlignmentObjective(VectorObjective):
     """The mean over the tokens of the texts of -log p(token), written by the language model after a question with the vector."""
 
     wanted = "wanted passages with a text"
+
+    head: torch.Tensor  # (V, H), which writes words
 
     def __init__(self, student: PERank, recipe: AlignmentRecipe):
         super().__init__(student, recipe.max_length)
