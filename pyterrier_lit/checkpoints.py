@@ -121,6 +121,7 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
             known = transformers.BertTokenizerFast if (folder / "vocab.txt").exists() else transformers.AutoTokenizer
             tokenizer = known.from_pretrained(folder).backend_tokenizer
+        tokenizer.encode("\u2603")  # a vocabulary that was cut to nothing fails at the first word it does not know
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(
             f"{folder} has no tokenizer that can be read: wanted tokenizer.json or vocab.txt ({_first_line(error)})"
