@@ -226,6 +226,11 @@ def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
         network = T5ForConditionalGeneration(architecture)
         network.lm_head = nn.Linear(network.config.d_model, network.config.vocab_size, bias=False)
     load_strictly(network, weights, str(folder))
+    buckets, farthest = architecture.relative_attention_num_buckets, architecture.relative_attention_max_distance
+    if not farthest > buckets // 2:
+        raise ValueError(
+            f"{folder}: relative_attention_max_distance={farthest!r}; wanted more than half of the {buckets} relative_attention_num_buckets"
+        )
     network.set_input_embeddings(network.shared)
     if tied:
         network.lm_head.weight = network.shared.weight

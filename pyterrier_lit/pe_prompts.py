@@ -112,7 +112,14 @@ def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: b
         raise ValueError(
             f"the tokenizer of {folder} with {len(tokenizer)} pieces is not that of a PE-Rank model of {vocab_size} ({PLACEHOLDER} among them)"
         )
-    return Prompter(tokenizer)
+    prompter = Prompter(tokenizer)
+    try:
+        prompter.render("a query", [None])
+    except Exception as error:  # whatever Jinja raises, and what a template raises itself
+        raise ValueError(
+            f"the chat template of {folder} cannot be used ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+    return prompter
 
 
 def _check_sentencepieces(file: Path) -> None:

@@ -336,6 +336,17 @@ def test_another_architecture_and_a_missing_tokenizer_are_refused(make, frame, e
         make(model=str(tmp_path))(frame)
 
 
+@pytest.mark.parametrize("distance", [0, -1, 16])
+def test_distances_that_have_no_logarithm_are_refused(tmp_path, distance):
+    folder = shutil.copytree(FOLDER / "tiny-random", tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"relative_attention_max_distance": distance}))
+    with pytest.raises(
+        ValueError, match=f"{folder}: relative_attention_max_distance={distance}; wanted more than half"
+    ):
+        LiT5Distill(str(folder), device="cpu").score(["a cat"], [["a cat", "a dog"]])
+
+
 @pytest.mark.parametrize("decoding", module.DECODINGS)
 def test_nan_names_the_query_in_every_decoding(make, monkeypatch, decoding):
     reranker = make(decoding=decoding)
