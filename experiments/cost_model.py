@@ -1,148 +1,161 @@
-"""What a reranking costs at scale: measure each stage once, then count workers and find the bottleneck.
+"""What reranking costs at scale: each stage measured once, then arithmetic for processes, GPUs and machines. Draws nothing."""
 
-    python experiments/cost_model.py [--model experiments/tiny/cross-encoder] [--queries 1000000] [--passages 100]
-        [--rate PAIRS_PER_SECOND] [--workers 2] [--output cost]
-
-Measures on this machine, one thread, with questions and docstrings of Python's documentation (texts cut by the model at 256
-pieces): reading and ranking the frame, packing for another process, tokenising, the model. `--rate` is the model's rate as
-measured elsewhere, on a GPU, say; the other stages stay measured. With --workers N it also runs `Distributed` on N workers.
-"""
-
-import argparse
-import json
+import copy
+import functools
 import math
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import corpora
 import pandas as pd
-import torch
+import pyterrier as pt
+from ir_datasets.formats import GenericDoc
+from ir_datasets.indices import PickleLz4FullStore
 
-from pyterrier_lit import CrossEncoder
-from pyterrier_lit.cross_encoder import DOC_LENGTH, QUERY_LENGTH
-from pyterrier_lit.frames import rerank
-from pyterrier_lit.scale import Distributed
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit.reranker import Reranker
+from pyterrier_lit.windows import sliding_windows
 
 DAY = 86_400
+NETWORK = 1.25e9  # bytes a second: 10 Gbit
 
 
-@dataclass
-class Seconds:
-    """What one pair of query and passage takes, by stage. The first two are the driver's, the others a worker's."""
+@dataclass(frozen=True)
+class Stages:
+    """Seconds that a query takes, with all its passages. A driver is the process that calls `Distributed`."""
 
-    frame: float  # read, check, rank
-    packing: float  # pickle and back
-    tokenising: float
-    model: float
-    bytes: float  # that go to a worker
+    loading: float  # the driver reads the passages' texts
+    frame: float  # it checks the frame, and ranks it by the scores
+    packing: float  # texts pickled for a worker, and unpickled there
+    tokenising: float  # in the worker, on one core
+    model: float  # in the worker
+    bytes: float  # that go to the worker
 
-    @property
-    def driver(self) -> float:
-        return self.frame + self.packing
-
-    @property
-    def worker(self) -> float:
-        return self.tokenising + self.model
+    def with_model(self, queries_per_second: float) -> "Stages":
+        """The same with a model of another speed, measured elsewhere: on a GPU, say."""
+        return replace(self, model=1 / queries_per_second)
 
 
-def workers_for(pairs_per_second: float, seconds: Seconds) -> int:
-    """How many workers keep up with so many pairs a second."""
-    return math.ceil(pairs_per_second * seconds.worker)
+def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: float = NETWORK) -> dict[str, float]:
+    """What makes up the time per query of one driver with so many workers, by stage.
 
-
-def most_workers(seconds: Seconds) -> int:
-    """How many workers one driver can feed; beyond it give each driver a part of the queries."""
-    return int(seconds.worker / seconds.driver)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny" / "cross-encoder")
-    parser.add_argument("--queries", type=int, default=1_000_000, help="a day")
-    parser.add_argument("--passages", type=int, default=100)
-    parser.add_argument("--rate", type=float, help="pairs a second of the model, measured elsewhere")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("cost"))
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    frame = pairs(10, arguments.passages)
-    reranker = CrossEncoder(str(arguments.model), device="cpu")
-    seconds = measure(reranker, frame)
-    if arguments.rate:
-        seconds.model = 1 / arguments.rate
-    wanted = arguments.queries * arguments.passages / DAY
-    for name, each in asdict(seconds).items():
-        print(f"{name:11} {each:8.0f} bytes a pair" if name == "bytes" else f"{name:11} {each * 1e6:8.1f} us a pair")
-    print(
-        f"one worker  {1 / seconds.worker / arguments.passages:8.2f} queries a second of {arguments.passages} passages"
-    )
-    print(f"{arguments.queries:,} queries x {arguments.passages} passages a day are {wanted:,.0f} pairs a second:")
-    print(f"  {workers_for(wanted, seconds)} workers; one driver feeds up to {most_workers(seconds)};")
-    print(f"  {wanted * seconds.bytes / 1e6:.1f} MB a second over the network")
-    measured = {"seconds_a_pair": asdict(seconds)}
-    if arguments.workers:
-        measured["distributed"] = distributed(reranker, frame, arguments.workers)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "cost.json").write_text(json.dumps(measured, indent=1) + "\n")
-
-
-def pairs(queries: int, passages: int) -> pd.DataFrame:
-    """Questions of the Python documentation, each with passages drawn from it."""
-    collection = corpora.load("python-docs")
-    docs = pd.DataFrame(collection.get_corpus_iter())
-    topics = collection.get_topics().head(queries)
-    drawn = [
-        docs.sample(passages, random_state=i).assign(qid=qid, query=query)
-        for i, (qid, query) in enumerate(topics.values)
+    A call of `Distributed` loads the texts and reads the frame first. Then packing, sending and computing go on side by side,
+    so only the slowest of the three counts. cores: of each worker, all of them tokenise. network: bytes a second.
+    """
+    beside: list[dict[str, float]] = [
+        {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},
+        {"packing": stages.packing},
+        {"network": stages.bytes / network},
     ]
-    return pd.concat(drawn, ignore_index=True)
+    return {"loading": stages.loading, "frame": stages.frame} | max(beside, key=lambda part: sum(part.values()))
 
 
-def measure(reranker: CrossEncoder, frame: pd.DataFrame) -> Seconds:
-    encoder, n = reranker.loaded(), len(frame)
-    layout, *_ = reranker._layout(encoder)
-    texts, queries = frame.text.tolist(), frame["query"].unique().tolist()
-    lists = [ranking.text.tolist() for _, ranking in frame.groupby("qid", sort=False)]
-
-    def tokenise() -> Any:
-        return layout.pieces(queries, QUERY_LENGTH), layout.pieces(texts, DOC_LENGTH)
-
-    tokenising = best_of(tokenise)
-    return Seconds(
-        frame=best_of(lambda: rerank(frame, lambda _, found: [[0.0] * len(ranking) for ranking in found])) / n,
-        packing=best_of(lambda: pickle.loads(pickle.dumps((queries, lists)))) / n,
-        tokenising=tokenising / n,
-        model=(best_of(lambda: reranker.score(queries, lists), times=2) - tokenising) / n,
-        bytes=len(pickle.dumps((queries, lists))) / n,
-    )
+def rate(stages: Stages, workers: int = 1, **machine: float) -> float:
+    """Queries a second of one driver with so many workers; machine: as in `seconds`."""
+    return 1 / sum(seconds(stages, workers, **machine).values())
 
 
-def best_of(function: Callable[[], Any], times: int = 5, clock: Callable[[], float] = time.process_time) -> float:
-    """Seconds of the fastest of some runs; of this process alone by default, whatever else runs on the machine."""
+def bottleneck(stages: Stages, workers: int = 1, **machine: float) -> str:
+    """The stage that takes most of the time; machine: as in `seconds`."""
+    parts = seconds(stages, workers, **machine)
+    return max(parts, key=parts.__getitem__)
+
+
+def machines(stages: Stages, queries: int, workers: int, **machine: float) -> int:
+    """How many machines rerank so many queries in a day, each with a driver, so many workers, and its part of the queries."""
+    return math.ceil(queries / DAY / rate(stages, workers, **machine))
+
+
+def workers_fed(stages: Stages) -> float:
+    """How many workers wait for their driver half of the time. With a quarter of them they wait a fifth of it."""
+    return (stages.tokenising + stages.model) / (stages.loading + stages.frame)
+
+
+def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer) -> Stages:
+    """The stages of reranking these candidates (qid, query, docno, text), with weights already loaded.
+
+    Seconds are of this process alone, summed over its threads, so that other jobs on the machine hardly matter; those of a
+    model on a GPU are the clock's. Each is the fastest of some runs: `loader` reads texts that it has read before.
+    """
+    on_cpu = next(reranker.loaded().network.parameters()).device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    asked: list[Any] = []
+
+    def nothing(queries: list[str], passages: Any) -> list[list[float]]:
+        asked[:] = queries, passages
+        lists = passages["docno"] if isinstance(passages, dict) else passages
+        return [[0.0] * len(ranking) for ranking in lists]
+
+    idle = copy.copy(reranker)
+    idle.score = nothing  # as `Distributed` does it
+    without = candidates.drop(columns="text")
+    taken = {
+        "loading": best_of(lambda: loader(without)),
+        "frame": best_of(lambda: idle(candidates)),
+        "packing": best_of(lambda: pickle.loads(pickle.dumps(asked))),
+        "tokenising": best_of(lambda: tokenise(reranker, *asked)),
+        "model": best_of(lambda: reranker.score(*asked), 2, clock)
+        - best_of(lambda: tokenise(reranker, *asked), 2, clock),
+        "bytes": len(pickle.dumps(asked)),
+    }
+    return Stages(**{name: value / candidates["qid"].nunique() for name, value in taken.items()})
+
+
+@functools.singledispatch
+def tokenise(reranker: Reranker, queries: list[str], passages: Any) -> None:
+    """Cut the texts into ids as often as one call of `reranker.score` does."""
+    raise TypeError(f"no one has said how {type(reranker).__name__} tokenises")
+
+
+@tokenise.register
+def _(reranker: CrossEncoder, queries: list[str], passages: list[list[str]]) -> None:
+    reranker.pairs([(query, passage) for query, ranking in zip(queries, passages, strict=True) for passage in ranking])
+
+
+@tokenise.register
+def _(reranker: LiT5Distill, queries: list[str], passages: list[list[str]]) -> None:
+    for query, ranking in zip(queries, passages, strict=True):
+        for window in sliding_windows(len(ranking), *reranker.window()):
+            reranker.prompts(query, ranking[window.start : window.stop])
+
+
+@tokenise.register
+def _(reranker: LiT5Score, queries: list[str], passages: list[list[str]]) -> None:
+    for query, ranking in zip(queries, passages, strict=True):
+        reranker.read(query, ranking)
+
+
+@tokenise.register
+def _(reranker: PERank, queries: list[str], passages: dict[str, list[list[str]]]) -> None:
+    ranker = reranker.loaded()
+    for query, ranking in zip(queries, passages[reranker.text_field], strict=True):
+        ranker.text_encoder().pieces(ranking)
+        windows = sliding_windows(len(ranking), reranker.window_size, reranker.stride)
+        sizes = [window.stop - window.start for window in windows]
+        ranker.prompts([query] * len(sizes), [[]] * len(sizes), sizes)
+
+
+def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
+    """A loader of these passages (docno, text) from a file in `folder`, in the format in which ir_datasets keeps collections."""
+    docs = [GenericDoc(*row) for row in passages[["docno", "text"]].drop_duplicates("docno").itertuples(index=False)]
+    store = PickleLz4FullStore(str(folder / "passages.pklz4"), lambda: docs, GenericDoc, "doc_id", ["doc_id"])
+    nothing = pd.DataFrame()
+
+    def texts(docnos: Any) -> dict[str, str]:
+        return {doc.doc_id: doc.text for doc in store.get_many_iter(docnos)}
+
+    return corpora.Collection(store.path, lambda: iter(()), texts, nothing, nothing).text_loader()
+
+
+def best_of(function: Callable[[], Any], times: int = 3, clock: Callable[[], float] = time.process_time) -> float:
+    """Seconds of the fastest of some runs."""
     taken = []
     for _ in range(times):
         start = clock()
         function()
         taken.append(clock() - start)
     return min(taken)
-
-
-def distributed(reranker: CrossEncoder, frame: pd.DataFrame, workers: int) -> dict[str, float]:
-    """Pairs a second alone, on one worker of Ray and on several, without their start."""
-    rates = {"alone": len(frame) / best_of(lambda: reranker(frame), times=2, clock=time.perf_counter)}
-    for n in (1, workers):
-        spread = Distributed(reranker, num_workers=n)
-        spread(frame.head(10))
-        rates[f"{n} workers"] = len(frame) / best_of(lambda: spread(frame), times=3, clock=time.perf_counter)  # noqa: B023
-        spread.close()
-    for name, rate in rates.items():
-        print(f"{name:11} {rate:8.0f} pairs a second, {rate / rates['alone']:.2f} x alone")
-    return rates
-
-
-if __name__ == "__main__":
-    main()

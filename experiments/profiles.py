@@ -54,6 +54,7 @@ class Profile:
     tirex: list[Comparison]
     efficiency: dict  # efficiency.ipynb: collection, topics, rerankers, their peers, depths, windows
     open_questions: dict  # open_questions.ipynb: collection, topics, rerankers and what is varied
+    scaling: dict  # scaling.ipynb: collection, queries, passages, rerankers, speeds of the model, workers of a machine
     distillation: (
         dict  # distillation.ipynb: collections to learn from and to test on, student, teacher and what is varied
     )
@@ -340,6 +341,14 @@ PAPER = Profile(
         "n_passages": [5, 10, 20, 50, 100],
         "windows": [(5, 2), (10, 5), (20, 10), (40, 20), (100, 50)],
     },
+    scaling={
+        "collection": PAPER_DL[0].collections["dl19"],
+        "queries": None,
+        "passages": 100,
+        "rerankers": RERANKERS,
+        "speeds": [1, 10, 100],
+        "workers": 8,
+    },
     distillation={
         "train": Collection("irds:msmarco-passage/train", {"first": f"{DATA}/runs/msmarco-train.colbertv2.txt"}),
         "test": PAPER_DL[1].collections["dl19"],
@@ -382,6 +391,14 @@ SMALL = Profile(
         "score_weights": [UNTRAINED, str(Path(UNTRAINED).with_name("tiny-trained"))],
         "n_passages": [5, 10, 20],
         "windows": [(4, 2), (10, 5), (20, 10)],
+    },
+    scaling={
+        "collection": PYTHON_DOCS["python-docs"],
+        "queries": 3,
+        "passages": 100,
+        "rerankers": SMALL_RERANKERS,
+        "speeds": [1, 10, 100, 1_000],
+        "workers": 8,
     },
     distillation={
         "train": Collection("python-docs/dev", {"first": "bm25"}),

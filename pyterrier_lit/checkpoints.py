@@ -142,6 +142,7 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
             known = transformers.BertTokenizer if (folder / "vocab.txt").exists() else transformers.AutoTokenizer
             tokenizer = known.from_pretrained(folder).backend_tokenizer
+        tokenizer.encode("\u2603")  # a vocabulary that was cut to nothing fails at the first word it does not know
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(
             f"{folder} has no tokenizer that can be read: wanted tokenizer.json or vocab.txt ({_first_line(error)})"
@@ -244,6 +245,11 @@ def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
         network: Any = T5ForConditionalGeneration(architecture)
         network.lm_head = nn.Linear(network.config.d_model, network.config.vocab_size, bias=False)
     load_strictly(network, weights, str(folder))
+    buckets, farthest = architecture.relative_attention_num_buckets, architecture.relative_attention_max_distance
+    if not farthest > buckets // 2:
+        raise ValueError(
+            f"{folder}: relative_attention_max_distance={farthest!r}; wanted more than half of the {buckets} relative_attention_num_buckets"
+        )
     network.set_input_embeddings(network.shared)
     if tied:
         network.lm_head.weight = network.shared.weight

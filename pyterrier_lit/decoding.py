@@ -50,10 +50,3 @@ class Speller:
         self.alive = torch.where(fresh[:, None], self.unused, self.alive)
         self.spelt = self.spelt.masked_fill(fresh, 0)
         return symbol, candidate
-
-    def check(self) -> None:
-        """ValueError if a logit that a choice was made from was NaN. Waits for the device: call it once, at the end."""
-        if self.broken.any():
-            raise ValueError(
-                "the model gave NaN where a candidate was to be chosen; try dtype='float32', and check the weights"
-            )

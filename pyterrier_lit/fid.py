@@ -143,12 +143,12 @@ class FiD:
         return F.linear(scaled, weight if rows is None else weight[rows])
 
     def greedy(
-        self, memory: Memory, max_length: int
+        self, memory: Memory, max_length: int, queries: Sequence[str]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
         """Write the likeliest token step by step, until every row has written EOS or holds `max_length` tokens with START.
 
         Yields per step the tokens (B,), which rows were unfinished before it (B,), and the attention mass as `write` gives it.
-        Raises ValueError when a logit is NaN.
+        Raises ValueError when a logit is NaN, which names the row's among `queries`.
         """
         rows = memory.own_keys.shape[1]
         ids = torch.full((rows,), START, device=self.device)
@@ -156,10 +156,7 @@ class FiD:
         for _ in range(max_length - 1):
             states, mass = self.write(memory, ids)
             logits = self.logits(states)
-            if logits.isnan().any():
-                raise ValueError(
-                    "the model gave NaN while writing; try dtype='float32', and check the checkpoint's weights"
-                )
+            refuse_nan(logits.isnan().any(1), queries)
             ids = logits.argmax(-1)
             yield ids, unfinished, mass
             unfinished = unfinished & (ids != EOS)
@@ -176,6 +173,14 @@ class FiD:
         )
         bias: torch.Tensor = attention.relative_attention_bias(buckets)
         return bias.T
+
+
+def refuse_nan(broken: torch.Tensor, queries: Sequence[str]) -> None:
+    """ValueError that names the first of B queries whose logits were NaN, broken (B,). Waits for the device."""
+    if broken.any():
+        raise ValueError(
+            f"the model gave nan for query {queries[int(broken.int().argmax())]!r}; try dtype='float32', and check the checkpoint's weights"
+        )
 
 
 def _heads(projected: torch.Tensor, config: Any) -> torch.Tensor:

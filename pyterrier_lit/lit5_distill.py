@@ -11,7 +11,7 @@ import torch
 from pyterrier_lit.batching import Budget, map_batches
 from pyterrier_lit.checkpoints import T5, choose_device, choose_dtype, fetch, read_t5, write
 from pyterrier_lit.decoding import Speller
-from pyterrier_lit.fid import EOS, START, FiD
+from pyterrier_lit.fid import EOS, START, FiD, refuse_nan
 from pyterrier_lit.frames import rerank
 from pyterrier_lit.order import complete, parse, scores
 from pyterrier_lit.reranker import ListwiseReranker
@@ -104,7 +104,11 @@ class LiT5Distill(ListwiseReranker):
 
         def order_tasks(tasks: list[Task]) -> list[list[int]]:
             windows = [
-                Asked(self.prompts(queries[query], [passages[query][number] for number in numbers]), wanted)
+                Asked(
+                    self.prompts(queries[query], [passages[query][number] for number in numbers]),
+                    wanted,
+                    queries[query],
+                )
                 for query, numbers, wanted in tasks
             ]
             lengths = [sum(map(len, window.prompts)) for window in windows]
@@ -158,10 +162,11 @@ class LiT5Distill(ListwiseReranker):
 
 
 class Asked(NamedTuple):
-    """A window to be read, and how many of its ranks are to be written."""
+    """A window to be read, how many of its ranks are to be written, and the query, to be named in an error."""
 
     prompts: Prompts
     wanted: int
+    query: str
 
 
 def constrained(t5: T5, windows: list[Asked]) -> list[list[int]]:
@@ -184,7 +189,7 @@ def constrained(t5: T5, windows: list[Asked]) -> list[list[int]]:
         symbols, candidates = speller.step(fid.logits(fid.write(memory, ids)[0], at))
         written.append(candidates)
         ids = at[symbols]
-    speller.check()
+    refuse_nan(speller.broken, [window.query for window in windows])
     rows = torch.stack(written, 1).tolist()
     return [
         complete([position for position in row if position >= 0][:enough], n)
@@ -201,10 +206,8 @@ def free(t5: T5, windows: list[Asked]) -> list[list[int]]:
 def greedy(t5: T5, windows: list[Asked], max_length: int) -> list[list[int]]:
     """The tokens that each window's decoder writes, up to and without EOS, at most max_length - 1."""
     fid = FiD(t5.network, t5.tied)
-    written = [
-        ids
-        for ids, _, _ in fid.greedy(fid.read_prompts([window.prompts for window in windows], max_length), max_length)
-    ]
+    memory = fid.read_prompts([window.prompts for window in windows], max_length)
+    written = [ids for ids, _, _ in fid.greedy(memory, max_length, [window.query for window in windows])]
     rows = torch.stack(written, 1).tolist()
     return [row[: row.index(EOS)] if EOS in row else row for row in rows]
 
@@ -231,10 +234,7 @@ def first(t5: T5, windows: list[Asked]) -> list[list[int]]:
         going_on = usable & torch.tensor(long, device=fid.device)
         logits = fid.logits(fid.write(memory, at[list(begins)].expand(len(windows)))[0], at)
         likelihood = likelihood + _log_probability(logits, second, going_on).where(going_on, 0.0)
-    if likelihood.isnan().any():
-        raise ValueError(
-            "the model gave NaN where a candidate was to be chosen; try dtype='float32', and check the weights"
-        )
+    refuse_nan(likelihood.isnan().any(1), [window.query for window in windows])
     best = likelihood.masked_fill(~usable, float("-inf")).argsort(dim=1, descending=True, stable=True).tolist()
     return [order[:n] for order, n in zip(best, counts, strict=True)]
 

@@ -144,14 +144,16 @@ class LiT5Score(Reranker):
         pieces_of = self.loaded().pieces
         texts = [f"question: {query} context: {passage}" for passage in passages[: self.n_passages]]
         question, *pieces = pieces_of([f"question: {query}", *texts])
-        return Asked([[*ids[: self.max_length - 1], EOS] for ids in pieces], min(len(question), self.max_length))
+        prompts = [[*ids[: self.max_length - 1], EOS] for ids in pieces]
+        return Asked(prompts, min(len(question), self.max_length), query)
 
 
 class Asked(NamedTuple):
-    """The prompts of a query's passages, and how many tokens at the start of each are the query's."""
+    """The prompts of a query's passages, how many tokens at the start of each are the query's, and the query itself."""
 
     prompts: list[list[int]]
     question: int
+    query: str
 
 
 class Answered(NamedTuple):
@@ -172,7 +174,7 @@ def attend(t5: T5, asked: list[Asked], aggregation: Aggregation, answer_length: 
     weights = aggregation.layers(n_layers)
     owner = _owners(asked, most).to(fid.device)  # (B, S): the passage of each token, `most` for what does not count
     total, written = torch.zeros(len(asked), most, device=fid.device), []
-    for ids, unfinished, mass in fid.greedy(memory, answer_length):
+    for ids, unfinished, mass in fid.greedy(memory, answer_length, [each.query for each in asked]):
         step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))
         drawn = step.new_zeros(len(asked), most + 1).scatter_reduce_(1, owner, step, aggregation.tokens)[:, :most]
         total += drawn * unfinished[:, None]

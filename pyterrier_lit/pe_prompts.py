@@ -98,6 +98,8 @@ def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: b
     else:
         known = getattr(transformers, tokenizer_class.removesuffix("Fast"), None) or transformers.AutoTokenizer
     try:
+        if known is not transformers.PreTrainedTokenizerFast and (folder / "tokenizer.model").exists():
+            _check_sentencepieces(folder / "tokenizer.model")
         tokenizer = known.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(
@@ -114,4 +116,21 @@ def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: b
         raise ValueError(
             f"the tokenizer of {folder} with {len(tokenizer)} pieces is not that of a PE-Rank model of {vocab_size} ({PLACEHOLDER} among them)"
         )
-    return Prompter(tokenizer)
+    prompter = Prompter(tokenizer)
+    try:
+        prompter.render("a query", [None])
+    except Exception as error:  # whatever Jinja raises, and what a template raises itself
+        raise ValueError(
+            f"the chat template of {folder} cannot be used ({type(error).__name__}: {' '.join(str(error).split())})"
+        ) from error
+    return prompter
+
+
+def _check_sentencepieces(file: Path) -> None:
+    """RuntimeError for a file that is cut short: transformers would make an empty vocabulary of it, or take it for another format."""
+    import sentencepiece
+
+    try:
+        sentencepiece.SentencePieceProcessor().LoadFromSerializedProto(file.read_bytes())
+    except RuntimeError as error:
+        raise RuntimeError(f"{file.name} is cut short or damaged: {error}") from error

@@ -1,6 +1,6 @@
 """Faults that no reranker may suffer from: damaged files, a full disk, a kill, Ctrl-C, forks. Memory: test_<reranker>.py.
 
-Threads, copies, pickles and NaN are in contract.py, files cut short in test_checkpoints.py.
+Threads, copies, pickles and NaN are in contract.py.
 """
 
 import ast
@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -60,6 +61,33 @@ def test_a_flipped_bit_in_the_header_of_the_weights_is_named_or_changes_nothing(
             assert all(torch.equal(read[name], weights[name]) for name in weights)
         file.write_bytes(whole)
     assert named > 20
+
+
+READ = {  # the files of each checkpoint that are read, as they are called from the folder with the config on
+    "CrossEncoder": ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"],
+    "LiT5Distill": ["config.json", "model.safetensors", "spiece.model"],
+    "LiT5Score": ["config.json", "model.safetensors", "spiece.model"],
+    "PERank": [
+        *("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"),
+        *("../encoder/config.json", "../encoder/vocab.txt"),
+    ],
+}
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5])
+def test_a_file_cut_short_is_named(copied, frame, share):
+    folder, make = copied
+    for name in READ[type(make()).__name__]:
+        file = folder / name
+        whole = file.read_bytes()
+        if name.endswith("vocab.txt") and share:
+            continue  # plain lines: what is left is a vocabulary of fewer words
+        file.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=re.escape(file.name)) as raised:
+            make()(frame)
+        assert str(file.parent.resolve()) in str(raised.value)
+        file.write_bytes(whole)
+    make()(frame)
 
 
 def test_a_flipped_bit_in_a_weight_is_not_noticed(copied):

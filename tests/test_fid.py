@@ -84,6 +84,15 @@ def test_greedy_stops_after_every_row_has_ended_and_says_who_was_unfinished(fid,
     answers = torch.tensor([[7, 1, 9], [8, 8, 1], [1, 5, 5]])
     steps = iter(answers.T)
     monkeypatch.setattr(fid, "logits", lambda states: torch.nn.functional.one_hot(next(steps), num_classes=50).float())
-    written = list(fid.greedy(fid.read_prompts(WINDOWS, steps=9), 10))
+    written = list(fid.greedy(fid.read_prompts(WINDOWS, steps=9), 10, ["a query"] * len(WINDOWS)))
     assert [ids.tolist() for ids, _, _ in written] == answers.T.tolist()
     assert [alive.tolist() for _, alive, _ in written] == [[True] * 3, [True, True, False], [False, True, False]]
+
+
+@torch.inference_mode()
+def test_nan_is_an_error_that_names_the_query_of_its_row(fid, monkeypatch):
+    logits = torch.zeros(3, 50)
+    logits[1, 4] = float("nan")
+    monkeypatch.setattr(fid, "logits", lambda states: logits)
+    with pytest.raises(ValueError, match="gave nan for query 'b'; try dtype='float32'"):
+        list(fid.greedy(fid.read_prompts(WINDOWS, steps=9), 10, ["a", "b", "c"]))

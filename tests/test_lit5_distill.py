@@ -79,7 +79,7 @@ def configured(case, reference, **arguments):
 @ids([case for case in INDEX if case["model"] == "tiny-trained" or "v1_w20s10" not in case["case"]])
 def test_every_call_writes_the_references_tokens(case):
     reference = expected(case)
-    calls = [Asked(call["input_ids"], call["n_real"]) for call in reference["windows"]]
+    calls = [Asked(call["input_ids"], call["n_real"], "a query") for call in reference["windows"]]
     with torch.inference_mode():
         written = [
             row
@@ -198,7 +198,8 @@ def test_constrained_decoding_is_brute_force_over_unused_identifiers(counts, see
     model = t5("tiny-random")
     generator = torch.Generator().manual_seed(seed)
     windows = [
-        Asked([[*torch.randint(3, 500, (5,), generator=generator).tolist(), 1] for _ in range(n)], n) for n in counts
+        Asked([[*torch.randint(3, 500, (5,), generator=generator).tolist(), 1] for _ in range(n)], n, "a query")
+        for n in counts
     ]
     with torch.inference_mode():
         orders = module.constrained(model, windows)
@@ -224,7 +225,7 @@ def test_first_orders_by_the_probability_of_the_first_identifier(make):
     model = t5("tiny-random")
     prompts = make().prompts("q", some_passages(70))
     with torch.inference_mode():
-        order = module.first(model, [Asked(prompts, 70), Asked(prompts[:9], 9)])
+        order = module.first(model, [Asked(prompts, 70, "a query"), Asked(prompts[:9], 9, "a query")])
         fid = module.FiD(model.network, model.tied)
         spelt = model.pieces([str(i + 1) for i in range(70)])
         assert {len(word) for word in spelt} == {1, 2}
@@ -333,6 +334,32 @@ def test_another_architecture_and_a_missing_tokenizer_are_refused(make, frame, e
     (tmp_path / "spiece.model").unlink()
     with pytest.raises(FileNotFoundError, match=r"no spiece.model"):
         make(model=str(tmp_path))(frame)
+
+
+@pytest.mark.parametrize("distance", [0, -1, 16])
+def test_distances_that_have_no_logarithm_are_refused(tmp_path, distance):
+    folder = shutil.copytree(FOLDER / "tiny-random", tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"relative_attention_max_distance": distance}))
+    with pytest.raises(
+        ValueError, match=f"{folder}: relative_attention_max_distance={distance}; wanted more than half"
+    ):
+        LiT5Distill(str(folder), device="cpu").score(["a cat"], [["a cat", "a dog"]])
+
+
+@pytest.mark.parametrize("decoding", module.DECODINGS)
+def test_nan_names_the_query_in_every_decoding(make, monkeypatch, decoding):
+    reranker = make(decoding=decoding)
+    logits = module.FiD.logits
+
+    def broken(self, states, rows=None):
+        computed = logits(self, states, rows)
+        computed[1] = float("nan")  # of the two windows read together the second is "grey cat"
+        return computed
+
+    monkeypatch.setattr(module.FiD, "logits", broken)
+    with pytest.raises(ValueError, match="gave nan for query 'grey cat'"):
+        reranker.score(["red fox", "grey cat"], [["a fox", "a dog", "red"], ["a cat", "a dog"]])
 
 
 def test_out_of_memory_halves_the_windows_of_all_rounds_with_one_warning(make, monkeypatch):

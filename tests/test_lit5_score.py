@@ -78,7 +78,7 @@ def test_calls_with_dummy_passages_score_the_same_from_their_ids(case):
     reference = reference_of(case)
     reranker = LiT5Score(str(FOLDER / case["model"]), device="cpu")
     for answer in reference["answers"]:
-        asked = module.Asked(answer["input_ids"], answer["query_pieces"])
+        asked = module.Asked(answer["input_ids"], answer["query_pieces"], "a query")
         with torch.inference_mode():
             found = module.attend(
                 reranker.loaded(), [asked], module.AGGREGATIONS["mean"], reference["params"]["max_length"]

@@ -646,6 +646,15 @@ def test_a_tokenizer_without_template_or_placeholder_is_refused(copy_of, frame):
         PERank(model, device="cpu")(frame)
 
 
+@pytest.mark.parametrize("template", [-0.5, "{{ messages", "{{ nothing.at.all }}", "{{ raise_exception('no user') }}"])
+def test_a_chat_template_that_cannot_be_used_is_refused(copy_of, frame, template):
+    model = copy_of()
+    file = Path(model) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    with pytest.raises(ValueError, match=rf"the chat template of {model} cannot be used \(\w+Error: "):
+        PERank(model, device="cpu")(frame)
+
+
 def test_save_writes_what_the_constructor_loads(make, ranker, frame, tmp_path):
     reranker = make()
     expected = reranker(frame)

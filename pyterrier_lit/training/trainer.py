@@ -9,6 +9,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,11 +72,8 @@ class Recipe:
         raise NotImplementedError(f"{type(self).__name__} names no objective; use one of a reranker's recipes")
 
 
-class Batch:
+class Batch(SimpleNamespace):
     """Some examples, in a form that neither Trainer nor DataParallel takes apart."""
-
-    def __init__(self, **fields: Any):
-        self.__dict__.update(fields)
 
 
 class Objective(nn.Module):
@@ -111,12 +109,12 @@ class Objective(nn.Module):
         """Keep few activations, and compute the others anew for the gradient."""
         for module in self.modules():
             if getattr(module, "supports_gradient_checkpointing", False):
-                enable = (
+                enable: Any = (
                     getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
                 )
                 enable({"use_reentrant": False})
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """Each tensor once, where a network shares some: safetensors keeps no two names for one."""
         seen: set[tuple[int, torch.Size]] = set()
         found = super().state_dict(*args, **kwargs).items()
@@ -127,7 +125,7 @@ class Objective(nn.Module):
         }
 
 
-class Draws(torch.utils.data.Dataset):
+class Draws(torch.utils.data.Dataset[Any]):
     """Endless examples: number i is always the same one, so that a training goes on after a kill as if nothing had been."""
 
     def __init__(self, objective: Objective, lists: Sequence[Any], count: int, seed: int):
@@ -240,7 +238,7 @@ def train(
 @contextlib.contextmanager
 def _attention(objective: Objective) -> Iterator[None]:
     """On a CPU attention as a product of matrices while training: the gradient of the fused kernel takes several times as long there."""
-    models = [module for module in objective.modules() if hasattr(module, "set_attn_implementation")]
+    models: list[Any] = [module for module in objective.modules() if hasattr(module, "set_attn_implementation")]
     before = [model.config._attn_implementation for model in models]
     if objective.device.type == "cpu":
         for model in models:
@@ -257,7 +255,12 @@ def _loop() -> type:
     import transformers
 
     class Loop(transformers.Trainer):
-        def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler:
+        model: nn.Module
+        train_dataset: Draws
+        validate: Callable[[], float]
+        measure: str
+
+        def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:

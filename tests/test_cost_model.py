@@ -1,0 +1,99 @@
+"""experiments/cost_model.py: the arithmetic against cases worked out by hand, and each stage measured as a call runs it."""
+
+import cost_model
+import pandas as pd
+import pytest
+from conftest import SMALL
+from cost_model import Stages
+
+from pyterrier_lit.checkpoints import SentencePieces
+from pyterrier_lit.pairs import PairLayout
+from pyterrier_lit.pe_prompts import Prompter
+from pyterrier_lit.text_encoder import TextEncoder
+
+STAGES = Stages(loading=0.001, frame=0.003, packing=0.002, tokenising=0.04, model=0.36, bytes=50_000)
+
+
+@pytest.fixture
+def candidates():
+    """Two queries with 30 passages each, of which no two are alike."""
+    rows = [(qid, f"fox {qid}", f"{qid}-{i}", f"a fox {i} {qid}") for qid in "ab" for i in range(30)]
+    return pd.DataFrame(rows, columns=["qid", "query", "docno", "text"])
+
+
+def test_the_drivers_stages_come_first_and_the_workers_share_theirs():
+    assert cost_model.seconds(STAGES) == pytest.approx(
+        {"loading": 0.001, "frame": 0.003, "tokenising": 0.04, "model": 0.36}
+    )
+    eight = cost_model.seconds(STAGES, 8, cores=4)
+    assert eight == pytest.approx({"loading": 0.001, "frame": 0.003, "tokenising": 0.00125, "model": 0.045})
+    assert cost_model.rate(STAGES, 8, cores=4) == pytest.approx(1 / 0.05025)
+
+
+def test_of_computing_packing_and_sending_only_the_slowest_counts():
+    assert cost_model.seconds(STAGES, 400) == pytest.approx({"loading": 0.001, "frame": 0.003, "packing": 0.002})
+    slow = cost_model.seconds(STAGES, 400, network=1e6)
+    assert slow == pytest.approx({"loading": 0.001, "frame": 0.003, "network": 0.05})
+
+
+def test_the_bottleneck_moves_from_the_model_to_the_tokeniser_to_the_driver():
+    assert cost_model.bottleneck(STAGES, 8) == "model"
+    fast = STAGES.with_model(queries_per_second=1_000)
+    assert fast.model == 0.001 and cost_model.bottleneck(fast, 8) == "tokenising"
+    assert cost_model.bottleneck(fast, 8, cores=4) == "frame"
+    assert cost_model.bottleneck(STAGES, 400, network=1e6) == "network"
+
+
+def test_machines_for_a_million_queries_a_day():
+    assert cost_model.rate(STAGES) == pytest.approx(1 / 0.404)  # 2.48 a second, and a million a day are 11.57
+    assert cost_model.machines(STAGES, 1_000_000, workers=1) == 5
+    assert cost_model.machines(STAGES, 1_000_000, workers=8) == 1
+    assert cost_model.machines(STAGES, 10_000_000, workers=8) == 7  # 115.7 at 18.52 each
+
+
+def test_no_number_of_workers_passes_the_driver_and_half_its_rate_takes_as_many_as_it_feeds():
+    assert cost_model.workers_fed(STAGES) == pytest.approx(100)
+    assert cost_model.rate(STAGES, 100) == pytest.approx(1 / 0.008)
+    assert cost_model.rate(STAGES, 25) == pytest.approx(0.8 * 25 / 0.4)  # a fifth of the time is the driver's
+    assert cost_model.rate(STAGES, 10**6) < 1 / 0.004
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_tokenising_is_measured_on_what_a_call_reads(name, candidates, monkeypatch):
+    kind, folder = SMALL[name]
+    reranker = kind(str(folder), device="cpu")
+    read = []
+
+    def watched(original):
+        def read_too(self, texts, *others):
+            read.extend(texts)
+            return original(self, texts, *others)
+
+        return read_too
+
+    tokenisers = ((PairLayout, "pieces"), (SentencePieces, "__call__"), (TextEncoder, "pieces"), (Prompter, "ids"))
+    for owner, method in tokenisers:
+        monkeypatch.setattr(owner, method, watched(getattr(owner, method)))
+    queries, lists = ["fox a", "fox b"], [ranking.text.tolist() for _, ranking in candidates.groupby("qid")]
+    passages = {"docno": [["d"] * 30] * 2, "text": lists} if name == "PERank" else lists
+    reranker.score(queries, passages)
+    by_call = sum(text.count("fox") for text in read)
+    read.clear()
+    cost_model.tokenise(reranker, queries, passages)
+    assert by_call == sum(text.count("fox") for text in read) > 60
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_stage_of_every_reranker_is_measured(name, candidates, tmp_path):
+    kind, folder = SMALL[name]
+    loader = cost_model.stored(candidates, tmp_path)
+    reranker = kind(str(folder), device="cpu")
+    stages = cost_model.measure(reranker, candidates, loader)
+    assert min(vars(stages).values()) > 0 and stages.model > stages.packing
+    assert stages.bytes > candidates["text"].str.len().sum() / 2
+    assert "score" not in vars(reranker)
+
+
+def test_texts_come_back_from_the_file_in_which_they_were_stored(candidates, tmp_path):
+    loader = cost_model.stored(pd.concat([candidates, candidates.head(3)]), tmp_path)
+    pd.testing.assert_frame_equal(loader(candidates.drop(columns="text")), candidates)
