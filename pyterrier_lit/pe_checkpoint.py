@@ -206,6 +206,10 @@ def _encoder(
         raise ValueError(f"{source}: encoder_pooling={pooling!r}; wanted one of {', '.join(map(repr, POOLING))}")
     network = empty_encoder(config)
     load_strictly(network, weights, source)
+    if tokenizer.get_vocab_size() > config["vocab_size"]:
+        raise ValueError(
+            f"{source}: the tokenizer knows {tokenizer.get_vocab_size()} pieces and the encoder {config['vocab_size']}; they are of two checkpoints"
+        )
     return TextEncoder(network, tokenizer, config, pooling)
 
 

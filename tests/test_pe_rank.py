@@ -655,6 +655,14 @@ def test_a_chat_template_that_cannot_be_used_is_refused(copy_of, frame, template
         PERank(model, device="cpu")(frame)
 
 
+def test_an_encoder_whose_tokenizer_knows_more_pieces_is_refused(copy_of, frame):
+    model = copy_of()
+    vocabulary = Path(model).parent / "encoder" / "vocab.txt"
+    vocabulary.write_text(vocabulary.read_text(encoding="utf-8") + "one\nmore\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the tokenizer knows \d+ pieces and the encoder \d+; they are of two"):
+        PERank(model, device="cpu")(frame)
+
+
 def test_save_writes_what_the_constructor_loads(make, ranker, frame, tmp_path):
     reranker = make()
     expected = reranker(frame)
