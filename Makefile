@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test test-lowest slow fuzz notebooks tiny docs style types wheel image clean
 
-demo: $(VENV)/ready  ## BM25, and two rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
+demo: $(VENV)/ready  ## BM25, and the four rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
 
 test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow
@@ -24,7 +24,7 @@ fuzz: $(VENV)/ready  ## 120,000 random frames, texts and checkpoints
 notebooks: $(VENV)/ready  ## run all notebooks in the small profile, in place
 	$(BIN)/python experiments/run_notebooks.py
 
-tiny: $(VENV)/ready  ## train the small checkpoints of experiments/tiny anew, in about an hour
+tiny: $(VENV)/ready  ## train the small checkpoints of experiments/tiny anew, in about two hours
 	$(BIN)/python experiments/tiny/make.py
 
 docs: $(VENV)/ready  ## the pages of pt_docs as PyTerrier's site shows them, in build/docs; a warning is an error

@@ -18,7 +18,6 @@ from pyterrier_lit.reranker import Reranker
 
 HERE = Path(__file__).parent
 TINY = os.path.relpath(HERE / "tiny")  # the project's own small checkpoints
-UNTRAINED = os.path.relpath(HERE.parent / "tests" / "golden" / "lit5" / "tiny-random")  # stands in for a small LiT5
 SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # collections that some machines have; never needed
 DATA = "data"  # the reader's own files: runs in TREC format, collections in folders (see experiments/README.md)
 
@@ -219,11 +218,11 @@ PAPER_TIREX = [
 
 
 def tiny() -> dict[str, Reranker]:
-    """Small checkpoints of all four, those of LiT5 untrained, on the CPU, so that every machine gives the same figures."""
+    """The small checkpoints of all four, on the CPU, so that every machine gives the same figures."""
     return {
         "tiny CrossEncoder": CrossEncoder(f"{TINY}/cross-encoder", device="cpu"),
-        "tiny LiT5-Distill": LiT5Distill(UNTRAINED, device="cpu"),
-        "tiny LiT5-Score": LiT5Score(UNTRAINED, device="cpu"),
+        "tiny LiT5-Distill": LiT5Distill(f"{TINY}/lit5-distill", max_length=96, device="cpu"),
+        "tiny LiT5-Score": LiT5Score(f"{TINY}/lit5-score", max_length=96, device="cpu"),
         "tiny PE-Rank": PERank(f"{TINY}/pe-rank", device="cpu"),
     }
 
@@ -391,7 +390,7 @@ SMALL = Profile(
         "topics": 4,
         "rerankers": SMALL_RERANKERS,
         "dense": "stand-in",
-        "score_weights": [UNTRAINED, str(Path(UNTRAINED).with_name("tiny-trained"))],
+        "score_weights": [f"{TINY}/lit5-score", f"{TINY}/lit5-distill"],
         "n_passages": [5, 10, 20],
         "windows": [(4, 2), (10, 5), (20, 10)],
     },

@@ -1,4 +1,4 @@
-"""The README's first command: BM25 against BM25 and a reranker on a real collection, as a table and a chart.
+"""The README's first command: BM25 against BM25 and each reranker on a real collection, as a table and a chart.
 
 python experiments/quickstart.py                                          Python's own documentation
 python experiments/quickstart.py --collection FOLDER --model NAME         docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
@@ -18,7 +18,7 @@ import pandas as pd
 import pyterrier as pt
 from pyterrier.measures import RR, nDCG
 
-from pyterrier_lit import CrossEncoder, PERank
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 TINY = Path(__file__).parent / "tiny"
@@ -59,6 +59,8 @@ def rerankers(model: str | None) -> list[Reranker]:
         return [CrossEncoder(model, verbose=True)]
     return [
         CrossEncoder(str(TINY / "cross-encoder"), verbose=True),
+        LiT5Distill(str(TINY / "lit5-distill"), max_length=96, verbose=True),
+        LiT5Score(str(TINY / "lit5-score"), max_length=96, verbose=True),
         PERank(str(TINY / "pe-rank"), verbose=True),
     ]
 
@@ -91,7 +93,7 @@ def show(rows: pd.DataFrame, collection: corpora.Collection, arguments: argparse
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     (arguments.output / "results.json").write_text(json.dumps(records, indent=2) + "\n")
 
-    axes = rows.plot.bar(x="name", y=["nDCG@10", "RR@10"], rot=0, ylim=(0, 1), figsize=(8, 4), width=0.7)
+    axes = rows.plot.bar(x="name", y=["nDCG@10", "RR@10"], rot=0, ylim=(0, 1), figsize=(11, 4), width=0.7)
     for bars in axes.containers:
         axes.bar_label(bars, fmt="%.3f")
     axes.set(

@@ -100,8 +100,9 @@ def test_the_quickstart_reranks_pythons_documentation(tmp_path):
     done = quickstart("--depth", 20, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert [list(row) for row in rows] == [["name", "nDCG@10", "RR@10", "mrt", "p"]] * 3
-    assert [row["name"] for row in rows] == ["BM25", "BM25 >> CrossEncoder", "BM25 >> PERank"]
+    assert [list(row) for row in rows] == [["name", "nDCG@10", "RR@10", "mrt", "p"]] * 5
+    students = ("CrossEncoder", "LiT5Distill", "LiT5Score", "PERank")
+    assert [row["name"] for row in rows] == ["BM25", *(f"BM25 >> {student}" for student in students)]
     assert rows[0]["p"] is None
     for row in rows[1:]:
         assert row["nDCG@10"] > rows[0]["nDCG@10"] and 0 <= row["p"] <= 1

