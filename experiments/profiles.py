@@ -416,7 +416,9 @@ SMALL = Profile(
 )
 PROFILES = {"paper": PAPER, "small": SMALL}
 
-if SHARED.exists():  # the distillation from an LLM's rankings, on real queries, in an hour on two cores
+if (
+    SHARED.exists()
+):  # the distillation from an LLM's rankings, on real queries; not run yet (what was: real_teachers.py)
     PROFILES["shared"] = dataclasses.replace(
         SMALL,
         depth=100,

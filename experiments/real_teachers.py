@@ -12,6 +12,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import corpora
@@ -45,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    def kept(name: str, begin: str | None, learn) -> None:
+    def kept(name: str, begin: str | None, learn: Callable[[CrossEncoder], None]) -> None:
         """A student that begins as another, or as MiniLM, and learns; nothing is done where it was kept before."""
         if (arguments.output / name).exists():
             return
