@@ -1,7 +1,6 @@
 """What the notebooks run: which collections, first stages, checkpoints and lengths, as in the papers or small. Data only.
 
-`profiles.PAPER` is what the papers evaluated and wants a GPU, MS MARCO and checkpoints; `profiles.SMALL` runs anywhere, offline. Where
-`../shared/data` lies beside the project there is a third, for `distillation.ipynb` alone: a real teacher on real queries.
+`profiles.PAPER` is what the papers evaluated and wants a GPU, MS MARCO and checkpoints; `profiles.SMALL` runs anywhere, offline.
 The notebooks' first cell chooses one by name; no other cell knows which it is.
 """
 
@@ -10,7 +9,6 @@ import os
 from pathlib import Path
 
 import corpora
-import encoders
 import pandas as pd
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
@@ -306,7 +304,6 @@ RERANKERS = {
 SMALL_RERANKERS = {name.removeprefix("tiny "): reranker for name, reranker in tiny().items()}
 
 SHORT = {"steps": 6, "batch_size": 4, "at_once": 4, "learning_rate": 1e-4, "verbose": False}  # a training of seconds
-FEW = {"steps": 120, "batch_size": 8, "at_once": 8, "learning_rate": 5e-5, "warmup": 20, "verbose": False}  # of minutes
 
 PAPER = Profile(
     depth=100,
@@ -415,23 +412,3 @@ SMALL = Profile(
     },
 )
 PROFILES = {"paper": PAPER, "small": SMALL}
-
-if (
-    SHARED.exists()
-):  # the distillation from an LLM's rankings, on real queries; not run yet (what was: real_teachers.py)
-    PROFILES["shared"] = dataclasses.replace(
-        SMALL,
-        depth=100,
-        verbose=True,
-        distillation={
-            "train": shared_runs("dl19", {"first": "run.bm25.txt"}),
-            "test": shared_runs("dl21", {"bm25": "run.bm25.txt"}),
-            "backbone": encoders.minilm(),
-            "lengths": (32, 128),
-            "teacher": str(SHARED / "dl19" / "teachers" / "rankvicuna7b.bm25.k100.r1.txt.gz"),
-            "labels": FEW,
-            "rankings": FEW | {"n_passages": 16, "sampling": "log_random"},
-            "depths": [20, 100],
-            "queries": [10, 43],
-        },
-    )

@@ -64,16 +64,16 @@ def main() -> None:
         Distil(student, ranked, steps=steps(600), **COSINES, **LEARNING).fit(ranked)
 
     def from_rankings(student: CrossEncoder, learning_rate: float) -> None:
-        teacher = Distil(student, str(TEACHER), steps=steps(60), learning_rate=learning_rate, **RANKINGS, **LEARNING)
-        teacher.fit(shared.res("dl19", "run.bm25.txt", DEPTH))
+        rankings = Distil(student, str(TEACHER), steps=steps(60), learning_rate=learning_rate, **RANKINGS, **LEARNING)
+        rankings.fit(shared.res("dl19", "run.bm25.txt", DEPTH))
 
-    def from_labels(student: CrossEncoder, learning_rate: float) -> None:
-        labels = FineTune(student, steps=steps(60), learning_rate=learning_rate, warmup=20, **LEARNING)
+    def from_labels(student: CrossEncoder) -> None:
+        labels = FineTune(student, steps=steps(60), learning_rate=2e-5, warmup=20, **LEARNING)
         labels.fit(shared.res("dl19", "run.bm25.txt", DEPTH), shared.qrels("dl19"))
 
     kept("cosines", None, from_cosines)
     kept("cosines, then RankVicuna", "cosines", lambda student: from_rankings(student, 2e-5))
-    kept("cosines, then labels", "cosines", lambda student: from_labels(student, 2e-5))
+    kept("cosines, then labels", "cosines", from_labels)
     kept("RankVicuna alone", None, lambda student: from_rankings(student, 5e-5))
     names = ["cosines", "cosines, then RankVicuna", "cosines, then labels", "RankVicuna alone"]
     students = [CrossEncoder(str(arguments.output / name), dtype="bfloat16", verbose=True) for name in names]
@@ -106,9 +106,8 @@ def cosines(folder: Path) -> pd.DataFrame:
     docs, topics = shared.docs("dl22"), shared.topics("dl22")
     pool = corpora.in_memory("dl22", docs, topics, pd.DataFrame(columns=["qid", "docno", "label"]))
     chosen = random.Random(SEED)
-    sentences = {question(f"\n{text}", chosen, openings=("",)) for text in chosen.sample(docs.text.tolist(), 6_000)} - {
-        None
-    }
+    texts = chosen.sample(docs.text.tolist(), 6_000)
+    sentences = {question(f"\n{text}", chosen, openings=("",)) for text in texts} - {None}
     others = [shared.topics(name)["query"] for name in ("wikiqa", "trecqa")]
     queries = pd.DataFrame({"query": [*pd.concat(others), *topics["query"], *sorted(sentences)]})
     queries["qid"] = queries.index.map(str)
