@@ -1,10 +1,12 @@
 """What the notebooks run: which collections, first stages, checkpoints and lengths, as in the papers or small. Data only.
 
 `profiles.PAPER` is what the papers evaluated and wants a GPU, MS MARCO and checkpoints; `profiles.SMALL` runs anywhere, offline.
+`distillation.ipynb` has a third between them, "trec", for two cores with ../shared/data.
 The notebooks' first cell chooses one by name; no other cell knows which it is.
 """
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -304,6 +306,15 @@ RERANKERS = {
 SMALL_RERANKERS = {name.removeprefix("tiny "): reranker for name, reranker in tiny().items()}
 
 SHORT = {"steps": 6, "batch_size": 4, "at_once": 4, "learning_rate": 1e-4, "verbose": False}  # a training of seconds
+MINUTES = {
+    "steps": 40,
+    "batch_size": 8,
+    "at_once": 8,
+    "learning_rate": 2e-5,
+    "warmup": 15,
+    "schedule": "cosine",
+    "precision": "bfloat16",
+}
 
 PAPER = Profile(
     depth=100,
@@ -351,13 +362,14 @@ PAPER = Profile(
     distillation={
         "train": Collection("irds:msmarco-passage/train", {"first": f"{DATA}/runs/msmarco-train.colbertv2.txt"}),
         "test": PAPER_DL[1].collections["dl19"],
-        "backbone": "google/electra-base-discriminator",
-        "lengths": (32, 256),
+        "student": functools.partial(
+            CrossEncoder.from_backbone, "google/electra-base-discriminator", query_length=32, doc_length=256
+        ),
         "teacher": f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt",  # of hub dataset webis/rank-distillm
         "labels": {},  # settings besides the papers'
         "rankings": {},
-        "depths": [10, 25, 50, 100],
-        "queries": [100, 1_000, 10_000],
+        "depths": [10, 25, 50],  # and all, as for the queries
+        "queries": [100, 1_000],
     },
 )
 SMALL = Profile(
@@ -402,13 +414,29 @@ SMALL = Profile(
     distillation={
         "train": Collection("python-docs/dev", {"first": "bm25"}),
         "test": Collection("python-docs/test", {"bm25": "bm25"}),
-        "backbone": f"{TINY}/cross-encoder",
-        "lengths": (24, 64),
+        "student": functools.partial(
+            CrossEncoder.from_backbone, f"{TINY}/cross-encoder", query_length=24, doc_length=64
+        ),
         "teacher": CrossEncoder(f"{TINY}/cross-encoder", device="cpu"),
         "labels": SHORT,
         "rankings": SHORT,
-        "depths": [5, 20],
-        "queries": [5, 20],
+        "depths": [5],
+        "queries": [5],
     },
 )
-PROFILES = {"paper": PAPER, "small": SMALL}
+TREC = dataclasses.replace(  # the students begin as the first of real_teachers.py, which knows MiniLM's cosines
+    SMALL,
+    depth=100,
+    verbose=True,
+    distillation={
+        "train": shared_runs("dl19", {"first": "run.bm25.txt"}),
+        "test": shared_runs("dl21", {"bm25": "run.bm25.txt"}),
+        "student": functools.partial(CrossEncoder, "results/real_teachers/CrossEncoder, cosines", dtype="bfloat16"),
+        "teacher": str(SHARED / "dl19" / "teachers" / "rankvicuna7b.bm25.k100.r1.txt.gz"),
+        "labels": MINUTES,
+        "rankings": MINUTES | {"n_passages": 16, "sampling": "log_random"},
+        "depths": [20],
+        "queries": [10],
+    },
+)
+PROFILES = {"paper": PAPER, "small": SMALL, "trec": TREC}

@@ -12,11 +12,12 @@ from profiles import PROFILES, Profile
 
 
 def enter(profile: str, notebook: str) -> tuple[Profile, Path]:
-    """The profile of this name, and the folder `results/PROFILE/NOTEBOOK` for what the notebook keeps between runs."""
+    """The profile of this name, and the folder `results/PROFILE/NOTEBOOK` for what the notebook keeps between runs; sets seeds."""
     if profile not in PROFILES:
         raise ValueError(f"PROFILE={profile!r}; wanted one of {', '.join(map(repr, PROFILES))}")
     folder = Path("results", profile, notebook)
     folder.mkdir(parents=True, exist_ok=True)
+    transformers.set_seed(42)
     warnings.filterwarnings("ignore", message="The inplace keyword", category=DeprecationWarning)  # pyterrier, pandas 3
     if not PROFILES[profile].verbose:
         transformers.logging.disable_progress_bar()

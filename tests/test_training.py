@@ -530,6 +530,8 @@ def test_recipes_are_the_papers():
         (lambda s: FineTune(s, loss="mse"), ValueError, "loss='mse'; wanted one of 'lce', 'ranknet'"),
         (lambda s: FineTune(s, sampling="best"), ValueError, "sampling='best'"),
         (lambda s: FineTune(s, batch_size=3, at_once=2), ValueError, "multiple of at_once"),
+        (lambda s: FineTune(s, steps=0), ValueError, "steps=0, epochs=1.0: that is no step"),
+        (lambda s: FineTune(s, steps=None, epochs=0), ValueError, "steps=None, epochs=0: that is no step"),
         (lambda s: FineTune(pt.Transformer.identity()), TypeError, "cannot be trained; wanted one of CrossEncoder, LiT5Distill"),
         (lambda s: Distil(LiT5Score(str(LIT5), device="cpu")), TypeError, "learns from answers, not from a teacher's ranking; take FineTune"),
         (lambda s: FineTune(LiT5Distill(str(LIT5), device="cpu"), smallest=30), ValueError, "windows of 30 to 20"),

