@@ -221,8 +221,8 @@ def tiny() -> dict[str, Reranker]:
     """The small checkpoints of all four, on the CPU, so that every machine gives the same figures."""
     return {
         "tiny CrossEncoder": CrossEncoder(f"{TINY}/cross-encoder", device="cpu"),
-        "tiny LiT5-Distill": LiT5Distill(f"{TINY}/lit5-distill", max_length=96, device="cpu"),
-        "tiny LiT5-Score": LiT5Score(f"{TINY}/lit5-score", max_length=96, device="cpu"),
+        "tiny LiT5-Distill": LiT5Distill(f"{TINY}/lit5-distill", device="cpu"),
+        "tiny LiT5-Score": LiT5Score(f"{TINY}/lit5-score", device="cpu"),
         "tiny PE-Rank": PERank(f"{TINY}/pe-rank", device="cpu"),
     }
 

@@ -59,8 +59,8 @@ def rerankers(model: str | None) -> list[Reranker]:
         return [CrossEncoder(model, verbose=True)]
     return [
         CrossEncoder(str(TINY / "cross-encoder"), verbose=True),
-        LiT5Distill(str(TINY / "lit5-distill"), max_length=96, verbose=True),
-        LiT5Score(str(TINY / "lit5-score"), max_length=96, verbose=True),
+        LiT5Distill(str(TINY / "lit5-distill"), verbose=True),
+        LiT5Score(str(TINY / "lit5-score"), verbose=True),
         PERank(str(TINY / "pe-rank"), verbose=True),
     ]
 

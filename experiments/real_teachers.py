@@ -8,6 +8,7 @@ DL21 and Vaswani, of which no query and no judgement was seen. Needs ../shared/d
 """
 
 import argparse
+import functools
 import random
 import sys
 import tempfile
@@ -37,6 +38,7 @@ LEARNING = {"batch_size": 8, "at_once": 8, "schedule": "cosine", "precision": "b
 COSINES = {"loss": "kl", "loss_options": {"temperature": 0.05}, "n_passages": 8, "learning_rate": 1e-4, "warmup": 50}
 RANKINGS = {"n_passages": 16, "sampling": "log_random", "warmup": 20}
 PIECES = 10_000  # of LiT5Distill's vocabulary
+KINDS = {"CrossEncoder": functools.partial(CrossEncoder, dtype="bfloat16"), "LiT5Distill": LiT5Distill}
 
 
 def main() -> None:
@@ -116,12 +118,7 @@ def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:
 
 def tested(places: dict[str, str], collection: str) -> pd.DataFrame:
     """The students in these places over BM25's first 100; p-values are against BM25, corrected by Holm."""
-    students = [
-        CrossEncoder(place, dtype="bfloat16", verbose=True)
-        if name.startswith("CrossEncoder")
-        else LiT5Distill(place, verbose=True)
-        for name, place in places.items()
-    ]
+    students = [KINDS[name.partition(",")[0]](place, verbose=True) for name, place in places.items()]
     first = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH))
     table = pt.Experiment(
         [first, first >> bi_encoder(), *(first >> student for student in students)],

@@ -200,6 +200,17 @@ class T5:
     config: dict[str, Any]  # config.json
     spiece: bytes  # spiece.model
 
+    def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
+        """A number of tokens: the caller's own, else what `save` recorded under this name, else the default.
+
+        ValueError for anything but a whole number from `least` on.
+        """
+        recorded = self.config.get("lengths", {})
+        number = own if own is not None else recorded.get(name, default) if isinstance(recorded, dict) else recorded
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"{name}={number!r}; wanted a whole number of tokens, at least {least}")
+        return number
+
     def save(self, folder: Path, **fields: Any) -> None:
         """Write config (with further fields), weights and tokenizer into an existing folder."""
         twins = (

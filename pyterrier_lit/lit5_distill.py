@@ -18,6 +18,7 @@ from pyterrier_lit.reranker import ListwiseReranker
 from pyterrier_lit.windows import Task, slide, sliding_windows
 
 IDENTIFIERS = 100  # the most that any checkpoint was trained with
+LENGTH = 150  # tokens of a prompt in the papers, for MS MARCO
 ANSWER_LENGTH = 140  # tokens of a free answer, with the start token
 
 Prompts = list[list[int]]  # the prompts of one window
@@ -33,7 +34,8 @@ class LiT5Distill(ListwiseReranker):
             checkpoint records, else 100 for a name that ends in v2 and 20 for others; None for stride is half the window.
             A shorter list is one window of its own size.
         passes: sweeps over each list.
-        max_length: tokens of a prompt, cut on the right: 150 in the papers for MS MARCO, 512 for BEIR.
+        max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else 150, the papers' for MS
+            MARCO (512 for BEIR).
         top_k: order only the first k ranks; what lies below keeps its incoming order. The first k are those of the full
             order. `((first >> LiT5Distill()) % 10).compile()` sets it.
         decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's greedy
@@ -61,7 +63,7 @@ class LiT5Distill(ListwiseReranker):
         window_size: int | None = None,
         stride: int | None = None,
         passes: int = 1,
-        max_length: int = 150,
+        max_length: int | None = None,
         top_k: int | None = None,
         decoding: str = "constrained",
         text_field: str = "text",
@@ -123,10 +125,10 @@ class LiT5Distill(ListwiseReranker):
         return read_t5(fetch(self.model), device, choose_dtype(self.dtype, device))
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again, with the window size and the stride."""
-        t5 = self.loaded()
+        """Write a folder that the constructor loads again, with the window size, the stride and the length of prompts."""
+        t5, lengths = self.loaded(), {"max_length": self.length()}
         size, stride = self.window()
-        write(path, lambda folder: t5.save(folder, window_size=size, stride=stride))
+        write(path, lambda folder: t5.save(folder, window_size=size, stride=stride, lengths=lengths))
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> "LiT5Distill":
@@ -150,15 +152,18 @@ class LiT5Distill(ListwiseReranker):
         recorded = t5.config.get("stride") if self.window_size is None else None
         return size, (recorded or max(size // 2, 1)) if self.stride is None else self.stride
 
+    def length(self) -> int:
+        """Tokens of a prompt: the caller's, else the checkpoint's, else the papers'."""
+        return self.loaded().length("max_length", self.max_length, LENGTH)
+
     def prompts(self, query: str, passages: list[str]) -> Prompts:
         """The prompt of each passage of a window, at most `max_length` ids with </s> at the end."""
-        if not isinstance(self.max_length, int) or self.max_length < 1:
-            raise ValueError(f"max_length={self.max_length!r}; wanted a whole number of tokens from 1 on")
+        length = self.length()
         texts = [
             f"Search Query: {query} Passage: [{i}] {passage} Relevance Ranking: "
             for i, passage in enumerate(passages, 1)
         ]
-        return [[*ids[: self.max_length - 1], EOS] for ids in self.loaded().pieces(texts)]
+        return [[*ids[: length - 1], EOS] for ids in self.loaded().pieces(texts)]
 
 
 class Asked(NamedTuple):

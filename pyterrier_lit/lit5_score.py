@@ -41,8 +41,8 @@ class LiT5Score(Reranker):
         model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or what `save` wrote.
         n_passages: the first that are read together, the paper's 100. All passages of a query share one attention, so scores
             of separate windows could not be compared: what lies below stays there in its incoming order, scored -1, -2, ...
-        max_length: tokens of a prompt, cut on the right.
-        answer_length: tokens of the answer with its start token.
+        max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else the paper's 150.
+        answer_length: tokens of the answer with its start token; None takes what the checkpoint records, else the paper's 20.
         aggregation: "mean" is the paper's, as above; "max" takes the largest sum over layers among a passage's tokens in
             place of their sum; "late" weighs layer l of n (from 1) by 2 l / (n + 1). The latter two are ours.
         answer_field: a column for the answer that was written, the same in all rows of a query; None adds none.
@@ -63,8 +63,8 @@ class LiT5Score(Reranker):
         model: str = "castorini/LiT5-Score-base",
         *,
         n_passages: int = 100,
-        max_length: int = 150,
-        answer_length: int = 20,
+        max_length: int | None = None,
+        answer_length: int | None = None,
         aggregation: str = "mean",
         answer_field: str | None = None,
         text_field: str = "text",
@@ -97,19 +97,17 @@ class LiT5Score(Reranker):
 
     def score_and_answer(self, queries: list[str], passages: list[list[str]]) -> tuple[list[list[float]], list[str]]:
         """Q queries, Q lists of passages -> Q lists of scores, Q answers."""
-        for name in ("n_passages", "max_length", "answer_length"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < (2 if name == "answer_length" else 1):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}; wanted a whole number, at least 1 (2 for answer_length)"
-                )
+        if not isinstance(self.n_passages, int) or self.n_passages < 1:
+            raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"aggregation={self.aggregation!r}; wanted one of {', '.join(map(repr, AGGREGATIONS))}")
         t5, aggregation = self.loaded(), AGGREGATIONS[self.aggregation]
+        answer_length = self.lengths()["answer_length"]
         lists = [self.read(query, ranking) for query, ranking in zip(queries, passages, strict=True)]
         lengths = [sum(map(len, read.prompts)) for read in lists]
         with torch.inference_mode(), self.progress(len(lists), "query") as bar:
             answered = map_batches(
-                lambda batch: attend(t5, batch, aggregation, self.answer_length),
+                lambda batch: attend(t5, batch, aggregation, answer_length),
                 lists,
                 lengths,
                 self.max_tokens,
@@ -126,8 +124,9 @@ class LiT5Score(Reranker):
         return read_t5(fetch(self.model), device, choose_dtype(self.dtype, device))
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again."""
-        write(path, self.loaded().save)
+        """Write a folder that the constructor loads again, with the lengths of prompts and of answers."""
+        t5, lengths = self.loaded(), self.lengths()
+        write(path, lambda folder: t5.save(folder, lengths=lengths))
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> "LiT5Score":
@@ -139,13 +138,21 @@ class LiT5Score(Reranker):
         """
         return cls(name, **arguments)
 
+    def lengths(self) -> dict[str, int]:
+        """Tokens of a prompt and of an answer: the caller's, else the checkpoint's, else the paper's."""
+        t5 = self.loaded()
+        return {
+            "max_length": t5.length("max_length", self.max_length, 150),
+            "answer_length": t5.length("answer_length", self.answer_length, 20, least=2),
+        }
+
     def read(self, query: str, passages: list[str]) -> "Asked":
         """The prompts of a query's first `n_passages` passages, at most `max_length` ids each with </s> at the end."""
-        pieces_of = self.loaded().pieces
+        pieces_of, length = self.loaded().pieces, self.lengths()["max_length"]
         texts = [f"question: {query} context: {passage}" for passage in passages[: self.n_passages]]
         question, *pieces = pieces_of([f"question: {query}", *texts])
-        prompts = [[*ids[: self.max_length - 1], EOS] for ids in pieces]
-        return Asked(prompts, min(len(question), self.max_length), query)
+        prompts = [[*ids[: length - 1], EOS] for ids in pieces]
+        return Asked(prompts, min(len(question), length), query)
 
 
 class Asked(NamedTuple):

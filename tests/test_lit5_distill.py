@@ -251,8 +251,13 @@ def test_windows_follow_the_name_the_record_and_the_caller(make, tmp_path):
         reranker = make(model=name)
         reranker.hold(t5("tiny-random"))
         assert reranker.window() == (size, size // 2)
-    make(window_size=7, stride=2).save(tmp_path)
+    make(window_size=7, stride=2, max_length=40).save(tmp_path)
     assert make(model=str(tmp_path)).window() == (7, 2)
+    lengths = [
+        make(**given).length() for given in ({}, {"model": str(tmp_path)}, {"model": str(tmp_path), "max_length": 60})
+    ]
+    assert lengths == [150, 40, 60]
+    assert {len(prompt) for prompt in make(model=str(tmp_path)).prompts("a", ["word " * 99])} == {40}
     assert make(model=str(tmp_path), window_size=9).window() == (9, 4)
     assert make(model=str(tmp_path), stride=5).window() == (7, 5)
 

@@ -165,8 +165,20 @@ def test_an_error_in_a_batch_reaches_the_user(make, frame, monkeypatch):
 
 
 def test_save_writes_what_the_constructor_loads(make, frame, tmp_path):
+    make(max_length=9, answer_length=4).save(tmp_path)
+    loaded = make(model=str(tmp_path))
+    assert loaded.lengths() == {"max_length": 9, "answer_length": 4}
+    assert by_docno(loaded(frame)) == pytest.approx(by_docno(make(max_length=9, answer_length=4)(frame)))
+    assert make().lengths() == {"max_length": 150, "answer_length": 20}
+
+
+def test_recorded_lengths_that_make_no_sense_are_refused(make, tmp_path):
     make().save(tmp_path)
-    assert by_docno(make(model=str(tmp_path))(frame)) == pytest.approx(by_docno(make()(frame)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for lengths in ([96], {"max_length": -1}, {"max_length": True}):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"lengths": lengths}))
+        with pytest.raises(ValueError, match=r"max_length=.*; wanted a whole number of tokens, at least 1"):
+            make(model=str(tmp_path)).score(["q"], [["a", "b"]])
 
 
 def test_out_of_memory_halves_the_queries_and_the_scores_stay(make, monkeypatch):

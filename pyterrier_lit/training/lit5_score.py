@@ -71,7 +71,7 @@ class ReaderObjective(AnswerObjective):
     def read(self, example: Question) -> Read:
         """The prompts of the passages and the answer, as long as the student may write it, in ids."""
         prompts = self.student.read(example.query, example.passages).prompts
-        return prompts, [*self.t5.pieces([example.answer])[0][: self.student.answer_length - 2], EOS]
+        return prompts, [*self.t5.pieces([example.answer])[0][: self.student.lengths()["answer_length"] - 2], EOS]
 
 
 def _answers(given: Ranking) -> list[str]:
