@@ -154,7 +154,8 @@ class LiT5Distill(ListwiseReranker):
 
     def length(self) -> int:
         """Tokens of a prompt: the caller's, else the checkpoint's, else the papers'."""
-        return self.loaded().length("max_length", self.max_length, LENGTH)
+        t5: T5 = self.loaded()
+        return t5.length("max_length", self.max_length, LENGTH)
 
     def prompts(self, query: str, passages: list[str]) -> Prompts:
         """The prompt of each passage of a window, at most `max_length` ids with </s> at the end."""
