@@ -125,7 +125,7 @@ def test_the_metadata_say_what_one_needs_to_repeat_the_run(tira_input, tmp_path,
         "passes=1",
         "top_k=5",
         "dtype='float32'",
-        "max_length=150",
+        "max_length=None",
     ):
         assert said in description
     assert found["method"]["name"] == found["tag"] == "lit5-distill-tiny-trained"
