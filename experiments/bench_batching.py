@@ -13,7 +13,7 @@ import pyterrier as pt
 
 from pyterrier_lit.batching import map_batches
 from pyterrier_lit.cross_encoder import DOC_LENGTH, QUERY_LENGTH, read_encoder
-from pyterrier_lit.pairs import PairLayout
+from pyterrier_lit.models.pairs import PairLayout
 
 
 def main():

@@ -68,7 +68,7 @@ def make_model(folder: Path) -> None:
 
 def read(data: Path, n: int, folder: Path) -> tuple[list[str], list[list[str]]]:
     """The first n queries with a hundred passages, cut so that a prompt has WANTED_TOKENS on average."""
-    from pyterrier_lit.checkpoints import read_sentencepieces
+    from pyterrier_lit.models.checkpoints import read_sentencepieces
 
     with gzip.open(data / "docs.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = {doc["docno"]: doc["text"] for doc in map(json.loads, lines)}
@@ -113,7 +113,7 @@ def measure(name: str, folder: str, queries: list[str], passages: list[list[str]
 
 def count() -> dict:
     """Counts, from now on, of what our decoder does; stays empty for the other systems."""
-    from pyterrier_lit.fid import FiD
+    from pyterrier_lit.models.t5 import FiD
 
     counts: dict[str, float] = {}
     encode, write = FiD.encode, FiD.write
@@ -149,7 +149,7 @@ def ours(top_k: int | None):
 def one_at_a_time(folder, dtype, device):
     from transformers.modeling_outputs import BaseModelOutput
 
-    from pyterrier_lit.checkpoints import choose_dtype, read_t5
+    from pyterrier_lit.models.checkpoints import choose_dtype, read_t5
 
     t5 = read_t5(Path(folder), torch.device(device), choose_dtype(dtype, torch.device(device)))
 

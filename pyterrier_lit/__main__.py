@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from pyterrier_lit.candidates import Candidates, documents, read_rerank_file, read_run, topics
 from pyterrier_lit.cross_encoder import CrossEncoder
+from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
+from pyterrier_lit.files.runs import CHUNK, write_run
+from pyterrier_lit.files.tirex import candidates_in, describe, write_submission
 from pyterrier_lit.lit5_distill import LiT5Distill
 from pyterrier_lit.lit5_score import LiT5Score
 from pyterrier_lit.pe_rank import PERank
 from pyterrier_lit.reranker import Reranker
-from pyterrier_lit.runs import CHUNK, write_run
-from pyterrier_lit.tirex import candidates_in, describe, write_submission
 
 RERANKERS: dict[str, type[Reranker]] = {
     "lit5-distill": LiT5Distill,

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyterrier_lit.batching import encoder_tokens, map_batches
-from pyterrier_lit.checkpoints import (
+from pyterrier_lit.frames import rerank
+from pyterrier_lit.models.checkpoints import (
     Weights,
     choose_device,
     choose_dtype,
@@ -29,8 +30,7 @@ from pyterrier_lit.checkpoints import (
     write,
     wrong_weights,
 )
-from pyterrier_lit.frames import rerank
-from pyterrier_lit.pairs import Pair, PairLayout
+from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
 
 if TYPE_CHECKING:

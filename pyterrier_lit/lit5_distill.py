@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 
 from pyterrier_lit.batching import Budget, map_batches
-from pyterrier_lit.checkpoints import T5, choose_device, choose_dtype, fetch, read_t5, write
 from pyterrier_lit.decoding import Speller
-from pyterrier_lit.fid import EOS, START, FiD, refuse_nan
 from pyterrier_lit.frames import rerank
+from pyterrier_lit.models.checkpoints import T5, choose_device, choose_dtype, fetch, read_t5, write
+from pyterrier_lit.models.t5 import EOS, START, FiD, refuse_nan
 from pyterrier_lit.order import complete, parse, scores
 from pyterrier_lit.reranker import ListwiseReranker
 from pyterrier_lit.windows import Task, slide, sliding_windows

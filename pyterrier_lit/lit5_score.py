@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 
 from pyterrier_lit.batching import map_batches
-from pyterrier_lit.checkpoints import T5, choose_device, choose_dtype, fetch, read_t5, write
-from pyterrier_lit.fid import EOS, FiD
 from pyterrier_lit.frames import rerank
+from pyterrier_lit.models.checkpoints import T5, choose_device, choose_dtype, fetch, read_t5, write
+from pyterrier_lit.models.t5 import EOS, FiD
 from pyterrier_lit.reranker import Reranker
 
 

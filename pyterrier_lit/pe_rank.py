@@ -9,14 +9,14 @@ import pandas as pd
 import torch
 
 from pyterrier_lit.batching import Budget, map_batches
-from pyterrier_lit.checkpoints import choose_device, choose_dtype, fetch, write
 from pyterrier_lit.decoding import Speller
 from pyterrier_lit.frames import rerank_columns
+from pyterrier_lit.models.checkpoints import choose_device, choose_dtype, fetch, write
+from pyterrier_lit.models.passage_vectors import from_column, from_encoder, from_index, normalised
+from pyterrier_lit.models.pe_checkpoint import Ranker, new_ranker, read_ranker
+from pyterrier_lit.models.vector_lm import VectorLM
 from pyterrier_lit.order import complete, scores
-from pyterrier_lit.passage_vectors import from_column, from_encoder, from_index, normalised
-from pyterrier_lit.pe_checkpoint import Ranker, new_ranker, read_ranker
 from pyterrier_lit.reranker import ListwiseReranker
-from pyterrier_lit.vector_lm import VectorLM
 from pyterrier_lit.windows import Task, slide, sliding_windows
 
 Columns = dict[str, list[list[Any]]]  # by name of the column, for each query the values of its passages

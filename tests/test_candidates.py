@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import write_jsonl
 
-from pyterrier_lit.candidates import Candidates, documents, read_rerank_file, read_run, topics
+from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
 
 GOOD = {"qid": "q1", "query": "red fox", "docno": "d1", "text": "a fox", "rank": 1, "score": 2.0}
 

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from pyterrier_lit.checkpoints import (
+from pyterrier_lit.models.checkpoints import (
     choose_device,
     choose_dtype,
     fetch,

@@ -6,10 +6,10 @@ import pytest
 from conftest import SMALL
 from cost_model import Stages
 
-from pyterrier_lit.checkpoints import SentencePieces
-from pyterrier_lit.pairs import PairLayout
-from pyterrier_lit.pe_prompts import Prompter
-from pyterrier_lit.text_encoder import TextEncoder
+from pyterrier_lit.models.checkpoints import SentencePieces
+from pyterrier_lit.models.pairs import PairLayout
+from pyterrier_lit.models.pe_prompts import Prompter
+from pyterrier_lit.models.text_encoder import TextEncoder
 
 STAGES = Stages(loading=0.001, frame=0.003, packing=0.002, tokenising=0.04, model=0.36, bytes=50_000)
 

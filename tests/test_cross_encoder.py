@@ -19,7 +19,7 @@ from contract import Contract, assert_same_scores, by_docno
 
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.cross_encoder import read_encoder
-from pyterrier_lit.pairs import PairLayout
+from pyterrier_lit.models.pairs import PairLayout
 
 FOLDER = GOLDEN / "cross_encoder"
 NAMES = ["electra_bias", "electra_short_nobias_proj", "electra_default", "bert_bias", "bert_mean_pool"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyterrier_lit import PERank
-from pyterrier_lit.passage_vectors import from_index
+from pyterrier_lit.models.passage_vectors import from_index
 
 pyterrier_dr = pytest.importorskip("pyterrier_dr", reason="needs pyterrier-dr: pip install 'pyterrier-lit[dense]'")
 minilm = pytest.importorskip(

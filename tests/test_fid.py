@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutput
 
-from pyterrier_lit.fid import FiD
+from pyterrier_lit.models.t5 import FiD
 
 close = functools.partial(torch.testing.assert_close, atol=2e-4, rtol=2e-3)  # random weights amplify float32's rounding
 

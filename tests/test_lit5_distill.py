@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from pyterrier_lit import LiT5Distill
 from pyterrier_lit import lit5_distill as module
-from pyterrier_lit.checkpoints import read_t5
 from pyterrier_lit.lit5_distill import Asked, greedy
+from pyterrier_lit.models.checkpoints import read_t5
 from pyterrier_lit.order import parse
 
 FOLDER = GOLDEN / "lit5"

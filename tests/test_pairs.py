@@ -6,7 +6,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_lit.pairs import PairLayout
+from pyterrier_lit.models.pairs import PairLayout
 
 pieces = st.lists(st.integers(5, 90), max_size=12)
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyterrier_lit import PERank
-from pyterrier_lit.pe_prompts import read_prompter
+from pyterrier_lit.models.pe_prompts import read_prompter
 from pyterrier_lit.pe_rank import Window, name_at_once, name_in_turn
 
 FOLDER = GOLDEN / "pe_rank"

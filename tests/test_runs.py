@@ -11,8 +11,8 @@ from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_lit.candidates import Candidates, documents, read_rerank_file, read_run, topics
-from pyterrier_lit.runs import falling, write_run
+from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
+from pyterrier_lit.files.runs import falling, write_run
 
 by_length = pt.apply.doc_score(lambda row: float(len(row["text"])))
 QUERIES = [

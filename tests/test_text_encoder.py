@@ -7,8 +7,8 @@ import tokenizers
 import torch
 import transformers
 
-from pyterrier_lit.checkpoints import load_strictly
-from pyterrier_lit.text_encoder import POOLING, JinaBert, TextEncoder, bare, empty_encoder, slopes
+from pyterrier_lit.models.checkpoints import load_strictly
+from pyterrier_lit.models.text_encoder import POOLING, JinaBert, TextEncoder, bare, empty_encoder, slopes
 
 JINA = {
     "architectures": ["JinaBertForMaskedLM"],

@@ -11,7 +11,7 @@ import transformers
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "tiny"))
 import lit5
 
-from pyterrier_lit.fid import EOS, FiD
+from pyterrier_lit.models.t5 import EOS, FiD
 
 PASSAGES, PIECES = 20, 60
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_lit.candidates import Candidates
+from pyterrier_lit.files.candidates import Candidates
 from pyterrier_lit.frames import Ranking
 
 KEY = ["qid", "docno"]

@@ -8,8 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from pyterrier_lit.batching import encoder_tokens, like_lengths
-from pyterrier_lit.checkpoints import T5
-from pyterrier_lit.fid import EOS, START, FiD
+from pyterrier_lit.models.checkpoints import T5
+from pyterrier_lit.models.t5 import EOS, START, FiD
 from pyterrier_lit.training.losses import decayed_cross_entropy
 from pyterrier_lit.training.trainer import Batch, Objective
 

@@ -5,9 +5,9 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pyterrier_lit.fid import EOS
 from pyterrier_lit.frames import Ranking
 from pyterrier_lit.lit5_distill import LiT5Distill
+from pyterrier_lit.models.t5 import EOS
 from pyterrier_lit.training.data import uneven, window
 from pyterrier_lit.training.fid import AnswerObjective, Read
 from pyterrier_lit.training.trainer import Recipe

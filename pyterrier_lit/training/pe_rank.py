@@ -12,12 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyterrier_lit.batching import Budget
 from pyterrier_lit.frames import Ranking
-from pyterrier_lit.pe_prompts import RANK
+from pyterrier_lit.models.pe_prompts import RANK
+from pyterrier_lit.models.vector_lm import VectorLM
 from pyterrier_lit.pe_rank import PERank
 from pyterrier_lit.training.data import uneven, window
 from pyterrier_lit.training.losses import list_kl, list_mle
 from pyterrier_lit.training.trainer import Batch, Objective, Recipe
-from pyterrier_lit.vector_lm import VectorLM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyterrier_lit.checkpoints import choose_dtype
+from pyterrier_lit.models.checkpoints import choose_dtype
 
 Log = list[
     dict[str, float]

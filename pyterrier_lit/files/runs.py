@@ -19,7 +19,7 @@ import pyterrier as pt
 import torch
 
 from pyterrier_lit.batching import counted_tokens
-from pyterrier_lit.candidates import Candidates
+from pyterrier_lit.files.candidates import Candidates
 
 CHUNK = 2_000  # pairs reranked between two writes
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import tokenizers
 import torch
 
-from pyterrier_lit.checkpoints import (
+from pyterrier_lit.models.checkpoints import (
     Weights,
     check_vocabulary,
     fetch,
@@ -23,9 +23,9 @@ from pyterrier_lit.checkpoints import (
     read_weights,
     wrong_weights,
 )
-from pyterrier_lit.pe_prompts import Prompter, read_prompter
-from pyterrier_lit.text_encoder import POOLING, TextEncoder, bare, empty_encoder
-from pyterrier_lit.vector_lm import VectorLM, projector
+from pyterrier_lit.models.pe_prompts import Prompter, read_prompter
+from pyterrier_lit.models.text_encoder import POOLING, TextEncoder, bare, empty_encoder
+from pyterrier_lit.models.vector_lm import VectorLM, projector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

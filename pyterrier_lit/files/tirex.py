@@ -13,10 +13,10 @@ from typing import Any
 
 import pyterrier as pt
 
-from pyterrier_lit.candidates import Candidates, documents, read_rerank_file, read_run, topics
-from pyterrier_lit.checkpoints import choose_device, choose_dtype, fetch
+from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
+from pyterrier_lit.files.runs import Summary, write_run
+from pyterrier_lit.models.checkpoints import choose_device, choose_dtype, fetch
 from pyterrier_lit.reranker import Reranker
-from pyterrier_lit.runs import Summary, write_run
 
 METADATA = "ir-metadata.yml"
 FORMATS = ("run.txt", "ir_metadata", "run-with-metadata")

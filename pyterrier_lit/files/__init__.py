@@ -1,0 +1,1 @@
+"""Files: candidates in, runs out, TIRA's conventions around both."""

@@ -1,0 +1,1 @@
+"""Networks and checkpoints: ids and tensors in, tensors out. Knows no queries and no rankings."""
