@@ -1,4 +1,4 @@
-"""The command line: `python -m pyterrier_lit rerank`, `train` and `tirex`. Knows options and messages; the rooms below do the work."""
+"""The command line: `python -m pyterrier_lit rerank`, `train` and `tirex`. Options and messages; the work is done below."""
 
 import argparse
 import ast
@@ -11,20 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from pyterrier_lit.cross_encoder import CrossEncoder
+import pyterrier_lit
 from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
 from pyterrier_lit.files.runs import CHUNK, write_run
-from pyterrier_lit.files.tirex import candidates_in, describe, write_submission
-from pyterrier_lit.lit5_distill import LiT5Distill
-from pyterrier_lit.lit5_score import LiT5Score
-from pyterrier_lit.pe_rank import PERank
+from pyterrier_lit.files.tirex import About, candidates_in, describe, write_submission
 from pyterrier_lit.reranker import Reranker
 
-RERANKERS: dict[str, type[Reranker]] = {
-    "lit5-distill": LiT5Distill,
-    "lit5-score": LiT5Score,
-    "cross-encoder": CrossEncoder,
-    "pe-rank": PERank,
+RERANKERS: dict[str, type[Reranker]] = {  # by the name of their module
+    kind.__module__.rpartition(".")[2].replace("_", "-"): kind
+    for kind in (getattr(pyterrier_lit, name) for name in pyterrier_lit.__all__)
 }
 SET_HERE = ("model", "text_field", "answer_field", "verbose")  # arguments that are no options of their own
 
@@ -39,8 +34,8 @@ def rerank(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
     add_run(parser)
 
     def run(arguments: argparse.Namespace) -> None:
-        chosen, read = reranker(parser, arguments), candidates(parser, arguments, arguments.input)
-        print(write_run(chosen, read, arguments.output, **how(arguments)))
+        read = candidates(parser, arguments, arguments.input)
+        print(write_run(reranker(parser, arguments), read, arguments.output, **run_settings(arguments)))
 
     return run
 
@@ -68,19 +63,17 @@ def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     add_run(parser)
 
     def run(arguments: argparse.Namespace) -> None:
-        chosen = reranker(parser, arguments)
-        summary = write_submission(
-            chosen,
-            candidates_in(arguments.input, arguments.input_run, arguments.depth),
-            arguments.output,
-            description=describe(chosen, arguments.depth),
+        named = reranker(parser, arguments)
+        settings = run_settings(arguments)
+        about = About(
+            system=settings.pop("system"),
+            description=describe(named, arguments.depth),
             dataset=arguments.dataset or os.environ.get("TIRA_DATASET_ID") or arguments.input.resolve().name,
             team=arguments.team,
             repository=arguments.repository,
-            compress=arguments.compress,
-            **how(arguments),
         )
-        print(summary)
+        read = candidates_in(arguments.input, arguments.input_run, arguments.depth)
+        print(write_submission(named, read, arguments.output, about, compress=arguments.compress, **settings))
 
     return run
 
@@ -88,61 +81,24 @@ def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
 def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
     """Train a reranker on candidates in a file, from labels or from a teacher's run."""
     add_reranker(parser)
-    parser.add_argument("--backbone", help="hub id or folder to begin from, untrained; else --model is trained further")
-    for name, parameter in backbone_options().items():
-        meaning = f"of pe-rank with --backbone (default {parameter.default})"
-        parser.add_argument(flag(name), type=value_types(parameter)[0], default=argparse.SUPPRESS, help=meaning)
+    add_backbone(parser)
     add_candidates(parser)
-    taught = parser.add_mutually_exclusive_group(required=True)
-    taught.add_argument("--labels", type=Path, help="learn from these qrels")
-    taught.add_argument("--teacher", type=Path, help="learn from this ranking: TREC run[.gz], .jsonl[.gz] or .parquet")
-    taught.add_argument("--order", action="store_true", help="learn the order of the candidates")
-    taught.add_argument("--answers", action="store_true", help="learn to answer: --input holds question, answers, ctxs")
-    taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, first stage)")
-    parser.add_argument("--depth", type=positive, help="candidates per query; default: all")
-    parser.add_argument("--valid", type=Path, help="candidates to measure nDCG@10 on, in the format of --input")
-    parser.add_argument("--valid-labels", type=Path, help="the qrels of these")
-    parser.add_argument("--recipe", help="the name of a recipe; default: the paper's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        type=setting,
-        metavar="NAME=VALUE",
-        help="a setting of the recipe, such as steps=1000",
-    )
-    parser.add_argument("--every", type=positive, help="steps between states and measurements")
-    parser.add_argument("--patience", type=positive, help="stop after so many measurements without a better one")
-    parser.add_argument("--seed", type=int, default=42, help="of all chance (default %(default)s)")
-    parser.add_argument("--state", type=Path, help="where the training's state is kept, to go on after a kill")
+    add_training(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained checkpoint")
 
     def run(arguments: argparse.Namespace) -> None:
-        from pyterrier_lit.training import Distil, FineTune
         from pyterrier_lit.training.data import as_frame, read_qa, read_qrels
 
         if (arguments.valid is None) != (arguments.valid_labels is None):
             parser.error("--valid and --valid-labels go together")
-        student = reranker(parser, arguments)
-        settings = {
-            "recipe": arguments.recipe,
-            "folder": arguments.state,
-            "every": arguments.every,
-            "patience": arguments.patience,
-            "seed": arguments.seed,
-            **dict(arguments.set),
-        }
-        learns: FineTune | Distil = FineTune(student, **settings)
-        if arguments.teacher or arguments.order:
-            learns = Distil(student, arguments.teacher, **settings)
-        frame = (
-            read_qa(arguments.input)
-            if arguments.answers
-            else as_frame(candidates(parser, arguments, arguments.input)())
-        )
+        learns = learner(reranker(parser, arguments), arguments)
+        if arguments.answers:
+            frame = read_qa(arguments.input)
+        else:
+            frame = as_frame(candidates(parser, arguments, arguments.input)())
         validation = as_frame(candidates(parser, arguments, arguments.valid)()) if arguments.valid else None
         learns.fit(frame, read_qrels(arguments.labels), validation, read_qrels(arguments.valid_labels))
-        student.save(arguments.output)
+        learns.student.save(arguments.output)
         print(f"{arguments.output}: {len(learns.log)} measurements, the last {learns.log.iloc[-1].dropna().to_dict()}")
 
     return run
@@ -199,6 +155,46 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """The options for a reranker that is trained from a pre-trained model."""
+    parser.add_argument("--backbone", help="hub id or folder to begin from, untrained; else --model is trained further")
+    for name, kind in RERANKERS.items():
+        for option, parameter in kind.begin_options().items():
+            meaning = f"of {name} with --backbone (default {parameter.default})"
+            parser.add_argument(flag(option), type=value_types(parameter)[0], default=argparse.SUPPRESS, help=meaning)
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is learned from, and how."""
+    taught = parser.add_mutually_exclusive_group(required=True)
+    taught.add_argument("--labels", type=Path, help="learn from these qrels")
+    taught.add_argument("--teacher", type=Path, help="learn from this ranking: TREC run[.gz], .jsonl[.gz] or .parquet")
+    taught.add_argument("--order", action="store_true", help="learn the order of the candidates")
+    taught.add_argument("--answers", action="store_true", help="learn to answer: --input holds question, answers, ctxs")
+    taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, first stage)")
+    parser.add_argument("--depth", type=positive, help="candidates per query; default: all")
+    parser.add_argument("--valid", type=Path, help="candidates to measure nDCG@10 on, in the format of --input")
+    parser.add_argument("--valid-labels", type=Path, help="the qrels of these")
+    parser.add_argument("--recipe", help="the name of a recipe; default: the paper's")
+    meaning = "a setting of the recipe, such as steps=1000"
+    parser.add_argument("--set", action="append", default=[], type=setting, metavar="NAME=VALUE", help=meaning)
+    parser.add_argument("--every", type=positive, help="steps between states and measurements")
+    parser.add_argument("--patience", type=positive, help="stop after so many measurements without a better one")
+    parser.add_argument("--seed", type=int, default=42, help="of all chance (default %(default)s)")
+    parser.add_argument("--state", type=Path, help="where the training's state is kept, to go on after a kill")
+
+
+def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
+    """The estimator of `pyterrier_lit.training` that the options describe."""
+    from pyterrier_lit.training import Distil, FineTune
+
+    settings = {name: getattr(arguments, name) for name in ("recipe", "every", "patience", "seed")}
+    settings |= {"folder": arguments.state, **dict(arguments.set)}
+    if arguments.teacher or arguments.order:
+        return Distil(student, arguments.teacher, **settings)
+    return FineTune(student, **settings)
+
+
 def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
     """The reranker that the options describe; with --backbone a new one."""
     given = {name: getattr(arguments, name) for name in constructor_options() if hasattr(arguments, name)}
@@ -210,12 +206,12 @@ def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
         given["model"] = arguments.model
     if getattr(arguments, "backbone", None) is None:
         return RERANKERS[arguments.reranker](**given)
-    if arguments.reranker == "pe-rank":
-        given |= {name: getattr(arguments, name) for name in backbone_options() if hasattr(arguments, name)}
-    return RERANKERS[arguments.reranker].from_backbone(arguments.backbone, **given)
+    kind = RERANKERS[arguments.reranker]
+    given |= {name: getattr(arguments, name) for name in kind.begin_options() if hasattr(arguments, name)}
+    return kind.from_backbone(arguments.backbone, **given)
 
 
-def how(arguments: argparse.Namespace) -> dict[str, Any]:
+def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `write_run` that the options give."""
     model = arguments.model or inspect.signature(RERANKERS[arguments.reranker]).parameters["model"].default
     by_itself = f"{arguments.reranker}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).resolve().name)}"
@@ -230,12 +226,6 @@ def constructor_options() -> Parameters:
             if parameter.name not in SET_HERE and value_types(parameter):
                 found.setdefault(parameter.name, {})[name] = parameter
     return found
-
-
-def backbone_options() -> dict[str, inspect.Parameter]:
-    """What `PERank.from_backbone` takes besides: the encoder inside and the projector."""
-    named = inspect.signature(PERank.from_backbone).parameters.values()
-    return {parameter.name: parameter for parameter in named if parameter.kind == parameter.KEYWORD_ONLY}
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -5,6 +5,7 @@ import contextvars
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -73,6 +74,15 @@ def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
         count = max(max_tokens // max(lengths[order[0]], 1), 1)
         yield order[:count]
         order = order[count:]
+
+
+def padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """B rows of numbers -> the numbers (B, L) int64, with `value` behind the shorter ones, and which of them are theirs (B, L)."""
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    inside = torch.arange(int(lengths.max())) < lengths
+    numbers = torch.full(inside.shape, value)
+    numbers[inside] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)
+    return numbers, inside
 
 
 def map_batches(

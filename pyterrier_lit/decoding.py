@@ -1,52 +1,124 @@
-"""Constrained greedy decoding: candidates spelt symbol by symbol, each at most once. Knows no text and no model."""
+"""Decoding of an order: each candidate is chosen once, best first. Knows no text and no model.
+
+A model is seen as a `Reader`, which gives logits over symbols and reads the symbols that are chosen. A candidate is spelt
+in one or more symbols: LiT5's are identifiers of one or two pieces, PE-Rank's are passages, each a symbol of its own.
+"""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
+# For each row the candidates that were chosen, best first, and whether it rests on logits that were NaN
+Choices = tuple[list[list[int]], list[bool]]
+
+
+class Reader(Protocol):
+    """A model that has B prompts before it and goes on with symbols, of which there are S."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    def start(self) -> torch.Tensor:
+        """Read the prompts: logits (B, S) of the first symbol."""
+
+    def read(self, symbols: torch.Tensor) -> torch.Tensor:
+        """Read the next m symbols of each row, (B, m), in one pass: logits (B, m, S) of the symbol after each of them."""
+
+
+def in_turn(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
+    """Constrained greedy decoding: at each step the best symbol that some candidate not yet chosen goes on with.
+
+    words: the symbols of N candidates, of which each row has the first counts[b]. tops: how many of them a row must choose.
+    The last candidate that is left is not asked for. The host waits for the device only at the end, or from the step on at
+    which all rows may be done.
+    """
+    needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
+    speller = Speller(words, counts, reader.device)
+    logits, chosen = reader.start(), []
+    while True:
+        symbols, candidates = speller.step(logits)
+        chosen.append(candidates)
+        if _all_chosen(chosen, needed, speller.depth):
+            break
+        logits = reader.read(symbols[:, None])[:, -1]
+    rows = zip(torch.stack(chosen, 1).tolist(), needed, strict=True)
+    return [
+        [candidate for candidate in row if candidate >= 0][:enough] for row, enough in rows
+    ], speller.broken.tolist()
+
+
+def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]) -> Choices:
+    """All candidates by the probability of each to come first: p(symbol), or p(first symbol) p(second | first).
+
+    One pass, or two where candidates have two symbols. ValueError for longer ones, or for several first symbols of those with
+    two. Source: FIRST, arXiv 2406.15657, section 3.
+    """
+    begins = {word[0] for word in words if len(word) > 1}
+    if len(begins) > 1 or max(map(len, words)) > 2:
+        raise ValueError(
+            "decoding='first' knows identifiers of one piece, or of two that begin alike; this tokenizer has others"
+        )
+    device, n = reader.device, torch.tensor(counts)[:, None]
+    usable = (torch.arange(len(words)) < n).to(device)  # (B, N)
+    # Single symbols and the beginning of the others share one softmax, which does not change their order
+    likelihood = reader.start().float()[:, torch.tensor([word[0] for word in words], device=device)]
+    if begins:
+        two = torch.tensor([len(word) > 1 for word in words], device=device) & usable
+        begin = torch.full((len(counts), 1), begins.pop(), device=device)
+        second = reader.read(begin)[:, 0].float()[:, torch.tensor([word[-1] for word in words], device=device)]
+        likelihood = likelihood + second.masked_fill(~two, float("-inf")).log_softmax(1).where(two, 0.0)
+    broken = (likelihood.isnan() & usable).any(1).tolist()
+    best = likelihood.masked_fill(~usable, float("-inf")).argsort(dim=1, descending=True, stable=True).tolist()
+    return [order[:count] for order, count in zip(best, counts, strict=True)], broken
+
 
 class Speller:
-    """B rows that spell candidates, a symbol a step and always the best one that some unused candidate allows.
+    """B rows that choose candidates, a symbol a step, and always the best one that some unused candidate allows.
 
-    A candidate is a word of one or more symbols, and no word begins another: LiT5's are identifiers of one or two pieces,
-    PE-Rank's are passages, each a symbol of its own. Everything stays on the device; nothing waits for it.
-
-    words: the symbols of N candidates. counts: (B,) how many of them, the first ones, each row may use.
+    No candidate begins another. Everything stays on the device; nothing waits for it. ValueError for candidates that cannot
+    be told apart.
     """
 
     def __init__(self, words: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device | str = "cpu"):
-        whole, begun = (
-            {tuple(word) for word in words},
-            {tuple(word[:end]) for word in words for end in range(len(word))},
-        )
-        if len(whole) < len(words) or whole & begun:
+        whole = {tuple(word) for word in words}
+        prefixes = {tuple(word[:end]) for word in words for end in range(len(word))}
+        if len(whole) < len(words) or whole & prefixes:
             raise ValueError(f"two candidates cannot be told apart, or one of them is empty: {list(words)}")
-        depth = max(map(len, words))
-        padded = [[*word, *[-1] * (depth - len(word))] for word in words]
-        self.symbols = torch.tensor(padded, device=device).T  # (depth, N)
+        self.depth = max(map(len, words))  # symbols of the longest candidate
+        table = [[*word, *[-1] * (self.depth - len(word))] for word in words]
+        self.symbols = torch.tensor(table, device=device).T  # (depth, N)
         self.lengths = torch.tensor([len(word) for word in words], device=device)  # (N,)
         self.unused = torch.arange(len(words), device=device) < torch.tensor(counts, device=device)[:, None]  # (B, N)
-        self.alive = self.unused  # (B, N): unused candidates that begin with what is spelt of the present word
-        self.spelt = torch.zeros(len(counts), dtype=torch.long, device=device)  # (B,): symbols of the present word
-        self.broken = torch.zeros(
-            len(counts), dtype=torch.bool, device=device
-        )  # (B,): a logit was NaN where it mattered
+        self.candidates_left = self.unused  # (B, N): unused candidates that begin as the present one does
+        self.spelt = torch.zeros(len(counts), dtype=torch.long, device=device)  # (B,): symbols of the present candidate
+        self.broken = torch.zeros(len(counts), dtype=torch.bool, device=device)  # (B,): chosen from logits with a NaN
 
     def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits (B, S) over symbols -> the symbol each row spells next, (B,), and the candidate it completes, (B,), or -1.
+        """logits (B, S) -> the symbol that each row chooses, (B,), and the candidate that it completes, (B,), or -1.
 
-        A row whose candidates are all used goes on with symbols that mean nothing, and completes none.
+        A row without unused candidates chooses symbols that mean nothing, and completes none.
         """
         following = self.symbols[self.spelt]  # (B, N)
-        allowed = torch.zeros_like(logits).scatter_add_(1, following.clamp_min(0), self.alive.to(logits.dtype)) > 0
+        weights = self.candidates_left.to(logits.dtype)
+        allowed = torch.zeros_like(logits).scatter_add_(1, following.clamp_min(0), weights) > 0
         self.broken |= (logits.isnan() & allowed).any(1)
         symbol = logits.masked_fill(~allowed, float("-inf")).argmax(1)
-        self.alive = self.alive & (following == symbol[:, None])
+        self.candidates_left = self.candidates_left & (following == symbol[:, None])
         self.spelt = self.spelt + 1
-        complete = self.alive & (self.lengths == self.spelt[:, None])
+        complete = self.candidates_left & (self.lengths == self.spelt[:, None])
         candidate = torch.where(complete.any(1), complete.int().argmax(1), -1)
         self.unused = self.unused & ~complete
         fresh = complete.any(1) | ~self.unused.any(1)
-        self.alive = torch.where(fresh[:, None], self.unused, self.alive)
+        self.candidates_left = torch.where(fresh[:, None], self.unused, self.candidates_left)
         self.spelt = self.spelt.masked_fill(fresh, 0)
         return symbol, candidate
+
+
+def _all_chosen(chosen: list[torch.Tensor], needed: list[int], depth: int) -> bool:
+    """Whether every row has the candidates that it needs; where all are one symbol long, the number of steps says so."""
+    if len(chosen) < max(needed) or depth == 1:
+        return len(chosen) >= max(needed)
+    counts = (torch.stack(chosen, 1) >= 0).sum(1).tolist()
+    return all(count >= enough for count, enough in zip(counts, needed, strict=True))

@@ -1,4 +1,4 @@
-"""Result frames in, result frames out: the only room that knows pandas. It knows no model and never looks for words."""
+"""Result frame -> queries and columns of passages -> result frame. Rerankers meet pandas here alone. Knows no model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,22 +7,28 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
+Columns = dict[str, list[list[Any]]]  # by name of the column, for each query the values of its passages, best first
+ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns: of each column its name, and str or object
+
 
 def rerank(
     frame: pd.DataFrame,
-    score: Callable[[list[str], list[list[str]]], Any],
-    text_field: str = "text",
-    context: pt.Transformer | None = None,
+    results: Callable[[list[str], Columns], Mapping[str, list[Any]]],
+    column_sets: ColumnSets,
     query_columns: Sequence[str] = (),
+    context: pt.Transformer | None = None,
 ) -> pd.DataFrame:
-    """Give every row of a result frame a new score and rank, from the queries and one column of passages.
+    """Give every row of a result frame a new score and rank, from the queries and columns of their passages.
 
     Args:
-        frame: rows with `qid`, `query`, `docno` and `text_field`, in any order and under any index; it is not changed.
-        score: called once with all queries and, for each, its passages best first (by `rank`, else by `score`, else as the
-            rows stand); returns one list of scores per query, higher is better.
+        frame: rows with `qid`, `query`, `docno` and a set of columns, in any order and under any index; it is not changed.
+        results: called once with all queries and the columns of their passages, `docno` among them, best first (by `rank`,
+            else by `score`, else as the rows stand). Returns `score`, a list of scores per query, higher is better, and for
+            each of `query_columns` one value per query.
+        column_sets: the columns that may be given, and what their values must be (str, or object for anything). The first
+            set that is complete is used.
+        query_columns: columns to add.
         context: the transformer that PyTerrier names in its error when a column is missing.
-        query_columns: columns to add besides; then `score` returns (scores, values, ...), for each column one value per query.
 
     Returns the same rows in the same order with every other column kept, `score` (float64) and `rank` (from 0) new.
     Equal scores keep the order in which they came, whatever the order of the rows. Half a surrogate pair, which no
@@ -32,39 +38,27 @@ def rerank(
     ValueError for a missing qid or docno, two queries under one qid, an incoming rank or score that is no number, or a
     new score that is not finite.
     """
-    return rerank_columns(
-        frame, lambda queries, columns: score(queries, columns[text_field]), [{text_field: str}], context, query_columns
-    )
-
-
-def rerank_columns(
-    frame: pd.DataFrame,
-    score: Callable[[list[str], dict[str, list[list[Any]]]], Any],
-    ways: Sequence[Mapping[str, type]],
-    context: pt.Transformer | None = None,
-    query_columns: Sequence[str] = (),
-) -> pd.DataFrame:
-    """`rerank` for passages that are more than a text, and may be given in several ways.
-
-    ways: each the columns of one way and what their values must be (str, or object for anything); the first way whose
-        columns are all there is taken.
-    score: called once with all queries and the columns of that way, and `docno`: for each column a list per query of its
-        values best first.
-    """
-    _check_columns(frame, ways, context, query_columns)
+    _check_columns(frame, column_sets, context, query_columns)
     if frame.empty:
         nothing = {column: pd.Series(dtype="object") for column in query_columns}
         return pt.model.add_ranks(frame.reset_index(drop=True).assign(score=pd.Series(dtype="float64"), **nothing))
-    rows, lists, queries, columns = _read(frame, ways)
-    found = score(queries, columns)
-    scores, *per_query = found if query_columns else (found,)
-    added = {
-        column: np.repeat(value, [len(ranking) for ranking in lists])
-        for column, value in zip(query_columns, per_query, strict=True)
-    }
-    best_first = rows.iloc[np.concatenate(lists)].assign(score=np.concatenate(scores).astype("float64"), **added)
+    rows, lists, queries, columns = _read(frame, column_sets)
+    found = results(queries, columns)
+    counts = [len(ranking) for ranking in lists]
+    added = {column: np.repeat(found[column], counts) for column in query_columns}
+    scores = np.concatenate(found["score"]).astype("float64")
+    best_first = rows.iloc[np.concatenate(lists)].assign(score=scores, **added)
     _check_finite(best_first)
     return pt.model.add_ranks(best_first).sort_index()
+
+
+def not_finite(value: object, query: str, docnos: Sequence[Any]) -> ValueError:
+    """The error for a model that gave nan or inf for passages of a query."""
+    others = f" and {len(docnos) - 1} more of its passages" if len(docnos) > 1 else ""
+    return ValueError(
+        f"the model gave {value} for query {query!r}, docno {docnos[0]!r}{others}; try dtype='float32', and check the"
+        " checkpoint's weights"
+    )
 
 
 class Ranking(NamedTuple):
@@ -75,14 +69,12 @@ class Ranking(NamedTuple):
     columns: dict[str, list[Any]]
 
 
-def rankings(
-    frame: pd.DataFrame, ways: Sequence[Mapping[str, type]], context: pt.Transformer | None = None
-) -> list[Ranking]:
-    """What a reranker would be given of a result frame, query by query: to learn from it. Arguments and errors as in `rerank_columns`."""
-    _check_columns(frame, ways, context)
+def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transformer | None = None) -> list[Ranking]:
+    """The queries of a result frame with what a reranker reads of them, as training data. Arguments and errors are those of `rerank`."""
+    _check_columns(frame, column_sets, context)
     if frame.empty:
         return []
-    rows, lists, queries, columns = _read(frame, ways)
+    rows, lists, queries, columns = _read(frame, column_sets)
     qids = rows["qid"].tolist()
     return [
         Ranking(str(qids[rows_of[0]]), query, {name: values[i] for name, values in columns.items()})
@@ -91,14 +83,16 @@ def rankings(
 
 
 def _read(
-    frame: pd.DataFrame, ways: Sequence[Mapping[str, type]]
+    frame: pd.DataFrame, column_sets: ColumnSets
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
-    """The rows, numbered; the numbers of each query's rows best first; the queries; `docno` and the columns of the first way that is there."""
-    way = next(way for way in ways if way.keys() <= set(frame.columns))
+    """The rows, numbered; the numbers of each query's rows best first; the queries; `docno` and the columns of the first complete set."""
+    column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
     queries = _strings(rows, "query")
-    values = {column: _strings(rows, column) if kind is str else rows[column].tolist() for column, kind in way.items()}
+    values = {
+        column: _strings(rows, column) if kind is str else rows[column].tolist() for column, kind in column_set.items()
+    }
     values["docno"] = rows["docno"].tolist()
     lists = _lists(rows)
     columns = {column: [[cells[row] for row in ranking] for ranking in lists] for column, cells in values.items()}
@@ -128,14 +122,14 @@ def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) ->
 
 def _check_columns(
     frame: pd.DataFrame,
-    ways: Sequence[Mapping[str, type]],
+    column_sets: ColumnSets,
     context: pt.Transformer | None,
     added: Sequence[str] = (),
 ) -> None:
     with pt.validate.any(frame, context=context) as accepted:
-        for way in ways:
-            accepted.result_frame(extra_columns=["query", *way])
-    used = ["qid", "query", "docno", *{column for way in ways for column in way}, "score", "rank"]
+        for columns in column_sets:
+            accepted.result_frame(extra_columns=["query", *columns])
+    used = ["qid", "query", "docno", *{column for columns in column_sets for column in columns}, "score", "rank"]
     twice = [column for column in used if list(frame.columns).count(column) > 1]
     if twice:
         raise ValueError(f"the frame has two columns {twice[0]!r}; drop or rename one of them")
@@ -183,13 +177,10 @@ def _numbers(rows: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _check_finite(rows: pd.DataFrame) -> None:
-    wrong = np.flatnonzero(~np.isfinite(rows["score"]))
+    wrong = rows[~np.isfinite(rows["score"])]
     if len(wrong):
-        first = rows.iloc[wrong[0]]
-        raise ValueError(
-            f"the model gave {first['score']} for qid {first['qid']!r}, docno {first['docno']!r} ({len(wrong)} of {len(rows)} scores are not"
-            " finite); try dtype='float32', and check the checkpoint's weights"
-        )
+        first = wrong.iloc[0]
+        raise not_finite(first["score"], first["query"], wrong[wrong["qid"] == first["qid"]]["docno"].tolist())
 
 
 def _name(rows: pd.DataFrame, row: int) -> str:

@@ -1,16 +1,19 @@
-"""LiT5Score: a T5 answers the query from all passages; the attention that a passage draws is its score."""
+"""LiT5Score: a T5 answers the query from all passages, and the attention that a passage draws is its score.
 
+Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder); the decoder reads all of
+them and writes an answer. A passage that the answer was taken from draws attention, so no judgement of a passage is needed
+to train it: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
+"""
+
+import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import pandas as pd
 import torch
 
-from pyterrier_lit.batching import map_batches
-from pyterrier_lit.frames import rerank
-from pyterrier_lit.models.checkpoints import T5, choose_device, choose_dtype, fetch, read_t5, write
-from pyterrier_lit.models.t5 import EOS, FiD
+from pyterrier_lit.batching import map_batches, padded
+from pyterrier_lit.frames import Columns, not_finite
+from pyterrier_lit.models.t5 import EOS, FiD, T5Checkpoint, read_t5
 from pyterrier_lit.reranker import Reranker
 
 
@@ -28,6 +31,7 @@ AGGREGATIONS = {
 }
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class LiT5Score(Reranker):
     """Rerank by LiT5-Score: T5 Fusion-in-Decoder answers the query, and its cross-attention tells where it looked::
 
@@ -52,156 +56,123 @@ class LiT5Score(Reranker):
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
+    `LiT5Score.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 as it was pre-trained.
     Although each passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe.
     Source: arXiv 2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists that are full.
     """
 
+    model: str = "castorini/LiT5-Score-base"
+    _: dataclasses.KW_ONLY
+    n_passages: int = 100
+    max_length: int | None = None
+    answer_length: int | None = None
+    aggregation: str = "mean"
+    answer_field: str | None = None
+    max_tokens: int = 65_536
+
     schematic: ClassVar[dict[str, str]] = {"label": "LiT5-Score"}
+    read = begin = staticmethod(read_t5)
 
-    def __init__(
-        self,
-        model: str = "castorini/LiT5-Score-base",
-        *,
-        n_passages: int = 100,
-        max_length: int | None = None,
-        answer_length: int | None = None,
-        aggregation: str = "mean",
-        answer_field: str | None = None,
-        text_field: str = "text",
-        max_tokens: int = 65_536,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        verbose: bool = False,
-    ):
-        self.model = model
-        self.n_passages = n_passages
-        self.max_length = max_length
-        self.answer_length = answer_length
-        self.aggregation = aggregation
-        self.answer_field = answer_field
-        self.text_field = text_field
-        self.max_tokens = max_tokens
-        self.device = device
-        self.dtype = dtype
-        self.verbose = verbose
-
-    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """The same rows with the model's score and the rank that follows. See `frames.rerank` for what is raised."""
-        if self.answer_field is None:
-            return rerank(inp, self.score, self.text_field, context=self)
-        return rerank(inp, self.score_and_answer, self.text_field, context=self, query_columns=[self.answer_field])
-
-    def score(self, queries: list[str], passages: list[list[str]]) -> list[list[float]]:
-        """The score of every passage of every query: Q queries, Q lists of passages -> Q lists of scores."""
-        return self.score_and_answer(queries, passages)[0]
-
-    def score_and_answer(self, queries: list[str], passages: list[list[str]]) -> tuple[list[list[float]], list[str]]:
-        """Q queries, Q lists of passages -> Q lists of scores, Q answers."""
+    def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
+        """`score` of every passage of every query, and the answers as `answer_field`."""
         if not isinstance(self.n_passages, int) or self.n_passages < 1:
             raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation={self.aggregation!r}; wanted one of {', '.join(map(repr, AGGREGATIONS))}")
-        t5, aggregation = self.loaded(), AGGREGATIONS[self.aggregation]
+        aggregation = self.option("aggregation", AGGREGATIONS)
+        checkpoint: T5Checkpoint = self.load()
         answer_length = self.lengths()["answer_length"]
-        lists = [self.read(query, ranking) for query, ranking in zip(queries, passages, strict=True)]
-        lengths = [sum(map(len, read.prompts)) for read in lists]
-        with torch.inference_mode(), self.progress(len(lists), "query") as bar:
-            answered = map_batches(
-                lambda batch: attend(t5, batch, aggregation, answer_length),
-                lists,
-                lengths,
-                self.max_tokens,
-                bar.update,
-            )
-        below = [[-1.0 - i for i in range(len(ranking) - self.n_passages)] for ranking in passages]
-        return [found.scores + rest for found, rest in zip(answered, below, strict=True)], [
-            t5.pieces.decode(found.answer) for found in answered
-        ]
+        texts = columns[self.text_field]
+        prompts = [self.prompts(query, passages) for query, passages in zip(queries, texts, strict=True)]
+        lengths = [sum(map(len, each.ids)) for each in prompts]
 
-    def load(self) -> T5:
-        """Read the checkpoint: FileNotFoundError or ValueError says what is missing, damaged or of another kind."""
-        device = choose_device(self.device)
-        return read_t5(fetch(self.model), device, choose_dtype(self.dtype, device))
+        def attended(batch: list[Prompts]) -> list[Attended]:
+            return attend(checkpoint, batch, aggregation, answer_length)
 
-    def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again, with the lengths of prompts and of answers."""
-        t5, lengths = self.loaded(), self.lengths()
-        write(path, lambda folder: t5.save(folder, lengths=lengths))
+        with torch.inference_mode(), self.progress(len(prompts), "query") as bar:
+            answered = map_batches(attended, prompts, lengths, self.max_tokens, bar.update)
+        for query, docnos, found in zip(queries, columns["docno"], answered, strict=True):
+            if found.broken:
+                raise not_finite("nan", query, docnos)
+        below = [[-1.0 - i for i in range(len(passages) - self.n_passages)] for passages in texts]
+        added = {"score": [found.scores + rest for found, rest in zip(answered, below, strict=True)]}
+        if self.answer_field is not None:
+            added[self.answer_field] = [checkpoint.pieces.decode(found.answer) for found in answered]
+        return added
 
-    @classmethod
-    def from_backbone(cls, name: str, **arguments: Any) -> "LiT5Score":
-        """An untrained LiT5: a T5 as it was pre-trained.
+    def query_columns(self) -> list[str]:
+        """The column for the answers, if it has a name."""
+        return [] if self.answer_field is None else [self.answer_field]
 
-        Args:
-            name: hub id or folder, such as "google/t5-v1_1-base".
-            arguments: those of the constructor.
-        """
-        return cls(name, **arguments)
+    def saved_settings(self) -> dict[str, Any]:
+        """The lengths of prompts and of answers."""
+        return {"lengths": self.lengths()}
 
     def lengths(self) -> dict[str, int]:
         """Tokens of a prompt and of an answer: the caller's, else the checkpoint's, else the paper's."""
-        t5 = self.loaded()
+        checkpoint: T5Checkpoint = self.load()
         return {
-            "max_length": t5.length("max_length", self.max_length, 150),
-            "answer_length": t5.length("answer_length", self.answer_length, 20, least=2),
+            "max_length": checkpoint.length("max_length", self.max_length, 150),
+            "answer_length": checkpoint.length("answer_length", self.answer_length, 20, least=2),
         }
 
-    def read(self, query: str, passages: list[str]) -> "Asked":
+    def prompts(self, query: str, passages: list[str]) -> "Prompts":
         """The prompts of a query's first `n_passages` passages, at most `max_length` ids each with </s> at the end."""
-        pieces_of, length = self.loaded().pieces, self.lengths()["max_length"]
+        pieces_of, length = self.load().pieces, self.lengths()["max_length"]
         texts = [f"question: {query} context: {passage}" for passage in passages[: self.n_passages]]
         question, *pieces = pieces_of([f"question: {query}", *texts])
-        prompts = [[*ids[: length - 1], EOS] for ids in pieces]
-        return Asked(prompts, min(len(question), length), query)
+        return Prompts([[*ids[: length - 1], EOS] for ids in pieces], min(len(question), length))
 
 
-class Asked(NamedTuple):
-    """The prompts of a query's passages, how many tokens at the start of each are the query's, and the query itself."""
+class Prompts(NamedTuple):
+    """The prompts of a query's passages, and how many tokens at the start of each are the query's."""
 
-    prompts: list[list[int]]
+    ids: list[list[int]]
     question: int
-    query: str
 
 
-class Answered(NamedTuple):
-    """The scores of a query's passages, and the answer's tokens without the end."""
+class Attended(NamedTuple):
+    """The scores of a query's passages, the answer's tokens without the end, and whether a logit was NaN."""
 
     scores: list[float]
     answer: list[int]
+    broken: bool
 
 
-def attend(t5: T5, asked: list[Asked], aggregation: Aggregation, answer_length: int) -> list[Answered]:
+def attend(
+    checkpoint: T5Checkpoint, prompts: list[Prompts], aggregation: Aggregation, answer_length: int
+) -> list[Attended]:
     """Answer B queries together and add up, step by step, the attention that each passage draws.
 
     Equal to the reference, which keeps all of [layers, T, S] and reads its last step; here memory is [B, P].
     """
-    fid = FiD(t5.network, t5.tied)
-    memory = fid.read_prompts([query.prompts for query in asked], answer_length, watch=True)
-    n_layers, most = len(memory.keys), max(len(query.prompts) for query in asked)
+    fid = FiD(checkpoint.network)
+    memory = fid.read_prompts([each.ids for each in prompts], answer_length, mass=True)
+    n_layers, most = len(memory.keys), max(len(each.ids) for each in prompts)
     weights = aggregation.layers(n_layers)
-    owner = _owners(asked, most).to(fid.device)  # (B, S): the passage of each token, `most` for what does not count
-    total, written = torch.zeros(len(asked), most, device=fid.device), []
-    for ids, unfinished, mass in fid.greedy(memory, answer_length, [each.query for each in asked]):
+    owner = _owners(prompts, most).to(fid.device)  # (B, S): the passage of each token, `most` for what does not count
+    total, written, nan = torch.zeros(len(prompts), most, device=fid.device), [], []
+    for ids, unfinished, is_nan, mass in fid.greedy(memory, answer_length):
         step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))
-        drawn = step.new_zeros(len(asked), most + 1).scatter_reduce_(1, owner, step, aggregation.tokens)[:, :most]
+        drawn = step.new_zeros(len(prompts), most + 1).scatter_reduce_(1, owner, step, aggregation.tokens)[:, :most]
         total += drawn * unfinished[:, None]
         written.append(ids)
-    scores = (total / (256 * n_layers)).tolist()
-    answers = torch.stack(written, 1).tolist()
+        nan.append(is_nan)
+    rows = zip(
+        prompts,
+        (total / (256 * n_layers)).tolist(),
+        torch.stack(written, 1).tolist(),
+        torch.stack(nan).any(0).tolist(),
+        strict=True,
+    )
     return [
-        Answered(row[: len(query.prompts)], answer[: answer.index(EOS)] if EOS in answer else answer)
-        for query, row, answer in zip(asked, scores, answers, strict=True)
+        Attended(scores[: len(each.ids)], answer[: answer.index(EOS)] if EOS in answer else answer, broken)
+        for each, scores, answer, broken in rows
     ]
 
 
-def _owners(asked: list[Asked], nobody: int) -> torch.Tensor:
+def _owners(prompts: list[Prompts], nobody: int) -> torch.Tensor:
+    """For each token of the joined prompts the number of its passage, (B, S); `nobody` for the query's tokens and padding."""
     rows = [
-        [
-            passage if at >= query.question else nobody
-            for passage, ids in enumerate(query.prompts)
-            for at in range(len(ids))
-        ]
-        for query in asked
+        [passage if at >= each.question else nobody for passage, ids in enumerate(each.ids) for at in range(len(ids))]
+        for each in prompts
     ]
-    longest = max(map(len, rows))
-    return torch.tensor([row + [nobody] * (longest - len(row)) for row in rows])
+    return padded(rows, nobody)[0]

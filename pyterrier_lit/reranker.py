@@ -1,74 +1,169 @@
-"""What every reranker is as a PyTerrier transformer: a repr that rebuilds it, and weights that load on first use."""
+"""What every reranker is: a transformer with keyword arguments, whose checkpoint is read on first use. Knows no model."""
 
-import copy
+import dataclasses
+import functools
 import inspect
 import os
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
+import pandas as pd
 import pyterrier as pt
 import torch
 from tqdm import tqdm
 
+from pyterrier_lit.frames import Columns, ColumnSets, rerank
+from pyterrier_lit.models.checkpoints import choose_device, choose_dtype, fetch, write
 
+Passages = list[list[str]] | Columns  # the texts of each query's passages, or more about them, column by column
+Loaded = TypeVar("Loaded")
+Named = TypeVar("Named")
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class Reranker(pt.Transformer):
-    """A transformer whose constructor only keeps its arguments. Subclasses give `load`, `save` and `from_backbone`, and name what `load` reads.
+    """A transformer that gives every passage a new score, by a checkpoint that is read on first use.
 
-    Copies share loaded weights; a pickle carries them; several threads may call one reranker.
+    A subclass is a dataclass whose fields are its arguments. It names how its checkpoint is read (`read`) and begun over a
+    pre-trained model (`begin`), and gives `results`. Copies share the checkpoint in memory, a pickle carries it, and several
+    threads may call one reranker.
     """
 
-    # The arguments that decide what `load` returns
-    loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")
     model: str
-    device: str | torch.device | None
-    dtype: str | torch.dtype | None
-    verbose: bool
-    _lock: ClassVar[threading.RLock] = threading.RLock()
-    _held: tuple[tuple[Any, ...], Any] | None = None
+    _: dataclasses.KW_ONLY
+    text_field: str = "text"
+    max_tokens: int | None = None
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype | None = None
+    verbose: bool = False
+
+    loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")  # the arguments that `read` depends on
+    read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
+    begin: ClassVar[Callable[..., Any]]  # the same for a pre-trained model, perhaps with keyword arguments of its own
+
+    def __post_init__(self) -> None:
+        self._held = Held()
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        """The same rows with a new score and the rank that follows from it. `frames.rerank` says what is raised."""
+        return rerank(inp, self.results, self.column_sets(), self.query_columns(), context=self)
+
+    def score(self, queries: list[str], passages: Passages) -> list[list[float]]:
+        """The score of every passage, higher is better: Q queries, Q lists of passages -> Q lists of scores."""
+        return self.results(queries, self.columns(passages))["score"]
+
+    def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
+        """The new columns for Q queries and the columns of their passages: `score`, Q lists, and `query_columns`, Q values each."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
+
+    def column_sets(self) -> ColumnSets:
+        """Which columns of passages it takes. The first set that a frame has is used."""
+        return [{self.text_field: str}]
+
+    def query_columns(self) -> list[str]:
+        """The columns that it adds to a frame, beside score and rank."""
+        return []
+
+    def columns(self, passages: Passages) -> Columns:
+        """Passages as columns; those that come as texts alone have their positions as docnos."""
+        if isinstance(passages, dict):
+            return passages
+        for number, texts in enumerate(passages):
+            if isinstance(texts, str):
+                raise TypeError(f"the passages of query {number} are a string, {texts!r}; wanted a list of passages")
+        return {"docno": [list(map(str, range(len(texts)))) for texts in passages], self.text_field: passages}
 
     def load(self) -> Any:
-        """Read the checkpoint named by `self.model`."""
-        raise NotImplementedError(f"{type(self).__name__} must say how to load {self.model!r}")
+        """The checkpoint, read on first use and kept. Call it to have the weights in memory before the first query.
+
+        It is read again after an argument in `loads_from` was changed. FileNotFoundError or ValueError says what is missing,
+        damaged or of another kind.
+        """
+        while True:
+            held, source = self._held, self._source()
+            with held.lock:
+                if held.checkpoint is None:
+                    held.checkpoint, held.source = self._in_words(self._read), source
+                    _mind_forks()
+                if held.source == source:
+                    return held.checkpoint
+                if self._held is held:
+                    self._held = Held()  # of our own: copies go on with theirs
+
+    def hold(self, checkpoint: Any) -> None:
+        """Use this checkpoint for the present arguments, in place of the one that `load` would read."""
+        self._held = Held(checkpoint, self._source())
+        _mind_forks()
+
+    def in_memory(self) -> Any | None:
+        """The checkpoint, if it is loaded."""
+        held = self._held
+        return held.checkpoint if held.source == self._source() else None
+
+    def once(self, build: Callable[[], Loaded]) -> Loaded:
+        """What `build` returns: a part of the checkpoint that is read later. One thread at a time; errors as those of `load`."""
+        with self._held.lock:
+            return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it is saved")
+        """Write a folder that the constructor loads again. OSError where it cannot be written; an older one then stays."""
+        checkpoint, settings = self.load(), self.saved_settings()
+        write(path, lambda folder: checkpoint.save(folder, **settings))
+
+    def saved_settings(self) -> dict[str, Any]:
+        """What `save` records beside the weights: arguments that belong to the checkpoint, such as lengths."""
+        return {}
 
     @classmethod
-    def from_backbone(cls, name: str, **arguments: Any) -> "Reranker":
-        """An untrained reranker over the pre-trained model `name`."""
-        raise NotImplementedError(f"{cls.__name__} must say how it begins from {name!r}")
+    def from_backbone(cls, name: str, **arguments: Any) -> Self:
+        """An untrained reranker over a pre-trained model. Fix what is drawn at random by `torch.manual_seed`.
 
-    def loaded(self) -> Any:
-        """What `load` returned, called on first use and again only after an argument in `loads_from` has been changed."""
-        with self._lock:
-            if self._held is not None and self._held[0] == self._source():
-                return self._held[1]
-            loaded = self._in_words(self.load)
-            self.hold(loaded)
-            return loaded
+        Args:
+            name: hub id or folder of the model.
+            arguments: those of the constructor, and those that `begin` takes by name.
+        """
+        options = {option: arguments.pop(option) for option in cls.begin_options() if option in arguments}
+        reranker = cls(name, **arguments)
+        device = choose_device(reranker.device)
+        reranker.hold(cls.begin(fetch(name), device, choose_dtype(reranker.dtype, device), **options))
+        return reranker
 
-    def hold(self, loaded: Any) -> None:
-        """Use these weights for the present arguments, in place of what `load` would read."""
-        self._held = self._source(), loaded
+    @classmethod
+    def begin_options(cls) -> dict[str, inspect.Parameter]:
+        """What `from_backbone` takes beside the constructor's arguments."""
+        parameters = inspect.signature(cls.begin).parameters
+        return {name: parameter for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
+
+    def option(self, argument: str, known: Mapping[str, Named]) -> Named:
+        """What an argument names. ValueError lists what it may name."""
+        name = getattr(self, argument)
+        if name not in known:
+            raise ValueError(f"{argument}={name!r}; wanted one of {', '.join(map(repr, known))}")
+        return known[name]
 
     def progress(self, total: int, unit: str) -> tqdm:
         """A bar over `total` units of work, shown when `verbose`."""
         bar: tqdm = pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
         return bar
 
-    def _in_words(self, load: Callable[[], Any]) -> Any:
-        """What `load` returns. Whatever the libraries raise for a field that makes no sense becomes a ValueError."""
+    def _read(self) -> Any:
+        device = choose_device(self.device)
+        dtype = choose_dtype(self.dtype, device)
+        return type(self).read(fetch(self.model), device, dtype)
+
+    def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
+        """What `build` returns. Whatever a library raises for a field that makes no sense becomes a ValueError."""
         try:
-            return load()
+            return build()
         except (ValueError, OSError, ImportError, MemoryError, NotImplementedError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise ValueError(
-                f"model={str(self.model)!r} cannot be loaded: a field of its config or tokenizer files is missing or makes no sense"
-                f" ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+                f"model={str(self.model)!r} cannot be loaded: a field of its config or tokenizer files is missing or makes no"
+                f" sense ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
             ) from error
 
     def _source(self) -> tuple[Any, ...]:
@@ -78,18 +173,36 @@ class Reranker(pt.Transformer):
         return representation(self)
 
 
-class ListwiseReranker(Reranker):
-    """A reranker that writes an order and can stop after the first `top_k` ranks, which `% k` tells it when compiled."""
+class Held:
+    """A checkpoint in memory, the arguments it was read for, and the lock that is held while it is read.
 
-    top_k: int | None
+    Copies of a reranker share one. A pickle leaves the lock out.
+    """
 
-    def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What `(first >> self % k).compile()` puts in place of `self >> RankCutoff(k)`: the same top k for fewer steps."""
-        if self.top_k is not None and self.top_k <= k:
-            return None
-        shorter = copy.copy(self)
-        shorter.top_k = k
-        return shorter >> pt.RankCutoff(k)
+    _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
+
+    def __init__(self, checkpoint: Any = None, source: tuple[Any, ...] | None = None):
+        self.checkpoint = checkpoint
+        self.source = source
+        self.lock = threading.RLock()
+        self._all.add(self)
+
+    def __reduce__(self) -> tuple[type["Held"], tuple[Any, Any]]:
+        return Held, (self.checkpoint, self.source)
+
+    @classmethod
+    def after_fork(cls) -> None:
+        """In a forked process other threads are gone: torch would wait for its own for ever, and a lock may be held."""
+        torch.set_num_threads(1)
+        for held in cls._all:
+            held.lock = threading.RLock()
+
+
+@functools.cache
+def _mind_forks() -> None:
+    """Prepare forks of this process, from the first checkpoint on."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=Held.after_fork)
 
 
 def representation(transformer: pt.Transformer) -> str:
@@ -111,13 +224,3 @@ def representation(transformer: pt.Transformer) -> str:
 def _in_one_line(value: Any) -> str:
     """How an argument is shown; of a frame or an array, which no call in a line rebuilds, its kind and shape."""
     return f"<{type(value).__name__} of {value.shape}>" if hasattr(value, "shape") else repr(value)
-
-
-def _alone() -> None:
-    """In a forked process the other threads are gone: torch would wait for its own for ever, and the lock may be held."""
-    torch.set_num_threads(1)
-    Reranker._lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_alone)

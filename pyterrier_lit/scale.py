@@ -1,4 +1,4 @@
-"""The same reranker on many processes, GPUs or machines, by Ray. Knows queries and lists of passages: no model, no frame."""
+"""The same reranker on many processes, GPUs or machines, by Ray. Knows queries and columns of passages: no model."""
 
 import copy
 import threading
@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_lit.frames import Columns, rerank
 from pyterrier_lit.reranker import Reranker
-
-Passages = list[list[Any]] | dict[str, list[list[Any]]]  # a list per query, or several by name of the column
 
 CHARACTERS = 4  # of a text to a token, about
 READ = 2_048  # characters of a passage that count: models read no more than its beginning
@@ -65,11 +64,8 @@ class Distributed(pt.Transformer):
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """What the reranker returns. Raises what it raises; ImportError without Ray, and RuntimeError where workers keep dying."""
-        here = copy.copy(self.reranker)
-        for method in ("score", "score_and_answer"):
-            if hasattr(here, method):
-                setattr(here, method, self._elsewhere(method))
-        return here.transform(inp)
+        reranker = self.reranker
+        return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
         """What the reranker makes of `% k`, on the same workers."""
@@ -84,27 +80,23 @@ class Distributed(pt.Transformer):
         """Stop the workers; the next call starts new ones."""
         self.pool.stop()
 
-    def _elsewhere(self, method: str) -> Callable[[list[str], Passages], Any]:
-        """A method of the reranker, (queries, passages) -> an answer per query, in one list or several, run by the workers."""
-
-        def run(queries: list[str], passages: Passages) -> Any:
-            shards = shards_of(costs(queries, passages), self.num_workers)
-            asked = [
-                lambda shard=shard: (method, _light(self.reranker), [queries[i] for i in shard], _of(passages, shard))
-                for shard in shards
-            ]
-            answers: list[Any] = [None] * len(queries)
-            several = False
-            workers = (self.num_workers, self.num_gpus, self.num_cpus)
-            with pt.tqdm(total=len(queries), unit="query", desc="Distributed", disable=not self.verbose) as bar:
-                for number, found in self.pool.run(self.reranker, workers, asked):
-                    several = isinstance(found, tuple)
-                    for i, answer in zip(shards[number], zip(*found, strict=True) if several else found, strict=True):
-                        answers[i] = answer
-                    bar.update(len(shards[number]))
-            return tuple(list(part) for part in zip(*answers, strict=True)) if several else answers
-
-        return run
+    def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
+        """The reranker's results for Q queries and the columns of their passages, computed by the workers."""
+        shards = shards_of(costs(queries, columns), self.num_workers)
+        calls = [
+            lambda shard=shard: (_light(self.reranker), [queries[i] for i in shard], _of(columns, shard))
+            for shard in shards
+        ]
+        results: dict[str, list[Any]] = {}
+        workers = (self.num_workers, self.num_gpus, self.num_cpus)
+        with pt.tqdm(total=len(queries), unit="query", desc="Distributed", disable=not self.verbose) as bar:
+            for number, found in self.pool.run(self.reranker, workers, calls):
+                for column, values in found.items():
+                    whole = results.setdefault(column, [None] * len(queries))
+                    for i, value in zip(shards[number], values, strict=True):
+                        whole[i] = value
+                bar.update(len(shards[number]))
+        return results
 
     def __repr__(self) -> str:
         reranker, *others = pt.inspect.transformer_attributes(self)
@@ -112,15 +104,14 @@ class Distributed(pt.Transformer):
         return f"Distributed({', '.join([repr(reranker.value), *shown])})"
 
 
-def costs(queries: Sequence[str], passages: Passages) -> list[int]:
+def costs(queries: Sequence[str], columns: Columns) -> list[int]:
     """About how many tokens a model reads for each query, from the lengths of the texts."""
-    columns = list(passages.values()) if isinstance(passages, dict) else [passages]
     return [
         sum(
             1 + (len(query) + sum(min(len(value), READ) for value in cells if isinstance(value, str))) // CHARACTERS
             for cells in zip(*lists, strict=True)
         )
-        for query, *lists in zip(queries, *columns, strict=True)
+        for query, *lists in zip(queries, *columns.values(), strict=True)
     ]
 
 
@@ -150,11 +141,11 @@ class Worker:
         self.reranker = reranker
 
     def load(self) -> None:
-        self.reranker.loaded()
+        self.reranker.load()
 
-    def call(self, method: str, arguments: dict[str, Any], queries: list[str], passages: Passages) -> Any:
+    def call(self, arguments: dict[str, Any], queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         vars(self.reranker).update(arguments)
-        return getattr(self.reranker, method)(queries, passages)
+        return self.reranker.results(queries, columns)
 
 
 class Pool:
@@ -201,8 +192,9 @@ class Pool:
                     deaths[number] += 1
                     if deaths[number] == ATTEMPTS * (1 if number is not None else len(self.workers)):
                         raise RuntimeError(
-                            f"{deaths[number]} workers of Ray died {'as they loaded the model' if number is None else 'over the same queries'};"
-                            f" Ray says: {str(error).strip().splitlines()[-1]}"
+                            f"{deaths[number]} workers of Ray died"
+                            f" {'as they loaded the model' if number is None else 'over the same queries'}; Ray says:"
+                            f" {str(error).strip().splitlines()[-1]}"
                         ) from error
                     if number is not None:
                         waiting.appendleft(number)
@@ -232,7 +224,7 @@ class Pool:
             ray.init()
         n, num_gpus, num_cpus = workers
         heavy = tuple(value for name, value in _arguments(reranker).items() if not _is_light(reranker, name, value))
-        wanted = ray.get_runtime_context().get_job_id(), workers, type(reranker), heavy, reranker._held
+        wanted = ray.get_runtime_context().get_job_id(), workers, type(reranker), heavy, reranker.in_memory()
         with self._lock:
             if self._made_for is not None and all(
                 a is b or a == b for a, b in zip(wanted, self._made_for, strict=True)
@@ -268,10 +260,8 @@ def _ray() -> Any:
     return ray
 
 
-def _of(passages: Passages, shard: list[int]) -> Passages:
-    if isinstance(passages, dict):
-        return {column: [lists[i] for i in shard] for column, lists in passages.items()}
-    return [passages[i] for i in shard]
+def _of(columns: Columns, shard: list[int]) -> Columns:
+    return {column: [lists[i] for i in shard] for column, lists in columns.items()}
 
 
 def _arguments(reranker: Reranker) -> dict[str, Any]:

@@ -5,23 +5,23 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 
-class Window(NamedTuple):
-    """Positions start..stop-1 of a ranking; of their new order the first `wanted` must be right, the rest may stay."""
+class Span(NamedTuple):
+    """Positions start..stop-1 of a ranking; of their new order the first `top` must be right, the rest may stay."""
 
     start: int
     stop: int
-    wanted: int
+    top: int
 
 
-class Task(NamedTuple):
-    """A window to order now: which query, the passages in it (numbers in that query's list), how many of them to order."""
+class Window(NamedTuple):
+    """A window to order now: the number of its query, its passages (numbers in that query's list), how many to order."""
 
     query: int
     passages: list[int]
-    wanted: int
+    top: int
 
 
-def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> list[Window]:
+def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> list[Span]:
     """The windows of one sweep over n positions, from the bottom up; the top one is shorter where strides do not fit.
 
     k: how many final ranks must be right; None is all. A window must then be right only where the window above it reads
@@ -31,29 +31,29 @@ def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> lis
         raise ValueError(f"window_size={size!r} with stride={stride!r}; wanted 1 <= stride <= window_size")
     if k is not None and k < 1:
         raise ValueError(f"top_k={k!r}; wanted None or a number from 1 on")
-    windows, stop = [], n
+    spans, stop = [], n
     while stop > 0:
         start, length = max(stop - size, 0), min(size, stop)
-        wanted = length if k is None else min(length, max(length - stride if start else 0, k - start))
-        windows.append(Window(start, stop, wanted))
+        top = length if k is None else min(length, max(length - stride if start else 0, k - start))
+        spans.append(Span(start, stop, top))
         if start == 0:
             break
         stop -= stride
-    return windows
+    return spans
 
 
 def slide(
     counts: Sequence[int],
     size: int,
     stride: int,
-    order_tasks: Callable[[list[Task]], list[list[int]]],
+    order_windows: Callable[[list[Window]], list[list[int]]],
     *,
     passes: int = 1,
     k: int | None = None,
 ) -> list[list[int]]:
     """Order the lists of all queries by windows: round r holds the r-th window of every query that has so many.
 
-    counts: passages per query. order_tasks: gives for each task of a round an order, a permutation of its positions
+    counts: passages per query. order_windows: gives for each window of a round an order, a permutation of its positions
     (best first). passes: sweeps over each list; only the last may leave what lies below rank k as it is.
 
     Returns for each query the numbers of its passages, best first.
@@ -61,11 +61,11 @@ def slide(
     if passes < 1:
         raise ValueError(f"passes={passes!r}; wanted a number from 1 on")
     rankings = [list(range(n)) for n in counts]
-    sweeps = [k if sweep == passes - 1 else None for sweep in range(passes)]
-    schedules = [[window for wanted in sweeps for window in sliding_windows(n, size, stride, wanted)] for n in counts]
-    for windows in zip_longest(*schedules):
-        active = [(query, window) for query, window in enumerate(windows) if window is not None]
-        tasks = [Task(query, rankings[query][window.start : window.stop], window.wanted) for query, window in active]
-        for task, (query, window), order in zip(tasks, active, order_tasks(tasks), strict=True):
-            rankings[query][window.start : window.stop] = [task.passages[position] for position in order]
+    cutoffs = [k if sweep == passes - 1 else None for sweep in range(passes)]
+    schedules = [[span for cutoff in cutoffs for span in sliding_windows(n, size, stride, cutoff)] for n in counts]
+    for spans in zip_longest(*schedules):
+        active = [(query, span) for query, span in enumerate(spans) if span is not None]
+        windows = [Window(query, rankings[query][span.start : span.stop], span.top) for query, span in active]
+        for window, (query, span), order in zip(windows, active, order_windows(windows), strict=True):
+            rankings[query][span.start : span.stop] = [window.passages[position] for position in order]
     return rankings

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyterrier as pt
 
@@ -42,41 +42,46 @@ def candidates_in(
     )
 
 
+class About(NamedTuple):
+    """What a run says of itself."""
+
+    system: str  # the method's name
+    description: str  # what one needs to repeat it
+    dataset: str  # TIRA's id
+    team: str  # who made it
+    repository: str  # where the code is, a URL
+
+
 def write_submission(
     reranker: Reranker,
     read: Callable[[], Iterator[Candidates]],
     folder: Path,
+    about: About,
     *,
-    system: str,
-    description: str,
-    dataset: str,
-    team: str,
-    repository: str,
     compress: bool = False,
-    **how: Any,
+    **settings: Any,
 ) -> Summary:
     """Rerank all candidates into run.txt (or run.txt.gz), measure it into ir-metadata.yml, and have TIRA check both.
 
-    folder: the output directory, made if need be. system: the method's name; description: what one needs to repeat it.
-    dataset: TIRA's id of it. team, repository: who made it, and where the code is. how: further arguments of `write_run`,
-    which raises what this does besides. Files get their names when they are complete. Raises ImportError where the tirex extra
-    is not installed, and ValueError with the checker's words when the output is not right.
+    folder: the output directory, made if need be. settings: further arguments of `write_run`, which raises what this does
+    besides. Files get their names when they are complete. Raises ImportError where the tirex extra is not installed, and
+    ValueError with the checker's words when the output is not right.
     """
     absent = [name for name in ("tira", "tirex_tracker") if importlib.util.find_spec(name) is None]
     if absent:
         raise ImportError(f"{' and '.join(absent)} cannot be imported; pip install 'pyterrier-lit[tirex]'")
     output = folder / ("run.txt.gz" if compress else "run.txt")
-    said: dict[str, Any] = {
-        "actor": {"team": team},
-        "tag": system,
-        "method": {"name": system, "description": description},
-        "implementation": {"source": {"repository": repository}},
-        "data": {"test collection": {"name": dataset}},
+    metadata: dict[str, Any] = {
+        "actor": {"team": about.team},
+        "tag": about.system,
+        "method": {"name": about.system, "description": about.description},
+        "implementation": {"source": {"repository": about.repository}},
+        "data": {"test collection": {"name": about.dataset}},
     }
-    with tracked(folder / METADATA, said):
-        summary = write_run(reranker, read, output, system=system, **how)
+    with measured(folder / METADATA, metadata):
+        summary = write_run(reranker, read, output, system=about.system, **settings)
         if summary.found:
-            said["method"]["description"] += "; resumed: runtime and resources are those of the last part"
+            metadata["method"]["description"] += "; resumed: runtime and resources are those of the last part"
     check(folder)
     return summary
 
@@ -86,7 +91,7 @@ def describe(reranker: Reranker, depth: int | None) -> str:
     values = {argument.name: argument.value for argument in pt.inspect.transformer_attributes(reranker)}
     device = choose_device(reranker.device)
     values |= {"device": device.type, "dtype": str(choose_dtype(reranker.dtype, device)).removeprefix("torch.")}
-    folder = fetch(reranker.model)
+    folder = fetch(reranker.model).path
     revision = f"revision {folder.name}" if folder.parent.name == "snapshots" else "a local folder"
     listed = ", ".join(f"{name}={value!r}" for name, value in values.items() if name != "verbose")
     over = "all candidates" if depth is None else f"the first {depth} candidates"
@@ -94,21 +99,21 @@ def describe(reranker: Reranker, depth: int | None) -> str:
 
 
 @contextlib.contextmanager
-def tracked(path: Path, said: dict[str, Any]) -> Iterator[None]:
-    """Measure hardware, energy and versions in the block, and write them with what is `said` to `path` if it ends well."""
+def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
+    """Measure hardware, energy and versions in the block, and write them with our own metadata to `path` if it ends well."""
     import yaml
     from tirex_tracker import ALL_MEASURES, Measure, tracking
 
-    with tempfile.TemporaryDirectory() as measured:
+    with tempfile.TemporaryDirectory() as temporary:
         # Not into the output: the tracker zips every file of the git work tree that is not ignored, data and keys too
-        file = Path(measured) / METADATA
+        file = Path(temporary) / METADATA
         with tracking(ALL_MEASURES - {Measure.GIT_ROOT}, 1_000, export_file_path=file):
             yield
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     for archive in ("archive", "archive path"):
         found["implementation"].get("source", {}).pop(archive, None)
     new = path.with_name(f".{path.name}.part")
-    new.write_text(yaml.safe_dump(_merged(found, said), allow_unicode=True), encoding="utf-8")
+    new.write_text(yaml.safe_dump(_merged(found, metadata), allow_unicode=True), encoding="utf-8")
     new.replace(path)
 
 
@@ -127,7 +132,7 @@ def _either(folder: Path, name: str) -> Path | None:
     return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)
 
 
-def _merged(found: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
-    """Both, with what is said before what was found, at every depth."""
-    both = {key: _merged(found[key], said[key]) for key in found.keys() & said.keys() if isinstance(said[key], dict)}
-    return found | said | both
+def _merged(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Both, our own before what was found, at every depth."""
+    both = {key: _merged(found[key], own[key]) for key in found.keys() & own.keys() if isinstance(own[key], dict)}
+    return found | own | both

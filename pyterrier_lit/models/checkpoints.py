@@ -1,14 +1,13 @@
-"""Checkpoints: a hub id or a folder -> config, weights, tokenizer; device and dtype. Every failure in plain words."""
+"""Checkpoints: a hub id or a folder -> config, weights and tokenizer; device and dtype. Every failure in plain words."""
 
-import dataclasses
 import json
 import pickle
 import re
 import tempfile
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -16,12 +15,102 @@ import tokenizers
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Weights = dict[str, torch.Tensor]
-VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # of which a tokenizer has one
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
+CHUNK = 1_000  # texts
+# Fields of a config.json that say nothing about the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 
 
-def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path as model=") -> Path:
+class Folder:
+    """The files of a checkpoint. Each is read when it is asked for, and an error says which is missing or damaged.
+
+    Methods raise FileNotFoundError for a file that is not there, and ValueError for one that cannot be read.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The fields of config.json."""
+        return _read_json(self, "config.json")
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """The fields of tokenizer_config.json, {} where there is none."""
+        name = "tokenizer_config.json"
+        fields = _read_json(self, name) if (self.path / name).exists() else {}
+        limit = fields.get("model_max_length")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+            raise ValueError(f"{self.path / name}: model_max_length={limit!r}; wanted a number of tokens")
+        return fields
+
+    def weights(self) -> Weights:
+        """All tensors by name, on the CPU in their stored dtype: of safetensors if there are any, else pytorch_model*.bin."""
+        weights: Weights = {}
+        for file in _weight_files(self):
+            try:
+                if file.suffix == ".safetensors":
+                    weights.update(safetensors.torch.load_file(file))
+                else:
+                    weights.update(torch.load(file, map_location="cpu", weights_only=True))
+            except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+                raise damaged(file, error) from error
+        return weights
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        """One tensor, None where there is no such; of safetensors the others are not read."""
+        for file in _weight_files(self):
+            if file.suffix != ".safetensors":
+                return self.weights().get(name)
+            with safetensors.safe_open(file, "pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                    tensor: torch.Tensor = tensors.get_tensor(name)
+                    return tensor
+        return None
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The fast tokenizer (tokenizer.json, else vocab.txt, else what transformers makes), without truncation or padding."""
+        self.check_vocabulary()
+        try:
+            if (self.path / "tokenizer.json").exists():
+                tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
+            else:
+                import transformers
+
+                has_words = (self.path / "vocab.txt").exists()
+                known = transformers.BertTokenizer if has_words else transformers.AutoTokenizer
+                tokenizer = known.from_pretrained(self.path).backend_tokenizer
+            tokenizer.encode("\u2603")  # a vocabulary that was cut to nothing fails at the first word it does not know
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(
+                f"{self} has no tokenizer that can be read: wanted tokenizer.json or vocab.txt ({first_line(error)})"
+            ) from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def check_vocabulary(self) -> None:
+        """FileNotFoundError where there is no vocabulary: transformers would make a tokenizer without pieces."""
+        if not any(found for name in VOCABULARIES for found in self.path.glob(name)):
+            raise self.missing("tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
+
+    def missing(self, what: str) -> FileNotFoundError:
+        """The error for a folder that lacks a file."""
+        use = f"put its files into {self}"
+        return FileNotFoundError(
+            f"{self} holds no {what}. Fetch the checkpoint whole; without a network, {how_to_fetch(use=use)}"
+        )
+
+
+def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path as model=") -> Folder:
     """The folder of a checkpoint: the path itself, or the hub's files in the local cache, with or without the weights.
 
     Raises FileNotFoundError when it is neither here nor to be had, saying how to bring it to a machine without a network, and
@@ -29,7 +118,7 @@ def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path 
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder
+        return Folder(folder)
     if folder.exists():
         raise FileNotFoundError(
             f"model={str(model)!r} is a file; give the folder that holds config.json and the weights"
@@ -45,56 +134,16 @@ def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path 
             folder = Path(snapshot_download(str(model), allow_patterns=[*wanted, "pytorch_model*.bin"]))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise FileNotFoundError(
-            f"there is no folder {str(model)!r} here, and the hub did not give that checkpoint ({type(error).__name__}: {_first_line(error)})."
+            f"there is no folder {str(model)!r} here, and the hub did not give that checkpoint"
+            f" ({type(error).__name__}: {first_line(error)})."
             f" Check the name; without a network, {how_to_fetch(str(model), use)}"
         ) from error
-    return folder
+    return Folder(folder)
 
 
 def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=") -> str:
     """How a checkpoint comes to a machine without a network: a part of a sentence for errors."""
     return f"run `hf download {name} --local-dir FOLDER` on a machine that has one, copy FOLDER here and {use}"
-
-
-def missing(folder: Path, what: str) -> FileNotFoundError:
-    """The error for a folder that lacks a file."""
-    return FileNotFoundError(
-        f"{folder} holds no {what}. Fetch the checkpoint whole; without a network, {how_to_fetch(use=f'put its files into {folder}')}"
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of config.json."""
-    return _read_json(folder / "config.json")
-
-
-def read_weights(folder: Path) -> Weights:
-    """All tensors of a folder by name, on the CPU in their stored dtype: safetensors if there are any, else pytorch_model*.bin."""
-    files = _weight_files(folder)
-    weights: Weights = {}
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                weights.update(safetensors.torch.load_file(file))
-            else:
-                weights.update(torch.load(file, map_location="cpu", weights_only=True))
-        except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(
-                f"{file} cannot be read: it is cut short or damaged; fetch it again ({_first_line(error)})"
-            ) from error
-    return weights
-
-
-def read_weight(folder: Path, name: str) -> torch.Tensor | None:
-    """One tensor of a folder, if it is there, without reading the others where they are safetensors."""
-    for file in _weight_files(folder):
-        if file.suffix != ".safetensors":
-            return read_weights(folder).get(name)
-        with safetensors.safe_open(file, "pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                tensor: torch.Tensor = tensors.get_tensor(name)
-                return tensor
-    return None
 
 
 def library_config(config: dict[str, Any], config_class: type) -> Any:
@@ -125,157 +174,61 @@ def wrong_weights(source: str, problems: list[str]) -> ValueError:
     return ValueError(f"{source} does not hold the weights of this model: {listed}")
 
 
-def check_vocabulary(folder: Path) -> None:
-    """FileNotFoundError for a folder without a vocabulary, of which transformers makes a tokenizer all the same, with no pieces."""
-    if not any(found for name in VOCABULARIES for found in folder.glob(name)):
-        raise missing(folder, "tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
+def library_model(mapping: Any, config: Any, weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
+    """The library's model for a config, from a mapping such as transformers.MODEL_MAPPING, with exactly these weights.
 
-
-def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The fast tokenizer of a folder (tokenizer.json, else vocab.txt, else what transformers makes of it), without cutting or padding."""
-    check_vocabulary(folder)
-    try:
-        if (folder / "tokenizer.json").exists():
-            tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        else:
-            import transformers
-
-            known = transformers.BertTokenizer if (folder / "vocab.txt").exists() else transformers.AutoTokenizer
-            tokenizer = known.from_pretrained(folder).backend_tokenizer
-        tokenizer.encode("\u2603")  # a vocabulary that was cut to nothing fails at the first word it does not know
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(
-            f"{folder} has no tokenizer that can be read: wanted tokenizer.json or vocab.txt ({_first_line(error)})"
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-class SentencePieces:
-    """T5's pieces as the slow tokenizer makes them (`legacy=False`), from spiece.model alone.
-
-    Control tokens in a text, such as </s>, are read as plain characters. Source: specs of LiT5, section 3.
+    Raises KeyError where the mapping has no model for the config, and ValueError for weights that are missing, left over or
+    of another shape.
     """
-
-    def __init__(self, file: Path):
-        import sentencepiece
-
-        no_dummy_prefix = b"\x1a\x02\x18\x00"  # merges normalizer_spec.add_dummy_prefix = False into the model
-        self.processor = sentencepiece.SentencePieceProcessor()
-        self.processor.LoadFromSerializedProto(file.read_bytes() + no_dummy_prefix)
-        self._guard = len(self.processor.encode("<unk>"))
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without </s>. The guard in front keeps what a text begins with from being normalised away."""
-        guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
-        return [ids[self._guard :] for ids in self.processor.encode(guarded)]
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids; those that T5 can write but the tokenizer does not know (<extra_id_0>, ...) separate words."""
-        known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
-        return " ".join(self.processor.decode(group) for group in known)
+    model: PreTrainedModel
+    model, found = mapping[type(config)].from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    names = [
+        (problem, name if isinstance(name, str) else name[0])
+        for problem in ("missing", "unexpected", "mismatched")
+        for name in found[f"{problem}_keys"]
+    ]
+    problems = [f"{problem} {name}" for problem, name in names if "position_ids" not in name]
+    if problems:
+        raise wrong_weights(source, problems)
+    return model
 
 
-def read_sentencepieces(folder: Path) -> SentencePieces:
-    """The tokenizer in spiece.model."""
-    file = folder / "spiece.model"
-    if not file.exists():
-        raise missing(folder, "spiece.model, T5's tokenizer")
-    try:
-        return SentencePieces(file)
-    except (RuntimeError, OSError) as error:
+def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
+    """ValueError for a tokenizer that knows more pieces than the model has embeddings."""
+    if known > size:
         raise ValueError(
-            f"{file} cannot be read: it is cut short or damaged; fetch it again ({_first_line(error)})"
-        ) from error
-
-
-@dataclasses.dataclass
-class T5:
-    """A T5 checkpoint in memory."""
-
-    network: Any  # transformers' T5ForConditionalGeneration
-    tied: bool  # the output layer is the embedding, scaled
-    pieces: SentencePieces
-    config: dict[str, Any]  # config.json
-    spiece: bytes  # spiece.model
-
-    def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
-        """A number of tokens: the caller's own, else what `save` recorded under this name, else the default.
-
-        ValueError for anything but a whole number from `least` on.
-        """
-        recorded = self.config.get("lengths", {})
-        number = own if own is not None else recorded.get(name, default) if isinstance(recorded, dict) else recorded
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"{name}={number!r}; wanted a whole number of tokens, at least {least}")
-        return number
-
-    def save(self, folder: Path, **fields: Any) -> None:
-        """Write config (with further fields), weights and tokenizer into an existing folder."""
-        twins = (
-            "encoder.embed_tokens.weight",
-            "decoder.embed_tokens.weight",
-            *(["lm_head.weight"] if self.tied else []),
+            f"{source}: the tokenizer knows {known} pieces and the {model} {size}; they are of two checkpoints"
         )
-        weights = {name: tensor for name, tensor in self.network.state_dict().items() if name not in twins}
-        weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
-        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        config = self.config | {"tie_word_embeddings": self.tied} | fields
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "spiece.model").write_bytes(self.spiece)
 
 
-def read_t5(folder: Path, device: torch.device, dtype: torch.dtype) -> T5:
-    """A T5 with its language model head, on a device in a dtype, ready for inference; ValueError for another architecture."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = read_config(folder)
-    if config.get("model_type") != "t5":
-        raise ValueError(
-            f"{folder} holds a {config.get('model_type')!r} checkpoint ({config.get('architectures')}); wanted a T5"
-        )
-    if dtype == torch.float16:
-        raise ValueError("dtype='float16' overflows in T5; wanted 'bfloat16' or 'float32'")
-    pieces = read_sentencepieces(folder)
-    weights = read_weights(folder)
-    for name in [name for name in weights if name.endswith("EncDecAttention.relative_attention_bias.weight")]:
-        del weights[name]  # T5's first checkpoints hold this table, which no version of the model reads
-    embedding = weights.get("shared.weight", weights.get("encoder.embed_tokens.weight"))
-    head = weights.get("lm_head.weight", embedding)
-    if embedding is None or head is None:
-        raise wrong_weights(str(folder), ["missing shared.weight"])
-    # The weights decide: transformers 5 writes tie_word_embeddings=true for untied models too
-    tied = head is embedding or torch.equal(head, embedding)
-    twins = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
-    weights |= {f"{name}.weight": embedding for name in twins} | {"lm_head.weight": head}
-    architecture = library_config(config, T5Config)
-    if architecture.dense_act_fn == "gelu_new":
-        architecture.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one kernel in place of eight
-    with torch.device("meta"):
-        network: Any = T5ForConditionalGeneration(architecture)
-        network.lm_head = nn.Linear(network.config.d_model, network.config.vocab_size, bias=False)
-    load_strictly(network, weights, str(folder))
-    buckets, farthest = architecture.relative_attention_num_buckets, architecture.relative_attention_max_distance
-    if not farthest > buckets // 2:
-        raise ValueError(
-            f"{folder}: relative_attention_max_distance={farthest!r}; wanted more than half of the {buckets} relative_attention_num_buckets"
-        )
-    network.set_input_embeddings(network.shared)
-    if tied:
-        network.lm_head.weight = network.shared.weight
-    network.to(device, dtype).eval().requires_grad_(False)
-    return T5(network, tied, pieces, config, (folder / "spiece.model").read_bytes())
+def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
+    """The ids of each text. The tokenizer is given CHUNK texts at a time: its results are some 10 kB each."""
+    for start in range(0, len(texts), CHUNK):
+        encodings = tokenizer.encode_batch_fast(list(texts[start : start + CHUNK]), add_special_tokens=special_tokens)
+        yield from (encoding.ids for encoding in encodings)
 
 
-def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """The fields of tokenizer_config.json, {} where there is none."""
-    file = folder / "tokenizer_config.json"
-    fields = _read_json(file) if file.exists() else {}
-    limit = fields.get("model_max_length")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
-        raise ValueError(f"{file}: model_max_length={limit!r}; wanted a number of tokens")
-    return fields
+def damaged(file: Path, error: BaseException) -> ValueError:
+    """The error for a file that cannot be read."""
+    return ValueError(f"{file} cannot be read: it is cut short or damaged; fetch it again ({first_line(error)})")
+
+
+def below(weights: Weights, prefix: str) -> Weights:
+    """The weights whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def save_weights(folder: Path, weights: Weights) -> None:
+    """Write model.safetensors."""
+    weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_json(file: Path, fields: dict[str, Any]) -> None:
+    """Write a config."""
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -287,7 +240,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(
-            f"device={device!r} cannot be used here; wanted None, 'cpu', 'cuda', 'cuda:1', ... ({_first_line(error)})"
+            f"device={device!r} cannot be used here; wanted None, 'cpu', 'cuda', 'cuda:1', ... ({first_line(error)})"
         ) from error
     return chosen
 
@@ -320,41 +273,41 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
         try:
             fill(Path(new))
         except Exception as error:  # safetensors and tokenizers raise their own for a full disk
-            raise OSError(f"{path} could not be saved and is as it was before ({_first_line(error)})") from error
+            raise OSError(f"{path} could not be saved and is as it was before ({first_line(error)})") from error
         for file in sorted(Path(new).iterdir()):
             file.chmod(0o644)
             file.replace(path / file.name)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _weight_files(folder: Folder) -> list[Path]:
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = f"{whole}.index.json"
-        if (folder / whole).exists():
-            return [folder / whole]
-        if (folder / index).exists():
-            files = [folder / name for name in sorted(set(_read_json(folder / index)["weight_map"].values()))]
+        if (folder.path / whole).exists():
+            return [folder.path / whole]
+        if (folder.path / index).exists():
+            files = [folder.path / name for name in sorted(set(_read_json(folder, index)["weight_map"].values()))]
             absent = [file.name for file in files if not file.exists()]
             if absent:
-                raise missing(folder, f"{', '.join(absent)}, which {index} names")
+                raise folder.missing(f"{', '.join(absent)}, which {index} names")
             return files
-    raise missing(
-        folder, "weights: wanted model.safetensors or pytorch_model.bin, in one file or in shards with their index"
+    raise folder.missing(
+        "weights: wanted model.safetensors or pytorch_model.bin, in one file or in shards with their index"
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+    file = folder.path / name
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise missing(file.parent, file.name) from None
+        raise folder.missing(name) from None
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{file} cannot be read: it is cut short or damaged; fetch it again ({_first_line(error)})"
-        ) from error
+        raise damaged(file, error) from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file} holds a {type(fields).__name__}, wanted an object of named fields")
     return fields
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,13 +1,14 @@
 """Two texts as one input: cut each, lay them out with the tokenizer's special tokens, pad a batch. Knows no model."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import tokenizers
 import torch
 
+from pyterrier_lit.batching import padded
+from pyterrier_lit.models.checkpoints import encode
+
 Pair = tuple[list[int], list[int]]  # the pieces of a query, the pieces of a passage
-CHUNK = 1_000  # texts handed to the tokenizer at once: its results are some 10 kB each until only the ids are kept
 
 
 class PairLayout:
@@ -42,11 +43,7 @@ class PairLayout:
 
     def pieces(self, texts: Sequence[str], length: int) -> list[list[int]]:
         """The first `length` pieces of each text, without special tokens around them."""
-        cut: list[list[int]] = []
-        for start in range(0, len(texts), CHUNK):
-            encodings = self.tokenizer.encode_batch_fast(list(texts[start : start + CHUNK]), add_special_tokens=False)
-            cut += [self._cleaned(encoding.ids[:length]) for encoding in encodings]
-        return cut
+        return [self._cleaned(ids[:length]) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: list[int], passage: list[int]) -> Pair:
         """The pair within `limit`: while it is too long the longer side loses its last piece, the passage on a tie."""
@@ -63,12 +60,9 @@ class PairLayout:
     def tensors(self, pairs: Sequence[Pair], pad_id: int) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and token_type_ids of a batch, each (B, L) int64, padded on the right."""
         inputs = [[*self.prefix, *query, *self.middle, *passage, *self.suffix] for query, passage in pairs]
-        lengths = torch.tensor([len(ids) for ids in inputs])[:, None]
+        ids, mask = padded(inputs, pad_id)
         passage_starts = torch.tensor([len(self.prefix) + len(query) + len(self.middle) for query, _ in pairs])[:, None]
-        at = torch.arange(int(lengths.max()))[None]
-        mask = at < lengths
-        ids = torch.full(mask.shape, pad_id)
-        ids[mask] = torch.tensor(list(chain.from_iterable(inputs)))
+        at = torch.arange(mask.shape[1])
         return {
             "input_ids": ids,
             "attention_mask": mask.long(),

@@ -7,6 +7,17 @@ import torch
 from torch.nn import functional as F
 
 
+def distinct(
+    keys: Sequence[Sequence[Any]], docnos: Sequence[Sequence[Any]]
+) -> tuple[list[Any], list[Any], list[list[int]]]:
+    """The distinct keys of Q lists of passages, a docno of each, and for each list the rows of its passages among them."""
+    docno_of = {
+        key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)
+    }
+    row_of = {key: row for row, key in enumerate(docno_of)}
+    return list(docno_of), list(docno_of.values()), [[row_of[key] for key in row] for row in keys]
+
+
 def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
     """N vectors as they stand in a result frame (arrays, tensors or lists) -> (N, d) float32."""
     rows = []

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pyterrier_lit.models.checkpoints import Folder, first_line
+
 PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # stands for a passage in the prompt; for a rank, in training alone
 
 PROMPT = (
@@ -83,28 +85,12 @@ class Prompter:
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
-def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: bool = False) -> Prompter:
-    """The tokenizer of a folder.
+def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prompter:
+    """The tokenizer and the chat template of a folder. ValueError for those that are of no PE-Rank model.
 
-    tokenizer_class: what its tokenizer_config.json says, for a folder without tokenizer.json; where there is one, that file
-        says all. (Transformers 5 would rebuild it by the class, and by Mistral's config choose another: other ids.)
     vocab_size: that of the model. add: put the two tokens of PE-Rank in.
     """
-    import transformers
-
-    known: Any
-    if (folder / "tokenizer.json").exists():
-        known = transformers.PreTrainedTokenizerFast
-    else:
-        known = getattr(transformers, tokenizer_class.removesuffix("Fast"), None) or transformers.AutoTokenizer
-    try:
-        if known is not transformers.PreTrainedTokenizerFast and (folder / "tokenizer.model").exists():
-            _check_sentencepieces(folder / "tokenizer.model")
-        tokenizer = known.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(
-            f"{folder} has no tokenizer that can be read ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-        ) from error
+    tokenizer = _read_tokenizer(folder)
     if add:
         tokenizer.add_tokens([PLACEHOLDER, RANK], special_tokens=True)
     if not tokenizer.chat_template:
@@ -114,7 +100,8 @@ def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: b
         )
     if PLACEHOLDER not in tokenizer.get_added_vocab() or (len(tokenizer) > vocab_size and not add):
         raise ValueError(
-            f"the tokenizer of {folder} with {len(tokenizer)} pieces is not that of a PE-Rank model of {vocab_size} ({PLACEHOLDER} among them)"
+            f"the tokenizer of {folder} with {len(tokenizer)} pieces is not that of a PE-Rank model of {vocab_size}"
+            f" ({PLACEHOLDER} among them)"
         )
     prompter = Prompter(tokenizer)
     try:
@@ -126,8 +113,27 @@ def read_prompter(folder: Path, tokenizer_class: str, vocab_size: int, *, add: b
     return prompter
 
 
+def _read_tokenizer(folder: Folder) -> Any:
+    """The library's tokenizer. Where there is a tokenizer.json, that file says all: transformers 5 would rebuild it by the class
+    that tokenizer_config.json names, and by Mistral's config choose another, with other ids."""
+    import transformers
+
+    folder.check_vocabulary()
+    known: Any = transformers.PreTrainedTokenizerFast
+    is_fast = (folder.path / "tokenizer.json").exists()
+    if not is_fast:
+        name = str(folder.tokenizer_config.get("tokenizer_class", "AutoTokenizer")).removesuffix("Fast")
+        known = getattr(transformers, name, None) or transformers.AutoTokenizer
+    try:
+        if not is_fast and (folder.path / "tokenizer.model").exists():
+            _check_sentencepieces(folder.path / "tokenizer.model")
+        return known.from_pretrained(folder.path)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{folder} has no tokenizer that can be read ({first_line(error)})") from error
+
+
 def _check_sentencepieces(file: Path) -> None:
-    """RuntimeError for a file that is cut short: transformers would make an empty vocabulary of it, or take it for another format."""
+    """RuntimeError for a file that is cut short: transformers would make an empty vocabulary of it, or misread its format."""
     import sentencepiece
 
     try:

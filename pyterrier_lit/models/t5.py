@@ -1,46 +1,182 @@
-"""Fusion-in-Decoder on the library's T5: passages encoded alone, one decoder over them all, with caches.
+"""T5 with Fusion-in-Decoder: each passage is encoded alone, and one decoder reads the states of all of them.
 
-Knows token ids and tensors: no prompts, no identifiers, no rankings. Source: Izacard and Grave, arXiv 2007.01282; LiT5's
-use of it, arXiv 2312.16098. D is the model's width, H its heads, S the tokens of a window's passages together.
+So the encoder's work grows with the number of passages and not with its square, and the decoder still sees every
+passage when it writes. Knows token ids and tensors: no prompts, no identifiers, no rankings.
+
+Source: Izacard and Grave, arXiv 2007.01282; LiT5's use of it, arXiv 2312.16098. In the shapes B is the number of windows,
+P the passages of a window, S the tokens of a window's passages together, D the model's width, H its heads, d the width
+of a head.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pyterrier_lit.batching import encoder_tokens, map_batches
+from pyterrier_lit.batching import encoder_tokens, map_batches, padded
+from pyterrier_lit.models.checkpoints import (
+    Folder,
+    damaged,
+    library_config,
+    load_strictly,
+    save_json,
+    save_weights,
+    wrong_weights,
+)
 
-START, EOS = 0, 1  # T5's first input of a decoder (its pad token) and its end of sequence
+START, EOS = 0, 1  # the first input of T5's decoder (its pad token), and its end of sequence
+
+
+class SentencePieces:
+    """T5's pieces as the slow tokenizer makes them (`legacy=False`), from spiece.model alone.
+
+    Control tokens in a text, such as </s>, are read as plain characters. Source: specs of LiT5, section 3.
+    """
+
+    def __init__(self, file: Path):
+        import sentencepiece
+
+        # Two protobuf fields that are merged into the model: normalizer_spec (field 3, two bytes long) with
+        # add_dummy_prefix (field 3 of it) = false
+        no_dummy_prefix = b"\x1a\x02\x18\x00"
+        self.model = file.read_bytes()  # as `save` writes it
+        self.processor = sentencepiece.SentencePieceProcessor()
+        self.processor.LoadFromSerializedProto(self.model + no_dummy_prefix)
+        self._guard = len(self.processor.encode("<unk>"))
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without </s>. The <unk> in front keeps a text's first blank from being normalised away."""
+        guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
+        return [ids[self._guard :] for ids in self.processor.encode(guarded)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids. Those that T5 can write and the tokenizer does not know (<extra_id_0>, ...) separate words."""
+        known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
+        return " ".join(self.processor.decode(group) for group in known)
+
+
+@dataclasses.dataclass(eq=False)
+class T5Checkpoint:
+    """A T5 in memory."""
+
+    network: Any  # transformers' T5ForConditionalGeneration
+    pieces: SentencePieces
+    config: dict[str, Any]  # config.json
+
+    def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
+        """A number of tokens: the caller's own, else what `save` recorded under this name, else the default.
+
+        ValueError for anything but a whole number from `least` on.
+        """
+        recorded = self.config.get("lengths", {})
+        number = own if own is not None else recorded.get(name, default) if isinstance(recorded, dict) else recorded
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"{name}={number!r}; wanted a whole number of tokens, at least {least}")
+        return number
+
+    def save(self, folder: Path, **fields: Any) -> None:
+        """Write config (with further fields), weights and tokenizer into an existing folder."""
+        tied = FiD(self.network).tied
+        twins = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if tied else []))
+        save_weights(folder, {name: w for name, w in self.network.state_dict().items() if name not in twins})
+        save_json(folder / "config.json", self.config | {"tie_word_embeddings": tied} | fields)
+        (folder / "spiece.model").write_bytes(self.pieces.model)
+
+
+def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Checkpoint:
+    """A T5 with its language model head, on a device in a dtype, ready for inference.
+
+    Raises FileNotFoundError for a missing file, and ValueError for another architecture, other weights and float16.
+    """
+    config = folder.config
+    if config.get("model_type") != "t5":
+        raise ValueError(
+            f"{folder} holds a {config.get('model_type')!r} checkpoint ({config.get('architectures')}); wanted a T5"
+        )
+    if dtype == torch.float16:
+        raise ValueError("dtype='float16' overflows in T5; wanted 'bfloat16' or 'float32'")
+    pieces = _read_pieces(folder)
+    network = _read_network(folder).to(device, dtype).eval().requires_grad_(False)
+    return T5Checkpoint(network, pieces, config)
+
+
+def _read_pieces(folder: Folder) -> SentencePieces:
+    file = folder.path / "spiece.model"
+    if not file.exists():
+        raise folder.missing("spiece.model, T5's tokenizer")
+    try:
+        return SentencePieces(file)
+    except (RuntimeError, OSError) as error:
+        raise damaged(file, error) from error
+
+
+def _read_network(folder: Folder) -> Any:
+    """The network on the CPU. Whether its output layer is the embedding, the weights say, since configs are wrong about it:
+    transformers 5 writes tie_word_embeddings=true for all T5s."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    weights = folder.weights()
+    for name in [name for name in weights if name.endswith("EncDecAttention.relative_attention_bias.weight")]:
+        del weights[name]  # T5's first checkpoints hold this table, which no version of the model reads
+    embedding = weights.get("shared.weight", weights.get("encoder.embed_tokens.weight"))
+    head = weights.get("lm_head.weight", embedding)
+    if embedding is None or head is None:
+        raise wrong_weights(str(folder), ["missing shared.weight"])
+    tied = head is embedding or torch.equal(head, embedding)
+    twins = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+    weights |= {f"{name}.weight": embedding for name in twins} | {"lm_head.weight": head}
+    shape = library_config(folder.config, T5Config)
+    if shape.dense_act_fn == "gelu_new":
+        shape.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one kernel in place of eight
+    buckets, farthest = shape.relative_attention_num_buckets, shape.relative_attention_max_distance
+    with torch.device("meta"):
+        network: Any = T5ForConditionalGeneration(shape)
+        network.lm_head = nn.Linear(network.config.d_model, network.config.vocab_size, bias=False)
+    load_strictly(network, weights, str(folder))
+    if not farthest > buckets // 2:
+        raise ValueError(
+            f"{folder}: relative_attention_max_distance={farthest!r}; wanted more than half of the {buckets}"
+            " relative_attention_num_buckets"
+        )
+    network.set_input_embeddings(network.shared)
+    if tied:
+        network.lm_head.weight = network.shared.weight
+    return network
 
 
 @dataclasses.dataclass
 class Memory:
-    """What B decoders in step read: the passages of their windows, and what they have written so far."""
+    """What the decoders of B windows read: the passages, and the tokens that they have read or written so far."""
 
     keys: list[torch.Tensor]  # per layer (B, H, S, d), of the passages' tokens
     values: list[torch.Tensor]
-    mask: (
-        torch.Tensor | None
-    )  # (B, 1, 1, S), added to the attention: 0, and -inf on padding; None where nothing is padded
-    norms: (
-        list[torch.Tensor] | None
-    )  # per layer (B, H, S) float32, the length of each value, where attention is watched
-    own_keys: torch.Tensor  # (layers, B, H, steps, d)
+    mask: torch.Tensor | None  # (B, 1, 1, S), added to the attention: 0, and -inf on padding; None without padding
+    norms: list[torch.Tensor] | None  # per layer (B, H, S) float32, the length of each value, to compute attention mass
+    own_keys: torch.Tensor  # (layers, B, H, steps, d), of the decoder's own tokens
     own_values: torch.Tensor
     distance_bias: torch.Tensor  # (H, steps): for a token so many positions back
-    step: int = 0
+    step: int = 0  # tokens read so far
 
 
 class FiD:
-    """A T5ForConditionalGeneration whose decoder reads many separately encoded inputs. Encoder and decoder may differ in depth."""
+    """A T5ForConditionalGeneration whose decoder reads many separately encoded inputs.
 
-    def __init__(self, network: Any, tied: bool):
+    Encoder and decoder may differ in depth.
+    """
+
+    def __init__(self, network: Any):
         self.network = network
-        self.tied = tied  # the output layer is the embedding, scaled
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding, scaled."""
+        return self.network.lm_head.weight is self.network.shared.weight
 
     @property
     def device(self) -> torch.device:
@@ -48,29 +184,27 @@ class FiD:
         return embedding.device
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """n prompts of L_i ids -> n states (L_i, D). Padding is masked: prompts encode alike in any company."""
-        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(self.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        mask = None if bool((lengths == ids.shape[1]).all()) else torch.arange(ids.shape[1])[None] < lengths[:, None]
-        mask = mask if mask is None else mask.long().to(self.device)
-        states = self.network.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        """n prompts of L_i ids -> n states (L_i, D). Padding is masked: the result does not depend on the batch."""
+        ids, inside = padded(prompts)
+        mask = None if bool(inside.all()) else inside.long().to(self.device)
+        states = self.network.encoder(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state
         return [row[: len(prompt)] for row, prompt in zip(states, prompts, strict=True)]
 
-    def read_prompts(self, windows: Sequence[Sequence[Sequence[int]]], steps: int, watch: bool = False) -> Memory:
-        """B windows of prompts -> the memory of decoders of at most `steps` tokens. Each is encoded once,
-        those of like length together.
+    def read_prompts(self, windows: Sequence[Sequence[Sequence[int]]], steps: int, mass: bool = False) -> Memory:
+        """B windows of prompts -> the memory of decoders that read at most `steps` tokens.
+
+        Equal prompts are encoded once, those of like length together. mass: `read` also gives attention mass.
         """
         prompts = list(dict.fromkeys(tuple(prompt) for window in windows for prompt in window))
         lengths = [len(prompt) for prompt in prompts]
         states = map_batches(self.encode, prompts, lengths, encoder_tokens(self.device))
         state_of = dict(zip(prompts, states, strict=True))
-        return self.read([[state_of[tuple(prompt)] for prompt in window] for window in windows], steps, watch)
+        return self.memory([[state_of[tuple(prompt)] for prompt in window] for window in windows], steps, mass)
 
-    def read(self, windows: Sequence[Sequence[torch.Tensor]], steps: int, watch: bool = False) -> Memory:
-        """B windows of encoded passages -> what a decoder of at most `steps` tokens needs; keys and values made once.
+    def memory(self, windows: Sequence[Sequence[torch.Tensor]], steps: int, mass: bool = False) -> Memory:
+        """B windows of encoded passages -> the memory of decoders that read at most `steps` tokens.
 
-        Cross-attention has no positions: states are concatenated without their padding. watch: keep the values' lengths,
-        so that `write` gives attention mass.
+        Keys and values are computed once. Cross-attention has no positions, so states are joined without their padding.
         """
         decoder, config = self.network.decoder, self.network.config
         joined = [torch.cat(list(passages)) for passages in windows]
@@ -79,89 +213,81 @@ class FiD:
         mask = None
         if len({len(window) for window in joined}) > 1:
             padding = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
-            mask = torch.zeros(padding.shape, dtype=states.dtype, device=states.device).masked_fill(
-                padding, float("-inf")
-            )
-            mask = mask[:, None, None]
-        keys, values, norms = [], [], []
-        for block in decoder.block:
-            cross = block.layer[1].EncDecAttention
-            keys.append(_heads(cross.k(states), config))
-            values.append(_heads(cross.v(states), config))
-            if watch:
-                norms.append(values[-1].float().norm(dim=-1))
+            mask = torch.zeros(padding.shape, dtype=states.dtype, device=states.device)
+            mask = mask.masked_fill(padding, float("-inf"))[:, None, None]
+        attentions = [block.layer[1].EncDecAttention for block in decoder.block]
+        keys = [_heads(attention.k(states), config) for attention in attentions]
+        values = [_heads(attention.v(states), config) for attention in attentions]
+        norms = [value.float().norm(dim=-1) for value in values] if mass else None
         own = (len(decoder.block), len(windows), config.num_heads, steps, config.d_kv)
-        return Memory(
-            keys,
-            values,
-            mask,
-            norms if watch else None,
-            own_keys=states.new_empty(own),
-            own_values=states.new_empty(own),
-            distance_bias=self._distance_bias(steps).to(states.dtype),
-        )
+        own_keys, own_values = states.new_empty(own), states.new_empty(own)
+        return Memory(keys, values, mask, norms, own_keys, own_values, self._distance_bias(steps).to(states.dtype))
 
-    def write(self, memory: Memory, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """One decoder step: the last token of each row, ids (B,) -> its state (B, D) after the final norm.
+    def read(self, memory: Memory, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """One decoder pass over the next m tokens of each window: ids (B, m) -> their states (B, m, D) after the final norm.
 
-        With it, where the memory is watched, the attention mass of the step, per layer (B, S): the mean over heads of
-        attention weight times value length; otherwise an empty list.
+        A token sees those before it. With them, where the memory has norms, the attention mass of each token, per layer
+        (B, m, S): the mean over heads of attention weight times value length; otherwise an empty list.
         """
-        decoder, t, mass = self.network.decoder, memory.step, []
+        decoder, mass = self.network.decoder, []
+        start, stop = memory.step, memory.step + ids.shape[1]
         hidden = self.network.shared(ids)
-        back = memory.distance_bias[:, : t + 1].flip(-1)[:, None]  # (H, 1, t + 1)
+        back = torch.arange(start, stop, device=ids.device)[:, None] - torch.arange(stop, device=ids.device)
+        bias = memory.distance_bias[:, back.clamp_min(0)]  # (H, m, stop)
+        if ids.shape[1] > 1:
+            bias = bias.masked_fill(back < 0, float("-inf"))
         for layer, block in enumerate(decoder.block):
             attention = block.layer[0].SelfAttention
-            normed = block.layer[0].layer_norm(hidden)
-            memory.own_keys[layer, :, :, t] = _heads(attention.k(normed)[:, None], self.network.config)[:, :, 0]
-            memory.own_values[layer, :, :, t] = _heads(attention.v(normed)[:, None], self.network.config)[:, :, 0]
-            own_keys, own_values = memory.own_keys[layer, :, :, : t + 1], memory.own_values[layer, :, :, : t + 1]
-            query = _heads(attention.q(normed)[:, None], self.network.config)
-            read = F.scaled_dot_product_attention(query, own_keys, own_values, attn_mask=back, scale=1.0)
-            hidden = hidden + attention.o(read.flatten(1))
+            query, key, value = self._projected(attention, block.layer[0].layer_norm(hidden), "qkv")
+            memory.own_keys[layer, :, :, start:stop] = key
+            memory.own_values[layer, :, :, start:stop] = value
+            own_keys, own_values = memory.own_keys[layer, :, :, :stop], memory.own_values[layer, :, :, :stop]
+            seen = F.scaled_dot_product_attention(query, own_keys, own_values, attn_mask=bias, scale=1.0)
+            hidden = hidden + attention.o(seen.transpose(1, 2).flatten(2))
 
             attention = block.layer[1].EncDecAttention
-            query = _heads(attention.q(block.layer[1].layer_norm(hidden))[:, None], self.network.config)
+            (query,) = self._projected(attention, block.layer[1].layer_norm(hidden), "q")
+            keys, values = memory.keys[layer], memory.values[layer]
             if memory.norms is None:
-                read = F.scaled_dot_product_attention(
-                    query, memory.keys[layer], memory.values[layer], attn_mask=memory.mask, scale=1.0
-                )
+                seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=memory.mask, scale=1.0)
             else:
-                logits = (query @ memory.keys[layer].mT).float()  # (B, H, 1, S)
+                logits = (query @ keys.mT).float()  # (B, H, m, S)
                 weights = (logits if memory.mask is None else logits + memory.mask).softmax(-1)
-                read = weights.to(hidden.dtype) @ memory.values[layer]
-                mass.append((weights[:, :, 0] * memory.norms[layer]).mean(1))
-            hidden = hidden + attention.o(read.flatten(1))
+                seen = weights.to(hidden.dtype) @ values
+                mass.append((weights * memory.norms[layer][:, :, None]).mean(1))
+            hidden = hidden + attention.o(seen.transpose(1, 2).flatten(2))
             hidden = block.layer[2](hidden)
-        memory.step += 1
+        memory.step = stop
         return decoder.final_layer_norm(hidden), mass
 
     def logits(self, states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """states (B, D) -> logits (B, V), or (B, R) over the given rows of the vocabulary alone."""
+        """states (..., D) -> logits (..., V), or (..., R) over the given rows of the vocabulary alone."""
         scaled = states * self.network.config.d_model**-0.5 if self.tied else states
         weight = self.network.lm_head.weight
         return F.linear(scaled, weight if rows is None else weight[rows])
 
     def greedy(
-        self, memory: Memory, max_length: int, queries: Sequence[str]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
-        """Write the likeliest token step by step, until every row has written EOS or holds `max_length` tokens with START.
+        self, memory: Memory, max_length: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
+        """Write the likeliest token step by step, until every window has EOS or `max_length` tokens with START.
 
-        Yields per step the tokens (B,), which rows were unfinished before it (B,), and the attention mass as `write` gives it.
-        Raises ValueError when a logit is NaN, which names the row's among `queries`.
+        Yields at each step the tokens (B,), which windows had no EOS before it (B,), where a logit was NaN (B,), and the
+        attention mass as `read` gives it, per layer (B, S).
         """
         rows = memory.own_keys.shape[1]
         ids = torch.full((rows,), START, device=self.device)
         unfinished = torch.ones(rows, dtype=torch.bool, device=self.device)
         for _ in range(max_length - 1):
-            states, mass = self.write(memory, ids)
-            logits = self.logits(states)
-            refuse_nan(logits.isnan().any(1), queries)
+            states, mass = self.read(memory, ids[:, None])
+            logits = self.logits(states[:, 0])
             ids = logits.argmax(-1)
-            yield ids, unfinished, mass
+            yield ids, unfinished, logits.isnan().any(1), [layer[:, 0] for layer in mass]
             unfinished = unfinished & (ids != EOS)
             if not unfinished.any():
                 return
+
+    def _projected(self, attention: Any, states: torch.Tensor, names: str) -> list[torch.Tensor]:
+        return [_heads(getattr(attention, name)(states), self.network.config) for name in names]
 
     def _distance_bias(self, steps: int) -> torch.Tensor:
         attention = self.network.decoder.block[0].layer[0].SelfAttention
@@ -175,12 +301,29 @@ class FiD:
         return bias.T
 
 
-def refuse_nan(broken: torch.Tensor, queries: Sequence[str]) -> None:
-    """ValueError that names the first of B queries whose logits were NaN, broken (B,). Waits for the device."""
-    if broken.any():
-        raise ValueError(
-            f"the model gave nan for query {queries[int(broken.int().argmax())]!r}; try dtype='float32', and check the checkpoint's weights"
-        )
+class PieceReader:
+    """A `decoding.Reader` over B windows of prompts. Its symbols are pieces: ids of the vocabulary, in the order of `pieces`."""
+
+    def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
+        self.fid = fid
+        self.pieces = torch.tensor(pieces, device=fid.device)  # (S,)
+        self.memory = fid.read_prompts(windows, steps)
+        self.rows = len(windows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.fid.device
+
+    def start(self) -> torch.Tensor:
+        """Logits (B, S) of the first piece."""
+        return self._after(torch.full((self.rows, 1), START, device=self.device))[:, -1]
+
+    def read(self, symbols: torch.Tensor) -> torch.Tensor:
+        """symbols (B, m) -> logits (B, m, S) of the piece after each."""
+        return self._after(self.pieces[symbols])
+
+    def _after(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.fid.logits(self.fid.read(self.memory, ids)[0], self.pieces)
 
 
 def _heads(projected: torch.Tensor, config: Any) -> torch.Tensor:

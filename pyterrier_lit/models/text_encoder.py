@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
@@ -11,17 +10,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pyterrier_lit.batching import padded
+from pyterrier_lit.models.checkpoints import (
+    NO_SHAPE,
+    Folder,
+    Weights,
+    check_pieces,
+    encode,
+    load_strictly,
+)
+from pyterrier_lit.models.pooling import POOLING, check_pooling
+
 LENGTH = 512  # tokens kept of a passage
-CHUNK = 1_000  # texts handed to the tokenizer at once: its results are some 10 kB each until only the ids are kept
-
-Pooling = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-# states (B, L, H), mask (B, L) -> (B, H)
-POOLING: dict[str, Pooling] = {
-    "mean": lambda states, mask: (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1),
-    "cls": lambda states, mask: states[:, 0],
-    "last_token": lambda states, mask: states[torch.arange(len(states), device=mask.device), mask.sum(1) - 1],
-}
+POOLINGS = ("mean", "cls", "last_token")
 
 
 @dataclasses.dataclass
@@ -33,28 +34,38 @@ class TextEncoder:
     config: dict[str, Any]  # the encoder's own config.json
     pooling: str
 
+    def __post_init__(self) -> None:
+        self.tokenizer.enable_truncation(min(LENGTH, self.config.get("max_position_embeddings", LENGTH)))
+
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text with special tokens around them, at most LENGTH; white space counts as one blank."""
-        self.tokenizer.enable_truncation(min(LENGTH, self.config.get("max_position_embeddings", LENGTH)))
-        ids: list[list[int]] = []
-        for start in range(0, len(texts), CHUNK):
-            chunk = [" ".join(text.split()) for text in texts[start : start + CHUNK]]
-            ids += [encoding.ids for encoding in self.tokenizer.encode_batch_fast(chunk)]
-        return ids
+        return list(encode(self.tokenizer, [" ".join(text.split()) for text in texts], special_tokens=True))
 
     def encode(self, batch: Sequence[list[int]]) -> torch.Tensor:
         """The ids of B texts -> float32 vectors (B, d), not normalised, perhaps still being computed."""
         pad = self.config.get("pad_token_id") or 0
-        lengths = torch.tensor([len(ids) for ids in batch])[:, None]
-        inside = torch.arange(int(lengths.max())) < lengths
-        input_ids = torch.full(inside.shape, pad)
-        input_ids[inside] = torch.tensor(list(chain.from_iterable(batch)))
         device = next(self.network.parameters()).device
-        input_ids = input_ids.to(device)
+        input_ids = padded(batch, pad)[0].to(device)
         mask = (input_ids != pad).long()
         states = self.network(input_ids=input_ids, attention_mask=mask)
         states = states if torch.is_tensor(states) else states.last_hidden_state
         return POOLING[self.pooling](states.float(), mask)
+
+
+def read_text_encoder(folder: Folder, pooling: str) -> TextEncoder:
+    """A trained encoder."""
+    return text_encoder(folder.config, folder.weights(), folder.tokenizer(), pooling, str(folder))
+
+
+def text_encoder(
+    config: dict[str, Any], weights: Weights, tokenizer: tokenizers.Tokenizer, pooling: str, source: str
+) -> TextEncoder:
+    """An encoder from its parts. ValueError for a pooling that is not known, and for parts of different encoders."""
+    check_pooling(pooling, POOLINGS, f"{source}: encoder_pooling")
+    network = empty_encoder(config)
+    load_strictly(network, bare(weights), source)
+    check_pieces(tokenizer.get_vocab_size(), config["vocab_size"], source, "encoder")
+    return TextEncoder(network, tokenizer, config, pooling)
 
 
 def empty_encoder(config: dict[str, Any]) -> nn.Module:
@@ -67,16 +78,12 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
         return JinaBert(config)
     if positions != "absolute" or "auto_map" in config:
         raise ValueError(
-            f"the encoder {config.get('architectures')} (position_embedding_type {positions!r}) needs code of its own, which is not"
-            " run; give its vectors as vectors= or in a 'doc_vec' column, or the encoder as encoder="
+            f"the encoder {config.get('architectures')} (position_embedding_type {positions!r}) needs code of its own,"
+            " which is not run; give its vectors as vectors= or in a 'doc_vec' column, or the encoder as encoder="
         )
     import transformers
 
-    fields = {
-        key: value
-        for key, value in config.items()
-        if key not in ("model_type", "architectures", "dtype", "torch_dtype")
-    }
+    fields = {key: value for key, value in config.items() if key not in NO_SHAPE}
     shape = transformers.AutoConfig.for_model(config["model_type"], **fields)
     network: nn.Module = transformers.AutoModel.from_config(shape)
     if getattr(network, "pooler", None) is not None:
@@ -84,7 +91,7 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
     return network
 
 
-def bare(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def bare(weights: Weights) -> Weights:
     """Weights by the names of `empty_encoder`: without the pooler, and without the buffer that old versions saved."""
     return {
         name: tensor

@@ -1,5 +1,12 @@
-"""A causal language model with vectors among its words: projector, inputs, decoding with a cache. Knows no text, no queries."""
+"""A causal language model that reads vectors among its words, and whose next word is one of these vectors.
 
+A projector brings the vectors into the space of the model's input embeddings, where they stand in for placeholders. At
+the end of the prompt the score of a vector is its dot product with the last state: the vectors are the vocabulary.
+Knows no text and no queries. In the shapes B is the number of prompts, L their length, N the vectors of a prompt, H the
+width of the model. Source: PE-Rank (arXiv 2406.14848), section 3.
+"""
+
+import inspect
 import re
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -22,16 +29,37 @@ class VectorLM(nn.Module):
         self.projector = projector
         self.placeholder = placeholder  # the id that stands for a vector
 
-    def read(self, prompts: list[list[int]], vectors: list[torch.Tensor]) -> "Reading":
+    def forward(
+        self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None
+    ) -> tuple[torch.Tensor, Any]:
+        """Read inputs (B, L, H) at positions (B, L), under mask (B, C + L) over what the cache holds and these.
+
+        Returns states (B, L, H) and the grown cache. RuntimeError where the library did not use the cache that it was given.
+        """
+        name = _cache_argument(self.body)
+        read = self.body(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache}
+        )
+        grown = read[name]
+        if grown.get_seq_length() != mask.shape[1]:
+            raise RuntimeError(
+                f"the cache of {type(self.body).__name__} holds {grown.get_seq_length()} tokens after {mask.shape[1]} were"
+                " read: this version of transformers is not supported"
+            )
+        states: torch.Tensor = read.last_hidden_state
+        return states, grown
+
+    def read(self, prompts: list[list[int]], vectors: list[torch.Tensor]) -> "VectorReader":
         """Begin with B prompts, each with as many placeholders as its vectors (N, d) have rows.
 
-        The words that all of them begin with are read once. Each prompt goes on after padding of its own.
+        The words that all of them begin with are read once. What follows is padded on the left.
         """
         device = next(self.parameters()).device
         cache, common = None, self._common(prompts)
         if common:
             embedded = self.body.get_input_embeddings()(torch.tensor([common], device=device))
-            cache = self.body(inputs_embeds=embedded, use_cache=True).past_key_values
+            at = torch.arange(len(common), device=device)[None]
+            _, cache = self(embedded, torch.ones_like(at), at)
             cache.batch_repeat_interleave(len(prompts))
         rests = [prompt[len(common) :] for prompt in prompts]
         length = max(map(len, rests))
@@ -42,7 +70,7 @@ class VectorLM(nn.Module):
         inside = torch.arange(stacked.shape[1], device=device) < counts[:, None]
         passages = self.projector(stacked)
         inputs = self.embed(ids, mask, passages, inside)
-        return Reading(self.body, inputs, F.pad(mask, (len(common), 0), value=1), passages, cache)
+        return VectorReader(self, inputs, F.pad(mask, (len(common), 0), value=1), passages, cache)
 
     def _common(self, prompts: list[list[int]]) -> list[int]:
         """The ids before any vector that several prompts begin with, one less than the shortest prompt at most."""
@@ -55,52 +83,57 @@ class VectorLM(nn.Module):
     def embed(
         self, ids: torch.Tensor, mask: torch.Tensor, passages: torch.Tensor, inside: torch.Tensor
     ) -> torch.Tensor:
-        """The input embeddings of ids (B, L) under mask (B, L), where projected passages (B, N, H), as far as `inside`
-        (B, N) says, stand in for the placeholders in order: (B, L, H)."""
+        """ids (B, L), mask (B, L) -> input embeddings (B, L, H).
+
+        The projected passages (B, N, H), where `inside` (B, N) is true, replace the placeholders in their order.
+        """
         embedded: torch.Tensor = self.body.get_input_embeddings()(ids)
         at = ((ids == self.placeholder) & (mask == 1))[..., None]
         return embedded.masked_scatter(at, passages[inside])
 
 
-class Reading:
-    """B prompts under decoding: `logits` reads what is new, `name` appends a passage to each.
+class VectorReader:
+    """A `decoding.Reader` over B prompts whose symbols are the numbers of the prompt's vectors.
 
-    inputs: (B, L, H), what is still to be read. mask: (B, C + L), 0 on padding, over what `cache` holds (C) and that.
-    passages: (B, N, H), the vectors that may be named.
+    inputs: (B, L, H), the prompt or what is left of it to read. mask: (B, C + L), 0 on padding, over what `cache` holds (C
+    tokens) and the inputs. passages: (B, N, H), the projected vectors.
     """
 
     def __init__(
-        self,
-        body: "PreTrainedModel",
-        inputs: torch.Tensor,
-        mask: torch.Tensor,
-        passages: torch.Tensor,
-        cache: Any = None,
+        self, network: VectorLM, inputs: torch.Tensor, mask: torch.Tensor, passages: torch.Tensor, cache: Any = None
     ):
-        self.body = body
+        self.network = network
         self.inputs = inputs
         self.mask = mask
         self.positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -inputs.shape[1] :]  # the first real token is at 0
         self.passages = passages
         self.cache = cache
 
-    def logits(self) -> torch.Tensor:
-        """h . e_j of the last state h with every passage j: float32 (B, N). The vocabulary's own logits are never made."""
-        read = self.body(
-            inputs_embeds=self.inputs,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cache = read.past_key_values
-        return torch.einsum("bh,bnh->bn", read.last_hidden_state[:, -1].float(), self.passages.float())
+    @property
+    def device(self) -> torch.device:
+        return self.passages.device
 
-    def name(self, picked: torch.Tensor) -> None:
-        """picked (B,): the passage that each prompt goes on with."""
-        self.inputs = self.passages[torch.arange(len(picked), device=picked.device), picked][:, None]
-        self.mask = torch.cat([self.mask, self.mask[:, -1:]], 1)
-        self.positions = self.positions[:, -1:] + 1
+    def start(self) -> torch.Tensor:
+        """Logits (B, N) after the prompt: the dot products of the last state with each vector, float32."""
+        return self._logits(last=1)[:, 0]
+
+    def read(self, symbols: torch.Tensor) -> torch.Tensor:
+        """symbols (B, m), numbers of vectors -> logits (B, m, N) after each of them."""
+        rows = torch.arange(len(symbols), device=symbols.device)[:, None]
+        self.inputs = self.passages[rows, symbols]
+        self.mask = F.pad(self.mask, (0, symbols.shape[1]), value=1)
+        self.positions = self.positions[:, -1:] + torch.arange(1, symbols.shape[1] + 1, device=symbols.device)
+        return self._logits(last=symbols.shape[1])
+
+    def _logits(self, last: int) -> torch.Tensor:
+        states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
+        return torch.einsum("bmh,bnh->bmn", states[:, -last:].float(), self.passages.float())
+
+
+def _cache_argument(body: "PreTrainedModel") -> str:
+    """What this version of transformers calls its cache. A name that it does not know it would ignore without a word."""
+    names = inspect.signature(body.forward).parameters
+    return next(name for name in ("cache", "past_key_values") if name in names)
 
 
 def projector(kind: str, width: int, hidden: int) -> nn.Module:

@@ -1,0 +1,113 @@
+"""What the listwise rerankers share: windows -> orders -> scores, and `% k`. Knows no prompt and no model.
+
+A listwise reranker reads a window of passages at once and gives their order. Long lists are reranked in windows that slide
+from the bottom to the top (RankGPT, arXiv 2304.09542).
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pyterrier as pt
+import torch
+
+from pyterrier_lit.batching import Budget, map_batches
+from pyterrier_lit.decoding import Choices
+from pyterrier_lit.frames import Columns, not_finite
+from pyterrier_lit.order import complete, scores
+from pyterrier_lit.reranker import Passages, Reranker
+from pyterrier_lit.windows import Window, slide, sliding_windows
+
+
+class Prompt(NamedTuple):
+    """A window as the model reads it."""
+
+    content: Any  # in the model's own form
+    tokens: int  # of it, for batches
+    n: int  # passages
+    top: int  # how many of these must be ordered; the others keep their order behind them
+
+
+Decode = Callable[[list[Prompt]], Choices]
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class ListwiseReranker(Reranker):
+    """A reranker that decodes an order and can stop after the first `top_k` ranks, which `% k` tells it when compiled.
+
+    A subclass gives `order_columns`, which calls `slide`.
+    """
+
+    _: dataclasses.KW_ONLY
+    window_size: int | None = None
+    stride: int | None = None
+    passes: int = 1
+    top_k: int | None = None
+    decoding: str = "constrained"
+    max_tokens: int = 16_384
+
+    def order(self, queries: list[str], passages: Passages) -> list[list[int]]:
+        """The positions of each query's passages, best first: Q queries, Q lists of passages -> Q permutations."""
+        return self.order_columns(queries, self.columns(passages))
+
+    def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
+        """`order` for passages in columns."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it orders passages")
+
+    def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
+        """`score`: n for the best of a query's n passages, 1 for the last."""
+        return {"score": [scores(order) for order in self.order_columns(queries, columns)]}
+
+    def slide(
+        self,
+        queries: list[str],
+        columns: Columns,
+        shape: tuple[int, int],
+        prompts: Callable[[list[Window]], list[Prompt]],
+        decode: Decode,
+        budget: Budget | None = None,
+    ) -> list[list[int]]:
+        """Order each query's passages by windows of shape (window size, stride): all queries' r-th windows in common batches.
+
+        prompts: W windows -> what the model reads of each. decode: a batch of prompts -> the choices in each. ValueError names query
+        and docno where the model gave NaN.
+        """
+        size, stride = shape
+        counts = [len(docnos) for docnos in columns["docno"]]
+        total = self.passes * sum(len(sliding_windows(n, size, stride)) for n in counts)
+        budget = Budget(self.max_tokens) if budget is None else budget
+
+        def order_windows(windows: list[Window]) -> list[list[int]]:
+            read = prompts(windows)
+            asked = [i for i, prompt in enumerate(read) if min(prompt.top, prompt.n - 1) > 0]
+            bar.update(len(read) - len(asked))
+            answers = map_batches(
+                lambda batch: list(zip(*decode(batch), strict=True)),
+                [read[i] for i in asked],
+                [read[i].tokens for i in asked],
+                budget,
+                bar.update,
+            )
+            chosen: list[list[int]] = [[] for _ in read]
+            for i, (choice, is_nan) in zip(asked, answers, strict=True):
+                if is_nan:
+                    raise not_finite("nan", queries[windows[i].query], of_windows(columns["docno"], [windows[i]])[0])
+                chosen[i] = choice[: read[i].top]
+            return [complete(choice, prompt.n) for choice, prompt in zip(chosen, read, strict=True)]
+
+        with torch.inference_mode(), self.progress(total, "window") as bar:
+            return slide(counts, size, stride, order_windows, passes=self.passes, k=self.top_k)
+
+    def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
+        """What `(first >> self % k).compile()` puts in place of `self >> RankCutoff(k)`: the same top k in fewer steps."""
+        if self.top_k is not None and self.top_k <= k:
+            return None
+        shorter = copy.copy(self)
+        shorter.top_k = k
+        return shorter >> pt.RankCutoff(k)
+
+
+def of_windows(values: Sequence[Sequence[Any]], windows: Sequence[Window]) -> list[list[Any]]:
+    """The values of each window's passages, of Q lists of values by query."""
+    return [[values[window.query][number] for number in window.passages] for window in windows]

@@ -1,0 +1,21 @@
+"""Pooling: the states of an input's tokens -> one vector."""
+
+from collections.abc import Callable
+
+import torch
+
+# By name: states (B, L, H), mask (B, L) -> (B, H)
+POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "first": lambda states, mask: states[:, 0],
+    "cls": lambda states, mask: states[:, 0],
+    "mean": lambda states, mask: (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1),
+    "sum": lambda states, mask: (states * mask[..., None]).sum(1),
+    "max": lambda states, mask: states.masked_fill(mask[..., None] == 0, float("-inf")).amax(1),
+    "last_token": lambda states, mask: states[torch.arange(len(states), device=mask.device), mask.sum(1) - 1],
+}
+
+
+def check_pooling(name: str, names: tuple[str, ...], source: str) -> None:
+    """ValueError for a pooling that is not among those of a format; source: the field and where it stands."""
+    if name not in names:
+        raise ValueError(f"{source}={name!r}; wanted one of {', '.join(map(repr, names))}")
