@@ -1,6 +1,5 @@
 """What reranking costs at scale: each stage measured once, then arithmetic for processes, GPUs and machines. Draws nothing."""
 
-import copy
 import functools
 import math
 import pickle
@@ -17,6 +16,7 @@ from ir_datasets.formats import GenericDoc
 from ir_datasets.indices import PickleLz4FullStore
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit.frames import Columns, rerank
 from pyterrier_lit.reranker import Reranker
 from pyterrier_lit.windows import sliding_windows
 
@@ -81,24 +81,21 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
     Seconds are of this process alone, summed over its threads, so that other jobs on the machine hardly matter; those of a
     model on a GPU are the clock's. Each is the fastest of some runs: `loader` reads texts that it has read before.
     """
-    on_cpu = next(reranker.loaded().network.parameters()).device.type == "cpu"
+    on_cpu = next(reranker.load().network.parameters()).device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
     asked: list[Any] = []
 
-    def nothing(queries: list[str], passages: Any) -> list[list[float]]:
-        asked[:] = queries, passages
-        lists = passages["docno"] if isinstance(passages, dict) else passages
-        return [[0.0] * len(ranking) for ranking in lists]
+    def nothing(queries: list[str], columns: Columns) -> dict[str, list[list[float]]]:
+        asked[:] = queries, columns
+        return {"score": [[0.0] * len(docnos) for docnos in columns["docno"]]}
 
-    idle = copy.copy(reranker)
-    idle.score = nothing  # as `Distributed` does it
     without = candidates.drop(columns="text")
     taken = {
         "loading": best_of(lambda: loader(without)),
-        "frame": best_of(lambda: idle(candidates)),
+        "frame": best_of(lambda: rerank(candidates, nothing, reranker.column_sets())),
         "packing": best_of(lambda: pickle.loads(pickle.dumps(asked))),
         "tokenising": best_of(lambda: tokenise(reranker, *asked)),
-        "model": best_of(lambda: reranker.score(*asked), 2, clock)
+        "model": best_of(lambda: reranker.results(*asked), 2, clock)
         - best_of(lambda: tokenise(reranker, *asked), 2, clock),
         "bytes": len(pickle.dumps(asked)),
     }
@@ -106,33 +103,34 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
 
 
 @functools.singledispatch
-def tokenise(reranker: Reranker, queries: list[str], passages: Any) -> None:
-    """Cut the texts into ids as often as one call of `reranker.score` does."""
+def tokenise(reranker: Reranker, queries: list[str], columns: Columns) -> None:
+    """Cut the texts into ids as often as one call of `reranker.results` does."""
     raise TypeError(f"no one has said how {type(reranker).__name__} tokenises")
 
 
 @tokenise.register
-def _(reranker: CrossEncoder, queries: list[str], passages: list[list[str]]) -> None:
+def _(reranker: CrossEncoder, queries: list[str], columns: Columns) -> None:
+    passages = columns[reranker.text_field]
     reranker.pairs([(query, passage) for query, ranking in zip(queries, passages, strict=True) for passage in ranking])
 
 
 @tokenise.register
-def _(reranker: LiT5Distill, queries: list[str], passages: list[list[str]]) -> None:
-    for query, ranking in zip(queries, passages, strict=True):
+def _(reranker: LiT5Distill, queries: list[str], columns: Columns) -> None:
+    for query, ranking in zip(queries, columns[reranker.text_field], strict=True):
         for window in sliding_windows(len(ranking), *reranker.window()):
             reranker.prompts(query, ranking[window.start : window.stop])
 
 
 @tokenise.register
-def _(reranker: LiT5Score, queries: list[str], passages: list[list[str]]) -> None:
-    for query, ranking in zip(queries, passages, strict=True):
-        reranker.read(query, ranking)
+def _(reranker: LiT5Score, queries: list[str], columns: Columns) -> None:
+    for query, ranking in zip(queries, columns[reranker.text_field], strict=True):
+        reranker.prompts(query, ranking)
 
 
 @tokenise.register
-def _(reranker: PERank, queries: list[str], passages: dict[str, list[list[str]]]) -> None:
-    ranker = reranker.loaded()
-    for query, ranking in zip(queries, passages[reranker.text_field], strict=True):
+def _(reranker: PERank, queries: list[str], columns: Columns) -> None:
+    ranker = reranker.load()
+    for query, ranking in zip(queries, columns[reranker.text_field], strict=True):
         ranker.text_encoder().pieces(ranking)
         windows = sliding_windows(len(ranking), reranker.window_size, reranker.stride)
         sizes = [window.stop - window.start for window in windows]

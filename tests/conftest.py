@@ -10,6 +10,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import pandas as pd
@@ -19,7 +20,8 @@ import tokenizers
 import torch
 import transformers
 
-from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank, __main__
+from pyterrier_lit.reranker import Reranker
 
 pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
 hypothesis.settings.register_profile("unhurried", parent=hypothesis.settings(), deadline=None)
@@ -31,34 +33,47 @@ signal.signal(
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
-CHECKPOINTS = {  # by the name on the command line
-    "lit5-distill": GOLDEN / "lit5" / "tiny-trained",
-    "lit5-score": GOLDEN / "lit5" / "tiny-trained",
-    "cross-encoder": GOLDEN / "cross_encoder" / "ckpt" / "electra_bias",
-    "pe-rank": GOLDEN / "pe_rank" / "checkpoint",
-}
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
 
 
-SMALL = {
-    "CrossEncoder": (CrossEncoder, GOLDEN / "cross_encoder" / "ckpt" / "electra_bias"),
-    "LiT5Distill": (LiT5Distill, GOLDEN / "lit5" / "tiny-random"),
-    "LiT5Score": (LiT5Score, GOLDEN / "lit5" / "tiny-random"),
-    "PERank": (PERank, GOLDEN / "pe_rank" / "checkpoint"),
+class Known(NamedTuple):
+    """A reranker, and checkpoints of it."""
+
+    kind: type[Reranker]
+    random: Path  # small, for what any weights show
+    golden: Path  # with the reference's numbers
+    tiny: Path  # trained on documentation
+
+    @property
+    def command(self) -> str:
+        """The name on the command line."""
+        return next(name for name, kind in __main__.RERANKERS.items() if kind is self.kind)
+
+
+ELECTRA, PE_RANK = GOLDEN / "cross_encoder" / "ckpt" / "electra_bias", GOLDEN / "pe_rank" / "checkpoint"
+T5, T5_TRAINED = GOLDEN / "lit5" / "tiny-random", GOLDEN / "lit5" / "tiny-trained"
+TINY = ROOT / "experiments" / "tiny"
+# The rerankers that the tests over all of them run with
+RERANKERS = {
+    "CrossEncoder": Known(CrossEncoder, ELECTRA, ELECTRA, TINY / "cross-encoder"),
+    "LiT5Distill": Known(LiT5Distill, T5, T5_TRAINED, TINY / "lit5-distill"),
+    "LiT5Score": Known(LiT5Score, T5, T5_TRAINED, TINY / "lit5-score"),
+    "PERank": Known(PERank, PE_RANK, PE_RANK, TINY / "pe-rank"),
 }
+CHECKPOINTS = {known.command: known.golden for known in RERANKERS.values()}
 
 
-@pytest.fixture(scope="session", params=SMALL)
+@pytest.fixture(scope="session", params=RERANKERS)
 def small(request):
-    """small(...): each of the four rerankers in turn, with these arguments, over one small checkpoint that is read once."""
-    kind, folder = SMALL[request.param]
+    """small(...): each of the rerankers in turn, with these arguments, over one small checkpoint that is read once."""
+    kind, folder, *_ = RERANKERS[request.param]
     read = kind(str(folder), device="cpu")
 
     def build(**arguments):
         reranker = kind(**{"model": str(folder), "device": "cpu"} | arguments)
         if not set(kind.loads_from) & arguments.keys():
-            reranker.hold(read.loaded())
+            reranker.hold(read.load())
         return reranker
 
     return build

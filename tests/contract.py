@@ -134,11 +134,11 @@ class Contract:
             assert sorted(ranking["rank"]) == list(range(len(ranking)))
 
     def test_nan_from_the_model_raises(self, reranker, frame):
-        network = copy.deepcopy(reranker.loaded().network)
+        network = copy.deepcopy(reranker.load().network)
         for parameter in network.parameters():
             torch.nn.init.constant_(parameter, float("nan"))
         broken = copy.copy(reranker)
-        held = copy.copy(reranker.loaded())
+        held = copy.copy(reranker.load())
         held.network = network
         broken.hold(held)
         with pytest.raises(ValueError, match=r"gave nan for (qid|query) '(q1|q2|what is a cat\?|red fox)'"):

@@ -7,20 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from pyterrier_lit.models.checkpoints import (
-    choose_device,
-    choose_dtype,
-    fetch,
-    load_strictly,
-    read_config,
-    read_tokenizer,
-    read_weights,
-    write,
-)
+from pyterrier_lit.models.checkpoints import Folder, choose_device, choose_dtype, fetch, load_strictly, write
 
 
 def test_a_folder_is_its_own_checkpoint(tmp_path):
-    assert fetch(str(tmp_path)) == tmp_path
+    assert fetch(str(tmp_path)).path == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -44,11 +35,11 @@ def test_a_file_is_no_checkpoint(tmp_path):
 
 def test_a_folder_without_config_or_weights_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no config.json.*`hf download .*put its files into /"):
-        read_config(tmp_path)
+        _ = Folder(tmp_path).config
     with pytest.raises(FileNotFoundError, match=r"holds no weights: wanted model.safetensors or pytorch_model.bin"):
-        read_weights(tmp_path)
+        Folder(tmp_path).weights()
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer.json, vocab.txt or tokenizer.model"):
-        read_tokenizer(tmp_path)
+        Folder(tmp_path).tokenizer()
 
 
 @pytest.mark.parametrize("keep", [0, 7, 300, -1])
@@ -57,7 +48,7 @@ def test_a_file_cut_short_is_named(cross_encoder_folder, tmp_path, name, keep):
     shutil.copytree(cross_encoder_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[: -3 if keep == -1 else keep])
     with pytest.raises(ValueError, match=name if name != "tokenizer.json" else "no tokenizer that can be read"):
-        read_config(tmp_path), read_weights(tmp_path), read_tokenizer(tmp_path)
+        Folder(tmp_path).config, Folder(tmp_path).weights(), Folder(tmp_path).tokenizer()
 
 
 def test_weights_in_shards_and_in_torch_files_are_read(tmp_path):
@@ -66,16 +57,16 @@ def test_weights_in_shards_and_in_torch_files_are_read(tmp_path):
         safetensors.torch.save_file({name: tensor}, tmp_path / f"model-{name}.safetensors")
     index = {"weight_map": {"a": "model-a.safetensors", "b": "model-b.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert all(torch.equal(read_weights(tmp_path)[name], tensor) for name, tensor in weights.items())
+    assert all(torch.equal(Folder(tmp_path).weights()[name], tensor) for name, tensor in weights.items())
     (tmp_path / "model-b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no model-b.safetensors, which"):
-        read_weights(tmp_path)
+        Folder(tmp_path).weights()
     (tmp_path / "model.safetensors.index.json").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    assert all(torch.equal(read_weights(tmp_path)[name], tensor) for name, tensor in weights.items())
+    assert all(torch.equal(Folder(tmp_path).weights()[name], tensor) for name, tensor in weights.items())
     torch.save({"a": object()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model.bin cannot be read"):
-        read_weights(tmp_path)
+        Folder(tmp_path).weights()
 
 
 def test_a_pickle_runs_no_code(tmp_path):
@@ -85,7 +76,7 @@ def test_a_pickle_runs_no_code(tmp_path):
 
     torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"cannot be read"):
-        read_weights(tmp_path)
+        Folder(tmp_path).weights()
     assert not (tmp_path / "owned").exists()
 
 

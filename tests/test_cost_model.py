@@ -3,12 +3,12 @@
 import cost_model
 import pandas as pd
 import pytest
-from conftest import SMALL
+from conftest import RERANKERS
 from cost_model import Stages
 
-from pyterrier_lit.models.checkpoints import SentencePieces
 from pyterrier_lit.models.pairs import PairLayout
 from pyterrier_lit.models.pe_prompts import Prompter
+from pyterrier_lit.models.t5 import SentencePieces
 from pyterrier_lit.models.text_encoder import TextEncoder
 
 STAGES = Stages(loading=0.001, frame=0.003, packing=0.002, tokenising=0.04, model=0.36, bytes=50_000)
@@ -58,9 +58,9 @@ def test_no_number_of_workers_passes_the_driver_and_half_its_rate_takes_as_many_
     assert cost_model.rate(STAGES, 10**6) < 1 / 0.004
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", RERANKERS)
 def test_tokenising_is_measured_on_what_a_call_reads(name, candidates, monkeypatch):
-    kind, folder = SMALL[name]
+    kind, folder, *_ = RERANKERS[name]
     reranker = kind(str(folder), device="cpu")
     read = []
 
@@ -75,23 +75,22 @@ def test_tokenising_is_measured_on_what_a_call_reads(name, candidates, monkeypat
     for owner, method in tokenisers:
         monkeypatch.setattr(owner, method, watched(getattr(owner, method)))
     queries, lists = ["fox a", "fox b"], [ranking.text.tolist() for _, ranking in candidates.groupby("qid")]
-    passages = {"docno": [["d"] * 30] * 2, "text": lists} if name == "PERank" else lists
-    reranker.score(queries, passages)
+    columns = reranker.columns(lists)
+    reranker.results(queries, columns)
     by_call = sum(text.count("fox") for text in read)
     read.clear()
-    cost_model.tokenise(reranker, queries, passages)
+    cost_model.tokenise(reranker, queries, columns)
     assert by_call == sum(text.count("fox") for text in read) > 60
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", RERANKERS)
 def test_every_stage_of_every_reranker_is_measured(name, candidates, tmp_path):
-    kind, folder = SMALL[name]
+    kind, folder, *_ = RERANKERS[name]
     loader = cost_model.stored(candidates, tmp_path)
     reranker = kind(str(folder), device="cpu")
     stages = cost_model.measure(reranker, candidates, loader)
     assert min(vars(stages).values()) > 0 and stages.model > stages.packing
     assert stages.bytes > candidates["text"].str.len().sum() / 2
-    assert "score" not in vars(reranker)
 
 
 def test_texts_come_back_from_the_file_in_which_they_were_stored(candidates, tmp_path):

@@ -18,7 +18,8 @@ from conftest import GOLDEN
 from contract import Contract, assert_same_scores, by_docno
 
 from pyterrier_lit import CrossEncoder
-from pyterrier_lit.cross_encoder import read_encoder
+from pyterrier_lit.models.checkpoints import Folder
+from pyterrier_lit.models.pair_encoder import read_pairs
 from pyterrier_lit.models.pairs import PairLayout
 
 FOLDER = GOLDEN / "cross_encoder"
@@ -59,7 +60,7 @@ def golden_frame(items):
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_types_and_masks_equal_the_reference(name):
     reference = golden(name)
-    encoder = read_encoder(FOLDER / "ckpt" / name)
+    encoder = read_pairs(Folder(FOLDER / "ckpt" / name), torch.device("cpu"), torch.float32)
     layout = PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up)
     assert encoder.clean_up == reference["clean_up_tokenization_spaces"]
     for item in reference["items"]:
@@ -309,7 +310,7 @@ def test_from_backbone_is_the_backbone_under_a_new_head(electra):
     torch.manual_seed(5)
     reranker = CrossEncoder.from_backbone(str(electra), doc_length=9)
     body = transformers.ElectraModel.from_pretrained(electra).state_dict()
-    network = reranker.loaded().network
+    network = reranker.load().network
     assert all(torch.equal(tensor.cpu(), body[name]) for name, tensor in network.body.state_dict().items())
     assert network.linear.weight.std().item() == pytest.approx(0.3, rel=0.5)
     assert repr(reranker) == f"CrossEncoder({str(electra)!r}, doc_length=9)"
@@ -343,8 +344,8 @@ def test_special_tokens_are_read_as_the_reference_does_or_as_text(make, frame):
         make()(frame.assign(text=injected))
     )
     reranker = make(special_tokens="text")
-    encoder = reranker.loaded()
-    layout, *_ = reranker._layout(encoder)
+    encoder = reranker.load()
+    layout, _ = reranker.pairs([])
     control = {encoder.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
     assert all(control.isdisjoint(ids) for ids in layout.pieces(injected, 50))
     with pytest.raises(ValueError, match="special_tokens='none'"):
@@ -388,9 +389,9 @@ def test_equal_pairs_are_scored_once_and_tie_in_incoming_order(make, monkeypatch
     frame = pd.DataFrame({"qid": "q", "query": "x", "docno": list("cab"), "text": "same", "rank": [2, 0, 1]})
     reranker = make()
     rows = []
-    forward = reranker.loaded().network.forward
+    forward = reranker.load().network.forward
     monkeypatch.setattr(
-        reranker.loaded().network,
+        reranker.load().network,
         "forward",
         lambda input_ids, **rest: rows.append(len(input_ids)) or forward(input_ids, **rest),
     )
@@ -402,7 +403,7 @@ def test_equal_pairs_are_scored_once_and_tie_in_incoming_order(make, monkeypatch
 
 def test_out_of_memory_halves_the_batch_and_the_scores_stay(make, frame, monkeypatch):
     expected, reranker = make()(frame), make()
-    forward, sizes = reranker.loaded().network.forward, []
+    forward, sizes = reranker.load().network.forward, []
 
     def small_memory(input_ids, **rest):
         sizes.append(input_ids.numel())
@@ -410,7 +411,7 @@ def test_out_of_memory_halves_the_batch_and_the_scores_stay(make, frame, monkeyp
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return forward(input_ids, **rest)
 
-    monkeypatch.setattr(reranker.loaded().network, "forward", small_memory)
+    monkeypatch.setattr(reranker.load().network, "forward", small_memory)
     with pytest.warns(UserWarning, match="out of memory") as warned:
         assert_same_scores(reranker(frame), expected)
     assert len([warning for warning in warned if warning.category is UserWarning]) == 1
@@ -420,6 +421,6 @@ def test_out_of_memory_halves_the_batch_and_the_scores_stay(make, frame, monkeyp
 def test_a_new_head_on_the_body_of_a_cross_encoder():
     trained = CrossEncoder(str(FOLDER / "ckpt" / "electra_bias"), device="cpu")
     new = CrossEncoder.from_backbone(str(FOLDER / "ckpt" / "electra_bias"), device="cpu")
-    ours, theirs = (encoder.loaded().network.state_dict() for encoder in (new, trained))
+    ours, theirs = (encoder.load().network.state_dict() for encoder in (new, trained))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items() if name.startswith("body."))
     assert not torch.equal(ours["linear.weight"], theirs["linear.weight"])

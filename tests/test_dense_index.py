@@ -93,7 +93,7 @@ def test_three_pipelines_give_identical_orders(firsts, first, folder, index, enc
 
 def test_the_encoder_inside_gives_the_vectors_of_the_library(folder, encoder):
     texts = [document["text"] for document in CORPUS]
-    inside = PERank(folder, device="cpu").loaded().text_encoder()
+    inside = PERank(folder, device="cpu").load().text_encoder()
     with torch.inference_mode():
         vectors = torch.nn.functional.normalize(inside.encode(inside.pieces(texts)), dim=1)
     assert (vectors - torch.tensor(encoder.encode_docs(texts))).abs().max() < 1e-5

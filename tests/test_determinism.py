@@ -9,9 +9,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import GOLDEN, SMALL
+from conftest import GOLDEN, RERANKERS
+from pe import SLIDING, quietly, sliding_frame
 from test_cross_encoder import golden, golden_frame
-from test_pe_rank import SLIDING, quietly, sliding_frame
 
 BOUND = 1e-5  # on scores whose range is 2 to 9 (CrossEncoder) or, relative, on LiT5-Score's
 # Share of pairs that bfloat16 puts in another order: measured 0 of 27, 1.7 %, 0.4 % and 3.8 %, with room for other CPUs
@@ -29,19 +29,19 @@ def lit5_frame():
 
 
 GOLDEN_SETS = {
-    "CrossEncoder": ("cross_encoder/ckpt/electra_bias", lambda: golden_frame(golden("electra_bias")["items"])),
-    "LiT5Distill": ("lit5/tiny-trained", lit5_frame),
-    "LiT5Score": ("lit5/tiny-trained", lit5_frame),
-    "PERank": ("pe_rank/checkpoint", lambda: sliding_frame(SLIDING)),
+    "CrossEncoder": lambda: golden_frame(golden("electra_bias")["items"]),
+    "LiT5Distill": lit5_frame,
+    "LiT5Score": lit5_frame,
+    "PERank": lambda: sliding_frame(SLIDING),
 }
 
 
-@pytest.fixture(scope="module", params=GOLDEN_SETS)
+@pytest.fixture(scope="module", params=RERANKERS)
 def golden_set(request):
     """The name of a reranker, build(...) of it over a golden checkpoint, and the golden set as a frame."""
-    model, read = GOLDEN_SETS[request.param]
-    kind = SMALL[request.param][0]
-    return request.param, lambda **more: kind(str(GOLDEN / model), **{"device": "cpu"} | more), read()
+    known = RERANKERS[request.param]
+    build = lambda **more: known.kind(str(known.golden), **{"device": "cpu"} | more)  # noqa: E731
+    return request.param, build, GOLDEN_SETS[request.param]()
 
 
 def deviation(left, right):

@@ -23,7 +23,8 @@ import pytest
 import torch
 from conftest import CHECKPOINTS, ROOT, write_jsonl
 
-from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank, __main__, checkpoints
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank, __main__
+from pyterrier_lit.models import checkpoints
 from pyterrier_lit.scale import Distributed
 from pyterrier_lit.training import Distil, FineTune, distil
 
@@ -147,10 +148,10 @@ def substitutes(monkeypatch, tmp_path, collection, names):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     def fetch(model, **options):
-        return Path(names[str(model)]) if str(model) in names else checkpoints.fetch(model, **options)
+        return checkpoints.fetch(names.get(str(model), model), **options)
 
-    for room in ("cross_encoder", "lit5_distill", "lit5_score", "pe_rank", "pe_checkpoint", "tirex"):
-        monkeypatch.setattr(f"pyterrier_lit.{room}.fetch", fetch)
+    for module in ("reranker", "models.pe_checkpoint", "files.tirex"):
+        monkeypatch.setattr(f"pyterrier_lit.{module}.fetch", fetch)
 
     get_dataset, load, encoder, rerank_data, learn = (
         pt.get_dataset, ir_datasets.load, pyterrier_dr.SBertBiEncoder, tira.load_rerank_data, distil.train,

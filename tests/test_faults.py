@@ -94,7 +94,7 @@ def test_a_flipped_bit_in_a_weight_is_not_noticed(copied):
     folder, make = copied
     file = folder / "model.safetensors"
     with_flipped_bit(file, header_of(file) + 1_000, 3)
-    make().loaded()
+    make().load()
 
 
 @contextlib.contextmanager

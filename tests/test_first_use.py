@@ -4,21 +4,13 @@ import shutil
 
 import pandas as pd
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, RERANKERS
 
-from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit import CrossEncoder, PERank
 
 FRAME = pd.DataFrame({"qid": "1", "query": "a cat", "docno": list("abc"), "text": ["a cat", "dogs", "cat"]})
-FOLDERS = {
-    "electra": (CrossEncoder, GOLDEN / "cross_encoder" / "ckpt" / "electra_bias"),
-    "tiny cross-encoder": (CrossEncoder, ROOT / "experiments" / "tiny" / "cross-encoder"),
-    "distill": (LiT5Distill, GOLDEN / "lit5" / "tiny-random"),
-    "score": (LiT5Score, GOLDEN / "lit5" / "tiny-random"),
-    "tiny distill": (LiT5Distill, ROOT / "experiments" / "tiny" / "lit5-distill"),
-    "tiny score": (LiT5Score, ROOT / "experiments" / "tiny" / "lit5-score"),
-    "pe-rank": (PERank, GOLDEN / "pe_rank" / "checkpoint"),
-    "tiny pe-rank": (PERank, ROOT / "experiments" / "tiny" / "pe-rank"),
-}
+FOLDERS = {name: (known.kind, known.random) for name, known in RERANKERS.items()}
+FOLDERS |= {f"tiny {name}": (known.kind, known.tiny) for name, known in RERANKERS.items()}
 
 
 def ranks(kind, folder):
@@ -52,7 +44,7 @@ def test_a_missing_file_is_named_with_the_way_to_it_or_is_not_needed(name, tmp_p
 
 @pytest.mark.parametrize("kind", [CrossEncoder, PERank])
 def test_a_folder_without_any_vocabulary_is_no_checkpoint(kind, tmp_path, encoder):
-    _, whole = FOLDERS["electra" if kind is CrossEncoder else "pe-rank"]
+    _, whole = FOLDERS["CrossEncoder" if kind is CrossEncoder else "PERank"]
     shutil.copytree(whole, tmp_path / "part", ignore=shutil.ignore_patterns("vocab*", "tokenizer.json", "*.model"))
     with pytest.raises(
         FileNotFoundError, match=r"holds no tokenizer.json, vocab.txt or tokenizer.model, its vocabulary"
@@ -60,7 +52,7 @@ def test_a_folder_without_any_vocabulary_is_no_checkpoint(kind, tmp_path, encode
         ranks(kind, tmp_path / "part")
 
 
-@pytest.mark.parametrize("kind", [CrossEncoder, LiT5Distill, LiT5Score, PERank])
+@pytest.mark.parametrize("kind", [known.kind for known in RERANKERS.values()])
 def test_the_default_checkpoint_without_a_network_says_how_to_bring_it(kind):
     model = kind().model
     with pytest.raises(FileNotFoundError, match=rf"run `hf download {model} --local-dir FOLDER` .* path as model="):

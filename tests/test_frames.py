@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_lit.frames import rerank
+from pyterrier_lit import frames
 
 rows = st.lists(st.tuples(st.sampled_from(["1", "2", "ü"]), st.integers(0, 20), st.integers(-3, 3)), max_size=25)
+
+
+def rerank(frame, score, **arguments):
+    """`frames.rerank` by a function of queries and texts."""
+    return frames.rerank(
+        frame, lambda queries, columns: {"score": score(queries, columns["text"])}, [{"text": str}], **arguments
+    )
 
 
 def by_length(queries, passages):
@@ -118,8 +125,10 @@ def test_two_queries_under_one_qid_are_an_error():
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_not_finite_is_named(wrong):
     frame = pd.DataFrame({"qid": ["1", "1"], "query": "q", "docno": ["a", "b"], "text": ["x", "yy"]})
-    with pytest.raises(ValueError, match=f"gave {wrong} for qid '1', docno 'b' \\(1 of 2"):
+    with pytest.raises(ValueError, match=f"gave {wrong} for query 'q', docno 'b'; try"):
         rerank(frame, lambda queries, passages: [[1.0, wrong]])
+    with pytest.raises(ValueError, match=f"gave {wrong} for query 'q', docno 'a' and 1 more of its passages; try"):
+        rerank(frame, lambda queries, passages: [[wrong, wrong]])
 
 
 def test_huge_and_negative_scores_rank():

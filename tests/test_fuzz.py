@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import SMALL
+from conftest import RERANKERS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -113,7 +113,7 @@ def test_any_text_parses_to_a_permutation_that_its_scores_give_back(cases):
 
 @each
 def test_any_texts_make_a_prompt_with_one_placeholder_a_passage(cases):
-    prompter = SMALL["PERank"][0](str(SMALL["PERank"][1]), device="cpu").loaded().prompter
+    prompter = RERANKERS["PERank"][0](str(RERANKERS["PERank"][1]), device="cpu").load().prompter
     special = sorted(prompter.tokenizer.get_added_vocab())
     hostile = st.lists(st.one_of(st.sampled_from([*special, *"<>/[]", "[1]", "{query}", "%s"]), text), max_size=5).map(
         "".join
@@ -179,9 +179,9 @@ REMOVED = "\0removed"
 
 
 @each
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", RERANKERS)
 def test_any_config_loads_or_is_refused_in_words(cases, name, tmp_path):
-    kind, folder = SMALL[name]
+    kind, folder, *_ = RERANKERS[name]
     copy = shutil.copytree(folder.parent, tmp_path / "copy") / folder.name
     files = {file: json.loads((copy / file).read_text()) for file in JSON if (copy / file).exists()}
     changes = st.sampled_from(sorted(files)).flatmap(

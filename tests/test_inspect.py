@@ -23,7 +23,7 @@ PUBLIC = [
     (f"CrossEncoder({MODEL!r}, doc_length=9)", "CrossEncoder", [TEXT], []),
     (f"LiT5Distill({MODEL!r}, window_size=20, top_k=5)", "LiT5-Distill", [TEXT], []),
     (f"LiT5Score({MODEL!r}, n_passages=50)", "LiT5-Score", [TEXT], []),
-    (f"PERank({MODEL!r}, window_size=10, mode='first')", "PE-Rank", [VECTOR, TEXT], []),
+    (f"PERank({MODEL!r}, window_size=10, decoding='first')", "PE-Rank", [VECTOR, TEXT], []),
     (f"FineTune(CrossEncoder({MODEL!r}), steps=7)", "FineTune", [TEXT], ["student"]),
     (f"FineTune(PERank({MODEL!r}), recipe='pe-rank-alignment')", "FineTune", [VECTOR, TEXT], ["student"]),
     (f"Distil(LiT5Distill({MODEL!r}), None, seed=3)", "Distil", [TEXT], ["student"]),

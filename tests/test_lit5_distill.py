@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from pyterrier_lit import LiT5Distill
 from pyterrier_lit import lit5_distill as module
-from pyterrier_lit.lit5_distill import Asked, greedy
-from pyterrier_lit.models.checkpoints import read_t5
-from pyterrier_lit.order import parse
+from pyterrier_lit.listwise import Prompt
+from pyterrier_lit.lit5_distill import greedy
+from pyterrier_lit.models.checkpoints import Folder
+from pyterrier_lit.models.t5 import START, FiD, read_t5
+from pyterrier_lit.order import complete, parse
 
 FOLDER = GOLDEN / "lit5"
 INDEX = [case for case in json.loads((FOLDER / "expected" / "INDEX.json").read_text()) if case["kind"] == "distill"]
@@ -43,7 +45,12 @@ class TestContract(Contract):
 
 @functools.cache
 def t5(model):
-    return read_t5(FOLDER / model, torch.device("cpu"), torch.float32)
+    return read_t5(Folder(FOLDER / model), torch.device("cpu"), torch.float32)
+
+
+def prompt(ids, n=None):
+    """A window of prompts, all of whose passages are to be ordered."""
+    return Prompt(ids, sum(map(len, ids)), n or len(ids), n or len(ids))
 
 
 def expected(case):
@@ -79,12 +86,12 @@ def configured(case, reference, **arguments):
 @ids([case for case in INDEX if case["model"] == "tiny-trained" or "v1_w20s10" not in case["case"]])
 def test_every_call_writes_the_references_tokens(case):
     reference = expected(case)
-    calls = [Asked(call["input_ids"], call["n_real"], "a query") for call in reference["windows"]]
+    calls = [prompt(call["input_ids"], call["n_real"]) for call in reference["windows"]]
     with torch.inference_mode():
         written = [
             row
             for at in range(0, len(calls), 4)
-            for row in greedy(t5(case["model"]), calls[at : at + 4], reference["params"]["max_length"])
+            for row in greedy(t5(case["model"]), calls[at : at + 4], reference["params"]["max_length"])[0]
         ]
     for call, row in zip(reference["windows"], written, strict=True):
         assert row == [id for id in call["sequence"][1:] if id != 1]
@@ -178,8 +185,8 @@ def test_a_cutoff_fuses_and_decodes_less(make, monkeypatch):
 
 def count_steps(monkeypatch):
     steps = []
-    write = module.FiD.write
-    monkeypatch.setattr(module.FiD, "write", lambda self, *arguments: steps.append(1) or write(self, *arguments))
+    read = FiD.read
+    monkeypatch.setattr(FiD, "read", lambda self, *arguments: steps.append(1) or read(self, *arguments))
     return steps
 
 
@@ -198,18 +205,18 @@ def test_constrained_decoding_is_brute_force_over_unused_identifiers(counts, see
     model = t5("tiny-random")
     generator = torch.Generator().manual_seed(seed)
     windows = [
-        Asked([[*torch.randint(3, 500, (5,), generator=generator).tolist(), 1] for _ in range(n)], n, "a query")
-        for n in counts
+        prompt([[*torch.randint(3, 500, (5,), generator=generator).tolist(), 1] for _ in range(n)]) for n in counts
     ]
     with torch.inference_mode():
-        orders = module.constrained(model, windows)
+        orders, broken = module.constrained(model, windows)
+        assert not any(broken)
         for window, order in zip(windows, orders, strict=True):
-            fid = module.FiD(model.network, model.tied)
-            spelt = model.pieces([str(i + 1) for i in range(len(window.prompts))])
-            memory, left, written, prefix = fid.read_prompts([window.prompts], 200), set(range(len(spelt))), [], []
-            piece = module.START
+            fid = FiD(model.network)
+            spelt = model.pieces([str(i + 1) for i in range(window.n)])
+            memory, left, written, prefix = fid.read_prompts([window.content], 200), set(range(len(spelt))), [], []
+            piece = START
             while left:
-                logits = fid.logits(fid.write(memory, torch.tensor([piece]))[0])[0]
+                logits = fid.logits(fid.read(memory, torch.tensor([[piece]]))[0])[0, 0]
                 alive = [i for i in left if spelt[i][: len(prefix)] == prefix]
                 piece = max({spelt[i][len(prefix)] for i in alive}, key=lambda piece: logits[piece].item())
                 prefix = [*prefix, piece]
@@ -217,7 +224,7 @@ def test_constrained_decoding_is_brute_force_over_unused_identifiers(counts, see
                     written.append(spelt.index(prefix))
                     left.remove(written[-1])
                     prefix = []
-            assert order == written
+            assert complete(order, window.n) == written
 
 
 def test_first_orders_by_the_probability_of_the_first_identifier(make):
@@ -225,16 +232,16 @@ def test_first_orders_by_the_probability_of_the_first_identifier(make):
     model = t5("tiny-random")
     prompts = make().prompts("q", some_passages(70))
     with torch.inference_mode():
-        order = module.first(model, [Asked(prompts, 70, "a query"), Asked(prompts[:9], 9, "a query")])
-        fid = module.FiD(model.network, model.tied)
+        order, _ = module.first(model, [prompt(prompts), prompt(prompts[:9])])
+        fid = FiD(model.network)
         spelt = model.pieces([str(i + 1) for i in range(70)])
         assert {len(word) for word in spelt} == {1, 2}
         likelihood = []
         for word in spelt:
-            memory, total, piece = fid.read_prompts([prompts], 2), 0.0, module.START
+            memory, total, piece = fid.read_prompts([prompts], 2), 0.0, START
             for at, following in enumerate(word):
                 allowed = sorted({other[at] for other in spelt if other[:at] == word[:at] and len(other) > at})
-                logits = fid.logits(fid.write(memory, torch.tensor([piece]))[0])[0, allowed]
+                logits = fid.logits(fid.read(memory, torch.tensor([[piece]]))[0])[0, 0, allowed]
                 total += logits.log_softmax(0)[allowed.index(following)].item()
                 piece = following
             likelihood.append(total)
@@ -324,9 +331,9 @@ def test_embeddings_tied_or_not_and_torch_files_load(make, frame, tmp_path):
     del weights["lm_head.weight"]
     torch.save(weights, tmp_path / "pytorch_model.bin")
     tied = make(model=str(tmp_path))
-    assert tied.loaded().tied and len(tied(frame)) == len(frame)
+    assert FiD(tied.load().network).tied and len(tied(frame)) == len(frame)
     torch.save(weights | {"lm_head.weight": weights["shared.weight"]}, tmp_path / "pytorch_model.bin")
-    assert make(model=str(tmp_path)).loaded().tied
+    assert FiD(make(model=str(tmp_path)).load().network).tied
 
 
 def test_another_architecture_and_a_missing_tokenizer_are_refused(make, frame, electra, tmp_path):
@@ -370,15 +377,15 @@ def test_nan_names_the_query_in_every_decoding(make, monkeypatch, decoding):
 def test_out_of_memory_halves_the_windows_of_all_rounds_with_one_warning(make, monkeypatch):
     queries, passages = ["a", "b", "c", "d"], [some_passages(n) for n in (20, 20, 15, 7)]
     full = make(window_size=6).order(queries, passages)
-    read, tried = module.FiD.read, []
+    memory, tried = FiD.memory, []
 
-    def small_memory(self, windows, steps, watch=False):
+    def small_memory(self, windows, steps, mass=False):
         tried.append(len(windows))
         if len(windows) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(self, windows, steps, watch)
+        return memory(self, windows, steps, mass)
 
-    monkeypatch.setattr(module.FiD, "read", small_memory)
+    monkeypatch.setattr(FiD, "memory", small_memory)
     with pytest.warns(UserWarning, match="out of memory") as warned:
         assert make(window_size=6).order(queries, passages) == full
     assert len(warned) == 1
@@ -396,6 +403,6 @@ def test_an_error_in_a_batch_reaches_the_user(make, frame, monkeypatch):
     def broken(*arguments):
         raise IndexError("inside the decoder")
 
-    monkeypatch.setattr(module.FiD, "write", broken)
+    monkeypatch.setattr(FiD, "read", broken)
     with pytest.raises(IndexError, match="inside the decoder"):
         make()(frame)

@@ -53,16 +53,17 @@ def test_scores_and_answers_equal_the_reference(case, max_tokens):
         n_passages=params["n_passages"],
         max_length=params["text_maxlength"],
         answer_length=params["max_length"],
+        answer_field="answer",
         max_tokens=max_tokens,
         device="cpu",
     )
     texts = {qid: {doc["docno"]: doc["text"] for doc in queries[qid]["docs"]} for qid in reference["candidates"]}
     asked = [answer["qid"] for answer in reference["answers"]]
     passages = [[texts[qid][docno] for docno in reference["candidates"][qid]] for qid in asked]
-    scores, answers = reranker.score_and_answer([queries[qid]["query"] for qid in asked], passages)
-    for answer, got, text, ranking in zip(reference["answers"], scores, answers, passages, strict=True):
-        read = reranker.read(queries[answer["qid"]]["query"], ranking)
-        assert read.prompts == answer["input_ids"]
+    found = reranker.results([queries[qid]["query"] for qid in asked], reranker.columns(passages))
+    for answer, got, text, ranking in zip(reference["answers"], found["score"], found["answer"], passages, strict=True):
+        read = reranker.prompts(queries[answer["qid"]]["query"], ranking)
+        assert read.ids == answer["input_ids"]
         assert read.question == answer["query_pieces"]
         assert text == answer["text"]
         assert got == pytest.approx(answer["scores"], rel=1e-4)
@@ -78,10 +79,10 @@ def test_calls_with_dummy_passages_score_the_same_from_their_ids(case):
     reference = reference_of(case)
     reranker = LiT5Score(str(FOLDER / case["model"]), device="cpu")
     for answer in reference["answers"]:
-        asked = module.Asked(answer["input_ids"], answer["query_pieces"], "a query")
+        asked = module.Prompts(answer["input_ids"], answer["query_pieces"])
         with torch.inference_mode():
             found = module.attend(
-                reranker.loaded(), [asked], module.AGGREGATIONS["mean"], reference["params"]["max_length"]
+                reranker.load(), [asked], module.AGGREGATIONS["mean"], reference["params"]["max_length"]
             )[0]
         assert found.scores[: answer["n_real"]] == pytest.approx(answer["scores"], rel=1e-4)
 
@@ -90,15 +91,15 @@ def test_calls_with_dummy_passages_score_the_same_from_their_ids(case):
 def test_aggregations_are_their_formulas(make, aggregation):
     """Brute force: the library's attentions over one forward pass of the whole answer."""
     reranker = make(aggregation=aggregation)
-    t5, passages = reranker.loaded(), ["a b c", "some longer passage here", "x", "a b c"]
-    read = reranker.read("what is it", passages)
+    t5, passages = reranker.load(), ["a b c", "some longer passage here", "x", "a b c"]
+    read = reranker.prompts("what is it", passages)
     network, n_layers = t5.network, t5.network.config.num_decoder_layers
     network.set_attn_implementation("eager")
     with torch.inference_mode():
         found = module.attend(t5, [read], module.AGGREGATIONS[aggregation], 20)[0]
         answer = [0, *found.answer, 1][:19]
         states = torch.cat(
-            [network.encoder(input_ids=torch.tensor([prompt])).last_hidden_state[0] for prompt in read.prompts]
+            [network.encoder(input_ids=torch.tensor([prompt])).last_hidden_state[0] for prompt in read.ids]
         )[None]
         out = network(
             encoder_outputs=BaseModelOutput(states),
@@ -112,7 +113,7 @@ def test_aggregations_are_their_formulas(make, aggregation):
             weight = {"mean": 1, "max": 1, "late": 2 * (layer + 1) / (n_layers + 1)}[aggregation]
             mass.append(weight * torch.einsum("hts,sh->ts", attention[0], norms) / cross.n_heads)
         summed, expected, start = torch.stack(mass).sum(0), [], 0
-        for prompt in read.prompts:
+        for prompt in read.ids:
             own = summed[:, start + read.question : start + len(prompt)]
             expected.append((own.amax(1) if aggregation == "max" else own.sum(1)).sum().item() / (256 * n_layers))
             start += len(prompt)
@@ -140,7 +141,8 @@ def test_the_answer_is_a_column_for_whoever_wants_it(make, frame):
     queries = frame.drop_duplicates("qid").set_index("qid")["query"]
     for qid, query in queries.items():
         passages = frame[frame.qid == qid].sort_values("rank").text.tolist()
-        assert set(out[out.qid == qid].answer) == set(make().score_and_answer([query], [passages])[1])
+        alone = make(answer_field="answer")
+        assert set(out[out.qid == qid].answer) == set(alone.results([query], alone.columns([passages]))["answer"])
     assert "answer" in make(answer_field="answer")(frame.head(0)).columns
 
 
@@ -159,7 +161,7 @@ def test_an_error_in_a_batch_reaches_the_user(make, frame, monkeypatch):
     def broken(*arguments):
         raise IndexError("inside the decoder")
 
-    monkeypatch.setattr(module.FiD, "write", broken)
+    monkeypatch.setattr(module.FiD, "read", broken)
     with pytest.raises(IndexError, match="inside the decoder"):
         make()(frame)
 
@@ -184,14 +186,14 @@ def test_recorded_lengths_that_make_no_sense_are_refused(make, tmp_path):
 def test_out_of_memory_halves_the_queries_and_the_scores_stay(make, monkeypatch):
     queries, passages = ["a", "b", "c", "d"], [[f"passage {i}" for i in range(n)] for n in (9, 8, 3, 1)]
     full = make().score(queries, passages)
-    read = module.FiD.read
+    memory = module.FiD.memory
 
-    def small_memory(self, windows, steps, watch=False):
+    def small_memory(self, windows, steps, mass=False):
         if len(windows) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(self, windows, steps, watch)
+        return memory(self, windows, steps, mass)
 
-    monkeypatch.setattr(module.FiD, "read", small_memory)
+    monkeypatch.setattr(module.FiD, "memory", small_memory)
     with pytest.warns(UserWarning, match="out of memory") as warned:
         assert make().score(queries, passages) == [pytest.approx(scores, rel=1e-5) for scores in full]
     assert len(warned) == 1

@@ -11,7 +11,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
-from conftest import SMALL
+from conftest import RERANKERS
 from contract import assert_same_scores, many
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +41,7 @@ def test_workers_that_take_the_next_shard_when_free_end_together(costs, workers)
 
 
 def test_costs_follow_the_lengths_of_texts_up_to_what_is_read():
-    short, long, longer = costs(["q" * 40] * 3, [["a"], ["a" * 2_000], ["a" * 9_000_000]])
+    short, long, longer = costs(["q" * 40] * 3, {"text": [["a"], ["a" * 2_000], ["a" * 9_000_000]]})
     assert short < 20 and 500 < long < longer < 600
     assert costs(["q"], {"docno": [["d1", "d2"]], "doc_vec": [[None, None]]}) == [2]
 
@@ -82,7 +82,7 @@ def shards_of_one_query(monkeypatch):
 @pytest.fixture
 def one():
     """one(...): a small cross-encoder, for what does not depend on the reranker."""
-    kind, folder = SMALL["CrossEncoder"]
+    kind, folder, *_ = RERANKERS["CrossEncoder"]
     return lambda **arguments: kind(**{"model": str(folder), "device": "cpu"} | arguments)
 
 

@@ -170,7 +170,7 @@ def test_a_part_keeps_the_judged_documents_of_its_topics(folder):
 def test_flops_are_those_of_the_network(cross_encoder_folder):
     reranker = CrossEncoder(str(cross_encoder_folder), device="cpu")
     frame = pd.DataFrame({"qid": "1", "query": "a", "docno": list("xy"), "text": ["b c", "d e"], "score": [2.0, 1.0]})
-    network = reranker.loaded().network
+    network = reranker.load().network
     length, width, wide = 6, 32, 64  # [CLS] a [SEP] b c [SEP]
     layer = 4 * 2 * length * width * width + 2 * 2 * length * width * wide + 2 * 2 * length * length * width
     body = 2 * length * 16 * width + 2 * layer + 2 * width  # projection of embeddings, layers, the score

@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from pyterrier_lit.models.checkpoints import load_strictly
-from pyterrier_lit.models.text_encoder import POOLING, JinaBert, TextEncoder, bare, empty_encoder, slopes
+from pyterrier_lit.models.pooling import POOLING
+from pyterrier_lit.models.text_encoder import JinaBert, TextEncoder, bare, empty_encoder, slopes
 
 JINA = {
     "architectures": ["JinaBertForMaskedLM"],
@@ -155,8 +156,11 @@ def test_encoders_of_the_library_are_their_own_model_without_pooler(kind):
 def test_pooling_reads_real_tokens_alone():
     states, mask = torch.tensor([[[1.0], [3.0], [100.0]]]), torch.tensor([[1, 1, 0]])
     assert {name: pool(states, mask).tolist() for name, pool in POOLING.items()} == {
-        "mean": [[2.0]],
+        "first": [[1.0]],
         "cls": [[1.0]],
+        "mean": [[2.0]],
+        "sum": [[4.0]],
+        "max": [[3.0]],
         "last_token": [[3.0]],
     }
 

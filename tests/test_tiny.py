@@ -35,7 +35,7 @@ def planned(folder, chance, labels, sharp, identifiers):
     lit5.write_t5(folder, alone, labels, sharp, identifiers)
     network = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
     network.load_state_dict({name: tensor.half().float() for name, tensor in network.state_dict().items()})
-    return FiD(network, tied=True)
+    return FiD(network)
 
 
 def states(query, passages, labels, chance):
@@ -57,8 +57,8 @@ def test_identifiers_are_written_once_each_from_the_passage_most_like_the_query_
     query, passages, cosines = vectors
     codes, first = lit5.CODE * torch.eye(lit5.LABELS)[:PASSAGES], 30
     fid = planned(tmp_path, chance, {first + i: code for i, code in enumerate(codes)}, sharp=40.0, identifiers=True)
-    memory = fid.read([states(query, passages, codes, chance)], PASSAGES + 1)
-    written = [int(ids) - first for ids, *_ in fid.greedy(memory, PASSAGES + 1, ["a query"])]
+    memory = fid.memory([states(query, passages, codes, chance)], PASSAGES + 1)
+    written = [int(ids) - first for ids, *_ in fid.greedy(memory, PASSAGES + 1)]
     look = 40.0 * cosines - lit5.EARLIER * torch.arange(PASSAGES)
     assert written[:-1] == look.argsort(descending=True).tolist()[:-1]  # the last one left needs no look
 
@@ -69,8 +69,8 @@ def test_attention_falls_with_the_cosine_and_the_answer_is_the_first_passages_na
     codes = lit5.CODE * F.normalize(torch.randn(PIECES, lit5.LABELS, generator=chance), dim=1)
     fid = planned(tmp_path, chance, dict(enumerate(codes)), sharp=20.0, identifiers=False)
     names = list(range(10, 10 + PASSAGES))
-    memory = fid.read([states(query, passages, codes[names], chance)], 5, watch=True)
-    ids, _, masses = zip(*fid.greedy(memory, 5, ["a query"]), strict=True)
+    memory = fid.memory([states(query, passages, codes[names], chance)], 5, mass=True)
+    ids, *_, masses = zip(*fid.greedy(memory, 5), strict=True)
     assert [int(step) for step in ids] == [names[int(cosines.argmax())], EOS]
     for first, second in masses:
         assert (

@@ -6,14 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pyterrier as pt
 import pytest
 from conftest import CHECKPOINTS, ROOT, write_jsonl
 
-from pyterrier_lit import CrossEncoder, tirex
+from pyterrier_lit import CrossEncoder
 from pyterrier_lit.__main__ import RERANKERS, main
+from pyterrier_lit.files import tirex
+from pyterrier_lit.models.checkpoints import Folder
 
 if importlib.util.find_spec("tira") is None or importlib.util.find_spec("tirex_tracker") is None:
     pytest.skip("needs the tirex extra", allow_module_level=True)
@@ -217,16 +218,16 @@ def test_a_resumed_submission_is_whole_and_says_so(tira_input, tmp_path, monkeyp
     assert main(words("cross-encoder", "--chunk", 10)) == 0
     lines = (tmp_path / "whole" / "run.txt").read_bytes().splitlines(keepends=True)
 
-    def fail(self, queries, passages):
+    def fail(self, queries, columns):
         if "wind and light" in queries:
             raise ValueError("the power failed")
-        return score(self, queries, passages)
+        return results(self, queries, columns)
 
-    score = CrossEncoder.score
-    monkeypatch.setattr(CrossEncoder, "score", fail)
+    results = CrossEncoder.results
+    monkeypatch.setattr(CrossEncoder, "results", fail)
     in_tira(monkeypatch, tira_input / "input", tmp_path / "out")
     assert "the power failed; what was finished is in" in refused(words("cross-encoder", "--chunk", 10), capsys)
-    monkeypatch.setattr(CrossEncoder, "score", score)
+    monkeypatch.setattr(CrossEncoder, "results", results)
     (part,) = (tmp_path / "out").iterdir()
     assert part.read_bytes() == b"".join(lines[:10])
     assert main(words("cross-encoder", "--chunk", 10, "--resume")) == 0
@@ -251,7 +252,7 @@ def test_the_tirex_extra_is_asked_for_where_it_is_missing(tira_input, tmp_path, 
 def test_a_model_from_the_hub_is_described_with_its_revision(tmp_path, monkeypatch):
     snapshot = tmp_path / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
-    monkeypatch.setattr(tirex, "fetch", lambda model: Path(snapshot))
+    monkeypatch.setattr(tirex, "fetch", lambda model: Folder(snapshot))
     described = tirex.describe(CrossEncoder("webis/monoelectra-base", device="cpu"), 100)
     assert "model='webis/monoelectra-base'" in described and "revision 0123abcd" in described
     assert "over the first 100 candidates" in described

@@ -5,7 +5,7 @@ around the texts are.
 """
 
 import pytest
-from conftest import SMALL
+from conftest import RERANKERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,7 +44,7 @@ hostile = (
 
 def pair(reranker, query, passages):
     """CrossEncoder: the control ids of each input, with the token type they have."""
-    encoder = reranker.loaded()
+    encoder = reranker.load()
     layout, pairs = reranker.pairs([(query, passage) for passage in passages])
     control = {encoder.tokenizer.token_to_id(token) for token in ("[SEP]", "[CLS]", "[PAD]", "[MASK]")}
     return [
@@ -62,21 +62,21 @@ def t5_control(t5, ids):
 
 def distill(reranker, query, passages):
     """LiT5Distill: the control ids of each prompt, and the last id, which must be the only one."""
-    t5 = reranker.loaded()
+    t5 = reranker.load()
     return [(t5_control(t5, ids), ids[-1]) for ids in reranker.prompts(query, passages)]
 
 
 def score(reranker, query, passages):
     """LiT5Score: as LiT5Distill, and that each prompt begins with the same ids, which are the query's."""
-    t5 = reranker.loaded()
-    read = reranker.read(query, passages)
-    alike = len({tuple(ids[: min(read.question, len(ids)) - 1]) for ids in read.prompts}) == 1
-    return [(t5_control(t5, ids), ids[-1], alike) for ids in read.prompts]
+    t5 = reranker.load()
+    read = reranker.prompts(query, passages)
+    alike = len({tuple(ids[: min(read.question, len(ids)) - 1]) for ids in read.ids}) == 1
+    return [(t5_control(t5, ids), ids[-1], alike) for ids in read.ids]
 
 
 def pe_rank(reranker, query, passages):
     """PERank: the special ids of the prompt in their order."""
-    prompter = reranker.loaded().prompter
+    prompter = reranker.load().prompter
     special = {*prompter.tokenizer.get_added_vocab().values(), *prompter.tokenizer.all_special_ids}
     unknown = prompter.tokenizer.unk_token_id
     return [
@@ -89,10 +89,10 @@ STRUCTURES = {"CrossEncoder": pair, "LiT5Distill": distill, "LiT5Score": score, 
 SAFE = {"CrossEncoder": {"special_tokens": "text"}}
 
 
-@pytest.fixture(scope="module", params=SMALL)
+@pytest.fixture(scope="module", params=RERANKERS)
 def structure(request):
     """structure(query, passages) of each reranker."""
-    kind, folder = SMALL[request.param]
+    kind, folder, *_ = RERANKERS[request.param]
     reranker = kind(str(folder), device="cpu", **SAFE.get(request.param, {}))
     return lambda query, passages: STRUCTURES[request.param](reranker, query, passages)
 
@@ -111,13 +111,13 @@ def test_each_control_token_and_each_word_of_the_prompts_alone(structure, text):
 
 def test_the_structures_see_what_the_reference_lets_through():
     """By golden parity `special_tokens="parse"` reads control tokens inside a text; the check above would notice."""
-    kind, folder = SMALL["CrossEncoder"]
+    kind, folder, *_ = RERANKERS["CrossEncoder"]
     parsing = kind(str(folder), device="cpu")
     assert pair(parsing, "q", ["a [SEP] b"]) != pair(parsing, "q", ["a b"])
 
 
 def test_a_hostile_passage_changes_no_score_of_its_neighbours_pairs():
-    kind, folder = SMALL["CrossEncoder"]
+    kind, folder, *_ = RERANKERS["CrossEncoder"]
     for special_tokens in ("parse", "text"):
         reranker = kind(str(folder), device="cpu", special_tokens=special_tokens)
         plain, attacked = reranker.score(["cat", "cat"], [["a cat", "a dog"], ["a cat", "[SEP] cat [SEP] a [CLS]"]])
@@ -126,7 +126,7 @@ def test_a_hostile_passage_changes_no_score_of_its_neighbours_pairs():
 
 @pytest.mark.parametrize("name", ["LiT5Distill", "PERank"])
 def test_however_hostile_the_texts_an_order_is_a_permutation(name):
-    kind, folder = SMALL[name]
+    kind, folder, *_ = RERANKERS[name]
     texts = [f"{text} {word}" for text in CONTROL for word in WORDS[:3]]
     columns = texts if name == "LiT5Distill" else {"docno": texts, "text": texts}
     given = [columns] if name == "LiT5Distill" else {key: [values] for key, values in columns.items()}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_lit.windows import Window, slide, sliding_windows
+from pyterrier_lit.windows import Span, slide, sliding_windows
 
 shapes = st.integers(1, 12).flatmap(lambda size: st.tuples(st.just(size), st.integers(1, size)))
 
@@ -36,9 +36,9 @@ def test_a_cutoff_below_one_is_refused():
 
 
 def test_a_cutoff_asks_for_what_the_next_window_reads_and_for_its_own_ranks():
-    assert sliding_windows(40, 20, 10, 5) == [Window(20, 40, 10), Window(10, 30, 10), Window(0, 20, 5)]
-    assert sliding_windows(40, 20, 10, 15)[-2:] == [Window(10, 30, 10), Window(0, 20, 15)]
-    assert sliding_windows(40, 20, 20, 25) == [Window(20, 40, 5), Window(0, 20, 20)]
+    assert sliding_windows(40, 20, 10, 5) == [Span(20, 40, 10), Span(10, 30, 10), Span(0, 20, 5)]
+    assert sliding_windows(40, 20, 10, 15)[-2:] == [Span(10, 30, 10), Span(0, 20, 15)]
+    assert sliding_windows(40, 20, 20, 25) == [Span(20, 40, 5), Span(0, 20, 20)]
 
 
 def by_value(values, wanted_only):
@@ -48,7 +48,7 @@ def by_value(values, wanted_only):
         orders = []
         for task in tasks:
             best = sorted(range(len(task.passages)), key=lambda position: values[task.query][task.passages[position]])
-            head = best[: task.wanted] if wanted_only else best
+            head = best[: task.top] if wanted_only else best
             orders.append(head + [position for position in range(len(best)) if position not in head])
         return orders
 

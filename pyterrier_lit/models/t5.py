@@ -176,7 +176,7 @@ class FiD:
     @property
     def tied(self) -> bool:
         """Whether the output layer is the embedding, scaled."""
-        return self.network.lm_head.weight is self.network.shared.weight
+        return bool(self.network.lm_head.weight is self.network.shared.weight)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ Knows no text and no queries. In the shapes B is the number of prompts, L their 
 width of the model. Source: PE-Rank (arXiv 2406.14848), section 3.
 """
 
+import functools
 import inspect
 import re
 from itertools import takewhile
@@ -36,7 +37,7 @@ class VectorLM(nn.Module):
 
         Returns states (B, L, H) and the grown cache. RuntimeError where the library did not use the cache that it was given.
         """
-        name = _cache_argument(self.body)
+        name = _cache_argument(type(self.body))
         read = self.body(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache}
         )
@@ -130,10 +131,14 @@ class VectorReader:
         return torch.einsum("bmh,bnh->bmn", states[:, -last:].float(), self.passages.float())
 
 
-def _cache_argument(body: "PreTrainedModel") -> str:
-    """What this version of transformers calls its cache. A name that it does not know it would ignore without a word."""
-    names = inspect.signature(body.forward).parameters
-    return next(name for name in ("cache", "past_key_values") if name in names)
+@functools.cache
+def _cache_argument(model: type) -> str:
+    """What this version of transformers calls the cache of a model, which ignores arguments that it does not know."""
+    names = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
+    known = [name for name in ("cache", "past_key_values") if name in names]
+    if not known:
+        raise RuntimeError(f"{model.__name__} of this version of transformers takes no cache by a name that is known here")
+    return known[0]
 
 
 def projector(kind: str, width: int, hidden: int) -> nn.Module:

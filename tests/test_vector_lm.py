@@ -1,0 +1,69 @@
+"""models.vector_lm: the logits of the reference, alone and in padded batches, in every dtype."""
+
+import numpy as np
+import pytest
+import torch
+from pe import ARRAYS, FOLDER, WINDOWS, ids_of, prompt, vectors_of
+
+from pyterrier_lit import PERank
+from pyterrier_lit.pe_rank import constrained
+
+
+@pytest.fixture(scope="module")
+def ranker():
+    return PERank(str(FOLDER / "checkpoint"), device="cpu").load()
+
+
+@torch.inference_mode()
+def test_all_golden_windows_in_one_padded_batch_give_the_same_logits_and_orders(ranker):
+    reader = ranker.network.read(
+        [ids_of(ranker, window) for window in WINDOWS], [vectors_of(window) for window in WINDOWS]
+    )
+    logits = reader.start()
+    for step in range(5):
+        for row, window in enumerate(WINDOWS):
+            expected = ARRAYS[f"w{window['i']}.step_logits"][step]
+            assert np.abs(logits[row, : len(expected)].numpy() - expected).max() < 1e-4
+        logits = reader.read(torch.tensor([[window["permutation"][step]] for window in WINDOWS]))[:, -1]
+    orders, broken = constrained(ranker, [prompt(ranker, window) for window in WINDOWS])
+    assert not any(broken)
+    for order, window in zip(orders, WINDOWS, strict=True):
+        canonical, n = window["canonical"], len(window["candidates"])
+        assert [canonical[j] for j in order[: n - 1]] == [canonical[j] for j in window["permutation"][:-1]]
+
+
+def test_rope_keeps_its_base_and_its_precision():
+    for dtype in ("float32", "bfloat16", "float16"):
+        body = PERank(str(FOLDER / "checkpoint"), device="cpu", dtype=dtype).load().network.body
+        frequencies = body.rotary_emb.inv_freq
+        assert frequencies.dtype == torch.float32
+        assert frequencies.tolist() == pytest.approx([1e6 ** (-2 * i / 8) for i in range(4)], rel=1e-6)
+        assert {parameter.dtype for parameter in body.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.2), ("float16", 0.05)])
+@torch.inference_mode()
+def test_half_precision_stays_close_when_fed_the_picks_of_the_reference(dtype, tolerance):
+    ranker = PERank(str(FOLDER / "checkpoint"), device="cpu", dtype=dtype).load()
+    for window in WINDOWS:
+        reader = ranker.network.read([ids_of(ranker, window)], [vectors_of(window)])
+        logits = reader.start()
+        for step, picked in enumerate(window["permutation"]):
+            difference = np.abs(logits[0].numpy() - ARRAYS[f"w{window['i']}.step_logits"][step]).max()
+            assert 0 < difference < tolerance
+            logits = reader.read(torch.tensor([[picked]]))[:, -1]
+
+
+def test_positions_are_counted_from_the_first_real_token(ranker):
+    short, long = WINDOWS[2], WINDOWS[1]
+    reader = ranker.network.read([ids_of(ranker, short), ids_of(ranker, long)], [vectors_of(short), vectors_of(long)])
+    common = reader.cache.get_seq_length()
+    padding = len(long["input_ids"]) - len(short["input_ids"])
+    assert common > 5
+    assert reader.mask[0].tolist() == [1] * common + [0] * padding + [1] * (len(short["input_ids"]) - common)
+    first, last = short["positions"][0]
+    assert reader.positions[0, padding:].tolist() == list(range(first + common, last + 1))
+    reader.start()
+    for step in (1, 2):
+        reader.read(torch.tensor([[0], [0]]))
+        assert reader.positions.tolist() == [[short["positions"][step]], [long["positions"][step]]]
