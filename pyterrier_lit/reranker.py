@@ -6,7 +6,7 @@ import inspect
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -170,7 +170,7 @@ class Reranker(pt.Transformer):
         return tuple(getattr(self, name) for name in self.loads_from)
 
     def __repr__(self) -> str:
-        return representation(self)
+        return representation(self, last=[field.name for field in dataclasses.fields(Reranker) if field.kw_only])
 
 
 class Held:
@@ -205,10 +205,13 @@ def _mind_forks() -> None:
         os.register_at_fork(after_in_child=Held.after_fork)
 
 
-def representation(transformer: pt.Transformer) -> str:
-    """The call that rebuilds a transformer: arguments by position as they are, and by name those that are not the default."""
+def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str:
+    """The call that rebuilds a transformer: arguments by position as they are, and by name those that are not the default.
+
+    last: arguments that stand behind the others.
+    """
     shown = []
-    for argument in pt.inspect.transformer_attributes(transformer):
+    for argument in sorted(pt.inspect.transformer_attributes(transformer), key=lambda argument: argument.name in last):
         value = argument.value
         if isinstance(value, torch.dtype | torch.device | Path):
             value = str(value).removeprefix("torch.")

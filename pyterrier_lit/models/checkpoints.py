@@ -220,6 +220,12 @@ def below(weights: Weights, prefix: str) -> Weights:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
+def save_checkpoint(folder: Path, config: dict[str, Any], weights: Weights) -> None:
+    """Write config.json and model.safetensors."""
+    save_weights(folder, weights)
+    save_json(folder / "config.json", config)
+
+
 def save_weights(folder: Path, weights: Weights) -> None:
     """Write model.safetensors."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}

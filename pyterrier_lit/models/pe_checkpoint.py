@@ -16,8 +16,7 @@ from pyterrier_lit.models.checkpoints import (
     fetch,
     library_model,
     load_strictly,
-    save_json,
-    save_weights,
+    save_checkpoint,
     wrong_weights,
 )
 from pyterrier_lit.models.pe_prompts import Prompter, read_prompter
@@ -105,8 +104,7 @@ class PERankCheckpoint:
         if self.encoder:
             config = config | {"encoder_config": self.encoder.config}
             self.encoder.tokenizer.save(str(folder / ENCODER_TOKENIZER))
-        save_weights(folder, weights)
-        save_json(folder / "config.json", config)
+        save_checkpoint(folder, config, weights)
         self.prompter.tokenizer.save_pretrained(folder)
 
 

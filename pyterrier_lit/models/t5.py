@@ -25,8 +25,7 @@ from pyterrier_lit.models.checkpoints import (
     damaged,
     library_config,
     load_strictly,
-    save_json,
-    save_weights,
+    save_checkpoint,
     wrong_weights,
 )
 
@@ -84,8 +83,8 @@ class T5Checkpoint:
         """Write config (with further fields), weights and tokenizer into an existing folder."""
         tied = FiD(self.network).tied
         twins = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if tied else []))
-        save_weights(folder, {name: w for name, w in self.network.state_dict().items() if name not in twins})
-        save_json(folder / "config.json", self.config | {"tie_word_embeddings": tied} | fields)
+        weights = {name: tensor for name, tensor in self.network.state_dict().items() if name not in twins}
+        save_checkpoint(folder, self.config | {"tie_word_embeddings": tied} | fields, weights)
         (folder / "spiece.model").write_bytes(self.pieces.model)
 
 

@@ -37,7 +37,8 @@ class VectorLM(nn.Module):
 
         Returns states (B, L, H) and the grown cache. RuntimeError where the library did not use the cache that it was given.
         """
-        name = _cache_argument(type(self.body))
+        body: Any = type(self.body)
+        name = _cache_argument(body)
         read = self.body(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **{name: cache}
         )
@@ -132,12 +133,14 @@ class VectorReader:
 
 
 @functools.cache
-def _cache_argument(model: type) -> str:
+def _cache_argument(model: Any) -> str:
     """What this version of transformers calls the cache of a model, which ignores arguments that it does not know."""
-    names = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
+    names = inspect.signature(model.forward).parameters
     known = [name for name in ("cache", "past_key_values") if name in names]
     if not known:
-        raise RuntimeError(f"{model.__name__} of this version of transformers takes no cache by a name that is known here")
+        raise RuntimeError(
+            f"{model.__name__} of this version of transformers takes no cache by a name that is known here"
+        )
     return known[0]
 
 
