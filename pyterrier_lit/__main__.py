@@ -1,4 +1,4 @@
-"""The command line: `python -m pyterrier_lit rerank`, `train` and `tirex`. Options and messages; the work is done below."""
+"""The command line: `python -m pyterrier_lit rerank`, `train` and `tirex`. Knows options and messages alone."""
 
 import argparse
 import ast
@@ -41,7 +41,7 @@ def rerank(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], No
 
 
 def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
-    """Rerank as a system in TIRA does: from an input directory to run.txt and ir-metadata.yml, checked by TIRA's checker."""
+    """Rerank as a system in TIRA does, from an input directory to run.txt and ir-metadata.yml, and check both."""
     for option, variables, meaning in (
         ("--input", ("TIRA_INPUT_DATASET", "inputDataset"), "the input directory"),
         ("--output", ("TIRA_OUTPUT_DIR", "outputDir"), "the output directory"),
@@ -148,7 +148,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--chunk",
         type=positive,
         default=CHUNK,
-        help="pairs reranked together and then written: more packs batches better, fewer loses less (default %(default)s)",
+        help="pairs reranked and then written together (default %(default)s): more fill batches, fewer lose less",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with what an interrupted run with the same options has left"

@@ -32,7 +32,8 @@ class Budget:
             torch.cuda.empty_cache()
         if not self.warned:
             warnings.warn(
-                f"out of memory in a batch of {items * longest} tokens; going on with half (max_tokens={self.tokens} avoids this)",
+                f"out of memory in a batch of {items * longest} tokens; going on with half"
+                f" (max_tokens={self.tokens} avoids this)",
                 stacklevel=5,
             )
             self.warned = True
@@ -51,8 +52,10 @@ _counting: contextvars.ContextVar[Tokens] = contextvars.ContextVar("tokens")
 
 @contextlib.contextmanager
 def counted_tokens() -> Iterator[Tokens]:
-    """Count the tokens of all batches that this thread computes in the block. A batch that is itself computed in batches,
-    as a window is whose prompts are encoded, counts as those alone.
+    """Count the tokens of all batches that this thread computes in the block.
+
+    A batch whose function calls `map_batches` itself, as for a window whose prompts are encoded, is counted by those
+    inner batches alone.
     """
     tokens = Tokens()
     before = _counting.set(tokens)
@@ -68,7 +71,7 @@ def encoder_tokens(device: torch.device) -> int:
 
 
 def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Which items to read together: those of like length, the longest first, at most `max_tokens` tokens with padding."""
+    """Batches of item numbers: similar lengths together, the longest first, at most `max_tokens` with padding."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         count = max(max_tokens // max(lengths[order[0]], 1), 1)
@@ -77,7 +80,7 @@ def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
 
 
 def padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """B rows of numbers -> the numbers (B, L) int64, with `value` behind the shorter ones, and which of them are theirs (B, L)."""
+    """B rows of integers -> int64 (B, L), padded with `value` on the right, and a mask (B, L), true inside the rows."""
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     inside = torch.arange(int(lengths.max())) < lengths
     numbers = torch.full(inside.shape, value)
@@ -94,8 +97,8 @@ def map_batches(
 ) -> list[Any]:
     """`function` over all items, in batches of at most `max_tokens` tokens with padding, the longest items first.
 
-    function: list of items -> one answer per item, as a list or as a tensor with the batch first. A tensor may still be
-        in the making: it is read one batch late, so that the device works while the host reads.
+    function: list of items -> one answer per item, as a list or as a tensor with the batch first. A tensor may be
+        asynchronous (a GPU still computes it): it is read one batch late, so that the GPU never waits for the host.
     lengths: tokens of each item; one that is longer than `max_tokens` makes a batch of its own.
     max_tokens: a number, or a `Budget` that remembers between calls what did not fit.
     progress: told how many items more are done, such as the `update` of a progress bar.
@@ -154,7 +157,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _one_late(made: Iterable[Batch]) -> Iterator[Batch]:
-    """Each thing one step after it was made."""
+    """Yield each batch after the next one was started."""
     held: list[Batch] = []
     for thing in made:
         held.append(thing)

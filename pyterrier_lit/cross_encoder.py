@@ -25,23 +25,24 @@ class CrossEncoder(Reranker):
     """Rerank by a cross-encoder that reads each (query, passage) pair: score(q, d) = w . h_[CLS] + b.
 
     Args:
-        model: hub id or folder. Read are the checkpoints of lightning-ir over ELECTRA or BERT (`webis/monoelectra-base`,
-            `webis/monoelectra-large`; all its formats since 2024) and ordinary sequence classification checkpoints with one
-            label, or two of which the second is the score. No code of the checkpoint is run.
-        query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32 and
-            256. Together they are capped by the model's positions, the longer side first.
-        special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text" reads
-            them as plain characters, for texts from strangers.
+        model: hub id or folder. Read are the checkpoints of lightning-ir over ELECTRA or BERT
+            (`webis/monoelectra-base`, `webis/monoelectra-large`; all its formats since 2024) and ordinary sequence
+            classification checkpoints with one label, or two of which the second is the score. No code of the
+            checkpoint is run.
+        query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32
+            and 256. Together they are capped by the model's positions, the longer side first.
+        special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text"
+            reads them as plain characters, for texts from strangers.
         text_field: the column with the passages.
-        max_tokens: tokens per batch with padding; None is 4,096 on a CPU and 16,384 on a GPU. When memory runs out the batch is
-            halved and the run goes on.
+        max_tokens: tokens per batch with padding; None is 4,096 on a CPU and 16,384 on a GPU. When memory runs out the
+            batch is halved and the run goes on.
         device: None is the first GPU, else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `CrossEncoder.from_backbone("google/electra-base-discriminator")` is an untrained one, over the body of an ELECTRA or BERT.
-    A pair's score depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe; equal scores are ties and keep
-    their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
+    `CrossEncoder.from_backbone("google/electra-base-discriminator")` is an untrained one, over the body of an ELECTRA
+    or BERT. A pair's score depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe; equal scores are ties
+    and keep their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
     """
 
     model: str = "webis/monoelectra-base"
@@ -74,7 +75,7 @@ class CrossEncoder(Reranker):
         return {"score": [[score_of[pair] for pair in pairs] for pairs in asked]}
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
-        """P (query, passage) texts -> how they are laid out, and P pairs in ids, cut to the lengths. Each text is read once."""
+        """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once."""
         lengths = self.lengths()
         layout = self.load().layout(
             special_tokens_as_text=self.option("special_tokens", {"parse": False, "text": True})

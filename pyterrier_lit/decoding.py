@@ -1,6 +1,7 @@
 """Decoding of an order: each candidate is chosen once, best first. Knows no text and no model.
 
-A model is seen as a `Reader`, which gives logits over symbols and reads the symbols that are chosen. A candidate is spelt
+A model is seen as a `Reader`, which gives logits over symbols and reads the symbols that are chosen. A candidate is
+spelt
 in one or more symbols: LiT5's are identifiers of one or two pieces, PE-Rank's are passages, each a symbol of its own.
 """
 
@@ -24,15 +25,15 @@ class Reader(Protocol):
         """Read the prompts: logits (B, S) of the first symbol."""
 
     def read(self, symbols: torch.Tensor) -> torch.Tensor:
-        """Read the next m symbols of each row, (B, m), in one pass: logits (B, m, S) of the symbol after each of them."""
+        """Read the next m symbols of each row, (B, m), in one pass: logits (B, m, S) after each of them."""
 
 
 def in_turn(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
     """Constrained greedy decoding: at each step the best symbol that some candidate not yet chosen goes on with.
 
-    words: the symbols of N candidates, of which each row has the first counts[b]. tops: how many of them a row must choose.
-    The last candidate that is left is not asked for. The host waits for the device only at the end, or from the step on at
-    which all rows may be done.
+    words: the symbols of N candidates, of which each row has the first counts[b]. tops: how many of them a row must
+    choose. The last candidate that is left is not asked for. The host waits for the device only at the end, or from the
+    step on at which all rows may be done.
     """
     needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
     speller = Speller(words, counts, reader.device)
@@ -52,8 +53,8 @@ def in_turn(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
 def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]) -> Choices:
     """All candidates by the probability of each to come first: p(symbol), or p(first symbol) p(second | first).
 
-    One pass, or two where candidates have two symbols. ValueError for longer ones, or for several first symbols of those with
-    two. Source: FIRST, arXiv 2406.15657, section 3.
+    One pass, or two where candidates have two symbols. ValueError for longer ones, or for several first symbols of
+    those with two. Source: FIRST, arXiv 2406.15657, section 3.
     """
     begins = {word[0] for word in words if len(word) > 1}
     if len(begins) > 1 or max(map(len, words)) > 2:
@@ -77,8 +78,8 @@ def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
 class Speller:
     """B rows that choose candidates, a symbol a step, and always the best one that some unused candidate allows.
 
-    No candidate begins another. Everything stays on the device; nothing waits for it. ValueError for candidates that cannot
-    be told apart.
+    No candidate begins another. Everything stays on the device; nothing waits for it. ValueError for candidates that
+    cannot be told apart.
     """
 
     def __init__(self, words: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device | str = "cpu"):
@@ -98,7 +99,7 @@ class Speller:
     def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """logits (B, S) -> the symbol that each row chooses, (B,), and the candidate that it completes, (B,), or -1.
 
-        A row without unused candidates chooses symbols that mean nothing, and completes none.
+        A row that has used all its candidates completes none; the symbols that it chooses have no meaning.
         """
         following = self.symbols[self.spelt]  # (B, N)
         weights = self.candidates_left.to(logits.dtype)
@@ -117,7 +118,7 @@ class Speller:
 
 
 def _all_chosen(chosen: list[torch.Tensor], needed: list[int], depth: int) -> bool:
-    """Whether every row has the candidates that it needs; where all are one symbol long, the number of steps says so."""
+    """Whether every row has the candidates that it needs. Where all have one symbol, the number of steps says so."""
     if len(chosen) < max(needed) or depth == 1:
         return len(chosen) >= max(needed)
     counts = (torch.stack(chosen, 1) >= 0).sum(1).tolist()

@@ -21,22 +21,23 @@ def rerank(
     """Give every row of a result frame a new score and rank, from the queries and columns of their passages.
 
     Args:
-        frame: rows with `qid`, `query`, `docno` and a set of columns, in any order and under any index; it is not changed.
-        results: called once with all queries and the columns of their passages, `docno` among them, best first (by `rank`,
-            else by `score`, else as the rows stand). Returns `score`, a list of scores per query, higher is better, and for
-            each of `query_columns` one value per query.
-        column_sets: the columns that may be given, and what their values must be (str, or object for anything). The first
-            set that is complete is used.
+        frame: rows with `qid`, `query`, `docno` and a set of columns, in any order and under any index; it is not
+            changed.
+        results: called once with all queries and the columns of their passages, `docno` among them, best first (by
+            `rank`, else by `score`, else as the rows stand). Returns `score`, a list of scores per query, higher is
+            better, and for each of `query_columns` one value per query.
+        column_sets: the columns that may be given, and what their values must be (str, or object for anything). The
+            first set that is complete is used.
         query_columns: columns to add.
         context: the transformer that PyTerrier names in its error when a column is missing.
 
     Returns the same rows in the same order with every other column kept, `score` (float64) and `rank` (from 0) new.
     Equal scores keep the order in which they came, whatever the order of the rows. Half a surrogate pair, which no
-    tokenizer takes, is handed on as U+FFFD; the column keeps it. What becomes of other odd input: pt_docs/bad_input.rst.
+    tokenizer takes, is read as U+FFFD; the column keeps it. Other odd input: pt_docs/bad_input.rst.
 
-    Raises pt.validate.InputValidationError for a missing column, TypeError for a query or text that is not a string, and
-    ValueError for a missing qid or docno, two queries under one qid, an incoming rank or score that is no number, or a
-    new score that is not finite.
+    Raises pt.validate.InputValidationError for a missing column, TypeError for a query or text that is not a string,
+    and ValueError for a missing qid or docno, two queries under one qid, an incoming rank or score that is no number,
+    or a new score that is not finite.
     """
     _check_columns(frame, column_sets, context, query_columns)
     if frame.empty:
@@ -70,7 +71,10 @@ class Ranking(NamedTuple):
 
 
 def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transformer | None = None) -> list[Ranking]:
-    """The queries of a result frame with what a reranker reads of them, as training data. Arguments and errors are those of `rerank`."""
+    """The queries of a result frame with their passages, as a reranker reads them: training data.
+
+    Arguments and errors are those of `rerank`.
+    """
     _check_columns(frame, column_sets, context)
     if frame.empty:
         return []
@@ -85,7 +89,8 @@ def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transform
 def _read(
     frame: pd.DataFrame, column_sets: ColumnSets
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
-    """The rows, numbered; the numbers of each query's rows best first; the queries; `docno` and the columns of the first complete set."""
+    """The rows, numbered; the row numbers of each query, best first; the queries; and the columns of their passages,
+    which are `docno` and the first complete set."""
     column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
@@ -115,7 +120,8 @@ def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) ->
         differing = next((queries[row] for row in ranking if queries[row] != queries[ranking[0]]), None)
         if differing is not None:
             raise ValueError(
-                f"qid {rows.at[ranking[0], 'qid']!r} has two queries, {queries[ranking[0]]!r} and {differing!r}; give each its own qid"
+                f"qid {rows.at[ranking[0], 'qid']!r} has two queries, {queries[ranking[0]]!r} and {differing!r}; give"
+                " each its own qid"
             )
     return [queries[ranking[0]] for ranking in lists]
 
@@ -158,7 +164,7 @@ def _strings(rows: pd.DataFrame, column: str) -> list[str]:
 
 
 def _whole(text: str) -> str:
-    """The text as UTF-8 can hold it: half a surrogate pair becomes U+FFFD, two halves their character, as in browsers."""
+    """The text as UTF-8 can hold it: half a surrogate pair becomes U+FFFD, two halves become their character."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -171,7 +177,8 @@ def _numbers(rows: pd.DataFrame, column: str) -> pd.Series:
     wrong = np.flatnonzero(numbers.isna() & rows[column].notna())
     if len(wrong):
         raise ValueError(
-            f"{column!r} of {_name(rows, wrong[0])} is {rows.at[wrong[0], column]!r}, not a number; mend or drop the column"
+            f"{column!r} of {_name(rows, wrong[0])} is {rows.at[wrong[0], column]!r}, not a number; mend or drop the"
+            " column"
         )
     return numbers
 

@@ -1,7 +1,7 @@
 """What the listwise rerankers share: windows -> orders -> scores, and `% k`. Knows no prompt and no model.
 
-A listwise reranker reads a window of passages at once and gives their order. Long lists are reranked in windows that slide
-from the bottom to the top (RankGPT, arXiv 2304.09542).
+A listwise reranker reads a window of passages at once and gives their order. Long lists are reranked in windows that
+slide from the bottom to the top (RankGPT, arXiv 2304.09542).
 """
 
 import copy
@@ -68,10 +68,10 @@ class ListwiseReranker(Reranker):
         decode: Decode,
         budget: Budget | None = None,
     ) -> list[list[int]]:
-        """Order each query's passages by windows of shape (window size, stride): all queries' r-th windows in common batches.
+        """Order each query's passages by windows of `shape`, (window size, stride); all queries' r-th windows together.
 
-        prompts: W windows -> what the model reads of each. decode: a batch of prompts -> the choices in each. ValueError names query
-        and docno where the model gave NaN.
+        prompts: W windows -> what the model reads of each. decode: a batch of prompts -> the choices in each.
+        ValueError names query and docno where the model gave NaN.
         """
         size, stride = shape
         counts = [len(docnos) for docnos in columns["docno"]]
@@ -100,7 +100,7 @@ class ListwiseReranker(Reranker):
             return slide(counts, size, stride, order_windows, passes=self.passes, k=self.top_k)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What `(first >> self % k).compile()` puts in place of `self >> RankCutoff(k)`: the same top k in fewer steps."""
+        """What `compile` puts in place of `self >> RankCutoff(k)`: the same top k in fewer steps."""
         if self.top_k is not None and self.top_k <= k:
             return None
         shorter = copy.copy(self)

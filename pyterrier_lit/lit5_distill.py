@@ -1,8 +1,8 @@
 """LiT5Distill: a T5 reads every passage of a window with its identifier, and writes the identifiers best first.
 
 Each passage becomes a prompt of its own, "Search Query: ... Passage: [3] ... Relevance Ranking: ", and is encoded alone
-(Fusion-in-Decoder); the decoder reads all of them and writes "3 1 2 ...". The model learned this from the rankings of large
-language models, which need many times its size for the same task. arXiv 2312.16098; LiT and Lean, ECIR 2025.
+(Fusion-in-Decoder); the decoder reads all of them and writes "3 1 2 ...". The model learned this from the rankings of
+large language models, which need many times its size for the same task. arXiv 2312.16098; LiT and Lean, ECIR 2025.
 """
 
 import dataclasses
@@ -25,33 +25,34 @@ ANSWER_LENGTH = 140  # tokens of a free answer, with the start token
 
 @dataclasses.dataclass(eq=False, repr=False)
 class LiT5Distill(ListwiseReranker):
-    """Rerank lists by LiT5-Distill: T5 Fusion-in-Decoder over a window of up to 100 passages, then the window slides up.
+    """Rerank lists by LiT5-Distill: T5 Fusion-in-Decoder over windows of up to 100 passages.
 
     Args:
-        model: hub id or folder: `castorini/LiT5-Distill-{base,large,xl}` (v1: windows of 20) or the same with `-v2` (one
-            window of 100), or what `save` wrote.
-        window_size, stride: passages per window (at most 100) and positions it moves up. None for window_size takes what the
-            checkpoint records, else 100 for a name that ends in v2 and 20 for others; None for stride is half the window.
-            A shorter list is one window of its own size.
+        model: hub id or folder: `castorini/LiT5-Distill-{base,large,xl}` (v1: windows of 20) or the same with `-v2`
+            (one window of 100), or what `save` wrote.
+        window_size, stride: passages per window (at most 100) and positions it moves up. None for window_size takes
+            what the checkpoint records, else 100 for a name that ends in v2 and 20 for others; None for stride is half
+            the window. A shorter list is one window of its own size.
         passes: sweeps over each list.
-        max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else 150, the papers' for MS
-            MARCO (512 for BEIR).
+        max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else 150, the papers'
+            for MS MARCO (512 for BEIR).
         top_k: order only the first k ranks; what lies below keeps its incoming order. The first k are those of the full
             order. `((first >> LiT5Distill()) % 10).compile()` sets it.
-        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's greedy
-            text, repaired: first mention wins, what is missing follows in incoming order; where that text is already a
-            permutation both agree. "first" orders by the probabilities of the first identifier alone (FIRST, arXiv
-            2406.15657): one step, or two above 56 identifiers, an approximation that LiT5 was not trained for.
+        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's
+            greedy text, repaired: first mention wins, what is missing follows in incoming order; where that text is
+            already a permutation both agree. "first" orders by the probabilities of the first identifier alone (FIRST,
+            arXiv 2406.15657): one step, or two above 56 identifiers, an approximation that LiT5 was not trained for.
         text_field: the column with the passages.
-        max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and values
-            (37 kB a token for base in bfloat16). When memory runs out it is halved and the run goes on.
+        max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and
+            values (37 kB a token for base in bfloat16). When memory runs out it is halved and the run goes on.
         device: None is the first GPU, else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Distill.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 as it was pre-trained. Scores are n, n - 1,
-    ... 1 in the order written. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR 2025 (v2). In float32 equal to
-    castorini/LiT5 for lists that fill their windows; where that one pads a short list with empty passages, this one does not.
+    `LiT5Distill.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 as it was pre-trained. The scores of n
+    passages are n, n - 1, ... 1 in the order written. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR 2025 (v2). In
+    float32 equal to castorini/LiT5 for lists that fill their windows; where that one pads a short list with empty
+    passages, this one does not.
     """
 
     model: str = "castorini/LiT5-Distill-base-v2"
@@ -133,7 +134,7 @@ def free(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
 
 
 def greedy(checkpoint: T5Checkpoint, batch: list[Prompt], max_length: int) -> tuple[list[list[int]], list[bool]]:
-    """The tokens that each window's decoder writes, up to and without EOS, at most max_length - 1; and where one was NaN."""
+    """The tokens that each window's decoder writes before EOS, at most max_length - 1, and where a logit was NaN."""
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([prompt.content for prompt in batch], max_length)
     written, nan = zip(*((ids, nan) for ids, _, nan, _ in fid.greedy(memory, max_length)), strict=True)

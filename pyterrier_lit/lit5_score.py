@@ -1,8 +1,8 @@
 """LiT5Score: a T5 answers the query from all passages, and the attention that a passage draws is its score.
 
-Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder); the decoder reads all of
-them and writes an answer. A passage that the answer was taken from draws attention, so no judgement of a passage is needed
-to train it: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
+Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder). The decoder reads
+all of them and writes an answer. A passage that the answer was taken from draws attention, so no judgement of a passage is
+needed to train the model: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
 """
 
 import dataclasses
@@ -43,12 +43,14 @@ class LiT5Score(Reranker):
 
     Args:
         model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or what `save` wrote.
-        n_passages: the first that are read together, the paper's 100. All passages of a query share one attention, so scores
-            of separate windows could not be compared: what lies below stays there in its incoming order, scored -1, -2, ...
+        n_passages: the first that are read together, the paper's 100. All passages of a query share one attention, so
+            scores of separate windows could not be compared: what lies below stays there in its incoming order, scored
+            -1, -2, ...
         max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else the paper's 150.
-        answer_length: tokens of the answer with its start token; None takes what the checkpoint records, else the paper's 20.
-        aggregation: "mean" is the paper's, as above; "max" takes the largest sum over layers among a passage's tokens in
-            place of their sum; "late" weighs layer l of n (from 1) by 2 l / (n + 1). The latter two are ours.
+        answer_length: tokens of the answer with its start token; None takes what the checkpoint records, else the
+            paper's 20.
+        aggregation: "mean" is the paper's, as above; "max" takes the largest sum over layers among a passage's tokens
+            in place of their sum; "late" weighs layer l of n (from 1) by 2 l / (n + 1). The latter two are ours.
         answer_field: a column for the answer that was written, the same in all rows of a query; None adds none.
         text_field: the column with the passages.
         max_tokens: prompt tokens of the queries that are read and answered together. When memory runs out it is halved.
@@ -56,9 +58,9 @@ class LiT5Score(Reranker):
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Score.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 as it was pre-trained.
-    Although each passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe.
-    Source: arXiv 2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists that are full.
+    `LiT5Score.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 as it was pre-trained. Although each
+    passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe. Source:
+    arXiv 2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists that are full.
     """
 
     model: str = "castorini/LiT5-Score-base"
@@ -170,7 +172,7 @@ def attend(
 
 
 def _owners(prompts: list[Prompts], nobody: int) -> torch.Tensor:
-    """For each token of the joined prompts the number of its passage, (B, S); `nobody` for the query's tokens and padding."""
+    """The number of each token's passage, (B, S); `nobody` for the tokens of the query and padding."""
     rows = [
         [passage if at >= each.question else nobody for passage, ids in enumerate(each.ids) for at in range(len(ids))]
         for each in prompts

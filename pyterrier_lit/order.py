@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def complete(positions: Iterable[int], n: int) -> list[int]:
-    """A permutation of 0..n-1: the given positions first (first mention wins, others are dropped), then the rest in order."""
+    """A permutation of 0..n-1: the given positions, each where it is first mentioned, then the rest in order."""
     return list(dict.fromkeys([position for position in positions if 0 <= position < n] + list(range(n))))
 
 

@@ -1,8 +1,8 @@
 """PERank: a language model reads one vector per passage, and names the passages best first.
 
-An encoder turns each passage into one vector, and a projector brings it into the input space of the language model, where it
-stands for the whole passage. So the prompt has a few tokens per passage in place of hundreds. The model answers with
-passages, not words: the next passage is the one whose vector fits its last state best. arXiv 2406.14848.
+An encoder turns each passage into one vector, and a projector brings it into the input space of the language model,
+where it stands for the whole passage. So the prompt has a few tokens per passage in place of hundreds. The model
+answers with passages, not words: the next passage is the one whose vector fits its last state best. arXiv 2406.14848.
 """
 
 import dataclasses
@@ -29,34 +29,39 @@ class PERank(ListwiseReranker):
     """Rerank by PE-Rank: each passage is one vector in the prompt of a language model, whose next word is a passage.
 
     Args:
-        model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or what `save` wrote. No code of
-            the checkpoint is run.
-        window_size, stride: passages per window and positions it moves up; a shorter list is one window of its own size.
+        model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or what `save` wrote. No
+            code of the checkpoint is run.
+        window_size, stride: passages per window and positions it moves up; a shorter list is one window of its own
+            size.
         passes: sweeps over each list.
-        top_k: order only the first k ranks; what lies below keeps the order that its windows left. The first k are those of
-            the full order. `((first >> PERank()) % 10).compile()` sets it.
-        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` is not read).
-        encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint.
-            A `doc_vec` column of the frame takes precedence over `vectors`, and these over an encoder; all must be of the
-            encoder that the checkpoint was trained with. Only an encoder, or a mode with text, needs the text.
-        mode: what the prompt shows of a passage. "embedding" is the paper's: its vector. "text+embedding": its vector, and
-            the text after it.
-        decoding: "constrained" is the paper's: the passages are named one after the other. "first" orders them by the logits
-            of the first step: one forward pass a window, an approximation that the checkpoints were not trained for.
+        top_k: order only the first k ranks; what lies below keeps the order that its windows left. The first k are
+            those of the full order. `((first >> PERank()) % 10).compile()` sets it.
+        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` is not
+            read).
+        encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint. A `doc_vec`
+            column of the frame takes precedence over `vectors`, and these over an encoder; all must be of the encoder
+            that the checkpoint was trained with. Only an encoder, or a mode with text, needs the text.
+        mode: what the prompt shows of a passage. "embedding" is the paper's: its vector. "text+embedding": its vector,
+            and the text after it.
+        decoding: "constrained" is the paper's: the passages are named one after the other. "first" orders them by the
+            logits of the first step: one forward pass a window, an approximation that the checkpoints were not trained
+            for.
         text_field: the column with the passages.
-        max_tokens: prompt tokens of the windows that are decoded together; they cost memory for keys and values (131 kB a
-            token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes on.
+        max_tokens: prompt tokens of the windows that are decoded together; they cost memory for keys and values (131 kB
+            a token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes on.
         device: None is the first GPU, else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` is an untrained one over
-    a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2", with an encoder inside, such as
-    "sentence-transformers/all-MiniLM-L6-v2", pooled by "mean", "cls" or "last_token". Without an encoder, `embedding_size` says
-    how long the vectors are. The projector is "linear", "mlp2x_gelu" (any number of layers) or "identity".
+    `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` is an untrained
+    one over a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2", with an encoder inside, such as
+    "sentence-transformers/all-MiniLM-L6-v2", pooled by "mean", "cls" or "last_token". Without an encoder,
+    `embedding_size` says how long the vectors are. The projector is "linear", "mlp2x_gelu" (any number of layers) or
+    "identity".
 
-    Scores are n, n - 1, ... 1 in the decoded order. Source: Liu et al., WWW 2025; in float32 equal to liuqi6777/pe_rank,
-    but for lists of window_size - stride passages, which that one returns unranked, and for texts with special tokens.
+    Scores are n, n - 1, ... 1 in the decoded order. Source: Liu et al., WWW 2025; in float32 equal to
+    liuqi6777/pe_rank, but for lists of window_size - stride passages, which that one returns unranked, and for texts
+    with special tokens.
     """
 
     model: str = "liuqi6777/pe-rank-mistral-jina"
@@ -105,7 +110,7 @@ class PERank(ListwiseReranker):
     def vectors_of(
         self, checkpoint: PERankCheckpoint, columns: Columns, budget: Budget
     ) -> tuple[torch.Tensor, list[list[int]]]:
-        """Vectors of length 1 (D, d), and for each passage of each query its row among them. Equal passages share a row."""
+        """Vectors of length 1 (D, d), and each passage's row among them, by query. Equal passages share a row."""
         docnos = columns["docno"]
         if "doc_vec" in columns:
             keys: Sequence[Sequence[Any]] = [[(i, j) for j in range(len(ranking))] for i, ranking in enumerate(docnos)]

@@ -1,4 +1,4 @@
-"""What every reranker is: a transformer with keyword arguments, whose checkpoint is read on first use. Knows no model."""
+"""What every reranker is: a transformer with keyword arguments, whose checkpoint is read on first use."""
 
 import dataclasses
 import functools
@@ -27,9 +27,9 @@ Named = TypeVar("Named")
 class Reranker(pt.Transformer):
     """A transformer that gives every passage a new score, by a checkpoint that is read on first use.
 
-    A subclass is a dataclass whose fields are its arguments. It names how its checkpoint is read (`read`) and begun over a
-    pre-trained model (`begin`), and gives `results`. Copies share the checkpoint in memory, a pickle carries it, and several
-    threads may call one reranker.
+    A subclass is a dataclass whose fields are its arguments. It names how its checkpoint is read (`read`) and begun
+    over a pre-trained model (`begin`), and gives `results`. Copies share the checkpoint in memory, a pickle carries it,
+    and several threads may call one reranker.
     """
 
     model: str
@@ -56,7 +56,7 @@ class Reranker(pt.Transformer):
         return self.results(queries, self.columns(passages))["score"]
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """The new columns for Q queries and the columns of their passages: `score`, Q lists, and `query_columns`, Q values each."""
+        """Q queries and the columns of their passages -> `score`, Q lists, and `query_columns`, Q values each."""
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
     def column_sets(self) -> ColumnSets:
@@ -79,8 +79,8 @@ class Reranker(pt.Transformer):
     def load(self) -> Any:
         """The checkpoint, read on first use and kept. Call it to have the weights in memory before the first query.
 
-        It is read again after an argument in `loads_from` was changed. FileNotFoundError or ValueError says what is missing,
-        damaged or of another kind.
+        It is read again after an argument in `loads_from` was changed. FileNotFoundError or ValueError says what is
+        missing, damaged or of another kind.
         """
         while True:
             held, source = self._held, self._source()
@@ -104,12 +104,12 @@ class Reranker(pt.Transformer):
         return held.checkpoint if held.source == self._source() else None
 
     def once(self, build: Callable[[], Loaded]) -> Loaded:
-        """What `build` returns: a part of the checkpoint that is read later. One thread at a time; errors as those of `load`."""
+        """What `build` returns: a part of the checkpoint that is read later, with the lock and the errors of `load`."""
         with self._held.lock:
             return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again. OSError where it cannot be written; an older one then stays."""
+        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays."""
         checkpoint, settings = self.load(), self.saved_settings()
         write(path, lambda folder: checkpoint.save(folder, **settings))
 
@@ -162,8 +162,8 @@ class Reranker(pt.Transformer):
             raise
         except Exception as error:
             raise ValueError(
-                f"model={str(self.model)!r} cannot be loaded: a field of its config or tokenizer files is missing or makes no"
-                f" sense ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+                f"model={str(self.model)!r} cannot be loaded: a field of its config or tokenizer files is missing or"
+                f" makes no sense ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
             ) from error
 
     def _source(self) -> tuple[Any, ...]:
@@ -206,7 +206,7 @@ def _mind_forks() -> None:
 
 
 def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str:
-    """The call that rebuilds a transformer: arguments by position as they are, and by name those that are not the default.
+    """The call that rebuilds a transformer: arguments by position, and by name those that are not the default.
 
     last: arguments that stand behind the others.
     """

@@ -24,20 +24,21 @@ class Distributed(pt.Transformer):
     """Rerank on Ray: `num_workers` processes with a copy of the model each, on this machine or on a cluster.
 
     Args:
-        reranker: any reranker of this package. The workers load its checkpoint themselves (on a cluster: a hub id, or a folder
-            that all machines see); weights that are loaded or trained here go along. After more training call `close`.
+        reranker: any reranker of this package. The workers load its checkpoint themselves (on a cluster: a hub id, or a
+            folder that all machines see); weights that are loaded or trained here go along. After more training call
+            `close`.
         num_workers: copies of the model.
         num_gpus: GPUs of each; leave the reranker's device=None, which is the worker's own.
         num_cpus: cores of each, and threads.
         verbose: show a progress bar.
 
-    Ray (extra `ray`) starts on this machine unless `ray.init` was called or RAY_ADDRESS names a cluster. Queries go out in
-    shards, by estimated tokens and the largest first, to whichever worker is free, two to each at most; scores come back
-    as they are done. The queries of a worker that dies go to another, and a new one starts in its place.
+    Ray (extra `ray`) starts on this machine unless `ray.init` was called or RAY_ADDRESS names a cluster. Queries go out
+    in shards, by estimated tokens and the largest first, to whichever worker is free, two to each at most; scores come
+    back as they are done. The queries of a worker that dies go to another, and a new one starts in its place.
 
     Results are those of the reranker: its own `transform` reads, checks and ranks the frame here, and only its scoring
-    runs elsewhere. Float scores may differ in the last bits, as between other batches. `% k` fuses as into the reranker.
-    Workers start on first use and stay until `close`, or until this object and its copies are gone.
+    runs elsewhere. Float scores may differ in the last bits, as between other batches. `% k` fuses as into the
+    reranker. Workers start on first use and stay until `close`, or until this object and its copies are gone.
     """
 
     schematic: ClassVar[dict[str, str]] = {"label": "Distributed"}
@@ -63,7 +64,7 @@ class Distributed(pt.Transformer):
         self.pool = Pool()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """What the reranker returns. Raises what it raises; ImportError without Ray, and RuntimeError where workers keep dying."""
+        """What the reranker returns. ImportError without Ray; RuntimeError where workers keep dying."""
         reranker = self.reranker
         return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
 
@@ -116,8 +117,8 @@ def costs(queries: Sequence[str], columns: Columns) -> list[int]:
 
 
 def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
-    """All numbers of `costs` in shards, the dearest first. A shard is half of what is left to each worker, so that the last
-    ones are small and all workers end together; none is beyond LARGEST, but for a single query that is.
+    """All numbers of `costs` in shards, the dearest first. A shard is half of what is left to each worker, so that the
+    last ones are small and all workers end together; none is beyond LARGEST, but for a single query that is.
     """
     order = deque(sorted(range(len(costs)), key=lambda i: -costs[i]))
     left = sum(costs)
@@ -149,7 +150,7 @@ class Worker:
 
 
 class Pool:
-    """The workers of a `Distributed` and its copies. They are replaced when they die, and when what they hold has changed."""
+    """The workers of a `Distributed` and its copies. They are replaced when they die and when the reranker changed."""
 
     _make: Callable[[], Any]  # starts a worker
 
@@ -164,7 +165,7 @@ class Pool:
     def run(
         self, reranker: Reranker, workers: tuple[int, float, float], asked: Sequence[Callable[[], tuple[Any, ...]]]
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number, answer) of every call in `asked` as it is done; its arguments are made when a worker is free."""
+        """Yield (number, answer) of each call as it is done. The arguments of a call are made when a worker is free."""
         ray = _ray()
         self._start(reranker, workers)
         waiting = deque(range(len(asked)))
@@ -236,7 +237,8 @@ class Pool:
             for kind, each in (("CPU", num_cpus), ("GPU", num_gpus)):
                 if n * each > there.get(kind, 0):
                     warnings.warn(
-                        f"num_workers={n} want {n * each:g} {kind}s and Ray has {there.get(kind, 0):g}: some will not start",
+                        f"num_workers={n} want {n * each:g} {kind}s and Ray has {there.get(kind, 0):g}: some will not"
+                        " start",
                         stacklevel=2,
                     )
             quiet = copy.copy(reranker)

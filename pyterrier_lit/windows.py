@@ -1,4 +1,4 @@
-"""Sliding windows over rankings, bottom to top, all queries in step. Knows positions only: no text, no model, no pandas."""
+"""Sliding windows over rankings, bottom to top, all queries in step. Knows positions only: no text, no model."""
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -14,7 +14,7 @@ class Span(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A window to order now: the number of its query, its passages (numbers in that query's list), how many to order."""
+    """A window to order: the number of its query, the numbers of its passages in that list, how many to order."""
 
     query: int
     passages: list[int]

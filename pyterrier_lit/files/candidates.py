@@ -1,4 +1,4 @@
-"""Candidates in files, a query at a time: a re-ranking file, or a run with topics and documents. Knows no model, no pandas.
+"""Candidates in files, a query at a time: a re-ranking file, or a run with topics and documents. Knows no model.
 
 Whatever the size of the files, what is held is one query with its passages, and the qids that went by.
 """
@@ -31,11 +31,13 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
     """The first `depth` candidates of each query of rerank.jsonl[.gz], TIRA's format, in the order of the file.
 
     A line is an object with qid, query, docno and text, and perhaps rank and score; other fields, such as
-    original_document, are not read. qid and docno may be numbers. The lines of a query stand together. Best is the lowest
-    rank, whatever the first is called; where lines of a query have no rank the highest score; else the first line.
+    original_document, are not read. qid and docno may be numbers. The lines of a query stand together. Best is the
+    lowest rank, whatever the first is called; where lines of a query have no rank the highest score; else the first
+    line.
 
-    Raises OSError when the file cannot be read, and ValueError naming the line for anything else that is wrong: a missing
-    field, a (qid, docno) that comes twice, a query that comes again after another, a file that is empty or cut short.
+    Raises OSError when the file cannot be read, and ValueError naming the line for anything else that is wrong: a
+    missing field, a (qid, docno) that comes twice, a query that comes again after another, a file that is empty or cut
+    short.
     """
     for rows in _queries(path, map(_rerank_row, _objects(path))):
         differing = next((row for row in rows if row.query != rows[0].query), None)
@@ -73,7 +75,7 @@ def topics(source: str) -> Lookup:
 
 
 def documents(source: str) -> Lookup:
-    """The text of each docno: from lines {docno, text} of .jsonl[.gz], `docno tab text` of any other file, or irds:ID."""
+    """The text of each docno: from lines {docno, text} of .jsonl[.gz], `docno tab text` of other files, or irds:ID."""
     if source.startswith("irds:"):
         store = _irds(source).docs_store()
         return lambda docnos: {doc.doc_id: doc.default_text() for doc in store.get_many_iter(docnos)}

@@ -1,4 +1,4 @@
-"""Candidates to a TREC run, a chunk of queries at a time, each written when it is done. Knows no model and no input format."""
+"""Candidates to a TREC run, a chunk of queries at a time, each written when it is done. Knows no model."""
 
 import contextlib
 import glob
@@ -57,15 +57,16 @@ def write_run(
 
     reranker: a transformer that keeps every row. read: gives the queries from the start, each time it is called; it is
         called twice, first to see that all of the input is right before hours go into it.
-    system: the last column. chunk: whole queries are reranked together up to so many pairs, and written when they are done;
-        more packs batches better, fewer loses less.
+    system: the last column. chunk: whole queries are reranked together up to so many pairs, and written when they are
+        done; more packs batches better, fewer loses less.
     resume: go on with what an interrupted call with the same arguments has left, and repeat nothing that it finished.
 
-    Until all is done the run is called {output}.{hash of the arguments}.part, a run file itself, which a later call goes on
-    with. Queries stand in the order of the input, passages by rank from 1, with falling scores (see `falling`).
+    Until all is done the run is called {output}.{hash of the arguments}.part, a run file itself, which a later call
+    goes on with. Queries stand in the order of the input, passages by rank from 1, with falling scores (see `falling`).
 
-    Raises FileExistsError for an output or part that is there already and not to be resumed, ValueError for one that was
-    begun otherwise, OSError when it cannot be written, and what `read` and the reranker raise; a note says what was kept.
+    Raises FileExistsError for an output or part that is there already and not to be resumed, ValueError for one that
+    was begun otherwise, OSError when it cannot be written, and what `read` and the reranker raise; a note says what was
+    kept.
     """
     if not re.fullmatch(r"[A-Za-z0-9._-]+", system):
         raise ValueError(f"system={system!r}; a run file allows letters, digits, '.', '_' and '-' in it")
@@ -95,8 +96,9 @@ def write_run(
 def falling(scores: Sequence[float]) -> Iterator[float]:
     """Scores of a ranking, best first, as float32 and each below the one before: a tie moves to the next number below.
 
-    Evaluation orders a run by its scores, which trec_eval reads as float32, and breaks ties by docno. So ranks that a reranker
-    gives to equal scores (the order in which they came) would be lost in a file; apart from ties nothing changes.
+    Evaluation orders a run by its scores, which trec_eval reads as float32, and breaks ties by docno. So ranks that a
+    reranker gives to equal scores (the order in which they came) would be lost in a file; apart from ties nothing
+    changes.
     """
     below = torch.tensor(math.inf)
     for score in torch.tensor(scores, dtype=torch.float32):
@@ -179,7 +181,8 @@ def _unfinished(output: Path, part: Path, resume: bool) -> bool:
             )
         if other.stat().st_size and other != part:
             raise ValueError(
-                f"{other} was begun with another reranker, model, option, chunk or system; give the same again, or delete it"
+                f"{other} was begun with another reranker, model, option, chunk or system; give the same again, or"
+                " delete it"
             )
     return resume and part in parts
 

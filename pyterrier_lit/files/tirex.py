@@ -37,8 +37,8 @@ def candidates_in(
     if run and queries and docs:
         return partial(read_run, run, topics(str(queries)), documents(str(docs)), depth)
     raise FileNotFoundError(
-        f"{folder} holds no rerank.jsonl[.gz], and there is no first stage's run to go with queries.jsonl and documents.jsonl;"
-        " a reranker wants a data set for re-ranking, or an input run"
+        f"{folder} holds no rerank.jsonl[.gz], and there is no first stage's run to go with queries.jsonl and"
+        " documents.jsonl; a reranker wants a data set for re-ranking, or an input run"
     )
 
 
@@ -63,9 +63,9 @@ def write_submission(
 ) -> Summary:
     """Rerank all candidates into run.txt (or run.txt.gz), measure it into ir-metadata.yml, and have TIRA check both.
 
-    folder: the output directory, made if need be. settings: further arguments of `write_run`, which raises what this does
-    besides. Files get their names when they are complete. Raises ImportError where the tirex extra is not installed, and
-    ValueError with the checker's words when the output is not right.
+    folder: the output directory, made if need be. settings: further arguments of `write_run`, which raises what this
+    does besides. Files get their names when they are complete. Raises ImportError where the tirex extra is not
+    installed, and ValueError with the checker's words when the output is not right.
     """
     absent = [name for name in ("tira", "tirex_tracker") if importlib.util.find_spec(name) is None]
     if absent:
@@ -100,7 +100,7 @@ def describe(reranker: Reranker, depth: int | None) -> str:
 
 @contextlib.contextmanager
 def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
-    """Measure hardware, energy and versions in the block, and write them with our own metadata to `path` if it ends well."""
+    """Measure hardware, energy and versions in the block, and write them with our metadata to `path` at its end."""
     import yaml
     from tirex_tracker import ALL_MEASURES, Measure, tracking
 

@@ -1,4 +1,4 @@
-"""Checkpoints: a hub id or a folder -> config, weights and tokenizer; device and dtype. Every failure in plain words."""
+"""Checkpoints: hub id or folder -> config, weights and tokenizer; device and dtype. Errors say what to do."""
 
 import json
 import pickle
@@ -53,7 +53,7 @@ class Folder:
         return fields
 
     def weights(self) -> Weights:
-        """All tensors by name, on the CPU in their stored dtype: of safetensors if there are any, else pytorch_model*.bin."""
+        """All tensors by name, on the CPU in their stored dtype: of safetensors, else of pytorch_model*.bin."""
         weights: Weights = {}
         for file in _weight_files(self):
             try:
@@ -77,7 +77,7 @@ class Folder:
         return None
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The fast tokenizer (tokenizer.json, else vocab.txt, else what transformers makes), without truncation or padding."""
+        """The fast tokenizer, without truncation or padding: tokenizer.json, else vocab.txt, else the library's."""
         self.check_vocabulary()
         try:
             if (self.path / "tokenizer.json").exists():
@@ -113,8 +113,8 @@ class Folder:
 def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path as model=") -> Folder:
     """The folder of a checkpoint: the path itself, or the hub's files in the local cache, with or without the weights.
 
-    Raises FileNotFoundError when it is neither here nor to be had, saying how to bring it to a machine without a network, and
-    what to do with it there: `use`.
+    Raises FileNotFoundError when it is neither here nor on the hub. The message says how to bring it to a machine
+    without a network, and what to do with it there: `use`.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -177,8 +177,8 @@ def wrong_weights(source: str, problems: list[str]) -> ValueError:
 def library_model(mapping: Any, config: Any, weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
     """The library's model for a config, from a mapping such as transformers.MODEL_MAPPING, with exactly these weights.
 
-    Raises KeyError where the mapping has no model for the config, and ValueError for weights that are missing, left over or
-    of another shape.
+    Raises KeyError where the mapping has no model for the config, and ValueError for weights that are missing, left
+    over or of another shape.
     """
     model: PreTrainedModel
     model, found = mapping[type(config)].from_pretrained(
@@ -270,8 +270,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
     """Save a checkpoint: `fill` writes into a new folder, whose files go to `path` only when all of them are complete.
 
-    Until then an older checkpoint at `path` stays as it was; files of other names stay in any case. OSError when the new
-    one cannot be written, as when a disk is full.
+    Until then an older checkpoint at `path` stays as it was; files of other names stay in any case. OSError when the
+    new one cannot be written, as when a disk is full.
     """
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)

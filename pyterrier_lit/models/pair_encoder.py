@@ -1,7 +1,7 @@
-"""Encoders that read two texts as one input and give one score, in all the formats that cross-encoders are published in.
+"""Encoders that read two texts as one input and give one score, in all published formats of cross-encoders.
 
-Read are lightning-ir's checkpoints since 2024 (Rank-DistiLLM's monoELECTRA) and the library's sequence classifiers with one
-label or two. Knows ids and tensors: no queries, no rankings.
+Read are lightning-ir's checkpoints since 2024 (Rank-DistiLLM's monoELECTRA) and the library's sequence classifiers with
+one label or two. Knows ids and tensors: no queries, no rankings.
 """
 
 import copy
@@ -67,7 +67,7 @@ class PairCheckpoint:
         return next(self.network.parameters()).device
 
     def layout(self, *, special_tokens_as_text: bool = False) -> PairLayout:
-        """How two texts are laid out as one input; special tokens inside a text are control tokens, or plain characters."""
+        """How two texts become one input; special tokens inside a text are control tokens, or plain characters."""
         if special_tokens_as_text not in self._layouts:
             tokenizer = self.tokenizer
             if special_tokens_as_text:
@@ -109,15 +109,18 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
     architectures = config.get("architectures") or ["unknown architecture"]
     if not architectures[0].endswith("ForSequenceClassification"):
         raise ValueError(
-            f"{folder} holds {architectures[0]} (model_type {kind!r}), which is no cross-encoder; wanted a checkpoint of"
-            " lightning-ir over ELECTRA or BERT, or a ...ForSequenceClassification with one or two labels. To train a head"
-            " on an encoder: CrossEncoder.from_backbone"
+            f"{folder} holds {architectures[0]} (model_type {kind!r}), which is no cross-encoder; wanted a checkpoint"
+            " of lightning-ir over ELECTRA or BERT, or a ...ForSequenceClassification with one or two labels. To train"
+            " a head on an encoder: CrossEncoder.from_backbone"
         )
     return _checkpoint(folder, _labelled(folder, weights), config, device, dtype)
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """The body of an ELECTRA or BERT, or of a cross-encoder over one, under a new head: w ~ N(0, initializer_range), b = 0."""
+    """The body of an ELECTRA or BERT, or of a cross-encoder over one, under a new head.
+
+    w ~ N(0, initializer_range) from torch's generator, and no bias.
+    """
     backbone = _backbone(folder.config)
     config = folder.config | {"backbone_model_type": backbone}
     network = PooledScorer(_body(folder, config), bias=False)
@@ -257,7 +260,7 @@ def _body(folder: Folder, config: dict[str, Any]) -> "PreTrainedModel":
 
 
 def _bare(weights: Weights, backbone: str) -> Weights:
-    """Weights by the names of the bare body: without "electra." in front, and without the buffer that old versions saved."""
+    """Weights by the names of the bare body: without "electra." in front, and without a buffer of old versions."""
     kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
     return {name.removeprefix(f"{backbone}."): weights[name] for name in kept}
 

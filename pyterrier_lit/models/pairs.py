@@ -12,7 +12,7 @@ Pair = tuple[list[int], list[int]]  # the pieces of a query, the pieces of a pas
 
 
 class PairLayout:
-    """How a tokenizer writes a query and a passage:  prefix query middle | passage suffix,  with token types 0 | 1 for BERT.
+    """How a tokenizer writes two texts:  prefix query middle | passage suffix,  with token types 0 | 1 for BERT.
 
     limit: the longest input in tokens; None has no limit.
     clean_up: cut as lightning-ir does, by way of decoded text (specs: `do n't` becomes `don't` after the cut).
@@ -27,7 +27,8 @@ class PairLayout:
         ids, special = joined.ids, joined.special_tokens_mask
         if sum(special) < 2 or special.count(0) != len(query) + len(passage):
             raise ValueError(
-                f"the tokenizer sets no special tokens between two texts (it writes {joined.tokens}); a cross-encoder's does"
+                f"the tokenizer sets no special tokens between two texts (it writes {joined.tokens}); a cross-encoder's"
+                " does"
             )
         at_query = special.index(0)
         at_passage = special.index(0, at_query + len(query))

@@ -1,4 +1,4 @@
-"""Vectors of passages from a column, a dense index or an encoder; what is wrong is named. Knows no language model, no pandas."""
+"""Vectors of passages from a column, a dense index or an encoder; errors name the docno. Knows no language model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 def distinct(
     keys: Sequence[Sequence[Any]], docnos: Sequence[Sequence[Any]]
 ) -> tuple[list[Any], list[Any], list[list[int]]]:
-    """The distinct keys of Q lists of passages, a docno of each, and for each list the rows of its passages among them."""
+    """The distinct keys of Q lists of passages, a docno of each, and for each list the rows of its passages."""
     docno_of = {
         key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)
     }
@@ -40,7 +40,7 @@ def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
 
 
 def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
-    """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. ValueError names docnos that it does not hold.
+    """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. ValueError names docnos that are missing.
 
     Each number that the index gives for a docno is read back: for a docno that it does not hold some give -1, which is
     the last vector, some the number of another docno ("d01" for "d1"), and some an error.
@@ -61,8 +61,8 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
     missing = [name for name, is_right in zip(names, right, strict=True) if not is_right]
     if missing:
         raise ValueError(
-            f"{index!r} holds no vectors of {len(missing)} of {len(names)} docnos, such as {', '.join(map(repr, missing[:5]))};"
-            " index them, or drop them from the ranking"
+            f"{index!r} holds no vectors of {len(missing)} of {len(names)} docnos, such as"
+            f" {', '.join(map(repr, missing[:5]))}; index them, or drop them from the ranking"
         )
     return torch.tensor(vectors[numbers], dtype=torch.float32)
 
@@ -81,14 +81,15 @@ def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, traine
     """
     if vectors.shape[1] != wanted:
         raise ValueError(
-            f"the passage vectors have {vectors.shape[1]} dimensions and this checkpoint reads {wanted}; give it those of {trained_on}"
+            f"the passage vectors have {vectors.shape[1]} dimensions and this checkpoint reads {wanted}; give it those"
+            f" of {trained_on}"
         )
     wrong = torch.nonzero(~vectors.isfinite().all(1)).flatten().tolist()
     if wrong:
         number = next(number for number in vectors[wrong[0]].tolist() if not abs(number) < float("inf"))
         raise ValueError(
-            f"the vector of a passage holds {number}: docno {docnos[wrong[0]]!r} ({len(wrong)} of {len(vectors)} vectors);"
-            " encode it again"
+            f"the vector of a passage holds {number}: docno {docnos[wrong[0]]!r} ({len(wrong)} of {len(vectors)}"
+            " vectors); encode it again"
         )
     return F.normalize(vectors, dim=1)
 

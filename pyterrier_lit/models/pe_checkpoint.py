@@ -60,8 +60,8 @@ class PERankCheckpoint:
         """Warn that vectors must come from the encoder of the checkpoint: those of another give a senseless order."""
         if self.config.get("encoder_name"):
             warnings.warn(
-                "neither a 'doc_vec' column nor an index says which encoder made its vectors; this checkpoint reads those of"
-                f" {self.trained_on}",
+                "neither a 'doc_vec' column nor an index says which encoder made its vectors; this checkpoint reads"
+                f" those of {self.trained_on}",
                 stacklevel=2,
             )
 
@@ -78,20 +78,20 @@ class PERankCheckpoint:
         return prompts
 
     def text_encoder(self) -> TextEncoder:
-        """The encoder inside the checkpoint, built on first use: `encoder_name` need not be there where vectors are given."""
+        """The encoder inside the checkpoint, built on first use, since given vectors need none."""
         if self.encoder is None:
             self.encoder = _inner_encoder(self)
         return self.encoder
 
     def head(self) -> torch.Tensor:
-        """The language model's own output layer (V, H), which ranking does not read: from its file, or its embeddings."""
+        """The language model's own output layer (V, H), which ranking does not use: its file's, or its embeddings."""
         words: Any = self.network.body.get_input_embeddings()
         tied = self.config.get("tie_word_embeddings")
         weight = words.weight.detach() if tied else self.folder.weight("lm_head.weight")
         if weight is None:
             raise ValueError(
-                f"{self.folder} holds no lm_head.weight: a PE-Rank that was saved can no longer write; align it before, right"
-                " after PERank.from_backbone"
+                f"{self.folder} holds no lm_head.weight: a PE-Rank that was saved can no longer write; align it before,"
+                " right after PERank.from_backbone"
             )
         return weight
 
@@ -113,8 +113,8 @@ def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PE
     kind = str(folder.config.get("model_type"))
     if not kind.startswith(KIND):
         raise ValueError(
-            f"{folder} holds {folder.config.get('architectures')} (model_type {kind!r}), which is no PE-Rank checkpoint; wanted"
-            f" a model_type such as '{KIND}mistral'. To train one on a language model: PERank.from_backbone"
+            f"{folder} holds {folder.config.get('architectures')} (model_type {kind!r}), which is no PE-Rank"
+            f" checkpoint; wanted a model_type such as '{KIND}mistral'. To train one on a language model: PERank.from_backbone"
         )
     weights = folder.weights()
     others = (ENCODER, PROJECTOR, "lm_head.")
@@ -172,12 +172,13 @@ def new_pe_rank(
 
 
 def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
-    """The encoder inside a checkpoint: its weights from there, its config and tokenizer from `encoder_name`, or from there too
-    where `save` wrote it."""
+    """The encoder inside a checkpoint: its weights from there, its config and tokenizer from `encoder_name`, or from
+    there too where `save` wrote it."""
     folder, name = checkpoint.folder, checkpoint.config.get("encoder_name")
     if not checkpoint.encoder_weights:
         raise ValueError(
-            f"{folder} holds no encoder; give the passages' vectors as vectors= or in a 'doc_vec' column, or an encoder="
+            f"{folder} holds no encoder; give the passages' vectors as vectors= or in a 'doc_vec' column, or an"
+            " encoder="
         )
     if "encoder_config" in checkpoint.config:
         config, file = checkpoint.config["encoder_config"], folder.path / ENCODER_TOKENIZER

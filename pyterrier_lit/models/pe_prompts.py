@@ -1,4 +1,4 @@
-"""PE-Rank's prompt: a query and a placeholder per passage, through a checkpoint's chat template to ids. Knows no model."""
+"""PE-Rank's prompt: a query and a placeholder per passage, in a checkpoint's chat template, as ids. Knows no model."""
 
 import re
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ from pyterrier_lit.models.checkpoints import Folder, first_line
 PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # stands for a passage in the prompt; for a rank, in training alone
 
 PROMPT = (
-    "I will provide you with {n} passages, each with a special token representing the passage enclosed in [], followed by original text.\n"
+    "I will provide you with {n} passages, each with a special token representing the passage enclosed in [], followed"
+    " by original text.\n"
     "Rank the passages based on their relevance to the search query: {query}.\n"
     "{passages}"
     "Search Query: {query}.\n"
-    "Rank the {n} relatively ordered passages above based on their relevance to the search query, output the ranking in descending order."
-    " Only output the {n} unique special token in the ranking.\n\n"
+    "Rank the {n} relatively ordered passages above based on their relevance to the search query, output the ranking in"
+    " descending order. Only output the {n} unique special token in the ranking.\n\n"
 )
 
 
@@ -30,7 +31,7 @@ class Prompter:
         self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
     def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
-        """The ids of a prompt for each query and its n passages; texts: one for each passage, or none to leave them out.
+        """The ids of a prompt for each query and its n passages. texts: of all its passages, or none.
 
         Raises ValueError where a prompt has not one placeholder for each passage.
         """
@@ -41,7 +42,8 @@ class Prompter:
         for ids, query, n in zip(prompts, queries, counts, strict=True):
             if ids.count(self.placeholder) != n:
                 raise ValueError(
-                    f"the prompt for query {query!r} has {ids.count(self.placeholder)} placeholders for {n} passages; check the chat template"
+                    f"the prompt for query {query!r} has {ids.count(self.placeholder)} placeholders for {n} passages;"
+                    " check the chat template"
                 )
         return prompts
 
@@ -72,7 +74,7 @@ class Prompter:
         return whole, len(asked)
 
     def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
-        """The question that shows one passage as its placeholder, and the answer: its text. The published wording is not known."""
+        """A question that shows a passage as its placeholder, and the answer, its text. The wording is ours."""
         content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
         return [{"role": "user", "content": content}], self._neutral(text.strip())
 
@@ -114,8 +116,8 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
 
 
 def _read_tokenizer(folder: Folder) -> Any:
-    """The library's tokenizer. Where there is a tokenizer.json, that file says all: transformers 5 would rebuild it by the class
-    that tokenizer_config.json names, and by Mistral's config choose another, with other ids."""
+    """The library's tokenizer. Where there is a tokenizer.json, that file says all: transformers 5 would rebuild it by
+    the class that tokenizer_config.json names, and by Mistral's config choose another, with other ids."""
     import transformers
 
     folder.check_vocabulary()
@@ -133,7 +135,7 @@ def _read_tokenizer(folder: Folder) -> Any:
 
 
 def _check_sentencepieces(file: Path) -> None:
-    """RuntimeError for a file that is cut short: transformers would make an empty vocabulary of it, or misread its format."""
+    """RuntimeError for a file that is cut short, of which transformers would make an empty vocabulary."""
     import sentencepiece
 
     try:

@@ -3,9 +3,9 @@
 So the encoder's work grows with the number of passages and not with its square, and the decoder still sees every
 passage when it writes. Knows token ids and tensors: no prompts, no identifiers, no rankings.
 
-Source: Izacard and Grave, arXiv 2007.01282; LiT5's use of it, arXiv 2312.16098. In the shapes B is the number of windows,
-P the passages of a window, S the tokens of a window's passages together, D the model's width, H its heads, d the width
-of a head.
+Source: Izacard and Grave, arXiv 2007.01282; LiT5's use of it, arXiv 2312.16098. In the shapes B is the number of
+windows, P the passages of a window, S the tokens of a window's passages together, D the model's width, H its heads, d
+the width of a head.
 """
 
 import dataclasses
@@ -50,12 +50,12 @@ class SentencePieces:
         self._guard = len(self.processor.encode("<unk>"))
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without </s>. The <unk> in front keeps a text's first blank from being normalised away."""
+        """The ids of each text, without </s>. The <unk> in front keeps a leading blank from being normalised away."""
         guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
         return [ids[self._guard :] for ids in self.processor.encode(guarded)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids. Those that T5 can write and the tokenizer does not know (<extra_id_0>, ...) separate words."""
+        """The text of ids. Those that the tokenizer does not know (<extra_id_0>, ...) separate words."""
         known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
         return " ".join(self.processor.decode(group) for group in known)
 
@@ -116,8 +116,8 @@ def _read_pieces(folder: Folder) -> SentencePieces:
 
 
 def _read_network(folder: Folder) -> Any:
-    """The network on the CPU. Whether its output layer is the embedding, the weights say, since configs are wrong about it:
-    transformers 5 writes tie_word_embeddings=true for all T5s."""
+    """The network on the CPU. Whether its output layer is the embedding, the weights say, since configs are wrong about
+    it: transformers 5 writes tie_word_embeddings=true for all T5s."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     weights = folder.weights()
@@ -223,7 +223,7 @@ class FiD:
         return Memory(keys, values, mask, norms, own_keys, own_values, self._distance_bias(steps).to(states.dtype))
 
     def read(self, memory: Memory, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """One decoder pass over the next m tokens of each window: ids (B, m) -> their states (B, m, D) after the final norm.
+        """One decoder pass over the next m tokens of each window: ids (B, m) -> states (B, m, D) after the final norm.
 
         A token sees those before it. With them, where the memory has norms, the attention mass of each token, per layer
         (B, m, S): the mean over heads of attention weight times value length; otherwise an empty list.
@@ -270,8 +270,8 @@ class FiD:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
         """Write the likeliest token step by step, until every window has EOS or `max_length` tokens with START.
 
-        Yields at each step the tokens (B,), which windows had no EOS before it (B,), where a logit was NaN (B,), and the
-        attention mass as `read` gives it, per layer (B, S).
+        Yields at each step the tokens (B,), which windows had no EOS before it (B,), where a logit was NaN (B,), and
+        the attention mass as `read` gives it, per layer (B, S).
         """
         rows = memory.own_keys.shape[1]
         ids = torch.full((rows,), START, device=self.device)
@@ -301,7 +301,7 @@ class FiD:
 
 
 class PieceReader:
-    """A `decoding.Reader` over B windows of prompts. Its symbols are pieces: ids of the vocabulary, in the order of `pieces`."""
+    """A `decoding.Reader` over B windows of prompts. Symbol i is the id pieces[i] of the vocabulary."""
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
         self.fid = fid

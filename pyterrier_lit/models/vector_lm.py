@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class VectorLM(nn.Module):
-    """The body of a causal language model of the library, and the projector that brings vectors into its input space."""
+    """The body of a causal language model, and the projector that brings vectors into its input space."""
 
     def __init__(self, body: "PreTrainedModel", projector: nn.Module, placeholder: int):
         super().__init__()
@@ -35,7 +35,8 @@ class VectorLM(nn.Module):
     ) -> tuple[torch.Tensor, Any]:
         """Read inputs (B, L, H) at positions (B, L), under mask (B, C + L) over what the cache holds and these.
 
-        Returns states (B, L, H) and the grown cache. RuntimeError where the library did not use the cache that it was given.
+        Returns states (B, L, H) and the grown cache. RuntimeError where the library did not use the cache that it was
+        given.
         """
         body: Any = type(self.body)
         name = _cache_argument(body)
@@ -45,8 +46,8 @@ class VectorLM(nn.Module):
         grown = read[name]
         if grown.get_seq_length() != mask.shape[1]:
             raise RuntimeError(
-                f"the cache of {type(self.body).__name__} holds {grown.get_seq_length()} tokens after {mask.shape[1]} were"
-                " read: this version of transformers is not supported"
+                f"the cache of {type(self.body).__name__} holds {grown.get_seq_length()} tokens after {mask.shape[1]}"
+                " were read: this version of transformers is not supported"
             )
         states: torch.Tensor = read.last_hidden_state
         return states, grown
@@ -97,8 +98,8 @@ class VectorLM(nn.Module):
 class VectorReader:
     """A `decoding.Reader` over B prompts whose symbols are the numbers of the prompt's vectors.
 
-    inputs: (B, L, H), the prompt or what is left of it to read. mask: (B, C + L), 0 on padding, over what `cache` holds (C
-    tokens) and the inputs. passages: (B, N, H), the projected vectors.
+    inputs: (B, L, H), the prompt or what is left of it to read. mask: (B, C + L), 0 on padding, over what `cache` holds
+    (C tokens) and the inputs. passages: (B, N, H), the projected vectors.
     """
 
     def __init__(
@@ -153,7 +154,8 @@ def projector(kind: str, width: int, hidden: int) -> nn.Module:
     layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
     if not layers:
         raise ValueError(
-            f"projector_type={kind!r} from {width} to {hidden} dimensions; wanted 'linear', 'mlp2x_gelu' or, between equals, 'identity'"
+            f"projector_type={kind!r} from {width} to {hidden} dimensions; wanted 'linear', 'mlp2x_gelu' or, between"
+            " equals, 'identity'"
         )
     modules: list[nn.Module] = [nn.Linear(width, hidden)]
     for _ in range(int(layers[1]) - 1):
