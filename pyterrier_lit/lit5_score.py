@@ -1,8 +1,8 @@
 """LiT5Score: a T5 answers the query from all passages, and the attention that a passage draws is its score.
 
 Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder). The decoder reads
-all of them and writes an answer. A passage that the answer was taken from draws attention, so no judgement of a passage is
-needed to train the model: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
+all of them and writes an answer. A passage that the answer was taken from draws attention, so no judgement of a
+passage is needed to train the model: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
 """
 
 import dataclasses

@@ -226,7 +226,7 @@ def test_every_block_is_marked_as_a_language_that_is_run():
     assert len(found) > 25 and {block.page.suffix for block in found} == {".md", ".rst"}
 
 
-@pytest.mark.filterwarnings("ignore:neither a 'doc_vec' column", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:neither a 'doc_vec' column")
 @pytest.mark.parametrize("some", of("python"))
 def test_python_blocks_run_in_their_order(some, substitutes, monkeypatch):
     (substitutes / "run.txt").write_text((substitutes / "bm25.txt").read_text())  # the published run of tirex.rst
@@ -259,7 +259,6 @@ def is_pipeline(value):
 # Shell
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("some", of("bash"))
 def test_shell_blocks_run_or_are_known(some, substitutes, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])

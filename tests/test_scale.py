@@ -20,7 +20,7 @@ from pyterrier.measures import RR
 from pyterrier_lit import scale
 from pyterrier_lit.scale import Distributed, costs, shards_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:num_workers=", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:num_workers=")
 
 
 @given(st.lists(st.integers(0, 3_000_000), max_size=60), st.integers(1, 9))

@@ -6,6 +6,7 @@ import torch
 from pe import ARRAYS, FOLDER, WINDOWS, ids_of, prompt, vectors_of
 
 from pyterrier_lit import PERank
+from pyterrier_lit.models.vector_lm import _cache_argument
 from pyterrier_lit.pe_rank import constrained
 
 
@@ -67,3 +68,27 @@ def test_positions_are_counted_from_the_first_real_token(ranker):
     for step in (1, 2):
         reader.read(torch.tensor([[0], [0]]))
         assert reader.positions.tolist() == [[short["positions"][step]], [long["positions"][step]]]
+
+
+@torch.inference_mode()
+def test_a_cache_that_the_library_does_not_use_is_an_error(ranker, monkeypatch):
+    """As with a transformers that renamed its cache: the old name would be ignored, and each step forget the prompt."""
+    reader = ranker.network.read([ids_of(ranker, WINDOWS[0])], [vectors_of(WINDOWS[0])])
+    reader.start()
+    forward = ranker.network.body.forward
+
+    def forgetful(**inputs):
+        return forward(**{name: value for name, value in inputs.items() if name not in ("cache", "past_key_values")})
+
+    monkeypatch.setattr(ranker.network.body, "forward", forgetful)
+    with pytest.raises(RuntimeError, match=r"the cache of MistralModel holds 1 tokens after \d+ were read"):
+        reader.read(torch.tensor([[0]]))
+
+
+def test_a_model_whose_cache_has_no_known_name_is_an_error():
+    class Renamed:
+        def forward(self, inputs_embeds, memory=None):
+            pass
+
+    with pytest.raises(RuntimeError, match="Renamed of this version of transformers takes no cache by a name"):
+        _cache_argument(Renamed)

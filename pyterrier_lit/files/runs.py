@@ -83,7 +83,7 @@ def write_run(
         with counted_tokens() as tokens, pt.tqdm(total=total, unit="pair", desc=system) as bar:
             for together in _chunks(read(), chunk):
                 n = sum(len(query.docnos) for query in together)
-                if run.holds(together):
+                if run.skip(together):
                     found += len(together)
                 else:
                     run.append(_lines(reranker, together, system))
@@ -118,14 +118,13 @@ class Part:
             raise OSError(f"{path.parent} cannot be written to ({error}); give another output") from error
         self.end = path.stat().st_size  # of what is to be kept
 
-    def holds(self, queries: list[Candidates]) -> bool:
-        """Whether the rankings of these queries come next. What is there of them, if not all is, is cut off."""
+    def skip(self, queries: list[Candidates]) -> bool:
+        """Go past the rankings of these queries, if they come next and are whole. Returns whether they did."""
         wanted = {(query.qid, docno) for query in queries for docno in query.docnos}
         start = self.file.tell()
         lines = list(islice(self.file, len(wanted)))
         if len(lines) < len(wanted) or not lines[-1].endswith(b"\n"):
             self.end = self.file.seek(start)
-            self.file.truncate()
             return False
         columns = [line.decode().split() for line in lines]
         if {(qid, docno) for qid, _, docno, *_ in columns} != wanted:
@@ -133,7 +132,9 @@ class Part:
         return True
 
     def append(self, lines: str) -> None:
+        """Write the next rankings, in place of what is left of a chunk that was not finished."""
         try:
+            self.file.truncate()
             self.file.write(lines.encode())
             self.file.flush()
         except OSError as error:

@@ -114,7 +114,8 @@ def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PE
     if not kind.startswith(KIND):
         raise ValueError(
             f"{folder} holds {folder.config.get('architectures')} (model_type {kind!r}), which is no PE-Rank"
-            f" checkpoint; wanted a model_type such as '{KIND}mistral'. To train one on a language model: PERank.from_backbone"
+            f" checkpoint; wanted a model_type such as '{KIND}mistral'. To train one on a language model:"
+            " PERank.from_backbone"
         )
     weights = folder.weights()
     others = (ENCODER, PROJECTOR, "lm_head.")
