@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from contract import assert_same_scores
-from test_imports import ROOMS, source
+from test_imports import MAP, source
 
 
 def contents(folder):
@@ -108,13 +108,13 @@ def disk_of(n):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("room", [100, 5_000, 100_000])
-def test_a_full_disk_while_saving_leaves_the_old_checkpoint(small, frame, tmp_path, room):
+@pytest.mark.parametrize("space", [100, 5_000, 100_000])
+def test_a_full_disk_while_saving_leaves_the_old_checkpoint(small, frame, tmp_path, space):
     reranker = small()
     expected = reranker(frame)
     reranker.save(tmp_path)
     before = contents(tmp_path)
-    with disk_of(room), pytest.raises(OSError, match=f"{tmp_path} could not be saved and is as it was before"):
+    with disk_of(space), pytest.raises(OSError, match=f"{tmp_path} could not be saved and is as it was before"):
         reranker.save(tmp_path)
     assert contents(tmp_path) == before
     assert not list(tmp_path.glob(".saving-*"))
@@ -211,9 +211,9 @@ def test_no_code_and_no_pickle_of_a_checkpoint_is_run(copied, frame):
     assert not (folder / "owned").exists()
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_no_room_trusts_remote_code_or_unpickles(room):
-    for node in ast.walk(ast.parse(source(room))):
+@pytest.mark.parametrize("module", MAP)
+def test_no_module_trusts_remote_code_or_unpickles(module):
+    for node in ast.walk(ast.parse(source(module))):
         if isinstance(node, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             assert "trust_remote_code" not in given
