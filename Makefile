@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-lowest slow fuzz notebooks tiny docs style types wheel image clean
+.PHONY: demo test test-lowest slow fuzz notebooks tiny tree docs style types wheel image clean
 
 demo: $(VENV)/ready  ## BM25, and the four rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
@@ -26,6 +26,9 @@ notebooks: $(VENV)/ready  ## run all notebooks in the small profile, in place
 
 tiny: $(VENV)/ready  ## train the small checkpoints of experiments/tiny anew, in about two hours
 	$(BIN)/python experiments/tiny/make.py
+
+tree:  ## write the map of files in CONTRIBUTING.md anew, from the files' first lines
+	$(PYTHON) .ci/tree --write
 
 docs: $(VENV)/ready  ## the pages of pt_docs as PyTerrier's site shows them, in build/docs; a warning is an error
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -c docs pyterrier_lit/pt_docs build/docs

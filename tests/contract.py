@@ -1,4 +1,4 @@
-"""What every reranker promises (DESIGN, last section). A test class of a reranker inherits these and gives `reranker`."""
+"""What every reranker promises. A test class of a reranker inherits these and gives `reranker`."""
 
 import copy
 import pickle

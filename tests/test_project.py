@@ -1,7 +1,9 @@
-"""The project's own files: the tree in CONTRIBUTING.md, and versions that stand in two places."""
+"""The project's own files: the map in CONTRIBUTING.md, and versions that stand in two places."""
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -11,28 +13,17 @@ from conftest import ROOT
 import pyterrier_lit
 
 
-def tree(text):
-    """The paths of an indented list, two blanks a level; a folder ends in a slash."""
-    parents, paths = [], []
-    for line in text.splitlines():
-        depth = (len(line) - len(line.lstrip(" "))) // 2
-        parents[depth:] = [line.split()[0]]
-        paths.append("".join(parents))
-    return paths
-
-
-def test_the_tree_has_a_line_for_every_file():
-    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if git.returncode:
+def test_the_map_of_files_is_the_one_that_make_tree_prints():
+    if subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("no checkout of git")
-    written = tree(
-        re.search(r"```\n(README\.md .*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)[1]
-    )
-    # What has nothing below it: a file, or a folder whose line stands for all that it holds
-    ends = {path for path in written if not any(other != path and other.startswith(path) for other in written)}
-    folders = tuple(path for path in ends if path.endswith("/"))
-    found = {next((folder for folder in folders if file.startswith(folder)), file) for file in git.stdout.splitlines()}
-    assert found == ends
+    printed = subprocess.run([sys.executable, ROOT / ".ci" / "tree"], capture_output=True, text=True, check=True).stdout
+    assert f"```text\n{printed}```" in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "run `make tree`"
+
+
+def test_every_module_says_what_it_is_in_its_first_line():
+    for path in (ROOT / "pyterrier_lit").rglob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert docstring or path.name == "__init__.py", path
 
 
 def test_the_lowest_versions_are_those_that_are_tested():
