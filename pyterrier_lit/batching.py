@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 Batch = tuple[list[int], Any]  # which items, and their answers
 
@@ -73,6 +74,14 @@ def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
         count = max(max_tokens // max(lengths[order[0]], 1), 1)
         yield order[:count]
         order = order[count:]
+
+
+def padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """B rows of at most L numbers -> a LongTensor (B, L), padded on the right with `value`, and the mask (B, L), true
+    where there is a number."""
+    numbers = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return pad_sequence(numbers, batch_first=True, padding_value=value), pad_sequence(mask, batch_first=True)
 
 
 def map_batches(
