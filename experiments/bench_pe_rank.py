@@ -62,7 +62,7 @@ def main():
 
 
 def measure(reranker, queries, docnos, texts, arguments):
-    ranker, network = reranker.loaded(), reranker.loaded().network
+    ranker, network = reranker.load(), reranker.load().network
     head = torch.randn(VOCABULARY, network.body.config.hidden_size).to(next(network.parameters()))
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     print(

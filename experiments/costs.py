@@ -57,14 +57,14 @@ def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
 
 def parameters(reranker: Reranker) -> int:
     """Numbers in the networks that a reranker has loaded, the passages' encoder among them once it was used."""
-    loaded = reranker.loaded()
+    loaded = reranker.load()
     networks = [loaded.network, *([loaded.encoder.network] if getattr(loaded, "encoder", None) else [])]
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
 def prompt_tokens(reranker: PERank, candidates: pd.DataFrame) -> float:
     """Tokens of PE-Rank's prompts per query, summed over its windows: the paper's "processed tokens"."""
-    ids = reranker.loaded().prompter.ids
+    ids = reranker.load().prompter.ids
     windows = [
         (query, window.stop - window.start)
         for query, n in candidates.groupby("qid")["query"].agg(["first", "size"]).itertuples(index=False)

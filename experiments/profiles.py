@@ -305,11 +305,12 @@ RERANKERS = {
 }
 SMALL_RERANKERS = {name.removeprefix("tiny "): reranker for name, reranker in tiny().items()}
 
-SHORT = {"steps": 6, "batch_size": 4, "at_once": 4, "learning_rate": 1e-4, "verbose": False}  # a training of seconds
+# A training of seconds
+SHORT = {"steps": 6, "batch_size": 4, "micro_batch": 4, "learning_rate": 1e-4, "verbose": False}
 MINUTES = {
     "steps": 40,
     "batch_size": 8,
-    "at_once": 8,
+    "micro_batch": 8,
     "learning_rate": 2e-5,
     "warmup": 15,
     "schedule": "cosine",

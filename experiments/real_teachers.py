@@ -34,7 +34,7 @@ from pyterrier_lit.training import Distil, FineTune
 SEED = 42
 DEPTH = 100
 TEACHER = str(SHARED / "dl19" / "teachers" / "rankvicuna7b.bm25.k100.r1.txt.gz")
-LEARNING = {"batch_size": 8, "at_once": 8, "schedule": "cosine", "precision": "bfloat16", "seed": SEED}
+LEARNING = {"batch_size": 8, "micro_batch": 8, "schedule": "cosine", "precision": "bfloat16", "seed": SEED}
 COSINES = {"loss": "kl", "loss_options": {"temperature": 0.05}, "n_passages": 8, "learning_rate": 1e-4, "warmup": 50}
 RANKINGS = {"n_passages": 16, "sampling": "log_random", "warmup": 20}
 PIECES = 10_000  # of LiT5Distill's vocabulary

@@ -5,10 +5,10 @@ import contextvars
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 Batch = tuple[list[int], Any]  # which items, and their answers
 
@@ -81,11 +81,9 @@ def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
 
 def padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """B rows of integers -> int64 (B, L), padded with `value` on the right, and a mask (B, L), true inside the rows."""
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    inside = torch.arange(int(lengths.max())) < lengths
-    numbers = torch.full(inside.shape, value)
-    numbers[inside] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)
-    return numbers, inside
+    numbers = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    return pad_sequence(numbers, batch_first=True, padding_value=value), pad_sequence(mask, batch_first=True)
 
 
 def map_batches(

@@ -12,7 +12,7 @@ from pyterrier_lit.__main__ import main
 from pyterrier_lit.training import FineTune
 
 LIT5 = GOLDEN / "lit5" / "tiny-random"
-FEW = ["--set", "steps=2", "--set", "batch_size=2", "--set", "at_once=2", "--device", "cpu"]
+FEW = ["--set", "steps=2", "--set", "batch_size=2", "--set", "micro_batch=2", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_from_labels_it_is_the_training_in_python(file, rows, labels, cross_enco
     settings = {
         "steps": 2,
         "batch_size": 2,
-        "at_once": 2,
+        "micro_batch": 2,
         "n_passages": 3,
         "learning_rate": 1e-2,
         "seed": 5,

@@ -164,8 +164,9 @@ def substitutes(monkeypatch, tmp_path, collection, names):
     monkeypatch.setattr(Client, "__init__", lambda self: None)
     monkeypatch.setattr(Client, "get_run_output", lambda self, approach, data: tmp_path)
 
-    def short(objective, lists, recipe, **options):
-        return learn(objective, lists, recipe.but(steps=2, batch_size=2, at_once=1), **options | {"verbose": False})
+    def short(objective, lists, recipe, settings, **options):
+        few, quiet = recipe.replace(steps=2, batch_size=2, micro_batch=1), dataclasses.replace(settings, verbose=False)
+        return learn(objective, lists, few, quiet, **options)
 
     monkeypatch.setattr(distil, "train", short)
     lay_out(tmp_path)

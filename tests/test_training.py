@@ -1,5 +1,6 @@
 """Training: the reference's traces, what each student learns, going on after a kill, use in pipelines, errors."""
 
+import copy
 import json
 import os
 import pickle
@@ -17,12 +18,12 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, SMALL
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.frames import Ranking, rankings
 from pyterrier_lit.training import Distil, FineTune, cross_encoder, lit5_distill, lit5_score, pe_rank
-from pyterrier_lit.training.trainer import Draws, Recipe, train
+from pyterrier_lit.training.trainer import Recipe, Samples, train
 
 LIT5, PE_RANK = GOLDEN / "lit5" / "tiny-random", GOLDEN / "pe_rank"
 QUIET = {"verbose": False, "seed": 1}
@@ -30,7 +31,7 @@ QUIET = {"verbose": False, "seed": 1}
 
 @pytest.fixture
 def candidates():
-    """Eight queries with six passages each; the relevant passage alone holds the query's letter, at a place that changes."""
+    """Eight queries with six passages each: only the relevant one has the query's letter, at a place that changes."""
     letters = "abcdefgh"
     rows = [
         (f"q{q}", letter, f"{letter}{i}", f"{letter} is here" if i == q % 6 else f"nothing {i}", 6.0 - i)
@@ -78,7 +79,7 @@ def test_five_steps_are_lightning_irs(name):
         loss={"RankNet": "ranknet", "ApproxRankMSE": "adr_mse", "InfoNCE": "lce"}[reference["loss"]],
         learning_rate=reference["lr"],
         batch_size=6,
-        at_once=6,
+        micro_batch=6,
         steps=5,
         clip=1e9,  # so that the norms are logged
         **QUIET,
@@ -109,11 +110,12 @@ def read_rows(name):
 
 def test_pe_ranks_second_stage_is_the_references():
     arrays, rows = np.load(PE_RANK / "arrays.npz"), read_rows("stage2")
-    recipe = pe_rank.RECIPES["pe-rank-ranking"].but(reduction="mean", shuffle=0.0)
-    objective = recipe.objective(PERank(str(PE_RANK / "checkpoint"), window_size=6, device="cpu"))
+    recipe = pe_rank.RECIPES["pe-rank-ranking"].replace(reduction="mean", shuffle=0.0)
+    student = PERank(str(PE_RANK / "checkpoint"), window_size=6, device="cpu")
+    objective = recipe.objective(student)
     queries = [row["messages_wo_content"][0]["content"].split("search query: ")[1].split(".\n")[0] for row in rows]
     lists = objective.prepare([taught(row, query) for row, query in zip(rows, queries, strict=True)])
-    batch = objective.collate([objective.draw(given, random.Random(0)) for given in lists])["batch"]
+    batch = objective.collate([objective.sample(given, random.Random(0)) for given in lists])
     for view, name in zip(batch.views, ("wo", "w"), strict=True):
         ids, mask = (
             arrays[f"stage2.inputs_{name}_content.input_ids"],
@@ -121,9 +123,9 @@ def test_pe_ranks_second_stage_is_the_references():
         )
         assert view == [row[inside].tolist() for row, inside in zip(ids, mask, strict=True)]
         expected = arrays[f"stage2.logits_{name}"]
-        scores = objective.scores(view, batch.rows, batch.order)[0].detach().numpy()
+        scores = pe_rank.rank_scores(student.load(), view, batch.vectors, batch.orders)[0].detach().numpy()
         assert np.abs(scores - expected)[expected > -1e8].max() < 1e-4
-    loss = objective(batch)["loss"]
+    loss = objective.loss(batch)
     loss.backward()
     assert loss.item() == pytest.approx(float(arrays["stage2.loss"]), abs=1e-5)
     network = objective.network
@@ -139,16 +141,16 @@ def test_pe_ranks_first_stage_is_the_references_and_only_the_projector_learns():
     arrays, rows = np.load(PE_RANK / "arrays.npz"), read_rows("stage1")
     objective = pe_rank.RECIPES["pe-rank-alignment"].objective(PERank(str(PE_RANK / "checkpoint"), device="cpu"))
     texts = [row["extra_texts"][0] for row in rows]
-    batch = objective.collate(objective.prepare([Ranking("q", "x", {"docno": ["1", "2"], "text": texts})]))["batch"]
+    batch = objective.collate(objective.prepare([Ranking("q", "x", {"docno": ["1", "2"], "text": texts})]))
     ids, mask = arrays["stage1.input_ids"], arrays["stage1.attention_mask"]
-    assert batch.ids == [row[inside].tolist() for row, inside in zip(ids, mask, strict=True)]
-    loss = objective(batch)["loss"]
+    assert batch.conversations == [row[inside].tolist() for row, inside in zip(ids, mask, strict=True)]
+    loss = objective.loss(batch)
     loss.backward()
     assert loss.item() == pytest.approx(float(arrays["stage1.loss"]), abs=1e-5)
     gradient = objective.network.projector[0].weight.grad.numpy()
     assert np.abs(gradient - arrays["stage1.grad_projector_0_weight"]).max() < 1e-5
-    learned = {name for name, parameter in objective.named_parameters() if parameter.requires_grad}
-    assert learned == {f"network.projector.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
+    learned = {name for name, parameter in objective.network.named_parameters() if parameter.requires_grad}
+    assert learned == {f"projector.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
 
 
 # Students learn
@@ -161,7 +163,7 @@ def test_a_cross_encoder_learns_by_every_loss(student, candidates, qrels, loss):
         loss=loss,
         steps=60,
         batch_size=8,
-        at_once=4,
+        micro_batch=4,
         learning_rate=3e-3,
         n_passages=None,
         sampling="top",
@@ -175,17 +177,17 @@ def test_a_cross_encoder_learns_by_every_loss(student, candidates, qrels, loss):
 
 def test_lists_of_unequal_length_learn_as_they_do_alone(student, candidates, qrels):
     """A batch's loss is the mean of its queries' where each counts the same, as for lce, whatever stands beside it."""
-    recipe = cross_encoder.RECIPES["rank-distillm-rankings"].but(loss="lce")
+    recipe = cross_encoder.RECIPES["rank-distillm-rankings"].replace(loss="lce")
     objective = recipe.objective(student)
     frame = candidates.merge(qrels.rename(columns={"label": "target"}), how="left").fillna({"target": 0})
     frame = frame.drop(frame.index[[8, 9, 27]])
-    lists = objective.prepare(rankings(frame, objective.ways))
-    examples = [objective.draw(given, random.Random(0)) for given in lists]
-    together = objective(objective.collate(examples)["batch"])["loss"]
-    apart = [objective(objective.collate([example])["batch"])["loss"].item() for example in examples]
+    lists = objective.prepare(rankings(frame, objective.column_sets))
+    examples = [objective.sample(given, random.Random(0)) for given in lists]
+    together = objective.loss(objective.collate(examples))
+    apart = [objective.loss(objective.collate([example])).item() for example in examples]
     assert together.item() == pytest.approx(np.mean(apart), abs=1e-6)
-    small = recipe.but(max_tokens=16).objective(student)
-    assert small(small.collate(examples)["batch"])["loss"].item() == pytest.approx(together.item(), abs=1e-6)
+    small = recipe.replace(max_tokens=16).objective(student)
+    assert small.loss(small.collate(examples)).item() == pytest.approx(together.item(), abs=1e-6)
 
 
 def test_a_lit5_distill_learns_the_order(candidates, tmp_path):
@@ -194,7 +196,7 @@ def test_a_lit5_distill_learns_the_order(candidates, tmp_path):
     settings = {
         "steps": 40,
         "batch_size": 8,
-        "at_once": 8,
+        "micro_batch": 8,
         "warmup": 0,
         "learning_rate": 1e-2,
         "smallest": 6,
@@ -214,7 +216,9 @@ def test_a_lit5_distill_learns_the_order(candidates, tmp_path):
 def test_a_lit5_score_learns_the_answer(candidates):
     model = LiT5Score(str(LIT5), device="cpu", answer_field="answer", answer_length=8)
     answers = candidates.qid.map(lambda qid: ["one", "one "] if int(qid[1:]) % 2 else "two")
-    training = FineTune(model, steps=30, batch_size=8, at_once=8, warmup=0, learning_rate=2e-2, dropout=0.0, **QUIET)
+    training = FineTune(
+        model, steps=30, batch_size=8, micro_batch=8, warmup=0, learning_rate=2e-2, dropout=0.0, **QUIET
+    )
     training.fit(candidates.assign(answers=answers))
     said = training(candidates).drop_duplicates("qid").set_index("qid")["answer"].str.strip()
     assert losses(training)[-1] < 0.5 < losses(training)[0]
@@ -226,11 +230,13 @@ def test_a_pe_rank_learns_in_both_stages(backbone, candidates):
     model = PERank.from_backbone(backbone("mistral"), embedding_size=8, device="cpu", window_size=6, stride=3)
     vectors = np.random.default_rng(0).normal(size=(6, 8)).astype("float32")
     frame = candidates.assign(doc_vec=[vectors[int(docno[1:])] for docno in candidates.docno])
-    before = [parameter.clone() for parameter in model.loaded().network.body.parameters()]
-    align = FineTune(model, recipe="pe-rank-alignment", steps=10, batch_size=4, at_once=4, learning_rate=1e-2, **QUIET)
+    before = [parameter.clone() for parameter in model.load().network.body.parameters()]
+    align = FineTune(
+        model, recipe="pe-rank-alignment", steps=10, batch_size=4, micro_batch=4, learning_rate=1e-2, **QUIET
+    )
     align.fit(frame)
     assert losses(align)[-1] < losses(align)[0]
-    assert all(torch.equal(old, new) for old, new in zip(before, model.loaded().network.body.parameters(), strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(before, model.load().network.body.parameters(), strict=True))
     rank = Distil(
         model,
         pt.apply.doc_score(lambda row: int(row["docno"][1:])),
@@ -241,65 +247,63 @@ def test_a_pe_rank_learns_in_both_stages(backbone, candidates):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert (rank(frame).query("rank == 0").docno.str[1] == "5").mean() > 0.8
-    assert all(parameter.grad is None or parameter.requires_grad for parameter in model.loaded().network.parameters())
+    assert all(parameter.grad is None or parameter.requires_grad for parameter in model.load().network.parameters())
 
 
-def test_what_is_computed_anew_for_the_gradient_changes_nothing(candidates):
+def test_gradient_checkpointing_of_the_passages_changes_no_gradient(candidates):
     frame = candidates.assign(target=range(len(candidates)))
     gradients = []
-    for forgets in (False, True):
+    for checkpointing in (False, True):
         objective = (
             lit5_distill.RECIPES["lit5-distill-v2"]
-            .but(dropout=0.0, shuffle=0.0, smallest=6)
+            .replace(dropout=0.0, shuffle=0.0, smallest=6, checkpointing=checkpointing)
             .objective(LiT5Distill(str(LIT5), window_size=6, device="cpu"))
         )
-        objective.train()
-        if forgets:
-            objective.forget()
-        lists = objective.prepare(rankings(frame, objective.ways))
-        batch = objective.collate([objective.draw(given, random.Random(0)) for given in lists[:3]])["batch"]
-        objective(batch)["loss"].backward()
+        objective.network.train()
+        lists = objective.prepare(rankings(frame, objective.column_sets))
+        batch = objective.collate([objective.sample(given, random.Random(0)) for given in lists[:3]])
+        objective.loss(batch).backward()
         gradients.append(objective.network.shared.weight.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
 
 
-def test_the_target_text_of_a_window_names_the_best_first(candidates):
+def test_the_target_text_of_a_window_names_the_best_first():
     model = LiT5Distill(str(LIT5), window_size=20, device="cpu")
     objective = lit5_distill.RECIPES["lit5-distill-v2"].objective(model)
-    prompts, answer = objective.read(lit5_distill.Window("q", ["x", "y", "z"], [2, 0, 1]))
-    assert objective.t5.pieces.decode(answer[:-1]) == "3 1 2" and answer[-1] == 1
+    batch = objective.collate([lit5_distill.OrderExample("q", ["x", "y", "z"], [2, 0, 1])])
+    ((prompts, answer),) = zip(batch.prompts, batch.answers, strict=True)
+    assert model.load().pieces.decode(answer[:-1]) == "3 1 2" and answer[-1] == 1
     assert prompts == model.prompts("q", ["x", "y", "z"])
 
 
 def test_an_answer_is_as_long_as_the_student_may_write():
     model = LiT5Score(str(LIT5), answer_length=5, n_passages=2, device="cpu")
     objective = lit5_score.RECIPES["fid-reader"].objective(model)
-    question = objective.draw(
-        Ranking("q", "q", {"text": ["x", "y", "z"], "answers": ["a b c d e f g"] * 3}), random.Random(0)
-    )
-    prompts, answer = objective.read(question)
+    given = Ranking("q", "q", {"text": ["x", "y", "z"], "answers": ["a b c d e f g"] * 3})
+    batch = objective.collate([objective.sample(given, random.Random(0))])
+    ((prompts, answer),) = zip(batch.prompts, batch.answers, strict=True)
     assert len(prompts) == 2 and len(answer) == 4 and answer[-1] == 1
 
 
 # The loop
 
 
-def test_draw_number_i_is_always_the_same_and_an_epoch_holds_every_list_once():
-    class Objective:
-        def draw(self, given, chosen):
-            return given, chosen.random()
+def list_and_number(given, rng):
+    return given, rng.random()
 
-    draws = Draws(Objective(), "abcde", 20, seed=3)
+
+def test_example_number_i_is_always_the_same_and_an_epoch_holds_every_list_once():
+    samples = Samples(list_and_number, "abcde", 20, seed=3)
     assert (
-        [draws[i] for i in reversed(range(20))][::-1]
-        == [draws[i] for i in range(20)]
-        == [pickle.loads(pickle.dumps(draws[i])) for i in range(20)]
+        [samples[i] for i in reversed(range(20))][::-1]
+        == [samples[i] for i in range(20)]
+        == [pickle.loads(pickle.dumps(samples))[i] for i in range(20)]
     )
-    epochs = ["".join(draws[i][0] for i in range(start, start + 5)) for start in range(0, 20, 5)]
+    epochs = ["".join(samples[i][0] for i in range(start, start + 5)) for start in range(0, 20, 5)]
     assert all(sorted(epoch) == list("abcde") for epoch in epochs) and len(set(epochs)) > 1
-    assert len({draws[i][1] for i in range(20)}) == 20
-    assert [Draws(Objective(), "abcde", 20, seed=4)[i] for i in range(20)] != [draws[i] for i in range(20)]
+    assert len({samples[i][1] for i in range(20)}) == 20
+    assert [Samples(list_and_number, "abcde", 20, seed=4)[i] for i in range(20)] != [samples[i] for i in range(20)]
 
 
 SCRIPT = """
@@ -310,8 +314,8 @@ SCRIPT = """
     frame, qrels, model, folder, pause = sys.argv[1:]
     student = CrossEncoder(model, device="cpu")
     if float(pause):
-        score = student.loaded().scores
-        student.loaded().scores = lambda inputs: time.sleep(float(pause)) or score(inputs)
+        score = student.load().scores
+        student.load().scores = lambda inputs: time.sleep(float(pause)) or score(inputs)
     training = FineTune(student, folder=folder, every=4, steps=24, batch_size=4, learning_rate=1e-3, verbose=False)
     training.fit(pd.read_pickle(frame), pd.read_pickle(qrels))
     print(training.log["loss"].tolist()[-1], student(pd.read_pickle(frame))["score"].tolist())
@@ -377,7 +381,7 @@ def test_two_processes_learn_as_one(candidates, qrels, cross_encoder_folder, tmp
 
 
 def test_a_folder_goes_on_only_with_the_training_that_began_there(student, candidates, qrels, tmp_path):
-    settings = {"steps": 4, "batch_size": 4, "at_once": 4, "folder": tmp_path, **QUIET}
+    settings = {"steps": 4, "batch_size": 4, "micro_batch": 4, "folder": tmp_path, **QUIET}
     FineTune(student, **settings).fit(candidates, qrels)
     trained = student(candidates)
     again = FineTune(student, **settings)
@@ -392,10 +396,10 @@ def test_a_folder_goes_on_only_with_the_training_that_began_there(student, candi
 def test_the_best_weights_on_validation_queries_are_kept(student, candidates, qrels):
     """Targets are the wrong way round, so every step makes it worse: the first measurement is the best."""
     wrong = candidates.merge(qrels.rename(columns={"label": "score_"}), how="left").fillna({"score_": 0})
-    FineTune(student, steps=40, batch_size=8, at_once=8, learning_rate=3e-3, **QUIET).fit(candidates, qrels)
+    FineTune(student, steps=40, batch_size=8, micro_batch=8, learning_rate=3e-3, **QUIET).fit(candidates, qrels)
     teacher = wrong.assign(score=-wrong.score_)[["qid", "docno", "score"]]
     training = Distil(
-        student, teacher, steps=30, every=5, batch_size=8, at_once=8, learning_rate=1e-3, patience=2, **QUIET
+        student, teacher, steps=30, every=5, batch_size=8, micro_batch=8, learning_rate=1e-3, patience=2, **QUIET
     )
     training.fit(candidates, None, candidates, qrels)
     measured = training.log.dropna(subset="nDCG@10")
@@ -420,13 +424,15 @@ def test_the_same_seed_gives_the_same_student(electra, candidates, qrels):
 
 def test_accumulated_batches_give_the_gradient_of_one(electra, candidates, qrels):
     found = []
-    for at_once in (2, 8):
+    for micro_batch in (2, 8):
         torch.manual_seed(0)
         model = CrossEncoder.from_backbone(str(electra), device="cpu")
-        for module in model.loaded().network.modules():
+        for module in model.load().network.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        FineTune(model, steps=3, batch_size=8, at_once=at_once, learning_rate=1e-3, **QUIET).fit(candidates, qrels)
+        FineTune(model, steps=3, batch_size=8, micro_batch=micro_batch, learning_rate=1e-3, **QUIET).fit(
+            candidates, qrels
+        )
         scores = model(candidates).score.to_numpy()
         found.append(scores - scores.mean())  # the head's bias has no gradient but rounding
     assert np.abs(found[0] - found[1]).max() < 1e-4
@@ -436,7 +442,7 @@ def test_after_training_the_student_is_as_it_was_but_for_its_weights(cross_encod
     model = CrossEncoder(str(cross_encoder_folder), device="cpu", dtype="bfloat16")
     before = repr(model)
     FineTune(model, steps=2, batch_size=2, **QUIET).fit(candidates, qrels)
-    network = model.loaded().network
+    network = model.load().network
     assert repr(model) == before and not network.training
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
     assert network.body.config._attn_implementation == "sdpa"
@@ -491,7 +497,35 @@ def test_the_representation_rebuilds_it(student):
     assert repr(training) == text
     assert repr(eval(text)) == text
     changed = pt.inspect.transformer_apply_attributes(training, seed=5)
-    assert (changed.seed, changed.settings) == (5, {"steps": 7, "loss": "adr_mse"})
+    assert repr(changed) == f"{text[:-1]}, seed=5)"
+    assert (changed.chosen_settings().seed, changed.chosen_recipe().steps) == (5, 7)
+    again = pt.inspect.transformer_apply_attributes(changed, seed=6, steps=8, recipe=None)
+    assert (again.chosen_settings().seed, again.settings) == (6, {"steps": 8, "loss": "adr_mse", "seed": 6})
+    for copied in (copy.copy(changed), copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))):
+        assert repr(copied) == repr(changed)
+
+
+class Own(CrossEncoder):
+    """A reader's own reranker, in a module of which nobody says how it learns."""
+
+
+def test_a_subclass_learns_as_its_parent_does(cross_encoder_folder, candidates, qrels):
+    subclass, parent = (kind(str(cross_encoder_folder), device="cpu") for kind in (Own, CrossEncoder))
+    for student in (subclass, parent):
+        FineTune(student, steps=2, batch_size=2, learning_rate=1e-2, **QUIET).fit(candidates, qrels)
+    pd.testing.assert_frame_equal(subclass(candidates), parent(candidates))
+
+
+@pytest.mark.parametrize("kind, folder", SMALL.values(), ids=SMALL)
+def test_processes_that_prepare_batches_are_given_all_they_need(kind, folder, candidates):
+    """They are spawned on some systems: what is handed to them is pickled."""
+    student = kind(str(folder), device="cpu")
+    frame = candidates.assign(target=range(len(candidates)), answers="one")
+    objective = FineTune(student).chosen_recipe().objective(student)
+    lists = objective.prepare(rankings(frame, objective.column_sets))
+    sample, collate, same_lists = pickle.loads(pickle.dumps((objective.sample, objective.collate, lists)))
+    expected = objective.collate([objective.sample(given, random.Random(0)) for given in lists])
+    assert repr(collate([sample(given, random.Random(0)) for given in same_lists])) == repr(expected)
 
 
 def test_recipes_are_the_papers():
@@ -525,19 +559,40 @@ def test_recipes_are_the_papers():
 @pytest.mark.parametrize(
     "build, error, words",
     [
-        (lambda s: FineTune(s, speed=1), TypeError, "'speed' is no setting of PairRecipe; there are learning_rate, batch_size"),
-        (lambda s: FineTune(s, recipe="best"), ValueError, "recipe='best'; CrossEncoder has 'rank-distillm-labels', 'rank-distillm-rankings'"),
+        (
+            lambda s: FineTune(s, speed=1),
+            TypeError,
+            "'speed' is no setting of PairRecipe; there are learning_rate, batch_size",
+        ),
+        (
+            lambda s: FineTune(s, speed=1),
+            TypeError,
+            "max_tokens; and, whatever the recipe, folder, every, patience, seed, verbose",
+        ),
+        (
+            lambda s: FineTune(s, recipe="best"),
+            ValueError,
+            "recipe='best'; CrossEncoder has 'rank-distillm-labels', 'rank-distillm-rankings'",
+        ),
         (lambda s: FineTune(s, loss="mse"), ValueError, "loss='mse'; wanted one of 'lce', 'ranknet'"),
         (lambda s: FineTune(s, sampling="best"), ValueError, "sampling='best'"),
-        (lambda s: FineTune(s, batch_size=3, at_once=2), ValueError, "multiple of at_once"),
+        (lambda s: FineTune(s, batch_size=3, micro_batch=2), ValueError, "multiple of micro_batch"),
         (lambda s: FineTune(s, steps=0), ValueError, "steps=0, epochs=1.0: that is no step"),
         (lambda s: FineTune(s, steps=None, epochs=0), ValueError, "steps=None, epochs=0: that is no step"),
-        (lambda s: FineTune(pt.Transformer.identity()), TypeError, "cannot be trained; wanted one of CrossEncoder, LiT5Distill"),
-        (lambda s: Distil(LiT5Score(str(LIT5), device="cpu")), TypeError, "learns from answers, not from a teacher's ranking; take FineTune"),
+        (
+            lambda s: FineTune(pt.Transformer.identity()),
+            TypeError,
+            "cannot be trained; wanted one of the rerankers of pyterrier_lit, such as CrossEncoder",
+        ),
+        (
+            lambda s: Distil(LiT5Score(str(LIT5), device="cpu")),
+            TypeError,
+            "learns from answers, not from a teacher's ranking; take FineTune",
+        ),
         (lambda s: FineTune(LiT5Distill(str(LIT5), device="cpu"), smallest=30), ValueError, "windows of 30 to 20"),
         (lambda s: FineTune(s, recipe=Recipe(1e-3)), NotImplementedError, "names no objective"),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_refused(student, candidates, qrels, build, error, words):
     with pytest.raises(error, match=words):
         build(student).fit(candidates, qrels)
@@ -551,9 +606,11 @@ def test_without_anything_to_learn_from_the_error_says_so(student, candidates, q
         Distil(student, candidates.assign(score=1.0), **QUIET).fit(candidates)
     with pytest.raises(
         ValueError,
-        match="nothing to learn from in 8 queries; wanted queries with a text or a list of texts in the column `answers`",
+        match="nothing to learn from in 8 queries; wanted queries with a text or a list of texts in the column",
     ):
         FineTune(LiT5Score(str(LIT5), device="cpu"), **QUIET).fit(candidates.assign(answers=None))
+    with pytest.raises(ValueError, match="nothing to learn from in 8 queries"):
+        Distil(PERank(str(PE_RANK / "checkpoint"), device="cpu"), candidates.assign(score=1.0), **QUIET).fit(candidates)
     with pytest.raises(ValueError, match="0 lists to learn from"):
         train(
             cross_encoder.RECIPES["rank-distillm-labels"].objective(student),

@@ -13,7 +13,7 @@ from conftest import GOLDEN
 from pyterrier_lit.frames import rankings
 from pyterrier_lit.training import data
 
-WAYS = [{"text": str, "target": float}]
+COLUMN_SETS = [{"text": str, "target": float}]
 
 
 @pytest.fixture
@@ -77,9 +77,10 @@ def test_passages_that_the_teacher_does_not_rank_are_left_out_aloud(candidates):
 @pytest.mark.parametrize("case", json.loads((GOLDEN / "cross_encoder" / "rundataset.json").read_text()), ids=str)
 def test_a_run_is_read_as_the_reference_reads_it(case):
     asked = case["arguments"]
-    run = data.read_run(GOLDEN / "cross_encoder" / "toy.jsonl", depth=asked["depth"])
+    run = data.read_run(GOLDEN / "cross_encoder" / "toy.jsonl")
+    run = run[run["rank"] < asked["depth"]]
     teacher = run if asked["targets"] == "score" else run.assign(score=asked["depth"] - run["rank"])
-    found = rankings(data.with_teacher(run, teacher), WAYS)
+    found = rankings(data.with_teacher(run, teacher), COLUMN_SETS)
     assert len(found) == len(case["samples"])
     for sample, ranking in zip(case["samples"], found, strict=True):
         n = asked["sample_size"] if asked["sample_size"] > 0 else None
@@ -109,10 +110,12 @@ def test_runs_of_all_formats_are_one_run(tmp_path, name):
             lines = [f"{q} Q0 {d} {r} {s} rankzephyr" for q, d, s, r in rows]
         with (gzip.open if name.endswith("gz") else open)(path, "wt") as file:
             file.write("\n".join(lines) + "\n")
-    run = data.read_run(path, depth=2)
-    assert run.to_dict("list") == {
-        "qid": ["10", "7", "7"], "docno": ["d1", "d2", "d3"], "score": [100.0, 100.0, 99.0], "rank": [0, 0, 1],
-    }  # fmt: skip
+    assert data.read_run(path).to_dict("list") == {
+        "qid": ["10", "7", "7", "7"],
+        "docno": ["d1", "d2", "d3", "d1"],
+        "score": [100.0, 100.0, 99.0, 98.0],
+        "rank": [0, 0, 1, 2],
+    }
 
 
 def test_a_run_without_scores_has_those_of_its_ranks(tmp_path):
@@ -144,21 +147,21 @@ def test_questions_are_read_with_their_answers(tmp_path):
         data.read_qa(tmp_path / "qa.json")
 
 
-def draws(how, n, values, times=400):
+def samples(how, n, values, times=400):
     return [data.sample(values, n, how, random.Random(i)) for i in range(times)]
 
 
 def test_samples_are_what_their_names_say():
     values = [0, 1, 0, 0, 2, 0, 0, 0, 0, 0]
-    assert draws("top", 3, values, 1) == [[0, 1, 2]]
-    assert all(drawn[:2] == [0, 1] and len(set(drawn)) == 5 for drawn in draws("top_and_random", 5, values))
-    uniform = Counter(i for drawn in draws("random", 3, values) for i in drawn)
+    assert samples("top", 3, values, 1) == [[0, 1, 2]]
+    assert all(sampled[:2] == [0, 1] and len(set(sampled)) == 5 for sampled in samples("top_and_random", 5, values))
+    uniform = Counter(i for sampled in samples("random", 3, values) for i in sampled)
     assert max(uniform.values()) < 1.5 * min(uniform.values())
-    weighted = Counter(i for drawn in draws("log_random", 3, values) for i in drawn)
+    weighted = Counter(i for sampled in samples("log_random", 3, values) for i in sampled)
     assert weighted[0] > 1.5 * weighted[9]
-    for drawn in draws("single_relevant", 4, values):
-        assert drawn[0] in (1, 4) and not {1, 4} & set(drawn[1:]) and len(drawn) == 4
-    assert {drawn[0] for drawn in draws("single_relevant", 4, values)} == {1, 4}
+    for sampled in samples("single_relevant", 4, values):
+        assert sampled[0] in (1, 4) and not {1, 4} & set(sampled[1:]) and len(sampled) == 4
+    assert {sampled[0] for sampled in samples("single_relevant", 4, values)} == {1, 4}
 
 
 @pytest.mark.parametrize("how", data.SAMPLERS)

@@ -61,7 +61,7 @@ LIT5_STEPS = 3_500  # of an encoder towards MiniLM's vectors
 GENTLE = {  # how the LiT5s learn after that
     "dropout": 0.0,
     "batch_size": 16,
-    "at_once": 16,
+    "micro_batch": 16,
     "learning_rate": 3e-6,
     "warmup": 50,
     "schedule": "cosine",
@@ -281,14 +281,14 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
         sampling="log_random",
         steps=int(1_400 * share),
         batch_size=16,
-        at_once=16,
+        micro_batch=16,
         learning_rate=2e-4,
         warmup=100,
         schedule="cosine",
         precision="bfloat16",
         seed=SEED,
     ).fit(material.candidates)
-    student.loaded().network.half()
+    student.load().network.half()
     return student
 
 
@@ -321,7 +321,7 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     student = PERank.from_backbone(
         str(folder / "lm"), encoder_name=str(folder / "encoder"), projector_type="linear", device="cpu"
     )
-    network = student.loaded().network
+    network = student.load().network
     with torch.no_grad():
         network.projector.weight.copy_(torch.eye(width))
         network.projector.bias.zero_()
@@ -333,13 +333,13 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
         shuffle=0.3,
         steps=int(2_000 * share),
         batch_size=16,
-        at_once=16,
+        micro_batch=16,
         learning_rate=1.5e-3,
         warmup=50,
         checkpointing=False,
         seed=SEED,
     ).fit(material.candidates)
-    ranker = student.loaded()
+    ranker = student.load()
     ranker.text_encoder().network.half()
     ranker.encoder_weights = {name: tensor.half() for name, tensor in ranker.encoder_weights.items()}
     ranker.config["encoder_name"] = "the encoder of experiments/tiny/pe-rank"
@@ -402,7 +402,7 @@ def lit5_distill(material: Material, folder: Path, share: float, size: int = PIE
     student = LiT5Distill(str(folder), window_size=WINDOW, max_length=lit5.LENGTH, device="cpu")
     ranked = material.candidates.assign(score=material.candidates.teacher)
     Distil(student, ranked, decay=0.5, clip=1.0, steps=int(200 * share), **GENTLE).fit(material.candidates)
-    student.loaded().network.half()
+    student.load().network.half()
     return student
 
 
@@ -427,7 +427,7 @@ def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
     short = {name for name in set(names) if len(pieces.encode(name)) == 1}
     asked = few.assign(answers=few.qid.map(answers)).drop(columns=["score", "rank"])
     FineTune(student, weight_decay=0.0, steps=int(200 * share), **GENTLE).fit(asked[asked.answers.isin(short)])
-    student.loaded().network.half()
+    student.load().network.half()
     return student
 
 

@@ -1,18 +1,28 @@
-"""How a CrossEncoder learns: the passages of a query as pairs, and a loss over their scores. Rank-DistiLLM's recipes."""
+"""How a CrossEncoder learns: to score the passages of a query so that their order becomes that of labels or a teacher.
+
+An example is a query with some passages of its list. Each (query, passage) pair goes through the network to one score,
+and a loss compares the scores of a query with the targets of its passages. Rank-DistiLLM (arXiv 2405.07920) does this
+twice: first from labels, by contrasting one relevant passage with others of the first stage ("lce"), then from the
+rankings of a large language model, by comparing each two passages of a ranking ("ranknet").
+"""
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from pyterrier_lit.batching import encoder_tokens, like_lengths
+from pyterrier_lit.batching import encoder_tokens, like_lengths, padded
 from pyterrier_lit.cross_encoder import CrossEncoder
 from pyterrier_lit.frames import Ranking
+from pyterrier_lit.models.pair_encoder import PairCheckpoint
+from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.training import losses
 from pyterrier_lit.training.data import sample, uneven
-from pyterrier_lit.training.trainer import Batch, Objective, Recipe
+from pyterrier_lit.training.trainer import Objective, Recipe, enable_gradient_checkpointing
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "lce": losses.lce,
@@ -31,8 +41,8 @@ class PairRecipe(Recipe):
     Args:
         loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse" or "list_mle"; see `training.losses`.
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
-        n_passages, sampling: which passages of a list an example holds, see `data.sample`.
-        max_tokens: the pairs of at_once lists are computed in parts of so many tokens; None: by the device.
+        n_passages, sampling: how many passages of a list an example has, and which; see `data.sample`.
+        max_tokens: tokens, with padding, that go through the network together; None is 4,096 on a CPU, 16,384 on a GPU.
     """
 
     loss: str = "ranknet"
@@ -41,15 +51,16 @@ class PairRecipe(Recipe):
     sampling: str = "top"
     max_tokens: int | None = None
 
-    def objective(self, student: CrossEncoder) -> "PairObjective":
-        """A loss over the scores of a query's passages."""
-        return PairObjective(student, self)
+    def objective(self, student: CrossEncoder) -> Objective:
+        """A loss over the scores of a query's passages. Raises ValueError for an unknown loss."""
+        return objective(student, self)
 
 
 RECIPES: dict[str, Recipe] = {
-    # Rank-DistiLLM, appendix C and the authors' configurations: AdamW 1e-5, weight decay 0.01 on everything, no warm-up, no schedule
+    # Rank-DistiLLM, appendix C and the authors' configurations: AdamW 1e-5, weight decay 0.01 on all parameters, no
+    # warm-up, no schedule
     "rank-distillm-labels": PairRecipe(
-        1e-5, steps=20_000, loss="lce", n_passages=8, sampling="single_relevant", at_once=8
+        1e-5, steps=20_000, loss="lce", n_passages=8, sampling="single_relevant", micro_batch=8
     ),
     "rank-distillm-rankings": PairRecipe(1e-5, epochs=3, loss="ranknet"),
 }
@@ -57,58 +68,68 @@ FINE_TUNE, DISTIL = "rank-distillm-labels", "rank-distillm-rankings"  # the reci
 
 
 class Example(NamedTuple):
-    """A query, some of its passages, and what each is worth."""
+    """A query, some of its passages, and the target of each."""
 
     query: str
     passages: list[str]
     targets: list[float]
 
 
-class PairObjective(Objective):
-    """The loss over scores (Q, N) of the pairs of Q queries, shorter lists masked."""
+class PairBatch(NamedTuple):
+    """The pairs of Q queries in ids, those of a query together, and the targets of each query's passages."""
 
-    def __init__(self, student: CrossEncoder, recipe: PairRecipe):
-        encoder = student.loaded()
-        super().__init__(encoder.network)
-        if recipe.loss not in LOSSES:
-            raise ValueError(f"loss={recipe.loss!r}; wanted one of {', '.join(map(repr, LOSSES))}")
-        self.student, self.encoder, self.recipe = student, encoder, recipe
-        self.layout, _ = student.pairs([])
-        self.ways: list[dict[str, type]] = [{student.text_field: str, "target": float}]
-
-    def prepare(self, lists: Sequence[Ranking]) -> list[Ranking]:
-        """The lists that say which passage is better."""
-        return uneven(lists)
-
-    def draw(self, given: Ranking, chosen: random.Random) -> Example:
-        """Some passages of a list."""
-        passages, targets = given.columns[self.student.text_field], given.columns["target"]
-        picked = sample(targets, self.recipe.n_passages, self.recipe.sampling, chosen)
-        return Example(given.query, [passages[i] for i in picked], [targets[i] for i in picked])
-
-    def collate(self, examples: list[Example]) -> dict[str, Batch]:
-        """Pairs in ids, and the targets."""
-        _, pairs = self.student.pairs(
-            [(example.query, passage) for example in examples for passage in example.passages]
-        )
-        return {"batch": Batch(pairs=pairs, targets=[example.targets for example in examples])}
-
-    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The loss of Q examples."""
-        layout, pad = self.layout, self.encoder.pad_id
-        lengths = [layout.length(pair) for pair in batch.pairs]
-        parts = list(like_lengths(lengths, self.recipe.max_tokens or encoder_tokens(self.device)))
-        computed = torch.cat(
-            [self.encoder.scores(layout.tensors([batch.pairs[i] for i in part], pad)) for part in parts]
-        )
-        at = torch.tensor([i for part in parts for i in part], device=self.device)
-        flat = torch.zeros_like(computed).index_copy(0, at, computed)
-        mask = _padded([[True] * len(targets) for targets in batch.targets], False).to(self.device)
-        scores = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-        targets = _padded(batch.targets, 0.0).to(self.device)
-        return {"loss": LOSSES[self.recipe.loss](scores, targets, mask, **self.recipe.loss_options)}
+    pairs: list[Pair]
+    targets: list[list[float]]
 
 
-def _padded(rows: Sequence[Sequence[Any]], value: Any) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
+    """What a CrossEncoder learns by a recipe."""
+    checkpoint: PairCheckpoint = student.load()
+    if recipe.loss not in LOSSES:
+        raise ValueError(f"loss={recipe.loss!r}; wanted one of {', '.join(map(repr, LOSSES))}")
+    if recipe.checkpointing:
+        enable_gradient_checkpointing(checkpoint.network)
+    layout, _ = student.pairs([])
+    return Objective(
+        network=checkpoint.network,
+        column_sets=[{student.text_field: str, "target": float}],
+        prepare=uneven,
+        sample=partial(sample_passages, student.text_field, recipe),
+        collate=partial(collate, student),
+        loss=partial(loss, checkpoint, layout, recipe),
+    )
+
+
+def sample_passages(text_field: str, recipe: PairRecipe, given: Ranking, rng: random.Random) -> Example:
+    """Some passages of a list, as the recipe says."""
+    passages, targets = given.columns[text_field], given.columns["target"]
+    positions = sample(targets, recipe.n_passages, recipe.sampling, rng)
+    return Example(given.query, [passages[i] for i in positions], [targets[i] for i in positions])
+
+
+def collate(student: CrossEncoder, examples: list[Example]) -> PairBatch:
+    """Q examples in ids."""
+    _, pairs = student.pairs([(example.query, passage) for example in examples for passage in example.passages])
+    return PairBatch(pairs, [example.targets for example in examples])
+
+
+def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, batch: PairBatch) -> torch.Tensor:
+    """The recipe's loss of the scores (Q, N) of Q queries, where N is the most passages that one of them has."""
+    counts = [len(targets) for targets in batch.targets]
+    scores = pad_sequence(
+        list(score(checkpoint, layout, batch.pairs, recipe.max_tokens).split(counts)), batch_first=True
+    )
+    targets = pad_sequence([torch.tensor(targets) for targets in batch.targets], batch_first=True)
+    _, mask = padded([range(count) for count in counts])
+    return LOSSES[recipe.loss](scores, targets.to(checkpoint.device), mask.to(checkpoint.device), **recipe.loss_options)
+
+
+def score(checkpoint: PairCheckpoint, layout: PairLayout, pairs: list[Pair], max_tokens: int | None) -> torch.Tensor:
+    """The scores (P,) of P pairs, computed in parts of like length."""
+    lengths = [layout.length(pair) for pair in pairs]
+    parts = list(like_lengths(lengths, max_tokens or encoder_tokens(checkpoint.device)))
+    computed = torch.cat(
+        [checkpoint.scores(layout.tensors([pairs[i] for i in part], checkpoint.pad_id)) for part in parts]
+    )
+    positions = torch.tensor([i for part in parts for i in part], device=checkpoint.device)
+    return torch.zeros_like(computed).index_copy(0, positions, computed)

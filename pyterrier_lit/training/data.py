@@ -1,6 +1,7 @@
-"""What is learned from: labels and teachers beside result frames, samples of lists, files. Beside frames.py the room that knows pandas.
+"""Training data: result frames with targets, samples of their lists, and files of runs and questions.
 
-A target says what a passage is worth for its query, higher is better, in the column `target`.
+A target is a number that says how good a passage is for its query, higher is better: its label in the qrels, or the
+score that a teacher gives it. It stands in the column `target` of a result frame.
 """
 
 import gzip
@@ -23,7 +24,10 @@ Teacher = pt.Transformer | pd.DataFrame | str | Path | None
 
 
 def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
-    """A result frame with the judgements as targets, 0 where there is none. ValueError without any judgement of a passage that is there."""
+    """A result frame with the labels of the qrels as targets, and 0 for passages without one.
+
+    Raises ValueError without qrels, and where none of the passages is judged relevant.
+    """
     if qrels is None:
         raise ValueError(
             "there are no labels to learn from: give fit(topics, qrels), or take Distil for a teacher's ranking"
@@ -32,16 +36,20 @@ def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame
     labelled = _joined(frame, judged).fillna({"target": 0})
     if not (labelled["target"] > 0).any():
         raise ValueError(
-            f"none of the {len(frame)} passages is judged relevant in the qrels ({len(qrels)} rows): check that qids and docnos are of one collection"
+            f"none of the {len(frame)} passages is judged relevant in the qrels ({len(qrels)} rows): check that qids"
+            " and docnos are of one collection"
         )
     return labelled
 
 
 def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
-    """A result frame with a teacher's scores as targets, or where it has ranks alone, higher numbers for better ranks.
+    """A result frame with a teacher's scores as targets, or, where it has only ranks, their negative.
 
-    teacher: a transformer, which is given the frame; a run, as a frame or a file that `read_run` reads; None is the order in which
-        the passages came. Passages that the teacher does not rank are left out, with a warning; ValueError when none is left.
+    teacher: a transformer, which reranks the frame; a run, as a frame or as a file that `read_run` reads; None is the
+        order in which the passages come.
+
+    Passages that the teacher does not rank are left out, with a warning. Raises ValueError where none is left, and for
+    a score that is missing.
     """
     if teacher is None:
         order = frame[["rank"]].rank(ascending=False) if "rank" in frame else frame[["score"]]
@@ -53,49 +61,50 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
     if values.isna().any():
         row = run[values.isna()].iloc[0]
         raise ValueError(f"the teacher gives no number for qid {row['qid']!r}, docno {row['docno']!r}")
-    taught = _joined(frame, run[KEY].assign(target=values.astype("float64")).drop_duplicates(KEY))
-    left = taught.dropna(subset="target")
+    joined = _joined(frame, run[KEY].assign(target=values.astype("float64")).drop_duplicates(KEY))
+    left = joined.dropna(subset="target")
     if left.empty:
         raise ValueError(
             f"the teacher ranks none of the {len(frame)} passages: check that qids and docnos are of one collection"
         )
-    if len(left) < len(taught):
+    if len(left) < len(joined):
         warnings.warn(
-            f"{len(taught) - len(left)} of {len(taught)} passages are not in the teacher's ranking and are left out",
+            f"{len(joined) - len(left)} of {len(joined)} passages are not in the teacher's ranking and are left out",
             stacklevel=2,
         )
     return left
 
 
-def sample(targets: Sequence[float], n: int | None, how: str, chosen: random.Random) -> list[int]:
-    """Which n passages of a list to learn from, as positions; all where there are no more, or n is None.
+def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
+    """The positions of n passages of a list to learn from; of all, if there are no more or n is None.
 
-    targets: of the passages, best first by the first stage. how: one of SAMPLERS, which have lightning-ir's names; ValueError for another.
+    targets: those of the passages, in the order of the first stage. how: the name of one of SAMPLERS (the names are
+    those of lightning-ir); ValueError for another.
     """
     if how not in SAMPLERS:
         raise ValueError(f"sampling={how!r}; wanted one of {', '.join(map(repr, SAMPLERS))}")
     count = len(targets)
-    return SAMPLERS[how](targets, min(count, n or count), chosen)
+    return SAMPLERS[how](targets, min(count, n or count), rng)
 
 
-def _one_relevant(targets: Sequence[float], n: int, chosen: random.Random) -> list[int]:
+def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
     relevant = [i for i, target in enumerate(targets) if target > 0]
     others = [i for i, target in enumerate(targets) if target <= 0]
-    return [chosen.choice(relevant), *chosen.sample(others, min(n - 1, len(others)))]
+    return [rng.choice(relevant), *rng.sample(others, min(n - 1, len(others)))]
 
 
-def _log_random(targets: Sequence[float], n: int, chosen: random.Random) -> list[int]:
-    # The n largest of u^(1/w) are a draw without replacement by weights w (Efraimidis and Spirakis, 2006)
-    keys = [chosen.random() ** math.log1p(i + 1) for i in range(len(targets))]
+def _log_random(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
+    # The n largest of u^(1/w) are a sample without replacement by weights w (Efraimidis and Spirakis, 2006)
+    keys = [rng.random() ** math.log1p(i + 1) for i in range(len(targets))]
     return sorted(sorted(range(len(targets)), key=lambda i: -keys[i])[:n])
 
 
 SAMPLERS: dict[str, Callable[[Sequence[float], int, random.Random], list[int]]] = {
-    "top": lambda targets, n, chosen: list(range(n)),
-    "random": lambda targets, n, chosen: sorted(chosen.sample(range(len(targets)), n)),
-    "top_and_random": lambda targets, n, chosen: [
+    "top": lambda targets, n, rng: list(range(n)),
+    "random": lambda targets, n, rng: sorted(rng.sample(range(len(targets)), n)),
+    "top_and_random": lambda targets, n, rng: [
         *range(n // 2),
-        *sorted(chosen.sample(range(n // 2, len(targets)), n - n // 2)),
+        *sorted(rng.sample(range(n // 2, len(targets)), n - n // 2)),
     ],
     "log_random": _log_random,  # a passage at rank r with weight 1 / log(1 + r)
     "single_relevant": _one_relevant,  # one of the relevant passages first, then others at random
@@ -103,30 +112,33 @@ SAMPLERS: dict[str, Callable[[Sequence[float], int, random.Random], list[int]]] 
 
 
 def window(
-    targets: Sequence[float], smallest: int, largest: int, shuffle: float, chosen: random.Random
+    targets: Sequence[float], smallest: int, largest: int, shuffle: float, rng: random.Random
 ) -> tuple[list[int], list[int]]:
-    """A window of smallest to largest passages of a list: which, as they are shown, and their positions best first.
+    """A window of `smallest` to `largest` passages of a list, where all sizes are equally likely.
 
-    They are shown in the list's order or, with probability `shuffle`, in any; ties are to stay as they are shown.
+    Returns the positions of the passages in the list, in the order in which the student is shown them (the list's, or
+    with probability `shuffle` a random one), and their positions in the window best first. Of passages with equal
+    targets the one that is shown first counts as the better.
     """
-    size = min(chosen.randint(smallest, largest), len(targets))
-    shown = sorted(chosen.sample(range(len(targets)), size))
-    if chosen.random() < shuffle:
-        chosen.shuffle(shown)
+    size = min(rng.randint(smallest, largest), len(targets))
+    shown = sorted(rng.sample(range(len(targets)), size))
+    if rng.random() < shuffle:
+        rng.shuffle(shown)
     return shown, sorted(range(size), key=lambda position: -targets[shown[position]])
 
 
 def uneven(lists: Sequence[Ranking]) -> list[Ranking]:
-    """The lists of several passages that are not all worth the same: those that say which is better."""
+    """The lists with at least two different targets: from the others no order can be learned."""
     return [given for given in lists if len(set(given.columns["target"])) > 1]
 
 
-def read_run(path: str | Path, depth: int | None = None) -> pd.DataFrame:
-    """A ranking from a TREC run, a parquet file or JSON lines, each perhaps with .gz behind: qid, docno, score, rank (from 0) and,
-    where the file has them, query and text.
+def read_run(path: str | Path) -> pd.DataFrame:
+    """A run from a TREC file, a parquet file or JSON lines, perhaps compressed (.gz): Rank-DistiLLM's files, TIREx's
+    re-ranking input, and what `pt.io.write_results` writes.
 
-    depth: ranks to keep of each query. Of a passage that comes twice for a query the first is kept. Read are Rank-DistiLLM's files,
-    TIREx's re-ranking input and what `pt.io.write_results` writes; ranks follow from the scores, or where there are none the scores from the ranks.
+    Returns qid, docno, score, rank (from 0) and, where the file has them, query and text. Ranks follow from the scores;
+    a file without scores gets them from its ranks. Of a passage that stands twice under a query the first is kept.
+    Raises ValueError for a file without qid, docno, or both score and rank.
     """
     path = Path(path).expanduser()
     kind = path.name.removesuffix(".gz")
@@ -140,19 +152,23 @@ def read_run(path: str | Path, depth: int | None = None) -> pd.DataFrame:
     missing = [column for column in KEY if column not in run] or ["score or rank"] * (not {"score", "rank"} & set(run))
     if missing:
         raise ValueError(
-            f"{path} has no {missing[0]} (it has {', '.join(map(str, run.columns))}); wanted qid, docno and score or rank"
+            f"{path} has no {missing[0]} (it has {', '.join(map(str, run.columns))}); wanted qid, docno and score or"
+            " rank"
         )
     if "score" not in run:
         run["score"] = -run["rank"].astype("float64")
     run = run.astype({"qid": str, "docno": str, "score": "float64"}).drop_duplicates(KEY)
     run = pt.model.add_ranks(run.sort_values("score", ascending=False, kind="stable")).sort_values(["qid", "rank"])
     kept = [column for column in ("qid", "query", "docno", "text", "score", "rank") if column in run]
-    return run[run["rank"] < (depth or len(run))][kept].reset_index(drop=True)
+    return run[kept].reset_index(drop=True)
 
 
 def read_qa(path: str | Path) -> pd.DataFrame:
-    """Questions with answers and passages from the usual JSON lines (or one JSON array) of question answering: question, answers, and
-    ctxs with text and perhaps title and id -> qid, query, docno, text, answers, rank: what `FineTune` of a LiT5Score takes.
+    """Questions with their answers and passages, as `FineTune` of a LiT5Score takes them: qid, query, docno, text,
+    answers and rank.
+
+    path: JSON lines or one JSON array of records with question, answers, and ctxs, which have text and perhaps title
+    and id. Raises ValueError, with the number of the question, where one of these is missing.
     """
     rows = []
     for number, record in enumerate(_json_lines(Path(path).expanduser())):
@@ -176,7 +192,7 @@ def read_qrels(path: Path | None) -> pd.DataFrame | None:
 
 
 def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
-    """A result frame of candidates, each query's best first."""
+    """A result frame of candidates, which are ranked as they come."""
     rows = [
         (given.qid, given.query, docno, text, rank)
         for given in candidates
@@ -186,7 +202,7 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
 
 
 def _joined(frame: pd.DataFrame, targets: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a frame with their targets, NaN where there is none, whatever types the keys have."""
+    """The frame with the targets of its passages, NaN where there is none. Keys are compared as strings."""
     value_of = {
         (str(qid), str(docno)): target
         for qid, docno, target in zip(*(targets[c] for c in [*KEY, "target"]), strict=True)

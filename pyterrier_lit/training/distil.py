@@ -1,7 +1,14 @@
-"""FineTune and Distil: a student that is fitted inside a pipeline, from labels or from a teacher's rankings."""
+"""FineTune and Distil: a student that is trained inside a pipeline, from labels or from a teacher's ranking.
 
+Both read the student's columns from the training frame, add a target for each passage, and give `trainer.train` what
+the student's recipe says. How a student learns stands in the module of this folder with the name of its own module:
+`pyterrier_lit.cross_encoder.CrossEncoder` learns as `pyterrier_lit.training.cross_encoder` says.
+"""
+
+import dataclasses
 from functools import partial
-from pathlib import Path
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -9,69 +16,62 @@ import ir_measures
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_lit.cross_encoder import CrossEncoder
 from pyterrier_lit.frames import rankings
-from pyterrier_lit.lit5_distill import LiT5Distill
-from pyterrier_lit.lit5_score import LiT5Score
-from pyterrier_lit.pe_rank import PERank
 from pyterrier_lit.reranker import Reranker, representation
-from pyterrier_lit.training import cross_encoder, lit5_distill, lit5_score, pe_rank
 from pyterrier_lit.training.data import Teacher, with_labels, with_teacher
-from pyterrier_lit.training.trainer import Recipe, train
+from pyterrier_lit.training.trainer import Recipe, Settings, train
 
-ROOMS: dict[type[Reranker], ModuleType] = {  # how each student learns
-    CrossEncoder: cross_encoder,
-    LiT5Distill: lit5_distill,
-    LiT5Score: lit5_score,
-    PERank: pe_rank,
-}
+FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings))
 
 
 class Training(pt.Estimator):
-    """What FineTune and Distil share: in a pipeline they are their student, which `fit` trains."""
+    """What FineTune and Distil share: in a pipeline they rank as their student does, which `fit` trains."""
 
-    student: Reranker
-    recipe: str | Recipe | None
-    folder: str | Path | None
-    every: int | None
-    patience: int | None
-    seed: int
-    verbose: bool
-    settings: dict[str, Any]
     log: pd.DataFrame
 
+    def __init__(self, student: Reranker, *, recipe: str | Recipe | None = None, verbose: bool = True, **settings: Any):
+        self.student = student
+        self.recipe = recipe
+        self.verbose = verbose
+        self.settings = settings
+
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """What the student makes of the frame."""
+        """The frame as the student reranks it."""
         return self.student.transform(inp)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What the student does with a cutoff behind it."""
+        """What the student puts in place of itself and a cutoff after it."""
         fuse = getattr(self.student, "fuse_rank_cutoff", None)
         return fuse(k) if fuse else None
 
-    def default_recipe(self, room: ModuleType) -> str:
-        """The name of the recipe that is taken when none is named."""
+    def default_recipe(self, module: ModuleType) -> str:
+        """The name of the recipe that is taken when none is named, from the student's training module."""
         raise NotImplementedError
 
     def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
-        """The frame with what each passage is worth."""
+        """The frame with a target for each passage."""
         raise NotImplementedError
 
     def chosen_recipe(self) -> Recipe:
-        """The recipe, by name or by default, with the settings. ValueError and TypeError name what there is."""
-        room = next((room for student, room in ROOMS.items() if isinstance(self.student, student)), None)
-        if room is None:
-            raise TypeError(
-                f"{self.student!r} cannot be trained; wanted one of {', '.join(kind.__name__ for kind in ROOMS)}"
-            )
-        recipe = self.default_recipe(room) if self.recipe is None else self.recipe
+        """The recipe, by name or by default, with those of the settings that are its fields.
+
+        Raises TypeError for a student that cannot be trained and for an unknown setting, and ValueError for an unknown
+        recipe.
+        """
+        module = training_module(self.student)
+        recipe = self.default_recipe(module) if self.recipe is None else self.recipe
         if isinstance(recipe, str):
-            if recipe not in room.RECIPES:
+            if recipe not in module.RECIPES:
                 raise ValueError(
-                    f"recipe={recipe!r}; {type(self.student).__name__} has {', '.join(map(repr, room.RECIPES))}"
+                    f"recipe={recipe!r}; {type(self.student).__name__} has {', '.join(map(repr, module.RECIPES))}"
                 )
-            recipe = room.RECIPES[recipe]
-        return recipe.but(**self.settings)
+            recipe = module.RECIPES[recipe]
+        return recipe.replace(**{name: self.settings[name] for name in self.settings if name not in FOR_EVERY_RECIPE})
+
+    def chosen_settings(self) -> Settings:
+        """Those of the settings that do not depend on the recipe."""
+        chosen = {name: self.settings[name] for name in self.settings if name in FOR_EVERY_RECIPE}
+        return Settings(verbose=self.verbose, **chosen)
 
     def fit(
         self,
@@ -80,41 +80,32 @@ class Training(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train the student on result frames with the columns it reads; `log` then holds what was measured, a row a time.
+        """Train the student on result frames with the columns that it reads. `log` then holds what was measured, in a
+        row for each step that was logged.
 
-        With validation frames the student is measured by `nDCG@10` `every` so many steps, and ends with the weights of the best
-        time. Raises what `data.with_labels` and `data.with_teacher` raise, and ValueError where there is nothing to learn from.
+        With validation frames nDCG@10 is measured every `every` steps, and the student ends with the weights of the
+        best measurement. Raises what `chosen_recipe`, `data.with_labels`, `data.with_teacher` and `trainer.train`
+        raise, and ValueError where no list can be learned from.
         """
-        recipe = self.chosen_recipe()
+        recipe, settings = self.chosen_recipe(), self.chosen_settings()
         objective = recipe.objective(self.student)
         frame = topics_or_res_tr
-        if any("target" in way for way in objective.ways):
+        if any("target" in columns for columns in objective.column_sets):
             frame = self.with_targets(frame, qrels_tr)
-        given = rankings(frame, objective.ways, context=self)
+        given = rankings(frame, objective.column_sets, context=self)
         lists = objective.prepare(given)
         if not lists:
             raise ValueError(f"there is nothing to learn from in {len(given)} queries; {objective.wanted}")
         validate = None
         if topics_or_res_va is not None and qrels_va is not None:
             validate = partial(ndcg_at_10, self.student, topics_or_res_va, qrels_va)
-        network, device = objective.network, objective.device
-        dtype = next(network.parameters()).dtype
-        try:
-            log = train(
-                objective.float().train(),
-                lists,
-                recipe,
-                folder=self.folder,
-                described=repr(self.student),
-                seed=self.seed,
-                validate=validate,
-                every=self.every,
-                patience=self.patience,
-                verbose=self.verbose,
-            )
-        finally:
-            network.to(device, dtype).eval()
+        log = train(objective, lists, recipe, settings, described=repr(self.student), validate=validate)
         self.log = pd.DataFrame(log)
+
+    def apply_attributes(self, **changes: Any) -> "Training":
+        """The same with other arguments or settings, as `pt.inspect.transformer_apply_attributes` asks for it."""
+        given = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(self)} | changes
+        return type(self)(**given.pop("settings") | given)
 
     def __repr__(self) -> str:
         return representation(self)
@@ -124,43 +115,21 @@ class FineTune(Training):
     """Train a student on labels: `pipe = first_stage >> text >> FineTune(student); pipe.fit(topics, qrels)`.
 
     Args:
-        student: a reranker, mostly from `from_backbone`; it is trained in place, and this transformer ranks as it does.
+        student: a reranker, usually from `from_backbone`. It is trained in place, and a pipeline ranks with it.
         recipe: the name of one of the student's recipes, or a Recipe. None is the paper's.
-        folder: where the training's state is kept, so that it goes on after a kill: see `trainer.train`.
-        every: steps between states, and between measurements on validation frames.
-        patience: stop after so many of these without a better `nDCG@10`.
-        seed: of all chance.
         verbose: show progress.
-        settings: fields of the recipe to change, such as steps=1_000, learning_rate=2e-5, loss="lce" (see the recipe's docstring).
+        settings: by name, fields of the recipe to change, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see
+            the recipe's class); and fields of `trainer.Settings`: folder= (where the state is saved, so that a training
+            that was killed resumes), every= (steps between saved states and between measurements on validation frames),
+            patience= (measurements without a better nDCG@10 after which it stops) and seed= (42).
 
-    LiT5Score learns from answers instead of labels, in a column `answers` (a list of texts a query); PERank's alignment stage
-    from the passages alone.
+    LiT5Score learns from answers instead of labels, in a column `answers` (a text or a list of texts for each query);
+    PERank's alignment stage learns from the passages alone.
     """
 
-    def __init__(
-        self,
-        student: Reranker,
-        *,
-        recipe: str | Recipe | None = None,
-        folder: str | Path | None = None,
-        every: int | None = None,
-        patience: int | None = None,
-        seed: int = 42,
-        verbose: bool = True,
-        **settings: Any,
-    ):
-        self.student = student
-        self.recipe = recipe
-        self.folder = folder
-        self.every = every
-        self.patience = patience
-        self.seed = seed
-        self.verbose = verbose
-        self.settings = settings
-
-    def default_recipe(self, room: ModuleType) -> str:
+    def default_recipe(self, module: ModuleType) -> str:
         """The student's recipe for labels."""
-        return str(room.FINE_TUNE)
+        return str(module.FINE_TUNE)
 
     def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
         """The frame with its labels."""
@@ -168,12 +137,16 @@ class FineTune(Training):
 
 
 class Distil(Training):
-    """Train a student on a teacher's rankings: `pipe = first_stage >> text >> Distil(student, teacher); pipe.fit(topics, None)`.
+    """Train a student on a teacher's ranking: `pipe = first_stage >> text >> Distil(student, teacher)`, and then
+    `pipe.fit(topics, None)`.
 
     Args:
-        teacher: any transformer, which reranks the training queries' passages; a run, as a frame or a file; None is the order in which
-            the passages come. With `first_stage % 50` teacher and student see the first 50 (the paper's depths), with
-            `topics.sample(1_000)` so many queries. The other arguments are those of FineTune.
+        student, recipe, verbose, settings: as for FineTune.
+        teacher: a transformer, which reranks the passages of the training queries; a run, as a frame or a file; None is
+            the order in which the passages come.
+
+    With `first_stage % 50` teacher and student get the first 50 passages (the paper's depth), with
+    `topics.sample(1_000)` this many queries.
     """
 
     def __init__(
@@ -182,38 +155,43 @@ class Distil(Training):
         teacher: Teacher = None,
         *,
         recipe: str | Recipe | None = None,
-        folder: str | Path | None = None,
-        every: int | None = None,
-        patience: int | None = None,
-        seed: int = 42,
         verbose: bool = True,
         **settings: Any,
     ):
-        self.student = student
+        super().__init__(student, recipe=recipe, verbose=verbose, **settings)
         self.teacher = teacher
-        self.recipe = recipe
-        self.folder = folder
-        self.every = every
-        self.patience = patience
-        self.seed = seed
-        self.verbose = verbose
-        self.settings = settings
 
-    def default_recipe(self, room: ModuleType) -> str:
-        """The student's recipe for a teacher's rankings."""
-        if room.DISTIL is None:
+    def default_recipe(self, module: ModuleType) -> str:
+        """The student's recipe for a teacher's ranking. Raises TypeError for a student that learns from answers."""
+        if module.DISTIL is None:
             raise TypeError(
                 f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; take FineTune"
             )
-        return str(room.DISTIL)
+        return str(module.DISTIL)
 
     def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
-        """The frame with what the teacher makes of it."""
+        """The frame with the teacher's scores."""
         return with_teacher(frame, self.teacher)
 
 
+def training_module(student: pt.Transformer) -> ModuleType:
+    """The module that says how a student learns, or how the nearest of its parent classes does that has one.
+
+    Raises TypeError for what cannot be trained.
+    """
+    package, _, here = __package__.rpartition(".")
+    for kind in type(student).__mro__:
+        parent, _, name = kind.__module__.rpartition(".")
+        if parent == package and find_spec(f"{package}.{here}.{name}"):
+            return import_module(f"{package}.{here}.{name}")
+    raise TypeError(
+        f"{student!r} cannot be trained; wanted one of the rerankers of {package}, such as CrossEncoder, or a subclass"
+        " of one"
+    )
+
+
 def ndcg_at_10(student: pt.Transformer, frame: pd.DataFrame, qrels: pd.DataFrame) -> float:
-    """nDCG@10 of what a student makes of a result frame, over the queries that have judgements."""
+    """nDCG@10 of a result frame as a student reranks it, over the queries that have judgements."""
     run = student.transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
     judged = qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
     return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])

@@ -1,4 +1,4 @@
-"""Losses: pure functions of (scores, targets) that give one number. Knows no texts, no models and no rankings' origin.
+"""Losses: pure functions of (scores, targets) that give one number. Knows no texts and no models.
 
 Scores s and targets t are (Q, N): Q queries with N passages, higher is better. `mask` (Q, N) is true where there is a
 passage, None where every list has N; what stands outside it changes nothing. Losses over pairs take nothing from a list
@@ -14,8 +14,8 @@ Mask = torch.Tensor | None
 def ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
     """Mean over all pairs of the batch with t_i > t_j of log(1 + exp(-T (s_i - s_j))). Ties make no pair.
 
-    Source: Burges et al., ICML 2005; Rank-DistiLLM, whose printed sign is the wrong way round; a mean as in lightning-ir,
-    where the paper prints a sum.
+    Source: Burges et al., ICML 2005; Rank-DistiLLM, whose printed sign is the wrong way round; a mean as in
+    lightning-ir, where the paper prints a sum.
     """
     return _mean(F.softplus(-temperature * _differences(_filled(scores, mask))), _better(targets, mask))
 
@@ -33,7 +33,7 @@ def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
     """Approximate discounted rank MSE: mean over all passages of the batch of (p_i - r_i)^2 / log2(r_i + 1), with::
 
         p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)        the approximate rank
-        r_i = 1, 2, ... in the order of the targets                  the teacher's rank; ties in the order of their positions
+        r_i = 1, 2, ... in the order of the targets                  the teacher's rank; ties by their positions
 
     Source: Rank-DistiLLM, appendix B, whose printed p_i is no rank (this is that of Qin et al., 2010); a mean as in
     lightning-ir, where the paper prints a sum. The weight is float32 as there.
@@ -48,7 +48,8 @@ def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
 
 
 def lce(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """Localised contrastive estimation, InfoNCE: mean over queries of -log softmax(s) at the passage with the highest target.
+    """Localised contrastive estimation, InfoNCE: mean over queries of -log softmax(s) at the passage with the
+    highest target.
 
     Among several with that target it is the first one. Source: Gao et al., ECIR 2021; Rank-DistiLLM, stage 1.
     """
@@ -94,7 +95,7 @@ def list_kl(
 def decayed_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, mask: Mask = None, decay: float = 0.95
 ) -> torch.Tensor:
-    """Mean over all tokens of the batch, weighted by decay^t at token t of its answer, of -log softmax(logits) at the label.
+    """Mean over all tokens of the batch of -log softmax(logits) at the label; token t of an answer weighs decay^t.
 
     logits: (B, T, V). labels: (B, T). mask: (B, T). decay=1 is the ordinary cross-entropy of a writer.
     Source: LiT and Lean, ECIR 2025, section 3, which does not say how the weights are normalised: here by their sum.
@@ -142,8 +143,8 @@ def _divergence(teacher: torch.Tensor, student: torch.Tensor, where: torch.Tenso
 
 
 def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax at each rank over the passages not yet ranked, (Q, rank, passages by rank), -inf on the others; and which
-    ranks (Q, N) there are."""
+    """log softmax at each rank over the passages not yet ranked, (Q, rank, passages by rank), -inf on the others; and
+    which ranks (Q, N) there are."""
     inside = _inside(targets, mask)
     order = _order(targets, inside)
     scores = scores if scores.ndim == 3 else scores[:, None].expand(-1, scores.shape[1], -1)

@@ -1,53 +1,65 @@
-"""How a PERank learns: first to read a passage's vector as its text, then to rank by vectors as it does by texts."""
+"""How a PERank learns: first to understand the vector of a passage, then to rank by such vectors (arXiv 2406.14848).
+
+Stage 1, alignment: the language model is shown the vector of a passage in place of its text and asked for the text.
+Only the projector, which brings the vector into the input space of the language model, learns from how well it does.
+
+Stage 2, ranking: an example is a window of passages from a teacher's ranking. The language model reads their vectors
+and then, rank by rank, the vector of the passage that the teacher has at that rank; before each rank its state should
+be nearest to the vector of that passage, among those not yet ranked (ListMLE). It learns the same from a second prompt
+that also holds the texts, and to rank without the texts as it does with them (KL divergence).
+"""
 
 import dataclasses
 import random
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pyterrier_lit.batching import Budget
+from pyterrier_lit.batching import Budget, padded
 from pyterrier_lit.frames import Ranking
-from pyterrier_lit.models.pe_prompts import RANK
-from pyterrier_lit.models.vector_lm import VectorLM
+from pyterrier_lit.models.pe_checkpoint import PERankCheckpoint
+from pyterrier_lit.models.pe_prompts import RANK, Prompter
 from pyterrier_lit.pe_rank import PERank
 from pyterrier_lit.training.data import uneven, window
 from pyterrier_lit.training.losses import list_kl, list_mle
-from pyterrier_lit.training.trainer import Batch, Objective, Recipe
+from pyterrier_lit.training.trainer import Objective, Recipe, device_of, enable_gradient_checkpointing
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentRecipe(Recipe):
-    """A PERank's recipe, stage 1: the projector alone learns, and each passage of the lists is an example.
+    """A PERank's recipe, stage 1: only the projector learns, and each passage of the lists is an example.
 
     Args:
-        max_length: tokens of question and text.
+        max_length: tokens of a question with its answer, the text; what is longer is cut.
     """
 
     max_length: int = 512
 
-    def objective(self, student: PERank) -> "AlignmentObjective":
-        """The cross-entropy of a passage's text, written from its vector."""
-        return AlignmentObjective(student, self)
+    def objective(self, student: PERank) -> Objective:
+        """The cross-entropy of a passage's text, written from its vector. Raises ValueError for a PERank that was saved
+        before, which has no output layer for words."""
+        return alignment(student, self)
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingRecipe(Recipe):
-    """A PERank's recipe, stage 2: an example is a window drawn from a list.
+    """A PERank's recipe, stage 2: an example is a window sampled from a list.
 
     Args:
         smallest, largest: passages of a window; None is the student's window size.
-        shuffle: the probability that a window's passages stand in any order, in place of the first stage's.
+        shuffle: the probability that the passages of a window are shuffled; else they keep the first stage's order.
         text_weight: of ranking with the texts in the prompt; 0 leaves them out.
-        kl_weight: of the divergence between both.
-        reduction: the loss of a window is the "sum" over its ranks, as in the published code until 2024-10, or their "mean", as since then; the
-            divergence is a sum in both, so that in "mean" it weighs n times as much. With "mean" a retraining is reported to be far worse
-            (the code's issue tracker: .6355 for .7046).
-        max_length: tokens of a prompt with its answer.
+        kl_weight: of the divergence between both rankings.
+        reduction: the loss of a window is the "sum" over its ranks, as in the published code until 2024-10, or their
+            "mean", as since then; the divergence is a sum in both, so that with "mean" it weighs n times as much. With
+            "mean" a retraining is reported to be far worse (the code's issue tracker: .6355 for .7046).
+        max_length: the most tokens of a prompt with its answer.
     """
 
     smallest: int | None = None
@@ -58,12 +70,13 @@ class RankingRecipe(Recipe):
     reduction: str = "sum"
     max_length: int = 4096
 
-    def objective(self, student: PERank) -> "RankingObjective":
-        """ListMLE over the passages' vectors, with and without their texts in the prompt, and the divergence of the two."""
-        return RankingObjective(student, self)
+    def objective(self, student: PERank) -> Objective:
+        """ListMLE over the passages' vectors, with and without texts in the prompt, and the divergence of the two."""
+        return ranking(student, self)
 
 
-# The published scripts: AdamW, cosine, warm-up of 3 %; stage 1 on 4 GPUs of (by README and paper) 1 or 8, stage 2 on 4 x 4 x 2
+# The published scripts: AdamW, cosine, warm-up of 3 %; stage 1 on 4 GPUs of (by README and paper) 1 or 8, stage 2 on
+# 4 x 4 x 2
 RECIPES: dict[str, Recipe] = {
     "pe-rank-alignment": AlignmentRecipe(
         1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True
@@ -72,197 +85,243 @@ RECIPES: dict[str, Recipe] = {
         2e-5, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, clip=1.0, checkpointing=True
     ),
 }
-FINE_TUNE = DISTIL = "pe-rank-ranking"
+FINE_TUNE = DISTIL = "pe-rank-ranking"  # the recipe taken when none is named
 
 
-class Passage(NamedTuple):
-    """A text, and its row among the vectors."""
+# What both stages do
 
-    row: int
+
+class Read(NamedTuple):
+    """What the language model made of B prompts with at most N passages each."""
+
+    states: torch.Tensor  # (B, L, H), after each token
+    ids: torch.Tensor  # (B, L), padded on the right
+    passages: torch.Tensor  # (B, N, H), the projected vectors
+    inside: torch.Tensor  # (B, N), which passages there are
+
+
+def read(
+    checkpoint: PERankCheckpoint,
+    prompts: Sequence[Sequence[int]],
+    vectors: Sequence[torch.Tensor],
+    orders: Sequence[Sequence[int]],
+) -> Read:
+    """Read B prompts in ids, with placeholders for passages, and rank tokens for the same passages in a given order.
+
+    vectors: for each prompt the vectors (n, d) of its passages. orders: for each prompt a permutation of these.
+    """
+    network, device = checkpoint.network, device_of(checkpoint.network)
+    ids, mask = (tensor.to(device) for tensor in padded(prompts))
+    order, inside = (tensor.to(device) for tensor in padded(orders))
+    passages = network.projector(pad_sequence(list(vectors), batch_first=True).to(device))
+    inputs = network.embed(ids, mask, passages, inside)
+    ranked = passages.gather(1, order[..., None].expand_as(passages))
+    inputs = inputs.masked_scatter((ids == checkpoint.prompter.rank)[..., None], ranked[inside].to(inputs.dtype))
+    states = network.body(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    return Read(states, ids, passages, inside)
+
+
+def vectors_of(student: PERank, lists: Sequence[Ranking]) -> tuple[torch.Tensor, list[list[int]]]:
+    """The vectors (D, d) of all passages, from where the student has them, and the rows of each list's passages."""
+    if not lists:
+        return torch.empty(0), []
+    columns = {name: [given.columns[name] for given in lists] for name in lists[0].columns}
+    with torch.no_grad():
+        vectors, rows = student.vectors_of(student.load(), columns, Budget(student.max_tokens))
+    return vectors.float(), rows
+
+
+# Stage 1: alignment
+
+
+class AlignmentExample(NamedTuple):
+    """A passage: its vector (d,) and its text."""
+
+    vector: torch.Tensor
     text: str
 
 
-class Taught(NamedTuple):
-    """A query with its passages: their texts, if they are shown, their rows among the vectors, and what each is worth."""
+class AlignmentBatch(NamedTuple):
+    """B questions with their answers in ids, where the answers begin, and the vectors (1, d) of the passages."""
+
+    conversations: list[list[int]]
+    starts: list[int]
+    vectors: list[torch.Tensor]
+
+
+def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
+    """What a PERank learns in stage 1."""
+    checkpoint: PERankCheckpoint = student.load()
+    head = output_layer(checkpoint)
+    checkpoint.network.body.requires_grad_(False)
+    if recipe.checkpointing:
+        enable_gradient_checkpointing(checkpoint.network)
+    text: dict[str, type] = {student.text_field: str}
+    return Objective(
+        network=checkpoint.network,
+        column_sets=[text | {"doc_vec": object}, text],
+        prepare=partial(distinct_passages, student),
+        sample=the_passage,
+        collate=partial(collate_conversations, checkpoint.prompter, recipe.max_length),
+        loss=partial(alignment_loss, checkpoint, head),
+        wanted="wanted passages with a text",
+    )
+
+
+def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
+    """The layer (H -> V) with which the language model writes words. It is used here alone, and does not learn."""
+    weight = checkpoint.head()
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    return head
+
+
+def distinct_passages(student: PERank, lists: Sequence[Ranking]) -> list[AlignmentExample]:
+    """Each passage that has a text, once."""
+    vectors, rows = vectors_of(student, lists)
+    texts = [text for given in lists for text in given.columns[student.text_field]]
+    distinct = dict.fromkeys(zip(chain.from_iterable(rows), texts, strict=True))
+    return [AlignmentExample(vectors[row], text) for row, text in distinct if text.strip()]
+
+
+def the_passage(passage: AlignmentExample, rng: random.Random) -> AlignmentExample:
+    """The passage itself: nothing about it is random."""
+    return passage
+
+
+def collate_conversations(prompter: Prompter, max_length: int, examples: list[AlignmentExample]) -> AlignmentBatch:
+    """For each passage the question with its vector, and its text as the answer."""
+    answered = [prompter.answered(*prompter.alignment(example.text)) for example in examples]
+    return AlignmentBatch(
+        conversations=[ids[:max_length] for ids, _ in answered],
+        starts=[start for _, start in answered],
+        vectors=[example.vector[None] for example in examples],
+    )
+
+
+def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, batch: AlignmentBatch) -> torch.Tensor:
+    """The mean of -log p(token) over the tokens of all answers."""
+    states, ids, *_ = read(checkpoint, batch.conversations, batch.vectors, [[0]] * len(batch.conversations))
+    starts = torch.tensor(batch.starts, device=ids.device)[:, None]
+    stops = torch.tensor([len(row) for row in batch.conversations], device=ids.device)[:, None]
+    position = torch.arange(1, ids.shape[1], device=ids.device)
+    answer = (position >= starts) & (position < stops)
+    logits = head.to(states.device, states.dtype)(states[:, :-1][answer])
+    return F.cross_entropy(logits.float(), ids[:, 1:][answer])
+
+
+# Stage 2: ranking
+
+
+class EmbeddedRanking(NamedTuple):
+    """A list to learn from: its query, its passages' texts, their rows among the vectors of all, and their targets."""
 
     query: str
-    texts: list[str]
+    texts: list[str]  # none where the student has no use for them
     rows: list[int]
     targets: list[float]
+    vectors: torch.Tensor  # (D, d), of all passages of all lists
 
 
-class Window(NamedTuple):
-    """The ids of the views of a window, the rows of its passages as they are shown, and the positions of these best first."""
+class RankingExample(NamedTuple):
+    """A window: its prompts with their answers in ids, without and perhaps with the texts; the vectors (n, d) of its
+    passages as they are shown; and their positions best first."""
 
-    views: list[list[int]]
-    rows: list[int]
+    prompts: list[list[int]]
+    vectors: torch.Tensor
     order: list[int]
 
 
-class VectorObjective(Objective):
-    """What both stages share: passages' vectors, looked up once as the student does, and prompts with placeholders."""
+class RankingBatch(NamedTuple):
+    """B windows: the prompts of all without and perhaps of all with the texts, and their vectors and orders."""
 
-    network: VectorLM
-    vectors: torch.Tensor  # (D, d) of all passages
+    views: list[list[list[int]]]
+    vectors: list[torch.Tensor]
+    orders: list[list[int]]
 
-    def __init__(self, student: PERank, max_length: int):
-        self.ranker = student.loaded()
-        super().__init__(self.ranker.network)
-        self.student, self.max_length = student, max_length
-        self.prompter = self.ranker.prompter
-        self.register_buffer("vectors", torch.empty(0), persistent=False)
-        text: dict[str, type] = {student.text_field: str}
-        self.ways: list[dict[str, type]] = [text | {"doc_vec": object}, text]
 
-    def look_up(self, lists: Sequence[Ranking]) -> list[list[int]]:
-        """Keep the vectors of all passages; returns for each list the rows of its passages."""
-        columns = (
-            {name: [given.columns[name] for given in lists] for name in lists[0].columns} if lists else {"docno": []}
+def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
+    """What a PERank learns in stage 2."""
+    checkpoint: PERankCheckpoint = student.load()
+    checkpoint.network.requires_grad_(True)
+    if recipe.checkpointing:
+        enable_gradient_checkpointing(checkpoint.network)
+    text: dict[str, type] = {student.text_field: str}
+    column_sets = [text | {"doc_vec": object}, text] if recipe.text_weight else student.column_sets()
+    return Objective(
+        network=checkpoint.network,
+        column_sets=[{**columns, "target": float} for columns in column_sets],
+        prepare=partial(embedded, student),
+        sample=partial(sample_window, checkpoint.prompter, recipe, student.window_size),
+        collate=collate_windows,
+        loss=partial(ranking_loss, checkpoint, recipe),
+    )
+
+
+def embedded(student: PERank, lists: Sequence[Ranking]) -> list[EmbeddedRanking]:
+    """The lists whose passages are not all worth the same, with the vectors of their passages."""
+    kept = uneven(lists)
+    vectors, rows_of = vectors_of(student, kept)
+    return [
+        EmbeddedRanking(given.query, given.columns.get(student.text_field, []), rows, given.columns["target"], vectors)
+        for given, rows in zip(kept, rows_of, strict=True)
+    ]
+
+
+def sample_window(
+    prompter: Prompter, recipe: RankingRecipe, size: int, given: EmbeddedRanking, rng: random.Random
+) -> RankingExample:
+    """A window of some passages of a list. Raises ValueError where its prompt is too long."""
+    largest = recipe.largest or size
+    shown, order = window(given.targets, recipe.smallest or largest, largest, recipe.shuffle, rng)
+    texts: list[list[str | None]] = [[None] * len(shown)]
+    if recipe.text_weight:
+        texts.append([given.texts[i] for i in shown])
+    answer = RANK * len(shown)
+    prompts = [prompter.answered(prompter.messages(given.query, view), answer)[0] for view in texts]
+    if len(prompts[-1]) > recipe.max_length:
+        raise ValueError(
+            f"the prompt for query {given.query!r} with {len(shown)} passages has {len(prompts[-1])} tokens; wanted at"
+            f" most {recipe.max_length}: cut the texts, or take fewer passages (largest=) or text_weight=0"
         )
-        with torch.no_grad():
-            vectors, rows = self.student.look_up(self.ranker, columns, Budget(self.student.max_tokens))
-        self.vectors = vectors.to(self.device)
-        return rows
-
-    def states(
-        self, ids: Sequence[list[int]], rows: Sequence[list[int]], order: Sequence[list[int]]
-    ) -> tuple[torch.Tensor, ...]:
-        """B prompts, padded on the right, with projected vectors for their placeholders and, in the order given, for their ranks:
-        states (B, L, H), ids (B, L), passages (B, N, H), and which of these there are, (B, N)."""
-        device = self.device
-        padded = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True).to(device)
-        inside = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True).to(device)
-        passages = self.network.projector(
-            self.vectors[pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)]
-        )
-        inputs = self.network.embed(padded, mask, passages, inside)
-        named = passages.gather(1, _padded(order, device)[..., None].expand_as(passages)) if order else passages
-        inputs = inputs.masked_scatter((padded == self.prompter.rank)[..., None], named[inside].to(inputs.dtype))
-        states = self.network.body(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-        return states, padded, passages, inside
+    return RankingExample(prompts, given.vectors[[given.rows[i] for i in shown]], order)
 
 
-class AlignmentObjective(VectorObjective):
-    """The mean over the tokens of the texts of -log p(token), written by the language model after a question with the vector."""
-
-    wanted = "wanted passages with a text"
-
-    head: torch.Tensor  # (V, H), which writes words
-
-    def __init__(self, student: PERank, recipe: AlignmentRecipe):
-        super().__init__(student, recipe.max_length)
-        self.network.body.requires_grad_(False)
-        self.register_buffer("head", self.ranker.head().to(self.device), persistent=False)
-
-    def prepare(self, lists: Sequence[Ranking]) -> list[Passage]:
-        """Each distinct passage that has a text."""
-        texts = [text for given in lists for text in given.columns[self.student.text_field]]
-        return [
-            Passage(*passage)
-            for passage in dict.fromkeys(zip(chain(*self.look_up(lists)), texts, strict=True))
-            if passage[1].strip()
-        ]
-
-    def draw(self, given: Passage, chosen: random.Random) -> Passage:
-        """The passage."""
-        return given
-
-    def collate(self, examples: list[Passage]) -> dict[str, Batch]:
-        """Questions with their answers in ids, and where the answers begin."""
-        conversations = [self.prompter.answered(*self.prompter.alignment(text)) for _, text in examples]
-        return {
-            "batch": Batch(
-                ids=[ids[: self.max_length] for ids, _ in conversations],
-                starts=[start for _, start in conversations],
-                rows=[[example.row] for example in examples],
-            )
-        }
-
-    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The loss of B passages."""
-        states, ids, *_ = self.states(batch.ids, batch.rows, [])
-        starts, stops = (
-            torch.tensor(at, device=self.device)[:, None] for at in (batch.starts, [len(row) for row in batch.ids])
-        )
-        at = torch.arange(1, ids.shape[1], device=self.device)
-        answer = (at >= starts) & (at < stops)
-        logits = F.linear(states[:, :-1][answer], self.head.to(states.dtype))
-        return {"loss": F.cross_entropy(logits.float(), ids[:, 1:][answer])}
+def collate_windows(examples: list[RankingExample]) -> RankingBatch:
+    """B windows, and their prompts view by view."""
+    views = [list(view) for view in zip(*(example.prompts for example in examples), strict=True)]
+    return RankingBatch(views, [example.vectors for example in examples], [example.order for example in examples])
 
 
-class RankingObjective(VectorObjective):
-    """L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts || vectors), the passages' vectors fed in the target order."""
+def ranking_loss(checkpoint: PERankCheckpoint, recipe: RankingRecipe, batch: RankingBatch) -> torch.Tensor:
+    """L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts || vectors), a mean over B windows.
 
-    def __init__(self, student: PERank, recipe: RankingRecipe):
-        super().__init__(student, recipe.max_length)
-        self.recipe = recipe
-        self.largest = recipe.largest or student.window_size
-        self.smallest = recipe.smallest or self.largest
-        if not recipe.text_weight:
-            self.ways = student.ways()
-        self.ways = [{**way, "target": float} for way in self.ways]
-        self.network.requires_grad_(True)
-
-    def prepare(self, lists: Sequence[Ranking]) -> list[Taught]:
-        """The lists that say which passage is better, with their passages' vectors."""
-        kept = uneven(lists)
-        return [
-            Taught(given.query, given.columns.get(self.student.text_field, []), rows, given.columns["target"])
-            for given, rows in zip(kept, self.look_up(kept), strict=True)
-        ]
-
-    def draw(self, given: Taught, chosen: random.Random) -> Window:
-        """A window of some passages of a list. ValueError where its prompt is too long."""
-        shown, order = window(given.targets, self.smallest, self.largest, self.recipe.shuffle, chosen)
-        texts: list[list[str | None]] = [[None] * len(shown)]
-        if self.recipe.text_weight:
-            texts.append([given.texts[i] for i in shown])
-        views = [
-            self.prompter.answered(self.prompter.messages(given.query, view), RANK * len(shown))[0] for view in texts
-        ]
-        if len(views[-1]) > self.max_length:
-            raise ValueError(
-                f"the prompt for query {given.query!r} with {len(shown)} passages has {len(views[-1])} tokens; wanted at most"
-                f" {self.max_length}: cut the texts, or take fewer passages (largest=) or text_weight=0"
-            )
-        return Window(views, [given.rows[i] for i in shown], order)
-
-    def collate(self, examples: list[Window]) -> dict[str, Batch]:
-        """The windows, view by view."""
-        return {
-            "batch": Batch(
-                views=[list(view) for view in zip(*(example.views for example in examples), strict=True)],
-                rows=[example.rows for example in examples],
-                order=[example.order for example in examples],
-            )
-        }
-
-    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The loss of B windows."""
-        recipe, targets = self.recipe, _padded([_by_position(order) for order in batch.order], self.device)
-        scores, inside = zip(*(self.scores(ids, batch.rows, batch.order) for ids in batch.views), strict=True)
-        loss = list_mle(scores[0], targets, inside[0], recipe.reduction)
-        if recipe.text_weight:
-            loss = loss + recipe.text_weight * list_mle(scores[1], targets, inside[0], recipe.reduction)
-            loss = loss + recipe.kl_weight * list_kl(scores[0], scores[1], targets, inside[0])
-        return {"loss": loss}
-
-    def scores(
-        self, ids: Sequence[list[int]], rows: list[list[int]], order: list[list[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """h . e_j with the state h before each rank of B windows: (B, rank, N), and which passages there are, (B, N)."""
-        states, padded, passages, inside = self.states(ids, rows, order)
-        before = states[:, :-1][padded[:, 1:] == self.prompter.rank]
-        at_ranks = torch.zeros_like(passages).masked_scatter(inside[..., None], before.to(passages.dtype))
-        return torch.einsum("bih,bjh->bij", at_ranks.float(), passages.float()), inside
+    a is the recipe's text_weight, b its kl_weight; with a = 0 only the first term is left.
+    """
+    scores, insides = zip(
+        *(rank_scores(checkpoint, view, batch.vectors, batch.orders) for view in batch.views), strict=True
+    )
+    inside = insides[0]
+    targets = padded([worth(order) for order in batch.orders])[0].to(inside.device)
+    loss = list_mle(scores[0], targets, inside, recipe.reduction)
+    if recipe.text_weight:
+        loss = loss + recipe.text_weight * list_mle(scores[1], targets, inside, recipe.reduction)
+        loss = loss + recipe.kl_weight * list_kl(scores[0], scores[1], targets, inside)
+    return loss
 
 
-def _by_position(order: list[int]) -> list[int]:
-    """n for the first of an order of n positions, 1 for the last, by position."""
-    worth = dict(zip(order, range(len(order), 0, -1), strict=True))
-    return [worth[position] for position in range(len(order))]
+def rank_scores(
+    checkpoint: PERankCheckpoint, prompts: list[list[int]], vectors: list[torch.Tensor], orders: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h . e_j with the state h before each rank, and each passage j, of B windows: (B, rank, N); and which passages
+    there are, (B, N)."""
+    states, ids, passages, inside = read(checkpoint, prompts, vectors, orders)
+    before = states[:, :-1][ids[:, 1:] == checkpoint.prompter.rank]
+    at_ranks = torch.zeros_like(passages).masked_scatter(inside[..., None], before.to(passages.dtype))
+    return torch.einsum("bih,bjh->bij", at_ranks.float(), passages.float()), inside
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+def worth(order: list[int]) -> list[int]:
+    """Of n positions best first: n for the first of them, 1 for the last, by position."""
+    value_of = dict(zip(order, range(len(order), 0, -1), strict=True))
+    return [value_of[position] for position in range(len(order))]
