@@ -18,7 +18,7 @@ import pandas as pd
 import pyterrier as pt
 import pytest
 import torch
-from conftest import GOLDEN, SMALL
+from conftest import GOLDEN, RERANKERS
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.frames import Ranking, rankings
@@ -516,10 +516,10 @@ def test_a_subclass_learns_as_its_parent_does(cross_encoder_folder, candidates, 
     pd.testing.assert_frame_equal(subclass(candidates), parent(candidates))
 
 
-@pytest.mark.parametrize("kind, folder", SMALL.values(), ids=SMALL)
-def test_processes_that_prepare_batches_are_given_all_they_need(kind, folder, candidates):
+@pytest.mark.parametrize("known", RERANKERS.values(), ids=RERANKERS)
+def test_processes_that_prepare_batches_are_given_all_they_need(known, candidates):
     """They are spawned on some systems: what is handed to them is pickled."""
-    student = kind(str(folder), device="cpu")
+    student = known.kind(str(known.random), device="cpu")
     frame = candidates.assign(target=range(len(candidates)), answers="one")
     objective = FineTune(student).chosen_recipe().objective(student)
     lists = objective.prepare(rankings(frame, objective.column_sets))
