@@ -22,7 +22,7 @@ def files():
 
 
 MODULES = files()
-FACES = {node.module.split(".")[-1] for node in ast.parse(source("__init__")).body if isinstance(node, ast.ImportFrom)}
+FACES = [node.module.split(".")[-1] for node in ast.parse(source("__init__")).body if isinstance(node, ast.ImportFrom)]
 MODELS = {module for module in MODULES if module.startswith("models.")}
 MAP = {  # module: the modules that it may import; the faces and their training modules all have the same
     # Ground floor: one idea each
@@ -68,7 +68,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "scale": {"frames", "reranker"},
     "__main__": {"pyterrier_lit", "files.candidates", "files.runs", "files.tirex", "reranker", "training"}
     | {"training.data"},
-    "__init__": FACES,
+    "__init__": set(FACES),
 }
 HEAVY = (
     "transformers",
