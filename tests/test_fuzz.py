@@ -68,7 +68,9 @@ def test_any_frame_is_ranked_or_refused_in_words(cases):
         before = frame.copy(deep=True)
         try:
             out = rerank(
-                frame, lambda queries, passages: [[float(len(text)) for text in ranking] for ranking in passages]
+                frame,
+                lambda queries, columns: {"score": [[float(len(text)) for text in texts] for texts in columns["text"]]},
+                [{"text": str}],
             )
         except pt.validate.InputValidationError as error:
             assert any(column in str(error) for column in dropped)
