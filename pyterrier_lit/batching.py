@@ -65,6 +65,17 @@ def counted_tokens() -> Iterator[Tokens]:
         _counting.reset(before)
 
 
+@contextlib.contextmanager
+def inference() -> Iterator[None]:
+    """Compute without gradients, and in the model's own dtype whatever autocast is on around the call."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 def encoder_tokens(device: torch.device) -> int:
     """How many tokens an encoder should read at once: on a CPU what stays in its caches, else what fills a GPU."""
     return 4_096 if device.type == "cpu" else 16_384

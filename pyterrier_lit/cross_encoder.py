@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pyterrier_lit.batching import encoder_tokens, map_batches
+from pyterrier_lit.batching import encoder_tokens, inference, map_batches
 from pyterrier_lit.frames import Columns
 from pyterrier_lit.models.pair_encoder import PairCheckpoint, new_pairs, read_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
@@ -68,7 +68,7 @@ class CrossEncoder(Reranker):
             return checkpoint.scores(layout.tensors(batch, checkpoint.pad_id))
 
         lengths = [layout.length(pair) for pair in inputs]
-        with torch.inference_mode(), self.progress(len(inputs), "pair") as bar:
+        with inference(), self.progress(len(inputs), "pair") as bar:
             max_tokens = encoder_tokens(checkpoint.device) if self.max_tokens is None else self.max_tokens
             computed = map_batches(scores, inputs, lengths, max_tokens, bar.update)
         score_of = dict(zip(distinct, computed, strict=True))

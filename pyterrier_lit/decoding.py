@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-# For each row the candidates that were chosen, best first, and whether it rests on logits that were NaN
-Choices = tuple[list[list[int]], list[bool]]
+# For each row the candidates that were chosen, best first, and 0, or the nan or inf that stood among their logits
+Choices = tuple[list[list[int]], list[float]]
 
 
 class Reader(Protocol):
@@ -37,11 +37,11 @@ def in_turn(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
     """
     needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
     speller = Speller(words, counts, reader.device)
-    logits, chosen = reader.start(), []
+    logits, chosen, most = reader.start(), [], sum(map(len, words))
     while True:
         symbols, candidates = speller.step(logits)
         chosen.append(candidates)
-        if _all_chosen(chosen, needed, speller.depth):
+        if _all_chosen(chosen, needed, speller.depth) or len(chosen) == most:  # the latter where logits are not finite
             break
         logits = reader.read(symbols[:, None])[:, -1]
     rows = zip(torch.stack(chosen, 1).tolist(), needed, strict=True)
@@ -70,7 +70,7 @@ def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
         begin = torch.full((len(counts), 1), begins.pop(), device=device)
         second = reader.read(begin)[:, 0].float()[:, torch.tensor([word[-1] for word in words], device=device)]
         likelihood = likelihood + second.masked_fill(~two, float("-inf")).log_softmax(1).where(two, 0.0)
-    broken = (likelihood.isnan() & usable).any(1).tolist()
+    broken = not_finite(likelihood, usable).tolist()
     best = likelihood.masked_fill(~usable, float("-inf")).argsort(dim=1, descending=True, stable=True).tolist()
     return [order[:count] for order, count in zip(best, counts, strict=True)], broken
 
@@ -94,7 +94,8 @@ class Speller:
         self.unused = torch.arange(len(words), device=device) < torch.tensor(counts, device=device)[:, None]  # (B, N)
         self.candidates_left = self.unused  # (B, N): unused candidates that begin as the present one does
         self.spelt = torch.zeros(len(counts), dtype=torch.long, device=device)  # (B,): symbols of the present candidate
-        self.broken = torch.zeros(len(counts), dtype=torch.bool, device=device)  # (B,): chosen from logits with a NaN
+        # (B,): 0, or the nan or inf that stood among the logits of a choice
+        self.broken = torch.zeros(len(counts), dtype=torch.float32, device=device)
 
     def step(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """logits (B, S) -> the symbol that each row chooses, (B,), and the candidate that it completes, (B,), or -1.
@@ -104,17 +105,22 @@ class Speller:
         following = self.symbols[self.spelt]  # (B, N)
         weights = self.candidates_left.to(logits.dtype)
         allowed = torch.zeros_like(logits).scatter_add_(1, following.clamp_min(0), weights) > 0
-        self.broken |= (logits.isnan() & allowed).any(1)
+        self.broken = self.broken + not_finite(logits, allowed)
         symbol = logits.masked_fill(~allowed, float("-inf")).argmax(1)
         self.candidates_left = self.candidates_left & (following == symbol[:, None])
         self.spelt = self.spelt + 1
         complete = self.candidates_left & (self.lengths == self.spelt[:, None])
         candidate = torch.where(complete.any(1), complete.int().argmax(1), -1)
         self.unused = self.unused & ~complete
-        fresh = complete.any(1) | ~self.unused.any(1)
+        fresh = complete.any(1) | ~self.candidates_left.any(1)
         self.candidates_left = torch.where(fresh[:, None], self.unused, self.candidates_left)
         self.spelt = self.spelt.masked_fill(fresh, 0)
         return symbol, candidate
+
+
+def not_finite(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """values (B, N), which of them count (B, N) -> float32 (B,): 0 where these are finite, else nan or an infinity."""
+    return values.float().masked_fill(values.isfinite() | ~counts, 0.0).sum(1)
 
 
 def _all_chosen(chosen: list[torch.Tensor], needed: list[int], depth: int) -> bool:

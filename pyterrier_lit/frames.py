@@ -32,6 +32,7 @@ def rerank(
         context: the transformer that PyTerrier names in its error when a column is missing.
 
     Returns the same rows in the same order with every other column kept, `score` (float64) and `rank` (from 0) new.
+    With PyTerrier's switch pt.model.STRICT_SORT they stand by qid and rank.
     Equal scores keep the order in which they came, whatever the order of the rows. Half a surrogate pair, which no
     tokenizer takes, is read as U+FFFD; the column keeps it. Other odd input: pt_docs/bad_input.rst.
 
@@ -50,7 +51,8 @@ def rerank(
     scores = np.concatenate(found["score"]).astype("float64")
     best_first = rows.iloc[np.concatenate(lists)].assign(score=scores, **added)
     _check_finite(best_first)
-    return pt.model.add_ranks(best_first).sort_index()
+    ranked = pt.model.add_ranks(best_first)
+    return ranked.reset_index(drop=True) if pt.model.STRICT_SORT else ranked.sort_index()
 
 
 def not_finite(value: object, query: str, docnos: Sequence[Any]) -> ValueError:

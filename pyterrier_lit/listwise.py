@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pyterrier as pt
-import torch
 
-from pyterrier_lit.batching import Budget, map_batches
+from pyterrier_lit.batching import Budget, inference, map_batches
 from pyterrier_lit.decoding import Choices
 from pyterrier_lit.frames import Columns, not_finite
 from pyterrier_lit.order import complete, scores
@@ -90,18 +89,18 @@ class ListwiseReranker(Reranker):
                 bar.update,
             )
             chosen: list[list[int]] = [[] for _ in read]
-            for i, (choice, is_nan) in zip(asked, answers, strict=True):
-                if is_nan:
-                    raise not_finite("nan", queries[windows[i].query], of_windows(columns["docno"], [windows[i]])[0])
+            for i, (choice, value) in zip(asked, answers, strict=True):
+                if value != 0:
+                    raise not_finite(value, queries[windows[i].query], of_windows(columns["docno"], [windows[i]])[0])
                 chosen[i] = choice[: read[i].top]
             return [complete(choice, prompt.n) for choice, prompt in zip(chosen, read, strict=True)]
 
-        with torch.inference_mode(), self.progress(total, "window") as bar:
+        with inference(), self.progress(total, "window") as bar:
             return slide(counts, size, stride, order_windows, passes=self.passes, k=self.top_k)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
         """What `compile` puts in place of `self >> RankCutoff(k)`: the same top k in fewer steps."""
-        if self.top_k is not None and self.top_k <= k:
+        if k < 1 or (self.top_k is not None and self.top_k <= k):
             return None
         shorter = copy.copy(self)
         shorter.top_k = k

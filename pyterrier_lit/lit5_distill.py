@@ -133,13 +133,13 @@ def free(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
     return [parse(text, prompt.n) for text, prompt in zip(texts, batch, strict=True)], broken
 
 
-def greedy(checkpoint: T5Checkpoint, batch: list[Prompt], max_length: int) -> tuple[list[list[int]], list[bool]]:
-    """The tokens that each window's decoder writes before EOS, at most max_length - 1, and where a logit was NaN."""
+def greedy(checkpoint: T5Checkpoint, batch: list[Prompt], max_length: int) -> tuple[list[list[int]], list[float]]:
+    """The tokens that each window's decoder writes before EOS, at most max_length - 1, and what was not finite."""
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([prompt.content for prompt in batch], max_length)
-    written, nan = zip(*((ids, nan) for ids, _, nan, _ in fid.greedy(memory, max_length)), strict=True)
+    written, broken = zip(*((ids, broken) for ids, _, broken, _ in fid.greedy(memory, max_length)), strict=True)
     rows = torch.stack(written, 1).tolist()
-    return [row[: row.index(EOS)] if EOS in row else row for row in rows], torch.stack(nan).any(0).tolist()
+    return [row[: row.index(EOS)] if EOS in row else row for row in rows], torch.stack(broken).sum(0).tolist()
 
 
 DECODINGS = {"constrained": constrained, "free": free, "first": first}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from pyterrier_lit.batching import map_batches, padded
+from pyterrier_lit.batching import inference, map_batches, padded
 from pyterrier_lit.frames import Columns, not_finite
 from pyterrier_lit.models.t5 import EOS, FiD, T5Checkpoint, read_t5
 from pyterrier_lit.reranker import Reranker
@@ -89,11 +89,11 @@ class LiT5Score(Reranker):
         def attended(batch: list[Prompts]) -> list[Attended]:
             return attend(checkpoint, batch, aggregation, answer_length)
 
-        with torch.inference_mode(), self.progress(len(prompts), "query") as bar:
+        with inference(), self.progress(len(prompts), "query") as bar:
             answered = map_batches(attended, prompts, lengths, self.max_tokens, bar.update)
         for query, docnos, found in zip(queries, columns["docno"], answered, strict=True):
-            if found.broken:
-                raise not_finite("nan", query, docnos)
+            if found.broken != 0:
+                raise not_finite(found.broken, query, docnos)
         below = [[-1.0 - i for i in range(len(passages) - self.n_passages)] for passages in texts]
         added = {"score": [found.scores + rest for found, rest in zip(answered, below, strict=True)]}
         if self.answer_field is not None:
@@ -132,11 +132,11 @@ class Prompts(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The scores of a query's passages, the answer's tokens without the end, and whether a logit was NaN."""
+    """The scores of a query's passages, the answer's tokens without the end, and 0, or the nan or inf in its logits."""
 
     scores: list[float]
     answer: list[int]
-    broken: bool
+    broken: float
 
 
 def attend(
@@ -151,23 +151,23 @@ def attend(
     n_layers, most = len(memory.keys), max(len(each.ids) for each in prompts)
     weights = aggregation.layers(n_layers)
     owner = _owners(prompts, most).to(fid.device)  # (B, S): the passage of each token, `most` for what does not count
-    total, written, nan = torch.zeros(len(prompts), most, device=fid.device), [], []
-    for ids, unfinished, is_nan, mass in fid.greedy(memory, answer_length):
+    total, written, broken = torch.zeros(len(prompts), most, dtype=torch.float32, device=fid.device), [], []
+    for ids, unfinished, not_finite_now, mass in fid.greedy(memory, answer_length):
         step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))
         drawn = step.new_zeros(len(prompts), most + 1).scatter_reduce_(1, owner, step, aggregation.tokens)[:, :most]
         total += drawn * unfinished[:, None]
         written.append(ids)
-        nan.append(is_nan)
+        broken.append(not_finite_now)
     rows = zip(
         prompts,
         (total / (256 * n_layers)).tolist(),
         torch.stack(written, 1).tolist(),
-        torch.stack(nan).any(0).tolist(),
+        torch.stack(broken).sum(0).tolist(),
         strict=True,
     )
     return [
-        Attended(scores[: len(each.ids)], answer[: answer.index(EOS)] if EOS in answer else answer, broken)
-        for each, scores, answer, broken in rows
+        Attended(scores[: len(each.ids)], answer[: answer.index(EOS)] if EOS in answer else answer, value)
+        for each, scores, answer, value in rows
     ]
 
 

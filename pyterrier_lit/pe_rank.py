@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pyterrier_lit.batching import Budget, map_batches
+from pyterrier_lit.batching import Budget, inference, map_batches
 from pyterrier_lit.decoding import Choices, at_once, in_turn
 from pyterrier_lit.frames import Columns, ColumnSets
 from pyterrier_lit.listwise import ListwiseReranker, Prompt, of_windows
@@ -85,7 +85,7 @@ class PERank(ListwiseReranker):
         decode, shows_text = self.option("decoding", DECODINGS), self.option("mode", MODES)
         checkpoint: PERankCheckpoint = self.load()
         budget = Budget(self.max_tokens)
-        with torch.inference_mode():
+        with inference():
             vectors, rows = self.vectors_of(checkpoint, columns, budget)
 
         def prompts(windows: list[Window]) -> list[Prompt]:
@@ -103,8 +103,8 @@ class PERank(ListwiseReranker):
 
     def column_sets(self) -> ColumnSets:
         """The vectors, or what they are made from or found by; and the text where the prompt shows it."""
-        text: dict[str, type] = {self.text_field: str}
-        shown = text if self.option("mode", MODES) else {}
+        text = self.text_column()
+        shown: dict[str, type] = text if self.option("mode", MODES) else {}
         return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
 
     def vectors_of(

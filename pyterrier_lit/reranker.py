@@ -44,6 +44,15 @@ class Reranker(pt.Transformer):
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
     begin: ClassVar[Callable[..., Any]]  # the same for a pre-trained model, perhaps with keyword arguments of its own
 
+    def __new__(cls, *_: Any, **arguments: Any) -> Self:
+        """TypeError for batch_size, which other libraries have."""
+        if "batch_size" in arguments:
+            raise TypeError(
+                f"{cls.__name__} has no batch_size: a batch holds as many inputs as fit into max_tokens; set that"
+            )
+        instance: Self = super().__new__(cls)  # type: ignore[no-untyped-call]
+        return instance
+
     def __post_init__(self) -> None:
         self._held = Held()
 
@@ -52,7 +61,12 @@ class Reranker(pt.Transformer):
         return rerank(inp, self.results, self.column_sets(), self.query_columns(), context=self)
 
     def score(self, queries: list[str], passages: Passages) -> list[list[float]]:
-        """The score of every passage, higher is better: Q queries, Q lists of passages -> Q lists of scores."""
+        """The score of every passage, higher is better: Q queries, Q lists of passages -> Q lists of scores.
+
+        TypeError where a string stands in place of a list.
+        """
+        if isinstance(queries, str):
+            raise TypeError(f"queries={queries[:80]!r}; wanted a list of queries, and for each a list of its passages")
         return self.results(queries, self.columns(passages))["score"]
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
@@ -61,7 +75,16 @@ class Reranker(pt.Transformer):
 
     def column_sets(self) -> ColumnSets:
         """Which columns of passages it takes. The first set that a frame has is used."""
-        return [{self.text_field: str}]
+        return [self.text_column()]
+
+    def text_column(self) -> dict[str, type]:
+        """The column with the passages. TypeError where `text_field` is not one name."""
+        if not isinstance(self.text_field, str):
+            raise TypeError(
+                f"text_field={self.text_field!r}; wanted the name of one column. Join several before:"
+                " `pt.apply.text(lambda row: row['title'] + ' ' + row['body'])`"
+            )
+        return {self.text_field: str}
 
     def query_columns(self) -> list[str]:
         """The columns that it adds to a frame, beside score and rank."""
@@ -73,7 +96,9 @@ class Reranker(pt.Transformer):
             return passages
         for number, texts in enumerate(passages):
             if isinstance(texts, str):
-                raise TypeError(f"the passages of query {number} are a string, {texts!r}; wanted a list of passages")
+                raise TypeError(
+                    f"passages[{number}] is a string, {texts[:80]!r}; wanted for each query a list of its passages"
+                )
         return {"docno": [list(map(str, range(len(texts)))) for texts in passages], self.text_field: passages}
 
     def load(self) -> Any:

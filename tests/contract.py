@@ -144,6 +144,41 @@ class Contract:
         with pytest.raises(ValueError, match=r"gave nan for (qid|query) '(q1|q2|what is a cat\?|red fox)'"):
             broken(frame)
 
+    def test_autocast_around_a_call_changes_nothing(self, reranker, frame):
+        expected = reranker(frame)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            pd.testing.assert_frame_equal(reranker(frame), expected)
+
+    def test_torchs_default_dtype_changes_nothing(self, reranker, frame):
+        expected, before = reranker(frame), torch.get_default_dtype()
+        try:
+            for dtype in (torch.bfloat16, torch.float64):
+                torch.set_default_dtype(dtype)
+                pd.testing.assert_frame_equal(reranker(frame), expected)
+        finally:
+            torch.set_default_dtype(before)
+
+    def test_strict_sort_gives_rows_by_rank(self, reranker, frame, monkeypatch):
+        expected = reranker(frame).sort_values(["qid", "rank"])["docno"].tolist()
+        monkeypatch.setattr(pt.model, "STRICT_SORT", True)
+        assert reranker(frame)["docno"].tolist() == expected
+
+    def test_lists_that_are_strings_are_refused(self, reranker):
+        for queries, passages in (("a cat", [["x"]]), (["a cat"], ["a passage"])):
+            with pytest.raises(TypeError, match=r"(queries|passages\[0\])( is a string|=).*wanted"):
+                reranker.score(queries, passages)
+
+    def test_arguments_of_other_libraries_are_answered_in_words(self, make, frame):
+        with pytest.raises(TypeError, match="has no batch_size.*max_tokens"):
+            make(batch_size=8)
+        with pytest.raises(TypeError, match=r"text_field=\['title', 'text'\]; wanted the name of one column"):
+            make(text_field=["title", "text"])(frame)
+        assert len(make(dtype="fp32")(frame)) == len(frame)
+
+    def test_a_cutoff_of_zero_compiles(self, reranker, frame):
+        pipeline = (pt.Transformer.from_df(frame) >> reranker % 0).compile()
+        assert len(pipeline(frame[["qid", "query"]].drop_duplicates())) == 0
+
     def test_inspection(self, reranker):
         assert pt.inspect.transformer_inputs(reranker) == [["qid", "docno", "query", "text"]]
         columns = ["qid", "query", "docno", "text", "title"]

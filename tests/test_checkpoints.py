@@ -99,7 +99,7 @@ def test_devices_and_dtypes():
         is torch.bfloat16
     )
     for wrong in ("int8", "float", "nn", torch.int8):
-        with pytest.raises(ValueError, match="wanted None, 'float32'"):
+        with pytest.raises(ValueError, match="wanted None, 'auto', 'float32'"):
             choose_dtype("long" if wrong == "float" else wrong, torch.device("cpu"))
 
 

@@ -1,11 +1,13 @@
 """decoding: each row spells its candidates, each once, always the best that is allowed."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_lit.decoding import Speller
+from pyterrier_lit.decoding import Speller, at_once, in_turn
 
 
 def spell(speller, logits):
@@ -59,4 +61,23 @@ def test_nan_counts_only_where_a_choice_was_made_from_it():
     speller.step(torch.tensor([[0.0, 1.0, float("nan")]]))
     assert speller.broken.tolist() == [False]
     speller.step(torch.tensor([[float("nan"), 1.0, 0.0]]))
-    assert speller.broken.tolist() == [True]
+    assert speller.broken.isnan().tolist() == [True]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_told_and_decoding_ends(value):
+    """Of two rows the second has such logits: that is told, and the first is decoded as ever."""
+
+    class Reader:
+        device = torch.device("cpu")
+
+        def start(self):
+            return torch.tensor([[1.0, 3, 2, 0], [value] * 4])
+
+        def read(self, symbols):
+            return self.start()[:, None]
+
+    words = [[0], [1], [2], [3]]
+    for chosen, broken in (in_turn(Reader(), words, [4, 4], [4, 4]), at_once(Reader(), words, [4, 4])):
+        assert chosen[0][:3] == [1, 2, 0] and broken[0] == 0
+        assert not math.isfinite(broken[1])

@@ -105,5 +105,5 @@ def test_greedy_says_which_window_gave_nan(fid, monkeypatch):
     logits = torch.zeros(3, 50)
     logits[1, 4] = float("nan")
     monkeypatch.setattr(fid, "logits", lambda states: logits)
-    nan = [broken.tolist() for _, _, broken, _ in fid.greedy(fid.read_prompts(WINDOWS, steps=9), 10)]
+    nan = [broken.isnan().tolist() for _, _, broken, _ in fid.greedy(fid.read_prompts(WINDOWS, steps=9), 10)]
     assert nan == [[False, True, False]] * 9

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Weights = dict[str, torch.Tensor]
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
 CHUNK = 1_000  # texts
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # other names that people use
 # Fields of a config.json that say nothing about the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 
@@ -252,19 +254,28 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; None is bfloat16 on a GPU that has it, else float32."""
-    if dtype is None:
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float32
-        )
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+    """The dtype asked for; None is bfloat16 on a GPU that computes in it, else float32.
+
+    "auto" is bfloat16 also on a CPU that computes in it (AVX512-BF16 or AMX). ValueError for what is no floating point
+    type of inference.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        native = _computes_in_bfloat16(device) and (device.type == "cuda" or dtype == "auto")
+        return torch.bfloat16 if native else torch.float32
+    named = getattr(torch, DTYPE_NAMES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if named not in DTYPES:
         raise ValueError(
-            f"dtype={dtype!r} is not a floating point type; wanted None, 'float32', 'bfloat16' or 'float16'"
+            f"dtype={dtype!r}; wanted None, 'auto', 'float32', 'bfloat16' or 'float16' (or 'fp32', 'bf16', 'fp16')"
         )
+    chosen: torch.dtype = named
     return chosen
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:

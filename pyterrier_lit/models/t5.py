@@ -270,8 +270,8 @@ class FiD:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
         """Write the likeliest token step by step, until every window has EOS or `max_length` tokens with START.
 
-        Yields at each step the tokens (B,), which windows had no EOS before it (B,), where a logit was NaN (B,), and
-        the attention mass as `read` gives it, per layer (B, S).
+        Yields at each step the tokens (B,), which windows had no EOS before it (B,), 0 or the nan or inf that stood
+        among the logits (B,), and the attention mass as `read` gives it, per layer (B, S).
         """
         rows = memory.own_keys.shape[1]
         ids = torch.full((rows,), START, device=self.device)
@@ -280,7 +280,8 @@ class FiD:
             states, mass = self.read(memory, ids[:, None])
             logits = self.logits(states[:, 0])
             ids = logits.argmax(-1)
-            yield ids, unfinished, logits.isnan().any(1), [layer[:, 0] for layer in mass]
+            broken = logits.float().masked_fill(logits.isfinite(), 0.0).sum(1)
+            yield ids, unfinished, broken, [layer[:, 0] for layer in mass]
             unfinished = unfinished & (ids != EOS)
             if not unfinished.any():
                 return
