@@ -9,30 +9,29 @@ import argparse
 from pathlib import Path
 
 import corpora
+import measured
 import pyterrier as pt
 
+from pyterrier_lit import CrossEncoder
 from pyterrier_lit.batching import map_batches
-from pyterrier_lit.cross_encoder import DOC_LENGTH, QUERY_LENGTH, read_encoder
-from pyterrier_lit.models.pairs import PairLayout
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("collection", help="a folder with docs.jsonl[.gz], queries.tsv, qrels.txt and run.txt")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "tiny" / "cross-encoder")
+    measured.add_option(parser)
     arguments = parser.parse_args()
     collection = corpora.load(arguments.collection)
     first = pt.RankCutoff(100) >> collection.text_loader()
-    encoder = read_encoder(arguments.model)
-    layout = PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up)
-    lists = []
+    reranker, lists = CrossEncoder(str(arguments.model), device="cpu"), []
     for _, ranking in first(collection.get_results()).sort_values(["qid", "rank"]).groupby("qid"):
-        query = layout.pieces([ranking["query"].iloc[0]], QUERY_LENGTH)[0]
-        passages = layout.pieces(ranking.text.tolist(), DOC_LENGTH)
-        lists.append([layout.length((query, passage)) for passage in passages])
+        layout, pairs = reranker.pairs(list(zip(ranking["query"], ranking["text"], strict=True)))
+        lists.append([layout.length(pair) for pair in pairs])
     arrived = [length for ranking in lists for length in ranking]
     in_queries = [length for ranking in lists for length in sorted(ranking)]
     print(f"{len(lists)} queries, {len(arrived)} pairs, {sum(arrived) / len(arrived):.1f} tokens a pair")
+    rows = []
     for name, batches in {
         "four queries in one tensor": chunks(arrived, 400),
         "one query at a time": lists,
@@ -42,6 +41,9 @@ def main():
     }.items():
         padded = sum(len(batch) * max(batch) for batch in batches)
         print(f"{name:40} {padded / sum(arrived):.3f} padded / real tokens")
+        rows.append({"setting": name, "n": len(arrived), "value": padded / sum(arrived)})
+    if arguments.record:
+        measured.record("How much of a batch is padding?", [row | {"measure": "padded / real tokens"} for row in rows])
 
 
 def chunks(lengths: list[int], size: int) -> list[list[int]]:

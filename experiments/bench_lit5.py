@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import measured
 import torch
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "lit5" / "tiny-random"
@@ -37,6 +38,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
+    measured.add_option(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
@@ -52,6 +54,16 @@ def main():
             print(
                 f"{row['system']:40} {row['seconds a query']:8.2f} s a query, {slowest / row['seconds a query']:.2f} x"
             )
+    if arguments.record:
+        measured.record(
+            "LiT5-Distill in full and with top_k=10 against one query at a time",
+            [
+                {"setting": f"{row['system']}, {arguments.dtype}", "n": len(queries), "measure": name, "value": value}
+                for row in rows
+                for name, value in row.items()
+                if isinstance(value, int | float)
+            ],
+        )
 
 
 def make_model(folder: Path) -> None:
@@ -68,7 +80,7 @@ def make_model(folder: Path) -> None:
 
 def read(data: Path, n: int, folder: Path) -> tuple[list[str], list[list[str]]]:
     """The first n queries with a hundred passages, cut so that a prompt has WANTED_TOKENS on average."""
-    from pyterrier_lit.models.checkpoints import read_sentencepieces
+    from pyterrier_lit.models.t5 import SentencePieces
 
     with gzip.open(data / "docs.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = {doc["docno"]: doc["text"] for doc in map(json.loads, lines)}
@@ -79,7 +91,7 @@ def read(data: Path, n: int, folder: Path) -> tuple[list[str], list[list[str]]]:
         if len(lists.setdefault(qid, [])) < 100:
             lists[qid].append(texts[docno])
     chosen = [qid for qid, passages in lists.items() if len(passages) == 100][:n]
-    pieces, low, high = read_sentencepieces(folder), 0.0, 1.0
+    pieces, low, high = SentencePieces(folder / "spiece.model"), 0.0, 1.0
     for _ in range(12):  # the share of each text that gives the wanted length
         share = (low + high) / 2
         cut = [[text[: int(len(text) * share)] for text in lists[qid]] for qid in chosen]
@@ -116,7 +128,7 @@ def count() -> dict:
     from pyterrier_lit.models.t5 import FiD
 
     counts: dict[str, float] = {}
-    encode, write = FiD.encode, FiD.write
+    encode, read = FiD.encode, FiD.read
 
     def counted_encode(self, prompts):
         counts["padded tokens"] = counts.get("padded tokens", 0) + len(prompts) * max(map(len, prompts))
@@ -126,14 +138,14 @@ def count() -> dict:
         counts["encoder s"] = round(counts.get("encoder s", 0) + time.perf_counter() - started, 3)
         return states
 
-    def counted_write(self, memory, ids):
+    def counted_read(self, memory, ids):
         counts["decoder steps"] = counts.get("decoder steps", 0) + 1
         started = time.perf_counter()
-        written = write(self, memory, ids)
+        states = read(self, memory, ids)
         counts["decoder s"] = round(counts.get("decoder s", 0) + time.perf_counter() - started, 3)
-        return written
+        return states
 
-    FiD.encode, FiD.write = counted_encode, counted_write
+    FiD.encode, FiD.read = counted_encode, counted_read
     return counts
 
 
@@ -149,9 +161,10 @@ def ours(top_k: int | None):
 def one_at_a_time(folder, dtype, device):
     from transformers.modeling_outputs import BaseModelOutput
 
-    from pyterrier_lit.models.checkpoints import choose_dtype, read_t5
+    from pyterrier_lit.models.checkpoints import Folder, choose_dtype
+    from pyterrier_lit.models.t5 import read_t5
 
-    t5 = read_t5(Path(folder), torch.device(device), choose_dtype(dtype, torch.device(device)))
+    t5 = read_t5(Folder(folder), torch.device(device), choose_dtype(dtype, torch.device(device)))
 
     @torch.inference_mode()
     def rank(queries, passages):

@@ -1,20 +1,24 @@
 """PE-Rank with random weights: ours beside the procedure of the paper, and text beside embeddings. Run by hand.
 
-    python experiments/bench_pe_rank.py ../shared/data/dl19 --tokenizer tokenizer.model --vocab vocab.txt [--queries 8] [--layers 8] [--hidden 512]
+    python experiments/bench_pe_rank.py ../shared/data/dl19 --tokenizer tokenizer.model --vocab vocab.txt
+        [--queries 8] [--layers 8] [--hidden 512]
 
 The folder holds docs.jsonl.gz, queries.tsv and run.txt; the tokenizer is Mistral's first SentencePiece model, as in the
-package mistral-common (data/tokenizer.model.v1), and --vocab BERT's vocab.txt for the encoder. Without these the tests' tokenizers
-are used, which cut texts into more pieces.
+package mistral-common (data/tokenizer.model.v1), and --vocab BERT's vocab.txt for the encoder. Without these the tests'
+tokenizers are used, which cut texts into more pieces.
 
 naive           one window at a time: its passages are encoded anew, n + 1 forward passes with a cache, each of which
                 makes the logits of the whole vocabulary at every position it reads, as transformers 4.37 did for the
                 published code, on `--naive` queries
-ours            PERank on all queries at once, vectors from an index; besides with top_k=10, with the encoder, and in mode "first"
-text            the uncompressed listwise baseline: the same windows of texts, an answer of identifiers, on `--naive` queries
+ours            PERank on all queries at once, vectors from an index; besides with top_k=10, with the encoder, and with
+                decoding="first"
+text            the uncompressed listwise baseline: the same windows of texts, an answer of identifiers, on `--naive`
+                queries
 """
 
 import argparse
 import gzip
+import inspect
 import json
 import platform
 import shutil
@@ -22,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import measured
 import torch
 import transformers
 
@@ -49,6 +54,7 @@ def main():
         "--repeat", type=int, default=3, help="the fastest of so many runs counts; others may share the machine"
     )
     parser.add_argument("--no-text", action="store_true", help="leave the text baseline out")
+    measured.add_option(parser)
     arguments = parser.parse_args()
     queries, docnos, texts = read(arguments.data, arguments.queries, arguments.passages)
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +124,7 @@ def measure(reranker, queries, docnos, texts, arguments):
         len(queries),
         lambda: ours(top_k=TOP).order(queries, {"docno": docnos, "text": texts}),
     )
-    timed("ours, mode first", tokens, len(queries), lambda: ours(mode="first").order(queries, columns))
+    timed("ours, first", tokens, len(queries), lambda: ours(decoding="first").order(queries, columns))
     for name in list(rows)[1:]:
         same = [left[:TOP] == right[:TOP] for left, right in zip(orders["naive"], orders[name][few], strict=True)]
         whole = [left == right for left, right in zip(orders["naive"], orders[name][few], strict=True)]
@@ -135,8 +141,24 @@ def measure(reranker, queries, docnos, texts, arguments):
         seconds, read_tokens = rows["text, one query at a time"]
         for name in ("naive", "ours, one query at a time", "ours, top_k=10"):
             print(
-                f"text against {name:28}: {seconds / rows[name][0]:6.2f} x the seconds, {read_tokens / tokens:.2f} x the prompt tokens"
+                f"text against {name:28}: {seconds / rows[name][0]:6.2f} x the seconds, {read_tokens / tokens:.2f} x the"
+                " prompt tokens"
             )
+    if arguments.record:
+        record(rows, len(queries))
+
+
+def record(rows, n):
+    """Append seconds and prompt tokens of each system to measured.csv."""
+    names = ("seconds a query", "prompt tokens a query")
+    measured.record(
+        "PE-Rank against the paper's procedure, and text against vectors",
+        [
+            {"setting": system, "n": n, "measure": name, "value": value}
+            for system, values in rows.items()
+            for name, value in zip(names, values, strict=True)
+        ],
+    )
 
 
 @torch.inference_mode()
@@ -155,9 +177,8 @@ def naive(ranker, head, query, texts):
         inputs[ids == network.placeholder] = passages
         cache, free, order = None, list(range(len(shown))), []
         for _ in range(len(shown) + 1):  # the last one writes the end of the answer
-            read = body(inputs_embeds=inputs, past_key_values=cache, use_cache=True)
-            cache = read.past_key_values
-            logits = (read.last_hidden_state[0] @ table.T).float()[-1]
+            states, cache = read_on(body, cache, inputs_embeds=inputs)
+            logits = (states @ table.T).float()[-1]
             if not free:
                 break
             mask = torch.full_like(logits, float("-inf"))
@@ -173,10 +194,11 @@ def text_prompt(ranker, query, texts):
     passages = "".join(f"Passage {i}: {' '.join(text.split())}\n\n" for i, text in enumerate(texts, 1))
     n = len(texts)
     content = (
-        f"I will provide you with {n} passages.\nRank the passages based on their relevance to the search query: {query}.\n{passages}"
-        f"Search Query: {query}.\nRank the {n} relatively ordered passages above based on their relevance to the search query, output"
-        " the ranking in descending order. The output format should be [] > [] > ..., e.g., [4] > [2] > ..., Only respond with the"
-        f" ranking results with {n} unique numbers, do not say anything else or explain.\n\n"
+        f"I will provide you with {n} passages.\nRank the passages based on their relevance to the search query: {query}."
+        f"\n{passages}Search Query: {query}.\nRank the {n} relatively ordered passages above based on their relevance to"
+        " the search query, output the ranking in descending order. The output format should be [] > [] > ..., e.g., [4]"
+        f" > [2] > ..., Only respond with the ranking results with {n} unique numbers, do not say anything else or"
+        " explain.\n\n"
     )
     tokenizer = ranker.prompter.tokenizer
     rendered = tokenizer.apply_chat_template(
@@ -201,10 +223,16 @@ def as_text(ranker, head, query, texts, answer):
         ids = torch.tensor([text_prompt(ranker, query, texts[window.start : window.stop])], device=head.device)
         cache = None
         for _ in range(answer):
-            read = body(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = read.past_key_values
-            ids = (read.last_hidden_state[0, -1] @ head.T).argmax()[None, None]
+            states, cache = read_on(body, cache, input_ids=ids)
+            ids = (states[-1] @ head.T).argmax()[None, None]
     return list(range(len(texts)))
+
+
+def read_on(body, cache, **inputs):
+    """The states of new inputs after those in the cache, and the grown cache, whatever transformers calls it."""
+    name = "cache" if "cache" in inspect.signature(type(body).forward).parameters else "past_key_values"
+    read = body(**inputs, **{name: cache}, use_cache=True)
+    return read.last_hidden_state[0], read[name]
 
 
 def transformer_attributes(reranker):

@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import corpora
 import first_stages
+import measured
 import pandas as pd
 import pyterrier as pt
 from pyterrier.measures import RR, nDCG
@@ -31,6 +32,7 @@ def main():
     parser.add_argument("--model", help="a cross-encoder: hub id or folder; default: the project's small checkpoints")
     parser.add_argument("--depth", type=int, default=100, help="passages reranked per query")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results.png and results.json")
+    measured.add_option(parser)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
@@ -49,6 +51,9 @@ def main():
         plan="tree",
         verbose=False,
     )
+    if arguments.record:
+        found = measured.from_experiment(table, len(collection.get_topics(held_out)), [nDCG @ 10, RR @ 10])
+        measured.record(f"Do the rerankers rank {collection.name}?", found)
     rows = table.rename(columns={"nDCG@10 p-value": "p"})[["name", "nDCG@10", "RR@10", "mrt", "p"]]
     show(rows, collection, arguments)
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import measured
 import pandas as pd
 import pyterrier as pt
 
@@ -50,6 +51,7 @@ def main():
     parser.add_argument("--model", type=Path, default=SMALLEST)
     parser.add_argument("--allowed", type=float, default=50, help="MB that memory may grow after the first fifth")
     parser.add_argument("--output", type=Path, default=Path("soak"))
+    measured.add_option(parser)
     arguments = parser.parse_args()
     reranker = CrossEncoder(str(arguments.model), device="cpu")
     answered: Counter[str] = Counter()
@@ -71,6 +73,11 @@ def main():
         f" lost or repeated: {len(wrong)}; memory {settled[0]['MB']:.0f} MB after a fifth, {samples[-1]['MB']:.0f} MB at the end,"
         f" {growth:.0f} MB more at most"
     )
+    if arguments.record:
+        found = {"after a fifth": settled[0]["MB"], "at the end": samples[-1]["MB"], "growth at most": growth}
+        rows = [{"setting": name, "measure": "MB", "value": value} for name, value in found.items()]
+        rows.append({"setting": arguments.model.name, "measure": "pairs/s", "value": rate})
+        measured.record("Does memory stay flat over a long run?", [row | {"n": arguments.queries} for row in rows])
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "soak.json").write_text(json.dumps(samples, indent=1) + "\n")
     draw(samples, arguments.output / "soak.png")

@@ -7,6 +7,7 @@ from pathlib import Path
 import compare
 import corpora
 import first_stages
+import measured
 import pandas as pd
 import pyterrier as pt
 from profiles import Comparison
@@ -90,4 +91,5 @@ def experiment(
         )
     queries = pd.read_csv(folder / "perquery.csv", dtype={"qid": str}).query("name in @files")
     queries = queries.assign(model=queries["name"].map(files)).drop(columns="name")
-    return averages.assign(name=averages["name"].map(files)), queries
+    averages = averages.assign(name=averages["name"].map(files))
+    return measured.noted("/".join(folder.parts[-2:]), averages, len(topics), measures), queries

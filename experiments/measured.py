@@ -1,0 +1,105 @@
+"""Where results go: measured.csv, a row for each value of a measure. Scripts record with --record, notebooks with RECORD=1.
+
+A row says what was asked (question), of what (setting: a system, a collection, a size), over how many (n: queries, pairs,
+...), the measure and its value; p of its test where there was one; the seconds it took; and where and when it was
+measured. What is measured again is a new row.
+"""
+
+import argparse
+import os
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+FILE = Path(__file__).with_name("measured.csv")
+TYPES = {
+    "question": "str", "setting": "str", "n": "Int64", "measure": "str", "value": "float64", "p": "float64",
+    "seconds": "float64", "machine": "str", "threads": "Int64", "commit": "str", "date": "str",
+}  # fmt: skip
+FLAGS = {"avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_tile": "AMX"}  # of /proc/cpuinfo
+
+
+def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file: Path = FILE) -> pd.DataFrame:
+    """Append rows with setting, measure and value, and perhaps n, p and seconds; returns them as they were written.
+
+    Machine, threads, commit and date are those of now. ValueError for another column, or where setting, measure or value is
+    missing.
+    """
+    new = pd.DataFrame(rows)
+    for column in ("setting", "measure", "value"):
+        if column not in new or new[column].isna().any():
+            raise ValueError(f"a row of {question!r} has no {column}; wanted setting, measure and value")
+    here = {"machine": machine(), "threads": torch.get_num_threads(), "commit": commit(), "date": str(date.today())}
+    new = _typed(new.assign(question=question, **here).reindex(columns=[*TYPES, *(set(new) - set(TYPES))]), question)
+    before = read(file=file) if file.exists() else new.head(0)
+    part = file.with_name(f"{file.name}.part")
+    pd.concat([before, new]).to_csv(part, index=False, float_format="%.6g", lineterminator="\n")
+    part.replace(file)
+    return new
+
+
+def read(question: str | None = None, file: Path = FILE) -> pd.DataFrame:
+    """All rows, or those of a question, in the order in which they were recorded. ValueError for a file of another form."""
+    rows = _typed(pd.read_csv(file, dtype="str", keep_default_na=False, na_values=[""]), str(file.name))
+    return rows if question is None else rows[rows["question"] == question].reset_index(drop=True)
+
+
+def latest(rows: pd.DataFrame) -> pd.DataFrame:
+    """The newest row of each setting, n and measure of a question."""
+    return rows.drop_duplicates(["question", "setting", "n", "measure"], keep="last").reset_index(drop=True)
+
+
+def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> list[dict[str, Any]]:
+    """The rows of a table of `pt.Experiment` over n queries: of each pipeline its measures, with their corrected p-values."""
+    return [
+        {"setting": row["name"], "n": n, "measure": measure, "value": row[measure], "p": _p_value(row, measure)}
+        for row in table.to_dict("records")
+        for measure in map(str, measures)
+    ]
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """The option that all scripts which measure have."""
+    parser.add_argument("--record", action="store_true", help=f"append the results to {FILE.name}")
+
+
+def machine() -> str:
+    """What matters of this machine for a time: cores, instructions for matrix products, GPU."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        flags = set()
+    parts = [f"{os.cpu_count()} cores", *(name for flag, name in FLAGS.items() if flag in flags)]
+    return ", ".join([*parts, *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])])
+
+
+def commit() -> str:
+    """The commit that is measured, with a plus where files differ from it; empty outside of git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, cwd=FILE.parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def noted(question: str, table: pd.DataFrame, n: int, measures: Iterable[Any]) -> pd.DataFrame:
+    """The table of a `pt.Experiment`, as it came; recorded where RECORD=1."""
+    if os.environ.get("RECORD") == "1":
+        record(question, from_experiment(table, n, measures))
+    return table
+
+
+def _typed(rows: pd.DataFrame, source: str) -> pd.DataFrame:
+    if list(rows.columns) != list(TYPES):
+        raise ValueError(f"{source} has the columns {', '.join(rows.columns)}; wanted {', '.join(TYPES)}")
+    texts = [name for name, kind in TYPES.items() if kind == "str"]
+    numbers = {name: kind for name, kind in TYPES.items() if kind != "str"}
+    rows = rows.astype({name: "float64" for name in numbers})
+    return rows.assign(**{name: rows[name].fillna("").astype("str") for name in texts}).astype(numbers)
+
+
+def _p_value(row: Mapping[str, Any], measure: str) -> float | None:
+    return next((row[name] for name in (f"{measure} p-value corrected", f"{measure} p-value") if name in row), None)
