@@ -1,6 +1,7 @@
 """How much of a batch is padding: five ways to batch the pairs of a cross-encoder. Run by hand.
 
-    python experiments/bench_batching.py ../shared/data/dl19 [--run run.bm25.txt] [--model experiments/tiny/cross-encoder]
+    python experiments/bench_batching.py ../shared/data/dl19 [--run run.bm25.txt] [--model
+    experiments/tiny/cross-encoder]
 
 Prints padded / real tokens over all queries x 100 passages: the figure depends on lengths alone.
 """

@@ -24,9 +24,10 @@ import torch
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "lit5" / "tiny-random"
 WANTED_TOKENS, ANSWER = 108.8, 132
 BASE = {
-    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 32128, "d_model": 768, "d_kv": 64,
-    "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu",
-    "relative_attention_num_buckets": 32, "tie_word_embeddings": False, "decoder_start_token_id": 0, "eos_token_id": 1,
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 32128, "d_model": 768,
+    "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12, "num_heads": 12,
+    "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32,
+    "tie_word_embeddings": False, "decoder_start_token_id": 0, "eos_token_id": 1,
     "pad_token_id": 0,
 }  # fmt: skip
 

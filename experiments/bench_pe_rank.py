@@ -72,8 +72,8 @@ def measure(reranker, queries, docnos, texts, arguments):
     head = torch.randn(VOCABULARY, network.body.config.hidden_size).to(next(network.parameters()))
     parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}, {arguments.dtype}; language model of"
-        f" {parameters:.0f} M parameters; {len(queries)} queries of {arguments.passages} passages"
+        f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}, {arguments.dtype}; language"
+        f" model of {parameters:.0f} M parameters; {len(queries)} queries of {arguments.passages} passages"
     )
     encoder = ranker.text_encoder()
     with torch.inference_mode():
@@ -114,7 +114,8 @@ def measure(reranker, queries, docnos, texts, arguments):
         lambda: [naive(ranker, head, *asked) for asked in zip(queries[few], texts[few], strict=True)],
     )
     timed("ours, one query at a time", tokens, arguments.naive, lambda: [
-        ours().order([query], {name: [values[i]] for name, values in columns.items()})[0] for i, query in enumerate(queries[few])
+        ours().order([query], {name: [values[i]] for name, values in columns.items()})[0]
+        for i, query in enumerate(queries[few])
     ])  # fmt: skip
     timed("ours", tokens, len(queries), lambda: ours().order(queries, columns))
     timed("ours, top_k=10", tokens, len(queries), lambda: ours(top_k=TOP).order(queries, columns))
@@ -129,8 +130,8 @@ def measure(reranker, queries, docnos, texts, arguments):
         same = [left[:TOP] == right[:TOP] for left, right in zip(orders["naive"], orders[name][few], strict=True)]
         whole = [left == right for left, right in zip(orders["naive"], orders[name][few], strict=True)]
         print(
-            f"{name:28} {rows['naive'][0] / rows[name][0]:6.2f} x naive; of {len(same)} queries the same top 10: {sum(same)},"
-            f" the same order: {sum(whole)}"
+            f"{name:28} {rows['naive'][0] / rows[name][0]:6.2f} x naive; of {len(same)} queries the same top 10:"
+            f" {sum(same)}, the same order: {sum(whole)}"
         )
     print(f"encoding 100 passages once: {encoding:.2f} s a query")
     if not arguments.no_text:
@@ -141,8 +142,8 @@ def measure(reranker, queries, docnos, texts, arguments):
         seconds, read_tokens = rows["text, one query at a time"]
         for name in ("naive", "ours, one query at a time", "ours, top_k=10"):
             print(
-                f"text against {name:28}: {seconds / rows[name][0]:6.2f} x the seconds, {read_tokens / tokens:.2f} x the"
-                " prompt tokens"
+                f"text against {name:28}: {seconds / rows[name][0]:6.2f} x the seconds,"
+                f" {read_tokens / tokens:.2f} x the prompt tokens"
             )
     if arguments.record:
         record(rows, len(queries))
@@ -194,11 +195,11 @@ def text_prompt(ranker, query, texts):
     passages = "".join(f"Passage {i}: {' '.join(text.split())}\n\n" for i, text in enumerate(texts, 1))
     n = len(texts)
     content = (
-        f"I will provide you with {n} passages.\nRank the passages based on their relevance to the search query: {query}."
-        f"\n{passages}Search Query: {query}.\nRank the {n} relatively ordered passages above based on their relevance to"
-        " the search query, output the ranking in descending order. The output format should be [] > [] > ..., e.g., [4]"
-        f" > [2] > ..., Only respond with the ranking results with {n} unique numbers, do not say anything else or"
-        " explain.\n\n"
+        f"I will provide you with {n} passages.\nRank the passages based on their relevance to the search query:"
+        f" {query}.\n{passages}Search Query: {query}.\nRank the {n} relatively ordered passages above based on their"
+        " relevance to the search query, output the ranking in descending order. The output format should be [] > [] >"
+        f" ..., e.g., [4] > [2] > ..., Only respond with the ranking results with {n} unique numbers, do not say"
+        " anything else or explain.\n\n"
     )
     tokenizer = ranker.prompter.tokenizer
     rendered = tokenizer.apply_chat_template(

@@ -1,4 +1,5 @@
-"""Measured beside published: the difference, the test against a baseline, and whether a reproduction may differ by so much.
+"""Measured beside published: the difference, the test against a baseline, and whether a reproduction may differ by so
+much.
 
 Knows tables only: no model, no collection. `published.csv` holds every figure of the papers with its source and status.
 """
@@ -26,7 +27,8 @@ TOLERANCES = [
 
 
 def published(**where: str | Iterable[str]) -> pd.DataFrame:
-    """The published figures whose columns have these values (a string, or several): `published(paper="LiT5", table="ecir_table1")`.
+    """The published figures whose columns have these values (a string, or several): `published(paper="LiT5",
+    table="ecir_table1")`.
 
     paper, table, collection, measure, first_stage, depth, model, value, source, status.
     status: confirmed, readme, recalled (unchecked: do not cite) or erratum (printed so, but not what it claims to be).
@@ -60,11 +62,12 @@ def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stag
 def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     """Measured beside published, one row per figure of `results` (frames of `results`, concatenated).
 
-    tables: only these tables of `published.csv`; all their figures of the measures in `results` appear, measured or not. By default every table that has a
-    figure of the same paper, collection, first stage, depth, model and measure. The depth of a first stage is not looked at.
+    tables: only these tables of `published.csv`; all their figures of the measures in `results` appear, measured or
+    not. By default every table that has a figure of the same paper, collection, first stage, depth, model and measure.
+    The depth of a first stage is not looked at.
 
-    Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced` ("within" or "outside" the
-    tolerance, empty where there is nothing to reach), `table`, `source`, `status`.
+    Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced` ("within" or "outside"
+    the tolerance, empty where there is nothing to reach), `table`, `source`, `status`.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")

@@ -72,9 +72,9 @@ class TextLoader(pt.Transformer):
 
 
 def load(name: str, text_of: TextOf | None = None) -> Collection:
-    """`python-docs` (or `python-docs/dev`, `python-docs/test`: some of its topics), `irds:...` (an id of ir_datasets), or
-    a folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv, qrels.txt and perhaps run.txt (TREC formats;
-    tab between qid and query).
+    """`python-docs` (or `python-docs/dev`, `python-docs/test`: some of its topics), `irds:...` (an id of ir_datasets),
+    or a folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv, qrels.txt and perhaps run.txt (TREC
+    formats; tab between qid and query).
 
     text_of: makes the text of a document from its fields; None takes ir_datasets' default (title and text) or `text`.
     """
@@ -97,7 +97,8 @@ def titled_text(doc: dict[str, str]) -> str:
 
 
 def part(collection: Collection, topics: int | None, documents: int | None) -> Collection:
-    """The first topics, their judged documents, and evenly among the others as many as make up `documents`; None is all.
+    """The first topics, their judged documents, and evenly among the others as many as make up `documents`; None is
+    all.
 
     Much easier to search than the whole: for trying a pipeline, not for figures. A part has no run.
     """
@@ -133,8 +134,9 @@ def from_folder(folder: Path, text_of: TextOf | None = None) -> Collection:
     documents = next((file for file in (folder / "docs.jsonl", folder / "docs.jsonl.gz") if file.exists()), None)
     if missing or documents is None:
         raise FileNotFoundError(
-            f"{folder} is not a collection: it lacks {', '.join([*missing, *(['docs.jsonl[.gz]'] * (documents is None))])};"
-            " wanted docs.jsonl[.gz], queries.tsv, qrels.txt and, if there is a first stage, run.txt"
+            f"{folder} is not a collection: it lacks"
+            f" {', '.join([*missing, *(['docs.jsonl[.gz]'] * (documents is None))])}; wanted docs.jsonl[.gz],"
+            " queries.tsv, qrels.txt and, if there is a first stage, run.txt"
         )
     with (gzip.open if documents.suffix == ".gz" else open)(documents, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines if line.strip()]

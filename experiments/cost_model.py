@@ -1,4 +1,5 @@
-"""What reranking costs at scale: each stage measured once, then arithmetic for processes, GPUs and machines. Draws nothing."""
+"""What reranking costs at scale: each stage measured once, then arithmetic for processes, GPUs and machines. Draws
+nothing."""
 
 import functools
 import math
@@ -43,8 +44,8 @@ class Stages:
 def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: float = NETWORK) -> dict[str, float]:
     """What makes up the time per query of one driver with so many workers, by stage.
 
-    A call of `Distributed` loads the texts and reads the frame first. Then packing, sending and computing go on side by side,
-    so only the slowest of the three counts. cores: of each worker, all of them tokenise. network: bytes a second.
+    A call of `Distributed` loads the texts and reads the frame first. Then packing, sending and computing go on side by
+    side, so only the slowest of the three counts. cores: of each worker, all of them tokenise. network: bytes a second.
     """
     beside: list[dict[str, float]] = [
         {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},
@@ -66,7 +67,8 @@ def bottleneck(stages: Stages, workers: int = 1, **machine: float) -> str:
 
 
 def machines(stages: Stages, queries: int, workers: int, **machine: float) -> int:
-    """How many machines rerank so many queries in a day, each with a driver, so many workers, and its part of the queries."""
+    """How many machines rerank so many queries in a day, each with a driver, so many workers, and its part of the
+    queries."""
     return math.ceil(queries / DAY / rate(stages, workers, **machine))
 
 
@@ -78,8 +80,8 @@ def workers_fed(stages: Stages) -> float:
 def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer) -> Stages:
     """The stages of reranking these candidates (qid, query, docno, text), with weights already loaded.
 
-    Seconds are of this process alone, summed over its threads, so that other jobs on the machine hardly matter; those of a
-    model on a GPU are the clock's. Each is the fastest of some runs: `loader` reads texts that it has read before.
+    Seconds are of this process alone, summed over its threads, so that other jobs on the machine hardly matter; those
+    of a model on a GPU are the clock's. Each is the fastest of some runs: `loader` reads texts that it has read before.
     """
     on_cpu = next(reranker.load().network.parameters()).device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
@@ -138,7 +140,8 @@ def _(reranker: PERank, queries: list[str], columns: Columns) -> None:
 
 
 def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
-    """A loader of these passages (docno, text) from a file in `folder`, in the format in which ir_datasets keeps collections."""
+    """A loader of these passages (docno, text) from a file in `folder`, in the format in which ir_datasets keeps
+    collections."""
     docs = [GenericDoc(*row) for row in passages[["docno", "text"]].drop_duplicates("docno").itertuples(index=False)]
     store = PickleLz4FullStore(str(folder / "passages.pklz4"), lambda: docs, GenericDoc, "doc_id", ["doc_id"])
     nothing = pd.DataFrame()

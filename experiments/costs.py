@@ -1,4 +1,5 @@
-"""What a reranker costs: seconds, FLOPs, parameters, memory, tokens. Counted by PyTorch's FLOP counter, tracked by tirex-tracker."""
+"""What a reranker costs: seconds, FLOPs, parameters, memory, tokens. Counted by PyTorch's FLOP counter, tracked by
+tirex-tracker."""
 
 import importlib
 import importlib.util
@@ -19,10 +20,12 @@ MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_M
 
 
 def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
-    """The costs of reranking these candidates (qid, query, docno, text), all queries in one call, weights already loaded.
+    """The costs of reranking these candidates (qid, query, docno, text), all queries in one call, weights already
+    loaded.
 
     seconds and TFLOP are per query, FLOPs as the networks were run: with padding, without what caches saved. parameters
-    are millions, nan for a peer that does not say. MB is how much more memory the process held at its most than at its least, of the GPU where it used one.
+    are millions, nan for a peer that does not say. MB is how much more memory the process held at its most than at its
+    least, of the GPU where it used one.
     """
     reranker(candidates.groupby("qid").head(2))  # what only the first call pays
     with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
@@ -48,7 +51,8 @@ def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transform
 
 
 def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
-    """Multiplications and additions of one call, by PyTorch's counter; its formula for attention also counts the CPU's kernel."""
+    """Multiplications and additions of one call, by PyTorch's counter; its formula for attention also counts the CPU's
+    kernel."""
     cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
         reranker(candidates)

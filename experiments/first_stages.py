@@ -13,8 +13,8 @@ import pyterrier as pt
 def load(source: str, collection: corpora.Collection, folder: Path, depth: int) -> pt.Transformer:
     """Topics -> the best `depth` of each, without texts.
 
-    source: "bm25" (PISA over the collection, k1 = 0.9, b = 0.4, Porter2: Anserini's settings), "terrier:NAME" (BM25 over
-        Terrier's ready-made index of that name; needs Java), or the path of a run file in TREC format.
+    source: "bm25" (PISA over the collection, k1 = 0.9, b = 0.4, Porter2: Anserini's settings), "terrier:NAME" (BM25
+        over Terrier's ready-made index of that name; needs Java), or the path of a run file in TREC format.
     folder: keeps index and results; a second call, also of an interrupted sweep, asks nothing again.
     """
     if source == "bm25":
@@ -31,14 +31,15 @@ def stored(path: str | Path) -> pt.Transformer:
     """The ranking of a run file, in the order of its scores (ties: in the order of its lines)."""
     if not Path(path).exists():
         raise FileNotFoundError(
-            f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage that the"
-            " paper's authors publish, or another first stage in profiles.py"
+            f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
+            " that the paper's authors publish, or another first stage in profiles.py"
         )
     return pt.Transformer.from_df(pt.model.add_ranks(pt.io.read_results(str(path))))
 
 
 def bm25(collection: corpora.Collection, folder: Path, depth: int, overwrite: bool = False) -> pt.Transformer:
-    """PISA's BM25 (k1 = 0.9, b = 0.4, Porter2) over an index in `folder`, made where there is none or to overwrite it."""
+    """PISA's BM25 (k1 = 0.9, b = 0.4, Porter2) over an index in `folder`, made where there is none or to overwrite
+    it."""
     from pyterrier_pisa import PisaIndex
 
     index = PisaIndex(str(folder), text_field="text", stemmer="porter2", overwrite=overwrite)

@@ -1,8 +1,9 @@
-"""Where results go: measured.csv, a row for each value of a measure. Scripts record with --record, notebooks with RECORD=1.
+"""Where results go: measured.csv, a row for each value of a measure. Scripts record with --record, notebooks with
+RECORD=1.
 
-A row says what was asked (question), of what (setting: a system, a collection, a size), over how many (n: queries, pairs,
-...), the measure and its value; p of its test where there was one; the seconds it took; and where and when it was
-measured. What is measured again is a new row.
+A row says what was asked (question), of what (setting: a system, a collection, a size), over how many (n: queries,
+pairs, ...), the measure and its value; p of its test where there was one; the seconds it took; and where and when it
+was measured. What is measured again is a new row.
 """
 
 import argparse
@@ -27,8 +28,8 @@ FLAGS = {"avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_tile": "AMX"} 
 def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file: Path = FILE) -> pd.DataFrame:
     """Append rows with setting, measure and value, and perhaps n, p and seconds; returns them as they were written.
 
-    Machine, threads, commit and date are those of now. ValueError for another column, or where setting, measure or value is
-    missing.
+    Machine, threads, commit and date are those of now. ValueError for another column, or where setting, measure or
+    value is missing.
     """
     new = pd.DataFrame(rows)
     for column in ("setting", "measure", "value"):
@@ -44,7 +45,8 @@ def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file
 
 
 def read(question: str | None = None, file: Path = FILE) -> pd.DataFrame:
-    """All rows, or those of a question, in the order in which they were recorded. ValueError for a file of another form."""
+    """All rows, or those of a question, in the order in which they were recorded. ValueError for a file of another
+    form."""
     rows = _typed(pd.read_csv(file, dtype="str", keep_default_na=False, na_values=[""]), str(file.name))
     return rows if question is None else rows[rows["question"] == question].reset_index(drop=True)
 
@@ -55,7 +57,8 @@ def latest(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> list[dict[str, Any]]:
-    """The rows of a table of `pt.Experiment` over n queries: of each pipeline its measures, with their corrected p-values."""
+    """The rows of a table of `pt.Experiment` over n queries: of each pipeline its measures, with their corrected
+    p-values."""
     return [
         {"setting": row["name"], "n": n, "measure": measure, "value": row[measure], "p": _p_value(row, measure)}
         for row in table.to_dict("records")

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 
 def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
-    """One panel per collection, one line per first stage and model: published figures as rings, measured ones as discs."""
+    """One panel per collection, one line per first stage and model: published figures as rings, measured ones as
+    discs."""
     lines = list(dict.fromkeys(table["model"] + " over " + table["first_stage"]))
     collections = list(dict.fromkeys(table["collection"]))
     columns, rows_of_panels = min(per_row, len(collections)), -(-len(collections) // per_row)

@@ -1,8 +1,9 @@
-"""What the notebooks run: which collections, first stages, checkpoints and lengths, as in the papers or small. Data only.
+"""What the notebooks run: which collections, first stages, checkpoints and lengths, as in the papers or small. Data
+only.
 
-`profiles.PAPER` is what the papers evaluated and wants a GPU, MS MARCO and checkpoints; `profiles.SMALL` runs anywhere, offline.
-`distillation.ipynb` has a third between them, "trec", for two cores with ../shared/data.
-The notebooks' first cell chooses one by name; no other cell knows which it is.
+`profiles.PAPER` is what the papers evaluated and wants a GPU, MS MARCO and checkpoints; `profiles.SMALL` runs anywhere,
+offline. `distillation.ipynb` has a third between them, "trec", for two cores with ../shared/data. The notebooks' first
+cell chooses one by name; no other cell knows which it is.
 """
 
 import dataclasses
@@ -61,7 +62,8 @@ class Profile:
     )
 
 
-# The papers' checkpoints by the names in published.csv (specs: lit5 section 7, cross-encoder section 3, pe-rank section 7)
+# The papers' checkpoints by the names in published.csv (specs: lit5 section 7, cross-encoder section 3, pe-rank section
+# 7)
 
 LIT5_V2 = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}  # window: one for all 100
 LIT5_V1 = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}  # windows of 20, stride 10
@@ -90,7 +92,8 @@ LIT5_AT_150 = {  # tokens of a prompt on MS MARCO
 }
 
 
-# TREC DL: LiT5 table 1, Rank-DistiLLM table 1, PE-Rank's rows (BM25 is Anserini's for LiT5 and PE-Rank, Terrier's for Rank-DistiLLM)
+# TREC DL: LiT5 table 1, Rank-DistiLLM table 1, PE-Rank's rows (BM25 is Anserini's for LiT5 and PE-Rank, Terrier's for
+# Rank-DistiLLM)
 
 IRDS_DL = {
     "dl19": "irds:msmarco-passage/trec-dl-2019/judged",

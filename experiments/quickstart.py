@@ -1,7 +1,7 @@
 """The README's first command: BM25 against BM25 and each reranker on a real collection, as a table and a chart.
 
-python experiments/quickstart.py                                          Python's own documentation
-python experiments/quickstart.py --collection FOLDER --model NAME         docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
+python experiments/quickstart.py                                          Python's own documentation python
+experiments/quickstart.py --collection FOLDER --model NAME         docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
 python experiments/quickstart.py --collection irds:vaswani --model NAME
 """
 
@@ -93,7 +93,8 @@ def show(rows: pd.DataFrame, collection: corpora.Collection, arguments: argparse
     print(rows.to_string(index=False, float_format="{:.4f}".format, na_rep=""))
     if arguments.model is None and arguments.collection != "python-docs":
         print(
-            "\nThese small models have only ever read Python's documentation: for other texts give a real one with --model."
+            "\nThese small models have only ever read Python's documentation: for other texts give a real one with"
+            " --model."
         )
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     (arguments.output / "results.json").write_text(json.dumps(records, indent=2) + "\n")

@@ -2,9 +2,10 @@
 
     python experiments/real_teachers.py [--output FOLDER] [--share 1.0]
 
-A cross-encoder that begins as MiniLM and a small LiT5-Distill (`tiny/lit5.py`) learn MiniLM's own cosines, on queries of WikiQA, TREC QA,
-DL19 and DL22 and on sentences of passages; then RankVicuna's orders of DL19's first 100 of BM25, or DL19's labels. They are tested on
-DL21 and Vaswani, of which no query and no judgement was seen. Needs ../shared/data; writes table.csv and the students to FOLDER.
+A cross-encoder that begins as MiniLM and a small LiT5-Distill (`tiny/lit5.py`) learn MiniLM's own cosines, on queries
+of WikiQA, TREC QA, DL19 and DL22 and on sentences of passages; then RankVicuna's orders of DL19's first 100 of BM25, or
+DL19's labels. They are tested on DL21 and Vaswani, of which no query and no judgement was seen. Needs ../shared/data;
+writes table.csv and the students to FOLDER.
 """
 
 import argparse
@@ -81,7 +82,8 @@ def untrained() -> CrossEncoder:
 
 
 def material(*collections: str, sentences: int) -> Material:
-    """What these hold of passages and queries; WikiQA's and TREC QA's queries; queries out of so many of the passages."""
+    """What these hold of passages and queries; WikiQA's and TREC QA's queries; queries out of so many of the
+    passages."""
     docs = pd.concat([shared.docs(name) for name in collections], ignore_index=True)
     chosen = random.Random(SEED)
     texts = chosen.sample(docs.text.tolist(), sentences)

@@ -1,4 +1,5 @@
-"""Run notebooks from top to bottom, in place or aside, and keep their outputs without warnings, progress bars and times.
+"""Run notebooks from top to bottom, in place or aside, and keep their outputs without warnings, progress bars and
+times.
 
 python experiments/run_notebooks.py                                     every notebook in the small profile, in place
 python experiments/run_notebooks.py --profile paper --output FOLDER experiments/trec_dl.ipynb

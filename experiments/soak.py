@@ -2,9 +2,10 @@
 
     python experiments/soak.py [--queries 20000] [--passages 20] [--model FOLDER] [--output soak]
 
-Queries come in frames of --frame as from `pt.Experiment(batch_size=...)`, each built new: words drawn from a fixed seed,
-some passages in several languages. Prints a line a frame, writes OUTPUT/soak.json and, with matplotlib, OUTPUT/soak.png. Ends
-with exit code 1 when a query was lost or repeated, or when memory after the first fifth grew by more than --allowed MB.
+Queries come in frames of --frame as from `pt.Experiment(batch_size=...)`, each built new: words drawn from a fixed
+seed, some passages in several languages. Prints a line a frame, writes OUTPUT/soak.json and, with matplotlib,
+OUTPUT/soak.png. Ends with exit code 1 when a query was lost or repeated, or when memory after the first fifth grew by
+more than --allowed MB.
 """
 
 import argparse
@@ -69,9 +70,9 @@ def main():
     growth = max(sample["MB"] for sample in settled) - settled[0]["MB"]
     rate = arguments.queries * arguments.passages / samples[-1]["seconds"]
     print(
-        f"{arguments.queries} queries x {arguments.passages} passages in {samples[-1]['seconds']} s ({rate:.0f} pairs/s);"
-        f" lost or repeated: {len(wrong)}; memory {settled[0]['MB']:.0f} MB after a fifth, {samples[-1]['MB']:.0f} MB at the end,"
-        f" {growth:.0f} MB more at most"
+        f"{arguments.queries} queries x {arguments.passages} passages in {samples[-1]['seconds']} s ({rate:.0f}"
+        f" pairs/s); lost or repeated: {len(wrong)}; memory {settled[0]['MB']:.0f} MB after a fifth,"
+        f" {samples[-1]['MB']:.0f} MB at the end, {growth:.0f} MB more at most"
     )
     if arguments.record:
         found = {"after a fifth": settled[0]["MB"], "at the end": samples[-1]["MB"], "growth at most": growth}

@@ -1,4 +1,5 @@
-"""Sweeps: every reranker of a comparison over every first stage. Runs are kept, so that a sweep goes on where it stopped."""
+"""Sweeps: every reranker of a comparison over every first stage. Runs are kept, so that a sweep goes on where it
+stopped."""
 
 import warnings
 import zlib
@@ -16,10 +17,12 @@ from profiles import Comparison
 def run(
     comparison: Comparison, measures: list, folder: Path, *, depth: int, verbose: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The means as `compare.results` gives them, and the same per query: paper, collection, corpus, first_stage, model, qid, measure, value.
+    """The means as `compare.results` gives them, and the same per query: paper, collection, corpus, first_stage, model,
+    qid, measure, value.
 
-    folder: keeps indexes, first stages and runs, and is asked before anything is computed. A qid begins with its collection
-    and a slash, for topics of two collections may share a number. Fewer than all topics are another collection by name.
+    folder: keeps indexes, first stages and runs, and is asked before anything is computed. A qid begins with its
+    collection and a slash, for topics of two collections may share a number. Fewer than all topics are another
+    collection by name.
     """
     means, queries = [], []
     for name, where in pt.tqdm(
@@ -63,8 +66,8 @@ def experiment(
     """`pt.Experiment` over pipelines by name: its table, and per query (model, qid, measure, value).
 
     The table has paired t-tests against the pipeline named `baseline`, Holm-corrected over the others.
-    folder: keeps each pipeline's run. A run is used again when the pipeline's repr and the topics are the same; delete it
-        when a checkpoint behind a name has changed. verbose: a bar over the pipelines, with the time that is left.
+    folder: keeps each pipeline's run. A run is used again when the pipeline's repr and the topics are the same; delete
+        it when a checkpoint behind a name has changed. verbose: a bar over the pipelines, with the time that is left.
     """
     if baseline not in pipelines:
         raise ValueError(f"baseline={baseline!r} is none of the pipelines {', '.join(map(repr, pipelines))}")

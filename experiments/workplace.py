@@ -12,7 +12,8 @@ from profiles import PROFILES, Profile
 
 
 def enter(profile: str, notebook: str) -> tuple[Profile, Path]:
-    """The profile of this name, and the folder `results/PROFILE/NOTEBOOK` for what the notebook keeps between runs; sets seeds."""
+    """The profile of this name, and the folder `results/PROFILE/NOTEBOOK` for what the notebook keeps between runs;
+    sets seeds."""
     if profile not in PROFILES:
         raise ValueError(f"PROFILE={profile!r}; wanted one of {', '.join(map(repr, PROFILES))}")
     folder = Path("results", profile, notebook)

@@ -118,7 +118,8 @@ def cross_encoder_folder(electra, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory):
-    """backbone(kind): the folder of a tiny random causal language model of the library, with the tokenizer of golden/pe_rank."""
+    """backbone(kind): the folder of a tiny random causal language model of the library, with the tokenizer of
+    golden/pe_rank."""
 
     def build(kind):
         folder = tmp_path_factory.mktemp(kind)

@@ -37,7 +37,8 @@ def many(n, qid="q1"):
 
 
 class Contract:
-    """`reranker`: a fixture with a small working reranker. `make(model=..., ...)`: a fixture that builds one like it with other arguments."""
+    """`reranker`: a fixture with a small working reranker. `make(model=..., ...)`: a fixture that builds one like it
+    with other arguments."""
 
     def test_rows_columns_and_the_callers_frame_are_untouched(self, reranker, frame):
         before = frame.copy(deep=True)
@@ -169,7 +170,7 @@ class Contract:
                 reranker.score(queries, passages)
 
     def test_arguments_of_other_libraries_are_answered_in_words(self, make, frame):
-        with pytest.raises(TypeError, match="has no batch_size.*max_tokens"):
+        with pytest.raises(TypeError, match=r"has no batch_size.*max_tokens"):
             make(batch_size=8)
         with pytest.raises(TypeError, match=r"text_field=\['title', 'text'\]; wanted the name of one column"):
             make(text_field=["title", "text"])(frame)

@@ -1,4 +1,5 @@
-"""What the tests of PE-Rank share: the reference's windows and runs (golden/pe_rank), vectors, an index and an encoder."""
+"""What the tests of PE-Rank share: the reference's windows and runs (golden/pe_rank), vectors, an index and an
+encoder."""
 
 import json
 import warnings

@@ -1,4 +1,5 @@
-"""Every row of the table in pt_docs/bad_input.rst, for all four rerankers. The outcomes stand there, the inputs here."""
+"""Every row of the table in pt_docs/bad_input.rst, for all four rerankers. The outcomes stand there, the inputs
+here."""
 
 import builtins
 import csv
@@ -101,7 +102,10 @@ SAME = {  # inputs that must be ranked as the plain frame is
 }
 
 ODD = {
-    **{f"no column {column}": lambda frame, column=column: frame.drop(columns=column) for column in ("qid", "docno", "query", "text")},
+    **{
+        f"no column {column}": lambda frame, column=column: frame.drop(columns=column)
+        for column in ("qid", "docno", "query", "text")
+    },
     "neither rank nor score": lambda frame: frame.drop(columns=["rank", "score"]),
     "a column that stands twice": lambda frame: pd.concat([frame, frame[["text"]]], axis=1),
     "qid in the index alone": lambda frame: frame.set_index("qid"),
@@ -125,7 +129,9 @@ ODD = {
     "right-to-left text": lambda frame: query("\u05de\u05d4\u05d5 \u05d7\u05ea\u05d5\u05dc")(
         texts("\u202eabc\u202c", "\u0642\u0637\u0629", "\u05d7\u05ea\u05d5\u05dc")(frame)
     ),
-    "emoji": lambda frame: query("\U0001f98a?")(texts("\U0001f98a", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u2603\ufe0f")(frame)),
+    "emoji": lambda frame: query("\U0001f98a?")(
+        texts("\U0001f98a", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u2603\ufe0f")(frame)
+    ),
     "special tokens and identifiers": lambda frame: query(" ".join(HOSTILE))(texts(*HOSTILE)(frame)),
     "a passage of 1 MB": put("text", "cats and dogs " * 75_000),
     "a passage of 100,000 letters, no blank": put("text", "x" * 100_000),

@@ -84,7 +84,8 @@ def test_every_weight_that_does_not_fit_is_named():
     module = torch.nn.Linear(2, 3)
     with pytest.raises(
         ValueError,
-        match=r"here does not hold the weights.*missing bias; unexpected extra; weight has shape \[2, 3\], wanted \[3, 2\]",
+        match=r"here does not hold the weights.*missing bias; unexpected extra;"
+        r" weight has shape \[2, 3\], wanted \[3, 2\]",
     ):
         load_strictly(module, {"weight": torch.zeros(2, 3), "extra": torch.zeros(1)}, "here")
 

@@ -21,7 +21,8 @@ from pyterrier_lit.__main__ import RERANKERS, SET_HERE, constructor_options, mai
 
 
 def golden_rows():
-    """The queries and passages of golden/lit5, each text once, as a re-ranking file has them; ranks from 1, worst first."""
+    """The queries and passages of golden/lit5, each text once, as a re-ranking file has them; ranks from 1, worst
+    first."""
     lines = map(json.loads, (GOLDEN / "lit5" / "data.jsonl").read_text(encoding="utf-8").splitlines())
     return [
         {

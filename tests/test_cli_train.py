@@ -83,13 +83,16 @@ def test_every_reranker_learns_from_files(file, rows, electra, backbone, tmp_pat
     torch.manual_seed(0)
     for number, (kind, arguments) in enumerate(
         [
-            (CrossEncoder, ["cross-encoder", "--backbone", electra, "--input", file, "--teacher", run, "--doc-length", 40]),
+            (
+                CrossEncoder,
+                ["cross-encoder", "--backbone", electra, "--input", file, "--teacher", run, "--doc-length", 40],
+            ),
             (LiT5Distill, ["lit5-distill", "--backbone", LIT5, "--input", file, "--order", "--window-size", 4]),
             (LiT5Score, ["lit5-score", "--backbone", LIT5, "--input", qa, "--answers"]),
             (
                 PERank,
-                ["pe-rank", "--backbone", backbone("mistral"), "--input", file, "--passages", "--recipe", "pe-rank-alignment",
-                 "--encoder-name", GOLDEN / "pe_rank" / "encoder"],
+                ["pe-rank", "--backbone", backbone("mistral"), "--input", file, "--passages",
+                 "--recipe", "pe-rank-alignment", "--encoder-name", GOLDEN / "pe_rank" / "encoder"],
             ),
         ]
     ):  # fmt: skip

@@ -1,4 +1,5 @@
-"""experiments/compare.py: the published figures, and their comparison with measured ones, against cases worked out by hand."""
+"""experiments/compare.py: the published figures, and their comparison with measured ones, against cases worked out by
+hand."""
 
 import math
 from pathlib import Path

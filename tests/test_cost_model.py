@@ -1,4 +1,5 @@
-"""experiments/cost_model.py: the arithmetic against cases worked out by hand, and each stage measured as a call runs it."""
+"""experiments/cost_model.py: the arithmetic against cases worked out by hand, and each stage measured as a call runs
+it."""
 
 import cost_model
 import pandas as pd

@@ -1,4 +1,5 @@
-"""PERank on real vectors: all-MiniLM-L6-v2 in a FlexIndex, reached by three pipelines; what a FlexIndex gets wrong is caught."""
+"""PERank on real vectors: all-MiniLM-L6-v2 in a FlexIndex, reached by three pipelines; what a FlexIndex gets wrong is
+caught."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""float32 does not depend on company: same orders and, within 1e-5, same scores in any batches and shards. And bfloat16.
+"""In float32 the rest of the batch does not matter: same orders and, within 1e-5, same scores in any
+batches and shards. And bfloat16.
 
 What pads a batch changes how a matrix product is cut into blocks, and with it the last bits: equal to the last bit are
 calls of equal batches, and the scores of listwise rerankers, which are ranks. Measured here: experiments/README.md.

@@ -1,7 +1,8 @@
 """README.md and pt_docs: every code block runs, every message and number stands where the pages say it does.
 
-Blocks stay what users type. What they name and a test has not is put in place here: `CHECKPOINTS_OF` for names on the hub, `reader` for what a
-reader brings along, `substitutes` for what needs Java, the network or days; `NOT_RUN` for commands that are only checked for their words.
+Blocks stay what users type. What they name and a test has not is put in place here: `CHECKPOINTS_OF` for names on the
+hub, `reader` for what a reader brings along, `substitutes` for what needs Java, the network or days; `NOT_RUN` for
+commands that are only checked for their words.
 """
 
 import ast
@@ -69,7 +70,8 @@ class Block:
 
 
 def blocks(page):
-    """All code blocks of a page: ``` fences in Markdown; in reStructuredText `::`, which is Python, and `.. code-block:: LANGUAGE`."""
+    """All code blocks of a page: ``` fences in Markdown; in reStructuredText `::`, which is Python, and `..
+    code-block:: LANGUAGE`."""
     lines = page.read_text(encoding="utf-8").split("\n")
     if page.suffix == ".md":
         fences = [i for i, line in enumerate(lines) if line.lstrip().startswith("```")]

@@ -1,4 +1,5 @@
-"""Faults that no reranker may suffer from: damaged files, a full disk, a kill, Ctrl-C, forks. Memory: test_<reranker>.py.
+"""Faults that no reranker may suffer from: damaged files, a full disk, a kill, Ctrl-C, forks. Memory:
+test_<reranker>.py.
 
 Threads, copies, pickles and NaN are in contract.py.
 """

@@ -1,4 +1,4 @@
-"""models.t5: the library's own decoder over concatenated states, step by step, whatever the depth, padding and company."""
+"""models.t5: the library's own decoder over concatenated states, step by step, whatever the depth and the padding."""
 
 import functools
 

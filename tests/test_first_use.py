@@ -1,4 +1,5 @@
-"""First use without a network or with half a checkpoint: the error names the file and the way to it, and nothing is ranked by guess."""
+"""First use without a network or with half a checkpoint: the error names the file and the way to it, and nothing is
+ranked by guess."""
 
 import shutil
 

@@ -1,6 +1,8 @@
-"""Thousands of random inputs: frames, checkpoints' JSON, and everything that parses text. `make fuzz` runs 15,000 of each.
+"""Thousands of random inputs: frames, checkpoints' JSON, and everything that parses text. `make fuzz` runs 15,000 of
+each.
 
-Whatever comes in, the outcome is a result that keeps its promises or an error in words, of the kinds that are documented.
+Whatever comes in, the outcome is a result that keeps its promises or an error in words, of the kinds that are
+documented.
 """
 
 import json

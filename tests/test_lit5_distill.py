@@ -201,7 +201,8 @@ def test_n_identifiers_cost_their_pieces_less_the_last(make, monkeypatch):
 @settings(max_examples=15)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 1000))
 def test_constrained_decoding_is_brute_force_over_unused_identifiers(counts, seed):
-    """Each identifier, one at a time and alone: the likeliest allowed piece at every step, from the library's own logits."""
+    """Each identifier, one at a time and alone: the likeliest allowed piece at every step, from the library's own
+    logits."""
     model = t5("tiny-random")
     generator = torch.Generator().manual_seed(seed)
     windows = [
@@ -228,7 +229,8 @@ def test_constrained_decoding_is_brute_force_over_unused_identifiers(counts, see
 
 
 def test_first_orders_by_the_probability_of_the_first_identifier(make):
-    """Against the product of conditional probabilities of each identifier's pieces; from 57 on identifiers have two pieces."""
+    """Against the product of conditional probabilities of each identifier's pieces; from 57 on identifiers have two
+    pieces."""
     model = t5("tiny-random")
     prompts = make().prompts("q", some_passages(70))
     with torch.inference_mode():

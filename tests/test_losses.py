@@ -1,4 +1,5 @@
-"""Losses: the reference's numbers (golden/cross_encoder, golden/pe_rank), numbers worked out by hand, and what masks and ties do."""
+"""Losses: the reference's numbers (golden/cross_encoder, golden/pe_rank), numbers worked out by hand, and what masks
+and ties do."""
 
 import math
 

@@ -7,7 +7,10 @@ import measured
 import pandas as pd
 import pytest
 
-ROWS = [{"setting": "BM25", "n": 50, "measure": "nDCG@10", "value": 0.198}, {"setting": "ours", "n": 50, "measure": "nDCG@10", "value": 0.307, "p": 0.001, "seconds": 1.5}]  # fmt: skip
+ROWS = [
+    {"setting": "BM25", "n": 50, "measure": "nDCG@10", "value": 0.198},
+    {"setting": "ours", "n": 50, "measure": "nDCG@10", "value": 0.307, "p": 0.001, "seconds": 1.5},
+]
 
 
 def test_what_is_recorded_comes_back_with_machine_commit_and_date(tmp_path):
@@ -47,7 +50,8 @@ def test_rows_and_files_of_another_form_are_refused_and_change_nothing(tmp_path)
 
 
 def test_an_experiments_table_gives_a_row_for_each_measure():
-    table = pd.DataFrame({"name": ["a", "b"], "nDCG@10": [0.1, 0.2], "RR@10": [0.3, 0.4], "nDCG@10 p-value corrected": [None, 0.03]})  # fmt: skip
+    table = pd.DataFrame({"name": ["a", "b"], "nDCG@10": [0.1, 0.2], "RR@10": [0.3, 0.4]})
+    table["nDCG@10 p-value corrected"] = [None, 0.03]
     rows = pd.DataFrame(measured.from_experiment(table, 7, ["nDCG@10", "RR@10"]))
     assert rows[["setting", "n", "measure", "value"]].values.tolist() == [
         ["a", 7, "nDCG@10", 0.1], ["a", 7, "RR@10", 0.3], ["b", 7, "nDCG@10", 0.2], ["b", 7, "RR@10", 0.4]

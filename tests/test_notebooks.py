@@ -1,4 +1,5 @@
-"""experiments/*.ipynb: each runs to its end in the small profile, and is committed as it runs, without machine paths."""
+"""experiments/*.ipynb: each runs to its end in the small profile, and is committed as it runs, without machine
+paths."""
 
 import re
 

@@ -1,4 +1,5 @@
-"""experiments/profiles.py: the paper profile's inputs are those that the papers name, and the small one's lie on every disk."""
+"""experiments/profiles.py: the paper profile's inputs are those that the papers name, and the small one's lie on every
+disk."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""text_encoder: Jina v2's encoder against plain loops over its formulas, pooling, and what would be loaded silently wrong."""
+"""text_encoder: Jina v2's encoder against plain loops over its formulas, pooling, and what would be loaded silently
+wrong."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""experiments/tiny: the plan of the small LiT5s, on states as their encoder is to make them, and that it survives being stored."""
+"""experiments/tiny: the plan of the small LiT5s, on states as their encoder is to make them, and that it survives being
+stored."""
 
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def chance():
 
 @pytest.fixture
 def vectors(chance):
-    """A query, and passages whose cosines with it are .9, .86, ... in a shuffled order: (D,), (PASSAGES, D), and the cosines."""
+    """A query, and passages whose cosines with it are .9, .86, ... in a shuffled order: (D,), (PASSAGES, D), and the
+    cosines."""
     query, *others = F.normalize(torch.randn(PASSAGES + 1, lit5.MEANING, generator=chance), dim=1)
     cosines = 0.9 - 0.04 * torch.randperm(PASSAGES, generator=chance)
     away = F.normalize(torch.stack([other - (other @ query) * query for other in others]), dim=1)

@@ -46,7 +46,8 @@ def outside(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tira_input(tmp_path_factory):
-    """An input directory that TIRA's own loader makes of a local collection and a run of ten passages for three queries."""
+    """An input directory that TIRA's own loader makes of a local collection and a run of ten passages for three
+    queries."""
     from ir_datasets import registry
     from ir_datasets.datasets.base import Dataset
     from ir_datasets.formats import TrecQrels, TsvDocs, TsvQueries

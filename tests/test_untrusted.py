@@ -1,7 +1,8 @@
-"""Whatever a text holds, the prompt around it keeps its structure: for each reranker, by its tokens. Code: test_faults.py.
+"""Whatever a text holds, the prompt around it keeps its structure: for each reranker, by its tokens. Code:
+test_faults.py.
 
-A structure is what of the token ids is not text: the ids that control the model, where they stand, and what our own words
-around the texts are.
+A structure is what of the token ids is not text: the ids that control the model, where they stand, and what our own
+words around the texts are.
 """
 
 import pytest

@@ -1,5 +1,6 @@
-"""The documentation of Python's standard library as JSON: run as a script, in an interpreter of its own, with the standard
-library alone, so that nothing installed, imported or lying in the current directory can change what is collected.
+"""The documentation of Python's standard library as JSON: run as a script, in an interpreter of its own, with the
+standard library alone, so that nothing installed, imported or lying in the current directory can change what is
+collected.
 """
 
 import importlib

