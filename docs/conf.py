@@ -1,4 +1,4 @@
-"""How `make docs` builds pyterrier_lit/pt_docs, which PyTerrier's own site takes from the package with settings like these."""
+"""How `make docs` builds pyterrier_lit/pt_docs, which PyTerrier's own site takes from the package with autodoc."""
 
 import os
 import sys

@@ -11,7 +11,7 @@ import first_stages
 import measured
 import pandas as pd
 import pyterrier as pt
-from profiles import Comparison
+from papers import Comparison
 
 
 def run(

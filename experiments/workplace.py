@@ -20,8 +20,9 @@ def enter(profile: str, notebook: str) -> tuple[Profile, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     transformers.set_seed(42)
     warnings.filterwarnings("ignore", message="The inplace keyword", category=DeprecationWarning)  # pyterrier, pandas 3
-    if not PROFILES[profile].verbose:
+    chosen = PROFILES[profile]()
+    if not chosen.verbose:
         transformers.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
         pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
-    return PROFILES[profile], folder
+    return chosen, folder

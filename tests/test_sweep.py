@@ -8,7 +8,7 @@ import corpora
 import costs
 import first_stages
 import pandas as pd
-import profiles
+import papers
 import pyterrier as pt
 import pytest
 import sweep
@@ -117,9 +117,9 @@ def folder(tmp_path):
 
 
 def test_a_comparison_runs_every_reranker_over_every_first_stage(folder, cross_encoder_folder, tmp_path):
-    collection = profiles.Collection(str(folder), {"bm25": "bm25", "run": str(folder / "a run.txt")}, corpus="small")
+    collection = papers.Collection(str(folder), {"bm25": "bm25", "run": str(folder / "a run.txt")}, corpus="small")
     reranker = CrossEncoder(str(cross_encoder_folder), device="cpu")
-    comparison = profiles.Comparison("mine", (), {"a/four": collection}, {"model": reranker}, corpora.titled_text)
+    comparison = papers.Comparison("mine", (), {"a/four": collection}, {"model": reranker}, corpora.titled_text)
     means, queries = sweep.run(comparison, [P @ 1], tmp_path / "kept", depth=3)
     assert means[["first_stage", "model"]].values.tolist() == [
         [stage, model] for stage in ("bm25", "run") for model in ("first stage", "model")

@@ -1,0 +1,194 @@
+"""What the papers evaluated: collections, first stages, checkpoints and lengths, typed. Data only: nothing is built or
+read until a function is called.
+
+The names of checkpoints and collections are those of published.csv.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import corpora
+import pandas as pd
+
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit.reranker import Reranker
+
+HERE = Path(__file__).parent
+DATA = "data"  # the reader's own files: runs in TREC format, collections in folders (see experiments/README.md)
+
+LIT5_V2: dict[str, int] = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}  # window size
+LIT5_V1: dict[str, int] = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}  # stride 10
+LIT5_SCORE: list[str] = [f"castorini/LiT5-Score-{size}" for size in ("base", "large", "xl")]
+MONOELECTRA: dict[str, str] = {
+    f"monoELECTRA-{size} two-stage RankZephyr-CBv2": f"webis/monoelectra-{size}" for size in ("base", "large")
+}
+PE_RANK: dict[str, str] = {"PE-Rank (Jina)": "liuqi6777/pe-rank-mistral-jina"}
+
+IRDS_DL: dict[str, str] = {
+    "dl19": "irds:msmarco-passage/trec-dl-2019/judged",
+    "dl20": "irds:msmarco-passage/trec-dl-2020/judged",
+    "dl21": "irds:msmarco-passage-v2/trec-dl-2021/judged",
+    "dl22": "irds:msmarco-passage-v2/trec-dl-2022/judged",
+}
+BEIR: dict[str, str] = {
+    "beir/trec-covid": "irds:beir/trec-covid",
+    "beir/bioasq": f"{DATA}/beir/bioasq",  # BioASQ, Signal-1M, TREC-NEWS and Robust04 may not be downloaded freely:
+    "beir/nfcorpus": "irds:beir/nfcorpus/test",  # folders with docs.jsonl (docno, title, text), queries.tsv, qrels.txt
+    "beir/nq": "irds:beir/nq",
+    "beir/hotpotqa": "irds:beir/hotpotqa/test",
+    "beir/fiqa": "irds:beir/fiqa/test",
+    "beir/signal1m": f"{DATA}/beir/signal1m",
+    "beir/trec-news": f"{DATA}/beir/trec-news",
+    "beir/robust04": f"{DATA}/beir/robust04",
+    "beir/arguana": "irds:beir/arguana",
+    "beir/webis-touche2020": "irds:beir/webis-touche2020/v2",
+    "beir/quora": "irds:beir/quora/test",
+    "beir/dbpedia-entity": "irds:beir/dbpedia-entity/test",
+    "beir/scidocs": "irds:beir/scidocs",
+    "beir/fever": "irds:beir/fever/test",
+    "beir/climate-fever": "irds:beir/climate-fever",
+    "beir/scifact": "irds:beir/scifact/test",
+}
+PE_RANK_BEIR: list[str] = [
+    *("trec-covid", "nfcorpus", "webis-touche2020", "dbpedia-entity"),
+    *("scifact", "signal1m", "trec-news", "robust04"),
+]
+TIREX = "tirex (bm25; chatnoir for clueweb)"
+CORPORA: dict[str, str] = {  # of TIREx's tasks, as published.csv spells them
+    "Antique": "antique",
+    "Args.me": "argsme",
+    "ClueWeb09": "clueweb09",
+    "ClueWeb12": "clueweb12",
+    "CORD-19": "cord19",
+    "Cranfield": "cranfield",
+    "Disks4+5": "disks45",
+    "GOV": "gov",
+    "GOV2": "gov2",
+    "MEDLINE": "medline",
+    "MS MARCO": "msmarco-passage",
+    "NFCorpus": "nfcorpus",
+    "Vaswani": "vaswani",
+    "WaPo": "wapo",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """A collection, and by name the first stages over it, as `corpora.load` and `first_stages.load` read them."""
+
+    source: str
+    first_stages: dict[str, str]
+    corpus: str = ""  # TIREx: the corpus that a task belongs to
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Rerankers by the name that `published.csv` gives them, over all first stages of these collections."""
+
+    paper: str
+    tables: tuple[str, ...]  # of published.csv
+    collections: dict[str, Collection]
+    rerankers: dict[str, Reranker] = dataclasses.field(default_factory=dict)  # none: the first stages alone
+    text_of: corpora.TextOf | None = None  # the passages' text from their fields, None: ir_datasets' default
+    topics: int | None = None  # the first so many, None: all
+
+
+def runs_of(collection: str, *names: str) -> dict[str, str]:
+    """The files in which the reader keeps a collection's first stages."""
+    return {name: f"{DATA}/runs/{collection}.{name}.txt" for name in names}
+
+
+def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]:
+    """LiT5-Distill with the window of its version, and prompts of so many tokens."""
+    return {
+        name: LiT5Distill(name, window_size=window, stride=window // 2, max_length=max_length, verbose=True)
+        for name, window in models.items()
+    }
+
+
+def lit5() -> dict[str, Reranker]:
+    """All of LiT5 as on MS MARCO: 150 tokens of a prompt."""
+    scores: dict[str, Reranker] = {
+        name: LiT5Score(name, n_passages=100, max_length=150, answer_length=20, verbose=True) for name in LIT5_SCORE
+    }
+    return lit5_distill(LIT5_V2, 150) | lit5_distill(LIT5_V1, 150) | scores
+
+
+def cross_encoders() -> dict[str, Reranker]:
+    """Rank-DistiLLM's, with 32 and 256 pieces."""
+    return {
+        name: CrossEncoder(model, query_length=32, doc_length=256, verbose=True) for name, model in MONOELECTRA.items()
+    }
+
+
+def pe_rankers() -> dict[str, Reranker]:
+    """PE-Rank with its paper's windows."""
+    return {name: PERank(model, window_size=20, stride=10, verbose=True) for name, model in PE_RANK.items()}
+
+
+def one_of_each() -> dict[str, Reranker]:
+    """The headline checkpoint of each method, by the method's name."""
+    return {
+        "CrossEncoder": cross_encoders()["monoELECTRA-base two-stage RankZephyr-CBv2"],
+        "LiT5-Distill": lit5()["castorini/LiT5-Distill-base-v2"],
+        "LiT5-Score": lit5()["castorini/LiT5-Score-base"],
+        "PE-Rank": pe_rankers()["PE-Rank (Jina)"],
+    }
+
+
+def trec_dl() -> list[Comparison]:
+    """LiT5's table 1, Rank-DistiLLM's table 1, PE-Rank's rows. BM25 is Anserini's for LiT5 and PE-Rank, Terrier's for
+    Rank-DistiLLM."""
+    return [
+        Comparison(
+            "LiT5",
+            ("ecir_table1", "ref_readme_2024"),
+            {name: Collection(source, runs_of(name, "bm25", "splade++ed")) for name, source in IRDS_DL.items()},
+            lit5(),
+        ),
+        Comparison(
+            "Rank-DistiLLM",
+            ("arxiv_table1", "ecir_dl"),
+            {
+                name: Collection(IRDS_DL[name], {"bm25": "terrier:msmarco_passage"} | runs_of(name, "colbertv2"))
+                for name in ("dl19", "dl20")
+            },
+            cross_encoders(),
+        ),
+        Comparison(
+            "PE-Rank",
+            ("issue5", "figure1", "paper_main"),
+            {name: Collection(IRDS_DL[name], runs_of(name, "bm25")) for name in ("dl19", "dl20")},
+            pe_rankers(),
+        ),
+    ]
+
+
+def beir() -> list[Comparison]:
+    """LiT5's table 2 (17 collections, prompts of 512 tokens) and PE-Rank's eight; BM25 over title and text ("flat")."""
+    return [
+        Comparison(
+            "LiT5",
+            ("ecir_table2",),
+            {name: Collection(source, {"bm25": "bm25"}) for name, source in BEIR.items()},
+            lit5_distill(LIT5_V2, 512),
+            text_of=corpora.text_alone,  # the prompts have no title
+        ),
+        Comparison(
+            "PE-Rank",
+            ("paper_main",),
+            {f"beir/{name}": Collection(BEIR[f"beir/{name}"], {"bm25": "bm25"}) for name in PE_RANK_BEIR},
+            pe_rankers(),
+            text_of=corpora.titled_text,
+        ),
+    ]
+
+
+def tirex() -> list[Comparison]:
+    """Rank-DistiLLM's table 2, the 31 tasks; first stage: PyTerrier's BM25, ChatNoir's for ClueWeb (runs, top 100)."""
+    tasks = pd.read_csv(HERE / "tirex_tasks.csv")[["corpus", "ir_datasets_id"]].itertuples(index=False)
+    collections = {
+        task: Collection(f"irds:{task}", {TIREX: f"{DATA}/runs/tirex/{task.replace('/', '-')}.txt"}, CORPORA[corpus])
+        for corpus, task in tasks
+    }
+    return [Comparison("Rank-DistiLLM", ("arxiv_table2",), collections, cross_encoders())]
