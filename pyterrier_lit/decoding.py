@@ -93,7 +93,8 @@ class Speller:
         self.lengths = torch.tensor([len(word) for word in words], device=device)  # (N,)
         self.unused = torch.arange(len(words), device=device) < torch.tensor(counts, device=device)[:, None]  # (B, N)
         self.candidates_left = self.unused  # (B, N): unused candidates that begin as the present one does
-        self.spelt = torch.zeros(len(counts), dtype=torch.long, device=device)  # (B,): symbols of the present candidate
+        # (B,): how many symbols of the present candidate are chosen
+        self.written = torch.zeros(len(counts), dtype=torch.long, device=device)
         # (B,): 0, or the nan or inf that stood among the logits of a choice
         self.broken = torch.zeros(len(counts), dtype=torch.float32, device=device)
 
@@ -102,19 +103,19 @@ class Speller:
 
         A row that has used all its candidates completes none; the symbols that it chooses have no meaning.
         """
-        following = self.symbols[self.spelt]  # (B, N)
+        following = self.symbols[self.written]  # (B, N)
         weights = self.candidates_left.to(logits.dtype)
         allowed = torch.zeros_like(logits).scatter_add_(1, following.clamp_min(0), weights) > 0
         self.broken = self.broken + not_finite(logits, allowed)
         symbol = logits.masked_fill(~allowed, float("-inf")).argmax(1)
         self.candidates_left = self.candidates_left & (following == symbol[:, None])
-        self.spelt = self.spelt + 1
-        complete = self.candidates_left & (self.lengths == self.spelt[:, None])
+        self.written = self.written + 1
+        complete = self.candidates_left & (self.lengths == self.written[:, None])
         candidate = torch.where(complete.any(1), complete.int().argmax(1), -1)
         self.unused = self.unused & ~complete
         fresh = complete.any(1) | ~self.candidates_left.any(1)
         self.candidates_left = torch.where(fresh[:, None], self.unused, self.candidates_left)
-        self.spelt = self.spelt.masked_fill(fresh, 0)
+        self.written = self.written.masked_fill(fresh, 0)
         return symbol, candidate
 
 

@@ -217,7 +217,7 @@ class Held:
 
     @classmethod
     def after_fork(cls) -> None:
-        """In a forked process other threads are gone: torch would wait for its own for ever, and a lock may be held."""
+        """A forked process has no other threads: torch must not wait for its thread pool, nor anybody for a lock."""
         torch.set_num_threads(1)
         for held in cls._all:
             held.lock = threading.RLock()

@@ -69,7 +69,7 @@ class Distributed(pt.Transformer):
         return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What the reranker makes of `% k`, on the same workers."""
+        """The reranker with its cutoff, on the same workers."""
         fused = self.reranker.fuse_rank_cutoff(k) if hasattr(self.reranker, "fuse_rank_cutoff") else None
         if fused is None:
             return None

@@ -1,4 +1,4 @@
-"""Where training leans on what its libraries do not promise: on the installed versions each hook is really used.
+"""Where we lean on what our libraries do not promise: on the installed versions each hook is really used.
 
 Every test fails when its hook is taken away, as it would be if a library moved what the hook holds on to.
 """
@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import GOLDEN
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, PERank
 from pyterrier_lit.frames import rankings
+from pyterrier_lit.models.pair_encoder import LabelScorer
 from pyterrier_lit.training import FineTune, lit5_distill
 from pyterrier_lit.training.trainer import Objective, Recipe, Samples, Settings, train
 
@@ -168,3 +170,19 @@ def test_gradient_checkpointing_runs_the_layers_a_second_time(build, backbone, e
         training.fit(frame, qrels)
         runs[checkpointing] = len(counted)
     assert runs == {False: 1, True: 2}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Electra"])
+def test_token_types_reach_a_sequence_classifier(kind):
+    """`LabelScorer` passes them where the library's model takes them by name: a model that hides the name reads all as
+    0."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, intermediate_size=16, num_labels=1, initializer_range=0.5)
+    scorer = LabelScorer(getattr(transformers, f"{kind}ForSequenceClassification")(config).eval())
+    ids = torch.tensor([[2, 5, 6, 3, 7, 8, 3]])
+    ones, types = torch.ones_like(ids), torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+    with torch.inference_mode():
+        scored = scorer(input_ids=ids, attention_mask=ones, token_type_ids=types)
+        assert torch.equal(scored, scorer.model(ids, attention_mask=ones, token_type_ids=types).logits[:, -1])
+        assert not torch.allclose(scored, scorer(input_ids=ids, attention_mask=ones, token_type_ids=0 * types))

@@ -46,9 +46,9 @@ def states(query, passages, labels, chance):
     for passage, label in zip(passages, labels, strict=True):
         prompt = torch.zeros(6, lit5.WIDTH)
         prompt[:, lit5.LABEL.stop :].normal_(generator=chance)
-        prompt[:, lit5.ALWAYS] = 1.0
-        prompt[0, : lit5.MEANING], prompt[0, lit5.QUERY] = lit5.BRIGHT * query, lit5.LOUD
-        prompt[5, : lit5.MEANING], prompt[5, lit5.PASSAGE] = lit5.BRIGHT * passage, lit5.LOUD
+        prompt[:, lit5.CONSTANT] = 1.0
+        prompt[0, : lit5.MEANING], prompt[0, lit5.QUERY] = lit5.VECTOR_LENGTH * query, lit5.MARK_LENGTH
+        prompt[5, : lit5.MEANING], prompt[5, lit5.PASSAGE] = lit5.VECTOR_LENGTH * passage, lit5.MARK_LENGTH
         prompt[5, lit5.LABEL] = label
         prompts.append(prompt)
     return prompts
@@ -57,18 +57,18 @@ def states(query, passages, labels, chance):
 @torch.inference_mode()
 def test_identifiers_are_written_once_each_from_the_passage_most_like_the_query_down(tmp_path, chance, vectors):
     query, passages, cosines = vectors
-    codes, first = lit5.CODE * torch.eye(lit5.LABELS)[:PASSAGES], 30
+    codes, first = lit5.LABEL_LENGTH * torch.eye(lit5.LABELS)[:PASSAGES], 30
     fid = planned(tmp_path, chance, {first + i: code for i, code in enumerate(codes)}, sharp=40.0, identifiers=True)
     memory = fid.memory([states(query, passages, codes, chance)], PASSAGES + 1)
     written = [int(ids) - first for ids, *_ in fid.greedy(memory, PASSAGES + 1)]
-    look = 40.0 * cosines - lit5.EARLIER * torch.arange(PASSAGES)
+    look = 40.0 * cosines - lit5.RANK_BONUS * torch.arange(PASSAGES)
     assert written[:-1] == look.argsort(descending=True).tolist()[:-1]  # the last one left needs no look
 
 
 @torch.inference_mode()
 def test_attention_falls_with_the_cosine_and_the_answer_is_the_first_passages_name(tmp_path, chance, vectors):
     query, passages, cosines = vectors
-    codes = lit5.CODE * F.normalize(torch.randn(PIECES, lit5.LABELS, generator=chance), dim=1)
+    codes = lit5.LABEL_LENGTH * F.normalize(torch.randn(PIECES, lit5.LABELS, generator=chance), dim=1)
     fid = planned(tmp_path, chance, dict(enumerate(codes)), sharp=20.0, identifiers=False)
     names = list(range(10, 10 + PASSAGES))
     memory = fid.memory([states(query, passages, codes[names], chance)], 5, mass=True)

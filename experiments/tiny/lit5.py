@@ -19,21 +19,21 @@ import torch.nn.functional as F
 import transformers
 
 WIDTH, HEADS, HEAD, INNER, LENGTH = 160, 3, 88, 320, 96
-MEANING = 64  # the first dimensions
-QUERY, PASSAGE, ALWAYS, END = (
-    64,
-    65,
-    66,
-    67,
-)  # marks of the two tokens, a constant, and what pieces of an answer have for the end
-LABEL = slice(68, 108)  # what follows is the encoder's own
-LABELS = 40  # its dimensions
-ONCE = slice(68, 90)  # labels whose passages are not looked at again once they were written
-BRIGHT, LOUD, CODE = 10.0, 3.0, 5.4  # lengths of a vector, a mark and a label in the encoder's states
-SEEN = 15.0  # what a passage's token has over others, there
-EARLIER = 0.4  # what a passage has over the next of its window, there
-SURE = 20.0  # how much likelier than others identifiers are, and the end after a name
-QUIET = 50.0  # LiT5Score counts how long values are: the first layer's are short
+# Dimensions of the encoder's states
+MEANING = 64  # the first so many hold the vector of the query or of the passage
+QUERY, PASSAGE = 64, 65  # mark the two tokens that carry a vector
+CONSTANT = 66  # is 1 in every token
+END = 67  # what the pieces of an answer have in common with the end of sequence
+LABEL = slice(68, 108)  # the label of a passage: its identifier or its name
+LABELS = 40
+ONCE = slice(68, 90)  # of labels that are written once: their passages draw no more attention then
+
+# Lengths of what the states hold, and sizes of attention logits
+VECTOR_LENGTH, MARK_LENGTH, LABEL_LENGTH = 10.0, 3.0, 5.4
+PASSAGE_BONUS = 15.0  # attention logit of a passage's token over that of other tokens
+RANK_BONUS = 0.4  # attention logit of a passage over that of the next one in its window
+MARGIN = 20.0  # logit of identifiers over other pieces, and of the end after a name
+VALUE_SHRINK = 50.0  # LiT5Score sums lengths of values: those of the first layer are made so many times shorter
 
 
 class Prompt(NamedTuple):
@@ -94,12 +94,12 @@ def write_t5(
     pieces[:, :MEANING] = MEANING**0.5 * F.normalize(alone, dim=1)
     pieces[:, MEANING:].normal_(std=0.5, generator=chance)
     pieces[:, LABEL] *= 0.05
-    pieces[:, ALWAYS] = 1.0
+    pieces[:, CONSTANT] = 1.0
     for piece, label in labels.items():
         if identifiers:
             pieces[piece] = 0.0
-        pieces[piece, LABEL], pieces[piece, ALWAYS] = label, 3.0
-    pieces[:2], pieces[:2, ALWAYS] = 0.0, 3.0  # the start, which is the padding, and the end
+        pieces[piece, LABEL], pieces[piece, CONSTANT] = label, 3.0
+    pieces[:2], pieces[:2, CONSTANT] = 0.0, 3.0  # the start, which is the padding, and the end
     pieces[:, END], pieces[0, END], pieces[1, END] = 3.0, -0.1, 12.0
     _plan_encoder(network.encoder, chance)
     _plan_decoder(network.decoder, chance, pieces[list(labels)].norm(dim=1).mean(), sharp, identifiers)
@@ -125,8 +125,10 @@ def _plan_encoder(encoder: Any, chance: torch.Generator) -> None:
 def _plan_decoder(
     decoder: Any, chance: torch.Generator, written: torch.Tensor, sharp: float, identifiers: bool
 ) -> None:
-    """The look at the passages as the head of this file tells it. written: the length of the embedding of what was
-    written."""
+    """Set the decoder's weights: it attends to the passages that are like the query, and writes their labels.
+
+    written: (V,), the length of the embedding of each piece that may have been written.
+    """
     for block in decoder.block:
         for attention in (block.layer[0].SelfAttention, block.layer[1].EncDecAttention):
             for part in (attention.q, attention.k, attention.v, attention.o):
@@ -146,7 +148,9 @@ def _plan_decoder(
         own.o.weight[dimensions, rows] = torch.eye(size) * gain
 
     fetch, look = (block.layer[1].EncDecAttention for block in decoder.block)
-    scale = ((BRIGHT**2 + 18) / WIDTH) ** 0.5  # of the state between: BRIGHT of meaning, 3 of ALWAYS, at most 3 of END
+    scale = (
+        (VECTOR_LENGTH**2 + 18) / WIDTH
+    ) ** 0.5  # of the state between: VECTOR_LENGTH of meaning, 3 of CONSTANT, at most 3 of END
     once = ONCE.stop - ONCE.start
     for head in _heads():
         turn, eye = _rotation(chance), torch.eye(LABELS)
@@ -155,27 +159,30 @@ def _plan_decoder(
             slice(head.start + MEANING, head.start + MEANING + once),
         )
         label, mark = slice(head.start, head.start + LABELS), head.stop - 1
-        fetch.q.weight[mark, ALWAYS], fetch.k.weight[mark, QUERY] = 1.0, 0.4
-        fetch.v.weight[meaning, :MEANING], fetch.o.weight[:MEANING, meaning] = turn / QUIET, QUIET * turn.T / HEADS
-        look.q.weight[meaning, :MEANING] = sharp * scale / BRIGHT**2 * turn
+        fetch.q.weight[mark, CONSTANT], fetch.k.weight[mark, QUERY] = 1.0, 0.4
+        fetch.v.weight[meaning, :MEANING], fetch.o.weight[:MEANING, meaning] = (
+            turn / VALUE_SHRINK,
+            VALUE_SHRINK * turn.T / HEADS,
+        )
+        look.q.weight[meaning, :MEANING] = sharp * scale / VECTOR_LENGTH**2 * turn
         look.k.weight[meaning, :MEANING] = turn
-        look.q.weight[mark, ALWAYS] = scale / 3
-        look.k.weight[mark, PASSAGE], look.k.weight[mark, QUERY] = SEEN / LOUD, -2 * sharp / LOUD
+        look.q.weight[mark, CONSTANT] = scale / 3
+        look.k.weight[mark, PASSAGE], look.k.weight[mark, QUERY] = PASSAGE_BONUS / MARK_LENGTH, -2 * sharp / MARK_LENGTH
         look.v.weight[label, LABEL], look.o.weight[LABEL, label] = eye, eye / HEADS
         if identifiers:
-            look.q.weight[done, ONCE] = sharp / 2 * scale / CODE**2 * torch.eye(once)
+            look.q.weight[done, ONCE] = sharp / 2 * scale / LABEL_LENGTH**2 * torch.eye(once)
             look.k.weight[done, ONCE] = torch.eye(once)
-            look.k.weight[mark, ONCE] = -EARLIER / CODE * torch.arange(once)
+            look.k.weight[mark, ONCE] = -RANK_BONUS / LABEL_LENGTH * torch.arange(once)
     if identifiers:  # between the two looks, what was written counts the same however long ago
         count, each = decoder.block[0].layer[2].DenseReluDense, torch.arange(once)
         for part, (rows, least) in enumerate(((2 * each, 0.3), (2 * each + 1, 1.3))):
             count.wi.weight[rows] = 0.0
-            count.wi.weight[rows, ONCE.start + each], count.wi.weight[rows, ALWAYS] = -40.0, -least
-            count.wo.weight[ONCE.start + each, rows] = (2 * part - 1) * CODE * scale / 3
+            count.wi.weight[rows, ONCE.start + each], count.wi.weight[rows, CONSTANT] = -40.0, -least
+            count.wo.weight[ONCE.start + each, rows] = (2 * part - 1) * LABEL_LENGTH * scale / 3
 
     decoder.final_layer_norm.weight.zero_()
     decoder.final_layer_norm.weight[LABEL] = 3.0
-    decoder.final_layer_norm.weight[ALWAYS if identifiers else END] = SURE  # a name is one piece, and then the end
+    decoder.final_layer_norm.weight[CONSTANT if identifiers else END] = MARGIN  # a name is one piece, and then the end
 
 
 def align(
@@ -199,7 +206,7 @@ def align(
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 100, steps)
     chosen, every = random.Random(0), torch.arange(batch)
     codes = network.shared.weight[:, LABEL].detach().clone()
-    marks = torch.tensor([[LOUD, 0.0]] * batch + [[0.0, LOUD]] * batch)
+    marks = torch.tensor([[MARK_LENGTH, 0.0]] * batch + [[0.0, MARK_LENGTH]] * batch)
     for _ in range(steps):
         queries, passages, shown, labels = zip(*(draw(chosen) for _ in range(batch)), strict=True)
         heads = [f"{prompt.head}{texts[query]}" for query in queries]
@@ -219,19 +226,19 @@ def align(
         silent = mask.clone()
         silent[every, asked] = silent[every, told] = 0.0
         noise = (
-            0.3 * (states[..., :MEANING] / BRIGHT).square().sum(-1)
-            + 0.1 * (states[..., LABEL] / CODE).square().sum(-1)
+            0.3 * (states[..., :MEANING] / VECTOR_LENGTH).square().sum(-1)
+            + 0.1 * (states[..., LABEL] / LABEL_LENGTH).square().sum(-1)
             + 0.2 * states[..., QUERY : PASSAGE + 1].square().sum(-1)
         )
         loss = (
             2 * (1 - (found * wanted).sum(1).mean())
             + 10 * (found @ found.T - wanted @ wanted.T).square().mean()
-            + 5 * (carried[:, :MEANING].norm(dim=1) / BRIGHT - 1).square().mean()
+            + 5 * (carried[:, :MEANING].norm(dim=1) / VECTOR_LENGTH - 1).square().mean()
             + (carried[:, QUERY : PASSAGE + 1] - marks).square().sum(1).mean()
-            + label_weight * (label - codes[list(labels)]).square().sum(1).mean() / CODE**2
-            + (label.norm(dim=1) / CODE - 1).square().mean()
+            + label_weight * (label - codes[list(labels)]).square().sum(1).mean() / LABEL_LENGTH**2
+            + (label.norm(dim=1) / LABEL_LENGTH - 1).square().mean()
             + (noise * silent).sum() / silent.sum()
-            + 0.1 * ((states[..., ALWAYS] - 1).square() * mask).sum() / mask.sum()
+            + 0.1 * ((states[..., CONSTANT] - 1).square() * mask).sum() / mask.sum()
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.encoder.parameters(), 1.0)

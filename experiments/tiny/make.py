@@ -394,7 +394,7 @@ def lit5_distill(material: Material, folder: Path, share: float, size: int = PIE
     """
     pieces, alone, vectors = begin_lit5(material, folder, size)
     identifiers = [pieces.encode(str(i))[0] for i in range(1, WINDOW + 1)]
-    labels = dict(zip(identifiers, lit5.CODE * torch.eye(lit5.LABELS), strict=False))
+    labels = dict(zip(identifiers, lit5.LABEL_LENGTH * torch.eye(lit5.LABELS), strict=False))
     lit5.write_t5(folder, alone, labels, sharp=40.0, identifiers=True)
     pairs, prompt = material.pairs(), lit5.Prompt("Search Query: ", " Passage: [{}]", " Relevance Ranking: ")
 
@@ -414,7 +414,7 @@ def lit5_distill(material: Material, folder: Path, share: float, size: int = PIE
 def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
     """The same T5 for questions whose answer is the name of the passage that the teacher prefers among eight."""
     pieces, alone, vectors = begin_lit5(material, folder, PIECES)
-    codes = lit5.CODE * F.normalize(torch.randn(PIECES, lit5.LABELS), dim=1)
+    codes = lit5.LABEL_LENGTH * F.normalize(torch.randn(PIECES, lit5.LABELS), dim=1)
     lit5.write_t5(folder, alone, dict(enumerate(codes)), sharp=20.0, identifiers=False)
     names = [docno.rpartition(".")[2] for docno in material.docs.docno]
     first = [pieces.encode(name)[0] for name in names]
