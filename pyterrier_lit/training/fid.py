@@ -6,6 +6,7 @@ activations of the encoder. With gradient checkpointing only the states that it 
 in the backward pass, for a part of the passages at a time.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,23 @@ from torch.utils.checkpoint import checkpoint
 from pyterrier_lit.batching import encoder_tokens, like_lengths, padded
 from pyterrier_lit.models.t5 import EOS, START, FiD, T5Checkpoint
 from pyterrier_lit.training.losses import decayed_cross_entropy
+from pyterrier_lit.training.trainer import Recipe
 
 PromptsAndAnswer = tuple[list[list[int]], list[int]]  # of one query: a prompt per passage, and the answer with EOS
+
+
+@dataclasses.dataclass(frozen=True)
+class FiDRecipe(Recipe):
+    """What the recipes of the two LiT5 share.
+
+    Args:
+        dropout: of the T5.
+        max_tokens: tokens, with padding, that the encoder reads together; None is 4,096 on a CPU, 16,384 on a GPU.
+    """
+
+    dropout: float = 0.1
+    checkpointing: bool = True
+    max_tokens: int | None = None
 
 
 class AnswerBatch(NamedTuple):

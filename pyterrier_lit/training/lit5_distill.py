@@ -15,12 +15,12 @@ from pyterrier_lit.frames import Ranking
 from pyterrier_lit.lit5_distill import LiT5Distill
 from pyterrier_lit.models.t5 import EOS, T5Checkpoint
 from pyterrier_lit.training.data import uneven, window
-from pyterrier_lit.training.fid import PromptsAndAnswer, answer_loss, collate, set_dropout
+from pyterrier_lit.training.fid import FiDRecipe, PromptsAndAnswer, answer_loss, collate, set_dropout
 from pyterrier_lit.training.trainer import Objective, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
-class WindowRecipe(Recipe):
+class WindowRecipe(FiDRecipe):
     """A LiT5Distill's recipe: an example is a window sampled from a list. The paper varies the windows' size and order,
     and does not say by which distributions.
 
@@ -28,17 +28,13 @@ class WindowRecipe(Recipe):
         smallest, largest: passages of a window; None for largest is the student's window size.
         shuffle: the probability that the passages of a window are shuffled; else they keep the first stage's order.
         decay: how much a token weighs in the loss relative to the token before it.
-        dropout: of the T5.
-        max_tokens: tokens, with padding, that the encoder reads together; None is 4,096 on a CPU, 16,384 on a GPU.
+        dropout, max_tokens: see `training.fid.FiDRecipe`.
     """
 
     smallest: int = 2
     largest: int | None = None
     shuffle: float = 0.5
     decay: float = 0.95
-    dropout: float = 0.1
-    checkpointing: bool = True
-    max_tokens: int | None = None
 
     def objective(self, student: LiT5Distill) -> Objective:
         """The cross-entropy of the order as text. Raises ValueError for sizes of windows that cannot be."""

@@ -14,24 +14,20 @@ from typing import NamedTuple
 from pyterrier_lit.frames import Ranking
 from pyterrier_lit.lit5_score import LiT5Score
 from pyterrier_lit.models.t5 import EOS, T5Checkpoint
-from pyterrier_lit.training.fid import PromptsAndAnswer, answer_loss, collate, set_dropout
+from pyterrier_lit.training.fid import FiDRecipe, PromptsAndAnswer, answer_loss, collate, set_dropout
 from pyterrier_lit.training.trainer import Objective, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerRecipe(Recipe):
+class AnswerRecipe(FiDRecipe):
     """A LiT5Score's recipe: an example is a question with the first passages of its list and one of its answers.
 
     Args:
         n_passages: passages of an example; None is as many as the student reads.
-        dropout: of the T5.
-        max_tokens: tokens, with padding, that the encoder reads together; None is 4,096 on a CPU, 16,384 on a GPU.
+        dropout, max_tokens: see `training.fid.FiDRecipe`.
     """
 
     n_passages: int | None = None
-    dropout: float = 0.1
-    checkpointing: bool = True
-    max_tokens: int | None = None
 
     def objective(self, student: LiT5Score) -> Objective:
         """The cross-entropy of the answer."""
