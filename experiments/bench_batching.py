@@ -25,7 +25,7 @@ def main():
     arguments = parser.parse_args()
     collection = corpora.load(arguments.collection)
     first = pt.RankCutoff(100) >> collection.text_loader()
-    reranker, lists = CrossEncoder(str(arguments.model), device="cpu"), []
+    reranker, lists = CrossEncoder(str(arguments.model), query_length=32, doc_length=256, device="cpu"), []
     for _, ranking in first(collection.get_results()).sort_values(["qid", "rank"]).groupby("qid"):
         layout, pairs = reranker.pairs(list(zip(ranking["query"], ranking["text"], strict=True)))
         lists.append([layout.length(pair) for pair in pairs])

@@ -6,6 +6,7 @@ monoELECTRA (arXiv 2405.07920) learned its scores from the rankings of large lan
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from pyterrier_lit.models.pair_encoder import PairCheckpoint, new_pairs, read_pa
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
 
-QUERY_LENGTH, DOC_LENGTH = 32, 256  # pieces kept where neither the caller nor the checkpoint says
+QUERY_LENGTH, DOC_LENGTH = 32, 256  # pieces kept by Rank-DistiLLM's where neither the caller nor the checkpoint says
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -30,7 +31,8 @@ class CrossEncoder(Reranker):
             classification checkpoints with one label, or two of which the second is the score. No code of the
             checkpoint is run.
         query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32
-            and 256. Together they are capped by the model's positions, the longer side first.
+            and 256 for lightning-ir's; an ordinary classifier is cut as a pair alone. A pair is then cut to the model's
+            maximum, the longer side first. A warning says when more than half of the passages were cut.
         special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text"
             reads them as plain characters, for texts from strangers.
         text_field: the column with the passages.
@@ -62,7 +64,7 @@ class CrossEncoder(Reranker):
             [(query, text) for text in texts] for query, texts in zip(queries, columns[self.text_field], strict=True)
         ]
         distinct = list(dict.fromkeys(pair for pairs in asked for pair in pairs))
-        layout, inputs = self.pairs(distinct)
+        layout, inputs = self.pairs(distinct, warn=True)
 
         def scores(batch: list[Pair]) -> torch.Tensor:
             return checkpoint.scores(layout.tensors(batch, checkpoint.pad_id))
@@ -74,26 +76,45 @@ class CrossEncoder(Reranker):
         score_of = dict(zip(distinct, computed, strict=True))
         return {"score": [[score_of[pair] for pair in pairs] for pairs in asked]}
 
-    def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
-        """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once."""
-        lengths = self.lengths()
-        layout = self.load().layout(
-            special_tokens_as_text=self.option("special_tokens", {"parse": False, "text": True})
-        )
+    def pairs(self, texts: Sequence[tuple[str, str]], warn: bool = False) -> tuple[PairLayout, list[Pair]]:
+        """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once.
+
+        warn: when more than half of the passages were truncated.
+        """
+        lengths, checkpoint = self.lengths(), self.load()
+        as_text = self.option("special_tokens", {"parse": False, "text": True})
+        layout: PairLayout = checkpoint.layout(special_tokens_as_text=as_text)
         queries = list(dict.fromkeys(query for query, _ in texts))
         passages = list(dict.fromkeys(passage for _, passage in texts))
-        pieces_of_query = dict(zip(queries, layout.pieces(queries, lengths["query_length"]), strict=True))
-        pieces_of_passage = dict(zip(passages, layout.pieces(passages, lengths["doc_length"]), strict=True))
-        return layout, [layout.fit(pieces_of_query[query], pieces_of_passage[passage]) for query, passage in texts]
+        prompted = [checkpoint.prompt + query for query in queries]
+        pieces_of_query = dict(zip(queries, layout.pieces(prompted, lengths["query_length"]), strict=True))
+        whole = dict(zip(passages, layout.pieces(passages, None), strict=True))
+        pairs = [
+            layout.fit(pieces_of_query[query], whole[passage][: lengths["doc_length"]]) for query, passage in texts
+        ]
+        cut = sum(len(pair[1]) < len(whole[passage]) for pair, (_, passage) in zip(pairs, texts, strict=True))
+        if warn and cut > len(pairs) / 2:
+            warnings.warn(
+                f"{cut} of {len(pairs)} passages were truncated; doc_length keeps more of them, up to the model's"
+                " maximum, or split them before: pt.text.sliding",
+                stacklevel=2,
+            )
+        return layout, pairs
 
-    def lengths(self) -> dict[str, int]:
-        """The pieces kept of a query and of a passage: the caller's, else the checkpoint's, else Rank-DistiLLM's."""
-        lengths = {}
+    def lengths(self) -> dict[str, int | None]:
+        """The pieces kept of a query and of a passage: the caller's, else the checkpoint's, else Rank-DistiLLM's.
+
+        None keeps all, as far as the pair fits: an ordinary classifier's.
+        """
+        checkpoint: PairCheckpoint = self.load()
+        lengths: dict[str, int | None] = {}
         for name, default in (("query_length", QUERY_LENGTH), ("doc_length", DOC_LENGTH)):
             own = getattr(self, name)
-            lengths[name] = own if own is not None else self.load().config.get(name) or default
-            if not isinstance(lengths[name], int) or lengths[name] < 1:
-                raise ValueError(f"{name}={lengths[name]!r}; wanted a whole number of pieces from 1 on")
+            recorded = checkpoint.config.get(name) or (default if checkpoint.is_lightning_ir else None)
+            length = recorded if own is None else own
+            if length is not None and (not isinstance(length, int) or length < 1):
+                raise ValueError(f"{name}={length!r}; wanted a whole number of pieces from 1 on")
+            lengths[name] = length
         return lengths
 
     def saved_settings(self) -> dict[str, Any]:

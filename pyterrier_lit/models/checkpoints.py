@@ -41,7 +41,12 @@ class Folder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The fields of config.json."""
+        """The fields of config.json. ValueError for a folder with an adapter, whose weights would be left out."""
+        if (self.path / "adapter_config.json").exists():
+            raise ValueError(
+                f"{self} holds an adapter (adapter_config.json), which is not read; merge it into its base model and"
+                " save that: `PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)`"
+            )
         return _read_json(self, "config.json")
 
     @cached_property
@@ -55,17 +60,20 @@ class Folder:
         return fields
 
     def weights(self) -> Weights:
-        """All tensors by name, on the CPU in their stored dtype: of safetensors, else of pytorch_model*.bin."""
+        """All tensors by name, on the CPU in their stored dtype: of safetensors, else of pytorch_model*.bin.
+
+        They are copied into memory: as a map of the file they would change with it.
+        """
         weights: Weights = {}
         for file in _weight_files(self):
             try:
                 if file.suffix == ".safetensors":
-                    weights.update(safetensors.torch.load_file(file))
+                    weights |= {name: tensor.clone() for name, tensor in safetensors.torch.load_file(file).items()}
                 else:
                     weights.update(torch.load(file, map_location="cpu", weights_only=True))
             except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
                 raise damaged(file, error) from error
-        return weights
+        return {_today(name): tensor for name, tensor in weights.items()}
 
     def weight(self, name: str) -> torch.Tensor | None:
         """One tensor, None where there is no such; of safetensors the others are not read."""
@@ -89,7 +97,7 @@ class Folder:
 
                 has_words = (self.path / "vocab.txt").exists()
                 known = transformers.BertTokenizer if has_words else transformers.AutoTokenizer
-                tokenizer = known.from_pretrained(self.path).backend_tokenizer
+                tokenizer = known.from_pretrained(self.path, trust_remote_code=False).backend_tokenizer
             tokenizer.encode("\u2603")  # a vocabulary that was cut to nothing fails at the first word it does not know
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(
@@ -98,6 +106,35 @@ class Folder:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+    def library_tokenizer(self) -> Any:
+        """The tokenizer as the library makes it of all files; where no class is named, tokenizer.json says all.
+
+        ValueError for one that cannot be read, or has no fast version.
+        """
+        import transformers
+
+        self.check_vocabulary()
+        named = self.tokenizer_config.get("tokenizer_class")
+        alone = named is None and (self.path / "tokenizer.json").exists()
+        known: Any = transformers.PreTrainedTokenizerFast if alone else transformers.AutoTokenizer
+        try:
+            tokenizer: Any = known.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{self} has no tokenizer that can be read ({first_line(error)})") from error
+        if not tokenizer.is_fast:
+            raise ValueError(f"{self}: {named or type(tokenizer).__name__} has no fast version, which is wanted")
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        return tokenizer
+
+    def optional(self, name: str) -> Any:
+        """What a JSON file holds, {} where it is not there."""
+        file = self.path / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (ValueError, OSError) as error:
+            raise damaged(file, error) from error
 
     def check_vocabulary(self) -> None:
         """FileNotFoundError where there is no vocabulary: transformers would make a tokenizer without pieces."""
@@ -301,13 +338,22 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _today(name: str) -> str:
+    """The name of a weight in place of that which checkpoints of TensorFlow's time have."""
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+
+
 def _weight_files(folder: Folder) -> list[Path]:
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = f"{whole}.index.json"
         if (folder.path / whole).exists():
             return [folder.path / whole]
         if (folder.path / index).exists():
-            files = [folder.path / name for name in sorted(set(_read_json(folder, index)["weight_map"].values()))]
+            names = sorted(set(_read_json(folder, index)["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
+            if outside:
+                raise ValueError(f"{folder.path / index} names {outside[0]!r}; weights lie in the folder itself")
+            files = [folder.path / name for name in names]
             absent = [file.name for file in files if not file.exists()]
             if absent:
                 raise folder.missing(f"{', '.join(absent)}, which {index} names")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # The model_type that lightning-ir gave a cross-encoder: in 2024-05, 2024-06, and since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
 POOLINGS = ("first", "mean", "sum", "max")  # by lightning-ir's names
+PROMPTS = "config_sentence_transformers.json"  # where sentence-transformers keeps a prompt for queries
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,6 +47,7 @@ class PairCheckpoint:
     config: dict[str, Any]  # config.json
     tokenizer_config: dict[str, Any]  # tokenizer_config.json
     clean_up: bool = False  # cut texts by way of decoded text, as lightning-ir does
+    prompt: str = ""  # stands before every query: the default prompt of sentence-transformers
     _layouts: dict[bool, PairLayout] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -57,6 +59,11 @@ class PairCheckpoint:
                 reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there on
                 limits.append(module.num_embeddings - reserved)
         return min((limit for limit in limits if limit), default=None)
+
+    @property
+    def is_lightning_ir(self) -> bool:
+        """Whether it is of lightning-ir's kind, and not an ordinary classifier."""
+        return isinstance(self.network, PooledScorer)
 
     @property
     def pad_id(self) -> int:
@@ -73,7 +80,9 @@ class PairCheckpoint:
             if special_tokens_as_text:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.encode_special_tokens = True
-            layout = PairLayout(tokenizer, limit=self.limit, clean_up=self.clean_up)
+            layout = PairLayout(
+                tokenizer, limit=self.limit, clean_up=self.clean_up, longest_first=not self.is_lightning_ir
+            )
             self._layouts[special_tokens_as_text] = layout
         return self._layouts[special_tokens_as_text]
 
@@ -85,9 +94,12 @@ class PairCheckpoint:
         scores: torch.Tensor = self.network(**there)
         return scores.float()
 
-    def save(self, folder: Path, query_length: int, doc_length: int) -> None:
+    def save(self, folder: Path, query_length: int | None, doc_length: int | None) -> None:
         """Write config, weights and tokenizer, with the lengths, into an existing folder."""
         lengths = {"query_length": query_length, "doc_length": doc_length}
+        if self.prompt:
+            prompts = {"model_type": "CrossEncoder", "prompts": {"query": self.prompt}, "default_prompt_name": "query"}
+            save_json(folder / PROMPTS, prompts)
         save_json(folder / "config.json", self.network.save(folder, self.config) | lengths)
         clean_up = {"clean_up_tokenization_spaces": self.clean_up}
         save_json(folder / "tokenizer_config.json", self.tokenizer_config | clean_up | lengths)
@@ -106,6 +118,11 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
         return _checkpoint(folder, _pooled(folder, config, weights), config, device, dtype)
     if kind in LIGHTNING_IR:
         raise wrong_weights(str(folder), ["missing linear.weight"])
+    if any(part.get("path") for part in folder.optional("modules.json") or ()):
+        raise ValueError(
+            f"{folder} is a model of sentence-transformers whose head lies in a module of its own (modules.json), which"
+            " is not read; wanted a ...ForSequenceClassification with its head in the weights"
+        )
     architectures = config.get("architectures") or ["unknown architecture"]
     if not architectures[0].endswith("ForSequenceClassification"):
         raise ValueError(
@@ -113,7 +130,7 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
             " of lightning-ir over ELECTRA or BERT, or a ...ForSequenceClassification with one or two labels. To train"
             " a head on an encoder: CrossEncoder.from_backbone"
         )
-    return _checkpoint(folder, _labelled(folder, weights), config, device, dtype)
+    return _labelled(folder, weights, device, dtype)
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
@@ -165,12 +182,17 @@ class PooledScorer(nn.Module):
 
 
 class LabelScorer(nn.Module):
-    """The last logit of a sequence classifier with one or two labels."""
+    """The logit of a sequence classifier with one label; of two labels the second's less the first's.
 
-    def __init__(self, model: "PreTrainedModel"):
+    wants_types: whether the checkpoint's tokenizer gives token types, which are then read where the model has some.
+    """
+
+    def __init__(self, model: "PreTrainedModel", wants_types: bool = True):
         super().__init__()
         self.model = model
-        self.reads_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        has_types = getattr(model.config, "type_vocab_size", 2) > 1
+        known = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.reads_types = wants_types and has_types and known
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
@@ -178,7 +200,8 @@ class LabelScorer(nn.Module):
         """(B, L) three times -> (B,)"""
         types = {"token_type_ids": token_type_ids} if self.reads_types else {}
         logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
-        return logits[:, -1]
+        logits = logits.float()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         """Write the weights as transformers does; returns config.json's fields."""
@@ -188,15 +211,14 @@ class LabelScorer(nn.Module):
 
 def _checkpoint(
     folder: Folder,
-    network: PooledScorer | LabelScorer,
+    network: PooledScorer,
     config: dict[str, Any],
     device: torch.device,
     dtype: torch.dtype,
 ) -> PairCheckpoint:
     tokenizer = folder.tokenizer()
     check_pieces(tokenizer.get_vocab_size(), config["vocab_size"], str(folder))
-    clean_up = isinstance(network, PooledScorer) and _cleans_up(folder)
-    checkpoint = PairCheckpoint(network, tokenizer, config, folder.tokenizer_config, clean_up)
+    checkpoint = PairCheckpoint(network, tokenizer, config, folder.tokenizer_config, _cleans_up(folder))
     if checkpoint.pad_id not in range(config["vocab_size"]):
         raise ValueError(f"{folder}: pad_token_id={checkpoint.pad_id!r} is no piece of {config['vocab_size']}")
     network.to(device, dtype).eval()
@@ -218,11 +240,12 @@ def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledS
     return network
 
 
-def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
+def _labelled(folder: Folder, weights: Weights, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
+    """A sequence classifier of the library, with its tokenizer as the library makes it."""
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder.path)
+        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         model = library_model(mapping, config, weights, str(folder), torch.float32)
     except (RuntimeError, KeyError, OSError) as error:
@@ -231,10 +254,40 @@ def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
         ) from error
     if (labels := int(model.config.num_labels or 0)) > 2:
         raise ValueError(
-            f"{folder} classifies into {labels} labels; a cross-encoder has one, or two of which the second"
-            " is the score"
+            f"{folder} classifies into {labels} labels; a cross-encoder has one, or two: irrelevant and relevant"
         )
-    return LabelScorer(model)
+    tokenizer = folder.library_tokenizer()
+    check_pieces(len(tokenizer), model.config.vocab_size, str(folder))
+    if model.config.pad_token_id is None:  # models that read the last token that is no padding
+        model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    prompts = folder.optional(PROMPTS)
+    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"), "")
+    inputs = tokenizer.model_input_names
+    if "tokenizer_class" not in folder.tokenizer_config:
+        inputs = folder.tokenizer_config.get("model_input_names", ["token_type_ids"])
+    network = LabelScorer(model.eval(), "token_type_ids" in inputs)
+    config_fields = folder.config | {"pad_token_id": model.config.pad_token_id}
+    checkpoint = PairCheckpoint(
+        network, tokenizer.backend_tokenizer, config_fields, folder.tokenizer_config, prompt=prompt
+    )
+    _check_padding(checkpoint, str(folder))
+    network.to(device, dtype)
+    return checkpoint
+
+
+@torch.inference_mode()
+def _check_padding(checkpoint: PairCheckpoint, source: str) -> None:
+    """ValueError for a model that scores a pair otherwise beside a longer one: it wants its padding elsewhere."""
+    layout = checkpoint.layout()
+    short, long = (layout.pieces([text], 8)[0] for text in ("a b", "b a b a b a b a"))
+    pairs = [(short, short), (short, long)]
+    together = checkpoint.scores(layout.tensors(pairs, checkpoint.pad_id))
+    alone = torch.cat([checkpoint.scores(layout.tensors([pair], checkpoint.pad_id)) for pair in pairs])
+    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{source}: {type(checkpoint.network.model).__name__} scores a pair otherwise when it is padded on the"
+            " right beside a longer one, so its scores would depend on the batch; it is not supported"
+        )
 
 
 def _backbone(config: dict[str, Any]) -> str:

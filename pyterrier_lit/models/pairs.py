@@ -16,12 +16,21 @@ class PairLayout:
 
     limit: the longest input in tokens; None has no limit.
     clean_up: cut as lightning-ir does, by way of decoded text (specs: `do n't` becomes `don't` after the cut).
+    longest_first: over the limit the pair is cut as the tokenizers library does, not as lightning-ir.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, limit: int | None = None, clean_up: bool = False):
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        limit: int | None = None,
+        clean_up: bool = False,
+        longest_first: bool = False,
+    ):
         self.tokenizer = tokenizer
         self.limit = limit
         self.clean_up = clean_up
+        self.longest_first = longest_first
         query, passage = (tokenizer.encode(text, add_special_tokens=False) for text in "ab")
         joined = tokenizer.post_process(query, passage)
         ids, special = joined.ids, joined.special_tokens_mask
@@ -42,13 +51,19 @@ class PairLayout:
         self._n, self._apostrophe = vocabulary.get("n"), vocabulary.get("'")
         self._ts = {id for piece, id in vocabulary.items() if piece.startswith("t")}
 
-    def pieces(self, texts: Sequence[str], length: int) -> list[list[int]]:
-        """The first `length` pieces of each text, without special tokens around them."""
+    def pieces(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
+        """The first `length` pieces of each text (None: all), without special tokens around them."""
         return [self._cleaned(ids[:length]) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: list[int], passage: list[int]) -> Pair:
         """The pair within `limit`: while it is too long the longer side loses its last piece, the passage on a tie."""
         excess = self.length((query, passage)) - (self.limit or float("inf"))
+        if excess > 0 and self.longest_first:
+            shorter, longer = sorted((len(query), len(passage)))
+            room = shorter + longer - int(excess)
+            shorter = min(shorter, room // 2)
+            kept = (shorter, room - shorter) if len(query) <= len(passage) else (room - shorter, shorter)
+            return query[: kept[0]], passage[: kept[1]]
         while excess > 0:
             query, passage = (query[:-1], passage) if len(query) > len(passage) else (query, passage[:-1])
             excess -= 1

@@ -152,7 +152,9 @@ def new_pe_rank(
         embedding_size = encoder.config["hidden_size"]
     if not embedding_size:
         raise ValueError("embedding_size=None without encoder_name=; one of them must say how long the vectors are")
-    body, found = transformers.AutoModel.from_pretrained(folder.path, dtype=dtype, output_loading_info=True)
+    body, found = transformers.AutoModel.from_pretrained(
+        folder.path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
     if found["missing_keys"]:
         raise wrong_weights(str(folder), [f"missing {name}" for name in found["missing_keys"]])
     prompter = read_prompter(folder, body.config.vocab_size, add=True)

@@ -129,7 +129,7 @@ def _read_tokenizer(folder: Folder) -> Any:
     try:
         if not is_fast and (folder.path / "tokenizer.model").exists():
             _check_sentencepieces(folder.path / "tokenizer.model")
-        return known.from_pretrained(folder.path)
+        return known.from_pretrained(folder.path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{folder} has no tokenizer that can be read ({first_line(error)})") from error
 
