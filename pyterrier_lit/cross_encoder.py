@@ -19,6 +19,8 @@ from pyterrier_lit.reranker import Reranker
 
 QUERY_LENGTH, DOC_LENGTH = 32, 256  # pieces kept where neither the caller nor the checkpoint says
 
+SPECIAL_TOKENS = {"parse": False, "text": True}  # whether those in a text are plain characters
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class CrossEncoder(Reranker):
@@ -57,6 +59,7 @@ class CrossEncoder(Reranker):
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """`score`: the model's, of every passage of every query. Equal pairs are computed once."""
+        self.option("special_tokens", SPECIAL_TOKENS)  # before anything is read
         checkpoint: PairCheckpoint = self.load()
         asked = [
             [(query, text) for text in texts] for query, texts in zip(queries, columns[self.text_field], strict=True)
@@ -77,9 +80,7 @@ class CrossEncoder(Reranker):
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
         """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once."""
         lengths = self.lengths()
-        layout = self.load().layout(
-            special_tokens_as_text=self.option("special_tokens", {"parse": False, "text": True})
-        )
+        layout = self.load().layout(special_tokens_as_text=self.option("special_tokens", SPECIAL_TOKENS))
         queries = list(dict.fromkeys(query for query, _ in texts))
         passages = list(dict.fromkeys(passage for _, passage in texts))
         pieces_of_query = dict(zip(queries, layout.pieces(queries, lengths["query_length"]), strict=True))
