@@ -27,22 +27,22 @@ SET_HERE = ("model", "text_field", "answer_field", "verbose")  # arguments that 
 Parameters = dict[str, dict[str, inspect.Parameter]]  # by name, then by reranker
 
 
-def rerank(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+def rerank(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
     """Rerank the candidates in a file into a TREC run."""
     add_candidates(parser)
     parser.add_argument("--output", type=Path, required=True, help="the run; gzipped if its name ends in .gz")
-    add_reranker(parser)
+    add_reranker(parser, named)
     add_run(parser)
 
     def run(arguments: argparse.Namespace) -> None:
         read = candidates(parser, arguments, arguments.input)
-        named = reranker(parser, arguments)
-        print(write_run(named, read, arguments.output, **run_settings(arguments, named)))
+        described = reranker(parser, arguments)
+        print(write_run(described, read, arguments.output, **run_settings(arguments, described)))
 
     return run
 
 
-def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+def tirex(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
     """Rerank as a system in TIRA does, from an input directory to run.txt and ir-metadata.yml, and check both."""
     for option, variables, meaning in (
         ("--input", ("TIRA_INPUT_DATASET", "inputDataset"), "the input directory"),
@@ -61,31 +61,31 @@ def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     parser.add_argument("--team", default="pyterrier-lit", help="your team's name in TIRA (default %(default)s)")
     parser.add_argument("--repository", default="pyterrier-lit", help="where the code is, a URL (default %(default)s)")
     parser.add_argument("--compress", action="store_true", help="write run.txt.gz")
-    add_reranker(parser)
+    add_reranker(parser, named)
     add_run(parser)
 
     def run(arguments: argparse.Namespace) -> None:
-        named = reranker(parser, arguments)
-        settings = run_settings(arguments, named)
+        described = reranker(parser, arguments)
+        settings = run_settings(arguments, described)
         check_settings(settings["system"], settings["chunk"])
         check_new(run_in(arguments.output, arguments.compress), arguments.resume)
         read = candidates_in(arguments.input, arguments.input_run, arguments.depth)
         about = About(
             system=settings.pop("system"),
-            description=describe(named, arguments.depth),
+            description=describe(described, arguments.depth),
             dataset=arguments.dataset or os.environ.get("TIRA_DATASET_ID") or arguments.input.resolve().name,
             team=arguments.team,
             repository=arguments.repository,
         )
-        print(write_submission(named, read, arguments.output, about, compress=arguments.compress, **settings))
+        print(write_submission(described, read, arguments.output, about, compress=arguments.compress, **settings))
 
     return run
 
 
-def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
     """Train a reranker on candidates in a file, from labels or from a teacher's run."""
-    add_reranker(parser)
-    add_backbone(parser)
+    add_reranker(parser, named)
+    add_backbone(parser, named)
     add_candidates(parser)
     add_training(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained checkpoint")
@@ -138,15 +138,44 @@ def candidates(
     return lambda: read_run(path, *lookups(), arguments.depth)
 
 
-def add_reranker(parser: argparse.ArgumentParser) -> None:
-    """The options that all commands have: which reranker, and how it is set."""
+def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
+    """The options that all commands have: which reranker, and how it is set.
+
+    named: the reranker whose options alone the help shows; None shows those of all.
+    """
     parser.add_argument("--reranker", choices=RERANKERS, required=True)
     parser.add_argument("--model", help="hub id or folder; default: the reranker's published checkpoint")
     own = parser.add_argument_group("arguments of the rerankers", "as the classes of pyterrier_lit document them")
     for name, parameters in constructor_options().items():
-        defaults = ", ".join(f"{reranker} (default {given.default})" for reranker, given in parameters.items())
         kind = value_types(next(iter(parameters.values())))[0]
-        own.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=defaults)
+        own.add_argument(
+            flag(name),
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=explained(name, parameters, named),
+        )
+
+
+def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | None) -> str:
+    """What the docstrings of the rerankers that take an argument say of it, or that of the one that is named."""
+    if named is not None and named not in parameters:
+        return argparse.SUPPRESS
+    owners: dict[str, list[str]] = {}
+    for reranker, parameter in parameters.items():
+        if named in (None, reranker):
+            said = documented(RERANKERS[reranker]).get(name, "")
+            said = said if said.endswith("...") else said.removesuffix(".")
+            owners.setdefault(f"{said} (default {parameter.default})", []).append(reranker)
+    by_owner = "; ".join(f"{', '.join(rerankers)}: {said}" for said, rerankers in owners.items())
+    return (next(iter(owners)) if named else by_owner).replace("%", "%%")
+
+
+def documented(kind: type[Reranker]) -> dict[str, str]:
+    """What the docstring of a class says of each of its arguments, under Args."""
+    _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
+    return {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -166,12 +195,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_backbone(parser: argparse.ArgumentParser) -> None:
+def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
     """The options for a reranker that is trained from a pre-trained model."""
     parser.add_argument("--backbone", help="hub id or folder to begin from, untrained; else --model is trained further")
     for name, kind in RERANKERS.items():
         for option, parameter in kind.begin_options().items():
             meaning = f"of {name} with --backbone (default {parameter.default})"
+            meaning = meaning if named in (None, name) else argparse.SUPPRESS
             parser.add_argument(flag(option), type=value_types(parameter)[0], default=argparse.SUPPRESS, help=meaning)
 
 
@@ -300,6 +330,9 @@ def program() -> str:
 
 def main(words: list[str] | None = None) -> int:
     """Run one command; what goes wrong is one line on stderr, and not 0 is returned."""
+    words = sys.argv[1:] if words is None else words
+    asked = re.search(r"--reranker[ =](\S+)", " ".join(words))
+    named = asked[1] if asked and asked[1] in RERANKERS else None
     parser = argparse.ArgumentParser(prog=program(), description="Neural rerankers for files of candidates.")
     parser.add_argument("--version", action="version", version=f"pyterrier_lit {pyterrier_lit.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -307,7 +340,7 @@ def main(words: list[str] | None = None) -> int:
         own = commands.add_parser(
             command.__name__, help=command.__doc__, description=command.__doc__, allow_abbrev=False
         )
-        own.set_defaults(run=command(own))
+        own.set_defaults(run=command(own, named))
     arguments = parser.parse_args(words)
     try:
         arguments.run(arguments)

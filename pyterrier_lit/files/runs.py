@@ -24,7 +24,11 @@ from pyterrier_lit.files.locks import only_writer
 
 CHUNK = 100  # pairs reranked between two writes: a query of the usual depth
 PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # behind the name of the output
-HASHED = ("another reranker, model, option, chunk or system", "other weights", "another input, order or depth")
+HASHED = (  # what the three are of
+    "another reranker, model, option, chunk or system",
+    "other weights or another device",
+    "another input, order or depth",
+)
 
 
 class Summary(NamedTuple):
@@ -79,11 +83,7 @@ def write_run(
     output = Path(os.path.realpath(output)) if output.is_symlink() else output
     with only_writer(output):
         check_new(output, resume)
-        seen: list[bytes] = []
-        total = 0
-        for query in read():
-            seen.append(_digest(query))
-            total += len(query.docnos)
+        seen, total = _read_through(read())
         settings = f"{reranker!r} {system} {chunk}"
         part = _part_of(output, settings.encode(), (weights() if weights else "").encode(), b"".join(seen))
         queries = pairs = found = 0
@@ -224,6 +224,15 @@ def _part_of(output: Path, *made_of: bytes) -> Path:
         if differing:
             raise ValueError(f"{other} was begun with {' and '.join(differing)}; give the same again, or delete it")
     return output.with_name(f"{output.name}.{'-'.join(hashes)}.part")
+
+
+def _read_through(queries: Iterable[Candidates]) -> tuple[list[bytes], int]:
+    """The digest of each query, and the number of all pairs."""
+    digests, pairs = [], 0
+    for query in queries:
+        digests.append(_digest(query))
+        pairs += len(query.docnos)
+    return digests, pairs
 
 
 def _digest(query: Candidates) -> bytes:
