@@ -243,7 +243,7 @@ def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     plan.chosen_settings()
     for path in (arguments.labels, arguments.teacher, arguments.valid, arguments.valid_labels):
         if path is not None:
-            path.open("rb").close()
+            path.stat()
     standing = next(path for path in (arguments.output, *arguments.output.absolute().parents) if path.exists())
     if not standing.is_dir() or not os.access(standing, os.W_OK):
         raise OSError(f"{arguments.output} cannot be written to; give another output")

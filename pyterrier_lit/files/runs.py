@@ -202,7 +202,8 @@ class Part:
         if error is None or not self.path.exists():
             return
         if self.end:
-            os.truncate(self.path, self.end)
+            with contextlib.suppress(OSError):  # then resuming cuts it off
+                os.truncate(self.path, self.end)
             error.add_note(f"what was finished is in {self.path}, a run file; resume goes on with it")
         else:
             self.path.unlink()
