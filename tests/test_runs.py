@@ -275,13 +275,15 @@ def test_a_part_of_an_earlier_version_is_not_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"q0 Q0 d3 1 \0\0\0 x\n", b"\xff\xfe\n", b"\n", b"q0 Q0 d9 1 9 x\n", b"q0 Q0 d3 2 9 x\n"]
+    "column, damage", [(0, "q3"), (1, ""), (2, "d9"), (3, "2"), (4, "\0\0"), (4, "1e"), (5, "y\n")]
 )
-def test_a_damaged_line_in_a_part_is_reranked_again_with_what_follows(tmp_path, damage):
+def test_a_damaged_line_in_a_part_is_reranked_again_with_what_follows(tmp_path, column, damage):
     write(tmp_path / "whole.txt", Failing())
     part = interrupted(tmp_path)
     lines = part.read_bytes().splitlines(keepends=True)
-    part.write_bytes(b"".join([*lines[:10], damage, *lines[11:]]))
+    words = lines[10].decode().split(" ")
+    words[column] = damage
+    part.write_bytes(b"".join([*lines[:10], " ".join(words).encode(), *lines[11:]]))
     write(tmp_path / "run.txt", Failing(), resume=True)
     assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
 
