@@ -1,4 +1,4 @@
-"""The command line: `python -m pyterrier_lit rerank`, `train` and `tirex`. Knows options and messages alone."""
+"""The command line: `pyterrier-lit rerank`, `train` and `tirex`. Knows options and messages alone."""
 
 import argparse
 import ast
@@ -7,14 +7,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
 import pyterrier_lit
 from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
-from pyterrier_lit.files.runs import CHUNK, write_run
-from pyterrier_lit.files.tirex import About, candidates_in, describe, write_submission
+from pyterrier_lit.files.rerankers import CHUNKS, check_values, chunk_for, fingerprint
+from pyterrier_lit.files.runs import check_new, check_settings, write_run
+from pyterrier_lit.files.tirex import About, candidates_in, describe, run_in, write_submission
 from pyterrier_lit.reranker import Reranker
 
 RERANKERS: dict[str, type[Reranker]] = {  # by the name of their module
@@ -26,21 +27,22 @@ SET_HERE = ("model", "text_field", "answer_field", "verbose")  # arguments that 
 Parameters = dict[str, dict[str, inspect.Parameter]]  # by name, then by reranker
 
 
-def rerank(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+def rerank(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
     """Rerank the candidates in a file into a TREC run."""
     add_candidates(parser)
     parser.add_argument("--output", type=Path, required=True, help="the run; gzipped if its name ends in .gz")
-    add_reranker(parser)
+    add_reranker(parser, named)
     add_run(parser)
 
     def run(arguments: argparse.Namespace) -> None:
         read = candidates(parser, arguments, arguments.input)
-        print(write_run(reranker(parser, arguments), read, arguments.output, **run_settings(arguments)))
+        described = reranker(parser, arguments)
+        print(write_run(described, read, arguments.output, **run_settings(arguments, described)))
 
     return run
 
 
-def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+def tirex(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
     """Rerank as a system in TIRA does, from an input directory to run.txt and ir-metadata.yml, and check both."""
     for option, variables, meaning in (
         ("--input", ("TIRA_INPUT_DATASET", "inputDataset"), "the input directory"),
@@ -59,29 +61,31 @@ def tirex(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
     parser.add_argument("--team", default="pyterrier-lit", help="your team's name in TIRA (default %(default)s)")
     parser.add_argument("--repository", default="pyterrier-lit", help="where the code is, a URL (default %(default)s)")
     parser.add_argument("--compress", action="store_true", help="write run.txt.gz")
-    add_reranker(parser)
+    add_reranker(parser, named)
     add_run(parser)
 
     def run(arguments: argparse.Namespace) -> None:
-        named = reranker(parser, arguments)
-        settings = run_settings(arguments)
+        described = reranker(parser, arguments)
+        settings = run_settings(arguments, described)
+        check_settings(settings["system"], settings["chunk"])
+        check_new(run_in(arguments.output, arguments.compress), arguments.resume)
+        read = candidates_in(arguments.input, arguments.input_run, arguments.depth)
         about = About(
             system=settings.pop("system"),
-            description=describe(named, arguments.depth),
+            description=describe(described, arguments.depth),
             dataset=arguments.dataset or os.environ.get("TIRA_DATASET_ID") or arguments.input.resolve().name,
             team=arguments.team,
             repository=arguments.repository,
         )
-        read = candidates_in(arguments.input, arguments.input_run, arguments.depth)
-        print(write_submission(named, read, arguments.output, about, compress=arguments.compress, **settings))
+        print(write_submission(described, read, arguments.output, about, compress=arguments.compress, **settings))
 
     return run
 
 
-def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], None]:
+def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
     """Train a reranker on candidates in a file, from labels or from a teacher's run."""
-    add_reranker(parser)
-    add_backbone(parser)
+    add_reranker(parser, named)
+    add_backbone(parser, named)
     add_candidates(parser)
     add_training(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained checkpoint")
@@ -91,13 +95,17 @@ def train(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], Non
 
         if (arguments.valid is None) != (arguments.valid_labels is None):
             parser.error("--valid and --valid-labels go together")
-        learns = learner(reranker(parser, arguments), arguments)
+        if arguments.model is not None and arguments.backbone is not None:
+            parser.error("--model is trained further, --backbone from its beginning; give one of them")
+        check_training(parser, arguments)
         if arguments.answers:
             frame = read_qa(arguments.input)
         else:
             frame = as_frame(candidates(parser, arguments, arguments.input)())
         validation = as_frame(candidates(parser, arguments, arguments.valid)()) if arguments.valid else None
-        learns.fit(frame, read_qrels(arguments.labels), validation, read_qrels(arguments.valid_labels))
+        labels, valid_labels = read_qrels(arguments.labels), read_qrels(arguments.valid_labels)
+        learns = learner(student(parser, arguments), arguments)
+        learns.fit(frame, labels, validation, valid_labels)
         learns.student.save(arguments.output)
         print(f"{arguments.output}: {len(learns.log)} measurements, the last {learns.log.iloc[-1].dropna().to_dict()}")
 
@@ -126,18 +134,48 @@ def candidates(
         parser.error(f"--input {path} is no .jsonl[.gz]; a run wants --topics and --documents with it")
     if arguments.topics is None:
         return partial(read_rerank_file, path, arguments.depth)
-    return partial(read_run, path, topics(arguments.topics), documents(arguments.documents), arguments.depth)
+    lookups = cache(lambda: (topics(arguments.topics), documents(arguments.documents)))
+    return lambda: read_run(path, *lookups(), arguments.depth)
 
 
-def add_reranker(parser: argparse.ArgumentParser) -> None:
-    """The options that all commands have: which reranker, and how it is set."""
+def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
+    """The options that all commands have: which reranker, and how it is set.
+
+    named: the reranker whose options alone the help shows; None shows those of all.
+    """
     parser.add_argument("--reranker", choices=RERANKERS, required=True)
     parser.add_argument("--model", help="hub id or folder; default: the reranker's published checkpoint")
     own = parser.add_argument_group("arguments of the rerankers", "as the classes of pyterrier_lit document them")
     for name, parameters in constructor_options().items():
-        defaults = ", ".join(f"{reranker} (default {given.default})" for reranker, given in parameters.items())
         kind = value_types(next(iter(parameters.values())))[0]
-        own.add_argument(flag(name), type=kind, default=argparse.SUPPRESS, metavar=kind.__name__.upper(), help=defaults)
+        own.add_argument(
+            flag(name),
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=explained(name, parameters, named),
+        )
+
+
+def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | None) -> str:
+    """What the docstrings of the rerankers that take an argument say of it, or that of the one that is named."""
+    if named is not None and named not in parameters:
+        return argparse.SUPPRESS
+    owners: dict[str, list[str]] = {}
+    for reranker, parameter in parameters.items():
+        if named in (None, reranker):
+            said = documented(RERANKERS[reranker]).get(name, "")
+            said = said if said.endswith("...") else said.removesuffix(".")
+            owners.setdefault(f"{said} (default {parameter.default})", []).append(reranker)
+    by_owner = "; ".join(f"{', '.join(rerankers)}: {said}" for said, rerankers in owners.items())
+    return (next(iter(owners)) if named else by_owner).replace("%", "%%")
+
+
+def documented(kind: type[Reranker]) -> dict[str, str]:
+    """What the docstring of a class says of each of its arguments, under Args."""
+    _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
+    return {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -147,20 +185,23 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk",
         type=positive,
-        default=CHUNK,
-        help="pairs reranked and then written together (default %(default)s): more fill batches, fewer lose less",
+        help="pairs reranked and then written together: more fill batches, fewer lose less"
+        f" (default {CHUNKS['cpu']}, on a GPU {CHUNKS['cuda']:,})",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on with what an interrupted run with the same options has left"
+        "--resume",
+        action="store_true",
+        help="go on with what an interrupted run with the same options, weights and input has left",
     )
 
 
-def add_backbone(parser: argparse.ArgumentParser) -> None:
+def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
     """The options for a reranker that is trained from a pre-trained model."""
     parser.add_argument("--backbone", help="hub id or folder to begin from, untrained; else --model is trained further")
     for name, kind in RERANKERS.items():
         for option, parameter in kind.begin_options().items():
             meaning = f"of {name} with --backbone (default {parameter.default})"
+            meaning = meaning if named in (None, name) else argparse.SUPPRESS
             parser.add_argument(flag(option), type=value_types(parameter)[0], default=argparse.SUPPRESS, help=meaning)
 
 
@@ -195,8 +236,21 @@ def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
     return FineTune(student, **settings)
 
 
+def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """What is wrong with a training and needs neither model nor data to be seen."""
+    plan = learner(reranker(parser, arguments), arguments)
+    plan.chosen_recipe()
+    plan.chosen_settings()
+    for path in (arguments.labels, arguments.teacher, arguments.valid, arguments.valid_labels):
+        if path is not None:
+            path.stat()
+    standing = next(path for path in (arguments.output, *arguments.output.absolute().parents) if path.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
+        raise OSError(f"{arguments.output} cannot be written to; give another output")
+
+
 def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker that the options describe; with --backbone a new one."""
+    """The reranker that the options describe; it is not loaded, and the model is the one to be trained further."""
     given = {name: getattr(arguments, name) for name in constructor_options() if hasattr(arguments, name)}
     for name in given:
         owners = constructor_options()[name]
@@ -204,18 +258,30 @@ def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
             parser.error(f"{flag(name)} is an option of {' and '.join(owners)}, not of {arguments.reranker}")
     if arguments.model is not None:
         given["model"] = arguments.model
-    if getattr(arguments, "backbone", None) is None:
-        return RERANKERS[arguments.reranker](**given)
-    kind = RERANKERS[arguments.reranker]
+    named = RERANKERS[arguments.reranker](**given)
+    check_values(named)
+    return named
+
+
+def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
+    """The reranker that is trained; with --backbone a new one."""
+    kind, named = RERANKERS[arguments.reranker], reranker(parser, arguments)
+    if arguments.backbone is None:
+        return named
+    given = {name: getattr(named, name) for name in constructor_options() if hasattr(arguments, name)}
     given |= {name: getattr(arguments, name) for name in kind.begin_options() if hasattr(arguments, name)}
     return kind.from_backbone(arguments.backbone, **given)
 
 
-def run_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, Any]:
     """The arguments of `write_run` that the options give."""
-    model = arguments.model or inspect.signature(RERANKERS[arguments.reranker]).parameters["model"].default
-    by_itself = f"{arguments.reranker}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).resolve().name)}"
-    return {"system": arguments.system or by_itself, "chunk": arguments.chunk, "resume": arguments.resume}
+    by_itself = f"{arguments.reranker}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(named.model).resolve().name)}"
+    return {
+        "system": arguments.system or by_itself,
+        "chunk": arguments.chunk or chunk_for(named),
+        "resume": arguments.resume,
+        "weights": partial(fingerprint, named),
+    }
 
 
 def constructor_options() -> Parameters:
@@ -256,25 +322,40 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def program() -> str:
+    """How this was called."""
+    script = Path(sys.argv[0]).stem
+    return script if script == "pyterrier-lit" else "python -m pyterrier_lit"
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one command; what goes wrong is one line on stderr, and not 0 is returned."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pyterrier_lit", description="Neural rerankers for files of candidates."
-    )
+    words = sys.argv[1:] if words is None else words
+    asked = re.search(r"--reranker[ =](\S+)", " ".join(words))
+    named = asked[1] if asked and asked[1] in RERANKERS else None
+    parser = argparse.ArgumentParser(prog=program(), description="Neural rerankers for files of candidates.")
+    parser.add_argument("--version", action="version", version=f"pyterrier_lit {pyterrier_lit.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         own = commands.add_parser(
             command.__name__, help=command.__doc__, description=command.__doc__, allow_abbrev=False
         )
-        own.set_defaults(run=command(own))
+        own.set_defaults(run=command(own, named))
     arguments = parser.parse_args(words)
     try:
         arguments.run(arguments)
-    except (OSError, ValueError, TypeError, MemoryError, ImportError, KeyboardInterrupt) as error:
-        told = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
-        print(f"{parser.prog}: {' '.join('; '.join(told).split())}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    except KeyboardInterrupt as error:
+        return failed(parser, "interrupted", error, code=130)
+    except (OSError, ValueError, TypeError, MemoryError, ImportError) as error:
+        return failed(parser, str(error) or type(error).__name__, error, code=1)
     return 0
+
+
+def failed(parser: argparse.ArgumentParser, what: str, error: BaseException, code: int) -> int:
+    """Say on one line what went wrong and what was kept; `resume` is an option here. Returns the exit code."""
+    told = " ".join("; ".join([what, *getattr(error, "__notes__", ())]).split())
+    print(f"{parser.prog}: {told.replace('resume goes on', '--resume goes on')}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from pyterrier_lit.reranker import Reranker
 
 QUERY_LENGTH, DOC_LENGTH = 32, 256  # pieces kept by Rank-DistiLLM's where neither the caller nor the checkpoint says
 
+SPECIAL_TOKENS = {"parse": False, "text": True}  # whether those in a text are plain characters
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class CrossEncoder(Reranker):
@@ -59,6 +61,7 @@ class CrossEncoder(Reranker):
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """`score`: the model's, of every passage of every query. Equal pairs are computed once."""
+        self.option("special_tokens", SPECIAL_TOKENS)  # before anything is read
         checkpoint: PairCheckpoint = self.load()
         asked = [
             [(query, text) for text in texts] for query, texts in zip(queries, columns[self.text_field], strict=True)
@@ -81,8 +84,8 @@ class CrossEncoder(Reranker):
 
         warn: when more than half of the passages were truncated.
         """
+        as_text = self.option("special_tokens", SPECIAL_TOKENS)
         lengths, checkpoint = self.lengths(), self.load()
-        as_text = self.option("special_tokens", {"parse": False, "text": True})
         layout: PairLayout = checkpoint.layout(special_tokens_as_text=as_text)
         queries = list(dict.fromkeys(query for query, _ in texts))
         passages = list(dict.fromkeys(passage for _, passage in texts))

@@ -65,8 +65,8 @@ class LiT5Distill(ListwiseReranker):
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
         """The positions of each query's passages, best first."""
-        checkpoint: T5Checkpoint = self.load()
         decode = self.option("decoding", DECODINGS)
+        checkpoint: T5Checkpoint = self.load()
         texts = columns[self.text_field]
 
         def prompts(windows: list[Window]) -> list[Prompt]:

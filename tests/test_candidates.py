@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 from conftest import write_jsonl
@@ -43,6 +44,22 @@ def test_best_is_the_lowest_rank_else_the_highest_score_else_the_first_line(tmp_
     assert read(tmp_path, *rows)[0].docnos == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("rank", [0, 1, -3, "0", 0.5])
+def test_among_equal_ranks_the_highest_score_is_best(tmp_path, rank):
+    scores = {"a": 1.5, "b": 3, "c": -2, "d": 2}
+    rows = [GOOD | {"docno": docno, "rank": rank, "score": score} for docno, score in scores.items()]
+    assert read(tmp_path, *rows)[0].docnos == ["b", "d", "a", "c"]
+    assert read(tmp_path, *rows, depth=2)[0].docnos == ["b", "d"]
+    rows[1]["score"] = None
+    assert read(tmp_path, *rows)[0].docnos == ["d", "a", "c", "b"]
+    for row in rows:
+        row["score"] = None
+    assert read(tmp_path, *rows)[0].docnos == ["a", "b", "c", "d"]
+    (tmp_path / "run.txt").write_text("".join(f"q1 Q0 {docno} {rank} {score} x\n" for docno, score in scores.items()))
+    (query,) = read_run(tmp_path / "run.txt", lambda ids: dict.fromkeys(ids, "x"), lambda ids: dict.fromkeys(ids, "x"))
+    assert query.docnos == ["b", "d", "a", "c"]
+
+
 @pytest.mark.parametrize("name", ["qid", "query", "docno", "text"])
 def test_a_missing_field_is_named_with_its_line(tmp_path, name):
     other = GOOD | {"docno": "d2"}
@@ -60,8 +77,10 @@ def test_a_missing_field_is_named_with_its_line(tmp_path, name):
         ({"qid": True}, "line 2 has qid True"),
         ({"docno": "d 2"}, "line 2 has docno 'd 2'; it may not be empty or hold white space"),
         ({"docno": ""}, "line 2 has docno ''"),
+        ({"docno": "d\0"}, "line 2 has docno 'd\\x00'"),
         ({"rank": "first"}, "line 2 has rank 'first'; wanted a number"),
         ({"score": float("nan")}, "line 2 has score nan; wanted a number"),
+        ({"score": 10**400}, "line 2 has score 1000"),
         ({}, "line 2: qid 'q1' has docno 'd1' twice; keep one of them"),
         ({"docno": "d2", "query": "blue fox"}, "line 2: qid 'q1' has two queries, 'red fox' and 'blue fox'"),
     ],
@@ -84,6 +103,16 @@ def test_a_query_that_comes_again_after_another_is_an_error(tmp_path):
         (b"\n\n", "holds no candidates"),
         (json.dumps(GOOD).encode()[:-9], "line 1 is no JSON, or is cut short"),
         (b"[1, 2]\n", "line 1 holds a list, wanted an object"),
+        (100_000 * b"[", "line 1 is no JSON, or is cut short"),
+        (bytes(100), "line 1 is no JSON, or is cut short"),
+        (
+            json.dumps(GOOD | {"docno": "d\ud83d"}).encode(),
+            r"line 1 has docno 'd\\ud83d'; it may not .* surrogate",
+        ),
+        (
+            json.dumps(GOOD | {"qid": "\udc00"}).encode(),
+            r"line 1 has qid '\\udc00'; it may not .* surrogate",
+        ),
         (b"\xff\xfe\n", "cannot be read beyond line 0: it is cut short or damaged"),
     ],
 )
@@ -121,6 +150,33 @@ def test_a_run_takes_queries_and_texts_from_other_files(tmp_path):
         lookups = topics(str(tmp_path / queries)), documents(str(tmp_path / docs))
         assert list(read_run(tmp_path / "run.txt", *lookups)) == expected
         assert [query.docnos for query in read_run(tmp_path / "run.txt", *lookups, 1)] == [["d1"], ["7"]]
+
+
+def test_half_a_surrogate_pair_in_a_query_or_document_is_the_replacement_character(tmp_path):
+    (tmp_path / "queries.jsonl").write_text('{"qid": "q1", "query": "\\udc00 fox \\ud83e\\udd8a"}\n')
+    (tmp_path / "docs.jsonl").write_text('{"docno": "d1", "text": "a fox \\ud83e"}\n')
+    (tmp_path / "run.txt").write_text("q1 Q0 d1 1 2.5 x\n")
+    lookups = topics(str(tmp_path / "queries.jsonl")), documents(str(tmp_path / "docs.jsonl"))
+    assert list(read_run(tmp_path / "run.txt", *lookups)) == [
+        Candidates("q1", "\ufffd fox \U0001f98a", ["d1"], ["a fox \ufffd"])
+    ]
+
+
+def test_marks_blanks_and_carriage_returns_are_no_part_of_an_id(tmp_path):
+    (tmp_path / "queries.tsv").write_bytes("\ufeffq1\tred fox\r\n q2 \tcat\r\n".encode())
+    (tmp_path / "docs.tsv").write_bytes("d1\tone\r\n".encode("utf-16"))
+    (tmp_path / "run.txt").write_bytes(b"\xef\xbb\xbfq1\tQ0\td1\t1\t2.5\tx\r\nq2 Q0 d1 1 2.5 x\r\n")
+    lookups = topics(str(tmp_path / "queries.tsv")), documents(str(tmp_path / "docs.tsv"))
+    assert list(read_run(tmp_path / "run.txt", *lookups)) == [
+        Candidates("q1", "red fox", ["d1"], ["one"]),
+        Candidates("q2", "cat", ["d1"], ["one"]),
+    ]
+
+
+def test_a_pipe_which_cannot_be_read_twice_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "rerank.jsonl")
+    with pytest.raises(ValueError, match=r"rerank.jsonl is a pipe or a terminal; .* so write them into a file"):
+        list(read_rerank_file(tmp_path / "rerank.jsonl"))
 
 
 def test_a_run_that_does_not_fit_its_topics_or_documents_is_an_error(tmp_path):

@@ -1,13 +1,16 @@
 """The command line: the same run as in Python, killed and resumed, every mistake in one line on stderr."""
 
+import importlib
 import inspect
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from itertools import accumulate, groupby
 
 import ir_measures
@@ -17,7 +20,9 @@ import pytest
 from conftest import CHECKPOINTS, GOLDEN, ROOT, write_jsonl
 from ir_measures import AP, RR, nDCG
 
-from pyterrier_lit.__main__ import RERANKERS, SET_HERE, constructor_options, main
+import pyterrier_lit
+from pyterrier_lit import CrossEncoder
+from pyterrier_lit.__main__ import RERANKERS, SET_HERE, constructor_options, documented, flag, main
 
 
 def golden_rows():
@@ -197,6 +202,137 @@ def test_options_that_do_not_go_together_are_named(tmp_path, file, capsys):
             main(words(file, tmp_path / "run.txt", *more))
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--special-tokens", "keep"], "special_tokens='keep'; wanted one of"),
+        (["--device", "toaster"], "device='toaster' cannot be used here"),
+        (["--query-length", "0"], "query_length=0; wanted a whole number from 1 on"),
+        (["--system", "two words"], "system='two words'"),
+    ],
+)
+def test_options_are_checked_before_files_and_models_are_read(tmp_path, capsys, more, message):
+    assert message in refused(words(tmp_path / "no.jsonl", tmp_path / "run.txt", "--model", "no/such", *more), capsys)
+
+
+def test_an_output_that_exists_is_named_before_documents_are_indexed_or_models_read(tmp_path, capsys):
+    (tmp_path / "run.txt").write_text("a run\n")
+    more = ["--topics", tmp_path / "no.tsv", "--documents", tmp_path / "no.tsv", "--model", "no/such"]
+    assert "run.txt is there already" in refused(words(tmp_path / "no.txt", tmp_path / "run.txt", *more), capsys)
+    assert "no.tsv" in refused(words(tmp_path / "no.txt", tmp_path / "new.txt", *more), capsys)
+
+
+def test_input_is_read_before_the_model(tmp_path, file, capsys):
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [*golden_rows(), golden_rows()[-1]])
+    assert "twice; keep one" in refused(words(wrong, tmp_path / "run.txt", "--model", "no/such"), capsys)
+    assert "the hub did not give" in refused(words(file, tmp_path / "run.txt", "--model", "no/such"), capsys)
+
+
+def interrupted(arguments, monkeypatch, capsys, after):
+    """What a command says that is interrupted when it reranks more than so many queries."""
+    results, seen = CrossEncoder.results, []
+
+    def stop(self, queries, columns):
+        seen.extend(queries)
+        if len(seen) > after:
+            raise KeyboardInterrupt
+        return results(self, queries, columns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CrossEncoder, "results", stop)
+        assert main(arguments) == 130
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ctrl_c_keeps_what_is_done_at_the_default_chunk_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    rows = [row | {"qid": f"{copy}{row['qid']}"} for copy in range(4) for row in golden_rows()]
+    arguments = words(write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "run.txt")
+    said = interrupted(arguments, monkeypatch, capsys, after=8)
+    (part,) = tmp_path.glob("run.txt.*.part")
+    assert said.endswith(f"interrupted; what was finished is in {part}, a run file; --resume goes on with it")
+    assert pt.io.read_results(str(part)).qid.nunique() in range(4, 9)
+    assert "--resume goes on with it, or delete it to begin anew" in refused(arguments, capsys)
+    assert main([*arguments, "--resume"]) == 0
+    assert main(words(tmp_path / "in.jsonl", tmp_path / "whole.txt")) == 0
+    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
+    early = words(tmp_path / "in.jsonl", tmp_path / "early.txt")
+    assert interrupted(early, monkeypatch, capsys, after=0).endswith("interrupted")
+    assert not list(tmp_path.glob("early*"))
+
+
+def test_resume_refuses_what_would_mix_two_runs_in_one(tmp_path, file, monkeypatch, capsys):
+    model = shutil.copytree(CHECKPOINTS["cross-encoder"], tmp_path / "model")
+    arguments = [*words(file, tmp_path / "run.txt", "--model", model), "--chunk", "20", "--resume"]
+    interrupted(arguments, monkeypatch, capsys, after=3)
+    rows, weights = golden_rows(), (model / "model.safetensors").read_bytes()
+    half = weights[: len(weights) // 2]
+
+    def again(*more):
+        assert not (tmp_path / "run.txt").exists()
+        return refused([*arguments, *more], capsys)
+
+    for more in (
+        ["--depth", "9"],
+        ["--chunk", "21"],
+        ["--system", "x"],
+        ["--doc-length", "9"],
+        ["--dtype", "bfloat16"],
+    ):
+        assert "was begun with another" in again(*more)
+    for changed in (rows[::-1], [*rows, rows[0] | {"qid": "new"}], [rows[0] | {"text": "changed"}, *rows[1:]]):
+        write_jsonl(file, changed)
+        assert "was begun with another input, order or depth; give the same again" in again()
+    write_jsonl(file, rows)
+    (model / "model.safetensors").write_bytes(half + bytes(100) + weights[len(half) + 100 :])
+    assert "was begun with other weights or another device; give the same again" in again()
+    (model / "model.safetensors").write_bytes(weights)
+    assert main(arguments) == 0
+
+
+def test_of_two_processes_on_one_output_the_second_ends_at_once_with_one_line(tmp_path):
+    rows = [row | {"qid": f"{copy}{row['qid']}"} for copy in range(20) for row in golden_rows()]
+    inputs = [write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows[::-1])]
+    begun = [program(words(given, tmp_path / "run.txt", "--chunk", 60, "--system", "x")) for given in inputs]
+    ended = [(process.communicate()[1], process.returncode) for process in begun]
+    assert sorted(code for _, code in ended) == [0, 1]
+    (said,) = [error.splitlines()[-1] for error, code in ended if code]
+    assert "run.txt is being written already, by process " in said or "run.txt is there already" in said
+    first = rows if ended[0][1] == 0 else rows[::-1]
+    written = [line.split()[0] for line in (tmp_path / "run.txt").read_text().splitlines()]
+    assert list(dict.fromkeys(written)) == list(dict.fromkeys(row["qid"] for row in first))
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
+
+
+def test_the_help_of_every_option_is_what_the_docstring_says_of_the_argument(capsys):
+    for name, parameters in constructor_options().items():
+        for reranker in parameters:
+            assert len(documented(RERANKERS[reranker])[name]) > 10, (reranker, name)
+    for reranker in RERANKERS:
+        with pytest.raises(SystemExit):
+            main(["rerank", "--reranker", reranker, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        for name, parameters in constructor_options().items():
+            assert (f"{flag(name)} " in said) == (reranker in parameters)
+            if reranker in parameters:  # argparse also breaks lines at hyphens
+                assert documented(RERANKERS[reranker])[name].rstrip(".").replace(" ", "") in said.replace(" ", "")
+    with pytest.raises(SystemExit):
+        main(["rerank", "--help"])
+    everything = capsys.readouterr().out
+    assert all(flag(name) in everything for name in constructor_options())
+
+
+def test_the_console_script_is_this_command_line_and_says_its_version(capsys, monkeypatch):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["pyterrier-lit"].partition(":")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/pyterrier-lit", "--version"])
+    with pytest.raises(SystemExit) as end:
+        getattr(importlib.import_module(module), function)()
+    assert end.value.code == 0 and capsys.readouterr().out == f"pyterrier_lit {pyterrier_lit.__version__}\n"
+    with pytest.raises(SystemExit):
+        main(["rerank"])
+    assert capsys.readouterr().err.startswith("usage: pyterrier-lit rerank")
 
 
 def test_an_output_that_cannot_be_written_is_one_clear_line_before_the_model_loads(tmp_path, file, capsys):

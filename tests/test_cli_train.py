@@ -132,3 +132,34 @@ def test_options_that_do_not_go_together_are_named(file, cross_encoder_folder, t
     with pytest.raises(SystemExit) as end:
         train("--reranker", "cross-encoder", "--input", file, "--output", tmp_path / "out", *arguments)
     assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--labels", "qrels.txt", "--recipe", "best"], "recipe='best'; CrossEncoder has"),
+        (["--labels", "qrels.txt", "--set", "speed=1"], "'speed' is no setting of PairRecipe"),
+        (["--labels", "qrels.txt", "--doc-length", 0], "doc_length=0; wanted a whole number from 1 on"),
+        (["--labels", "no.txt"], "No such file or directory: 'no.txt'"),
+        (["--teacher", "no.run"], "No such file or directory: 'no.run'"),
+        (["--labels", "qrels.txt", "--valid", "no.jsonl", "--valid-labels", "qrels.txt"], "'no.jsonl'"),
+        (
+            ["--labels", "qrels.txt", "--output", "qrels.txt/out"],
+            "qrels.txt/out cannot be written to; give another output",
+        ),
+        (["--labels", "qrels.txt", "--input", "no.jsonl"], "'no.jsonl'"),
+    ],
+)
+def test_what_needs_no_backbone_is_checked_before_one_is_read(file, labels, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(labels.parent)
+    monkeypatch.setattr(CrossEncoder, "from_backbone", lambda *_, **__: pytest.fail("a backbone was read"))
+    where = ["--input", file, "--output", "out", "--device", "cpu"]
+    assert train("--reranker", "cross-encoder", "--backbone", "no/such", *where, *arguments) == 1
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_model_and_a_backbone_are_not_both_trained(file, labels, capsys):
+    both = ["--reranker", "cross-encoder", "--model", "a/model", "--backbone", "a/backbone"]
+    with pytest.raises(SystemExit):
+        train(*both, "--input", file, "--labels", labels, "--output", "out")
+    assert "--model is trained further, --backbone from its beginning; give one" in capsys.readouterr().err

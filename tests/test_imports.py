@@ -32,8 +32,10 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "batching": set(),
     "decoding": set(),
     "files": set(),
-    "files.candidates": set(),
-    "files.runs": {"batching", "files.candidates"},
+    "files.lines": set(),
+    "files.candidates": {"files.lines"},
+    "files.locks": set(),
+    "files.runs": {"batching", "files.candidates", "files.locks"},
     "models": set(),
     "models.checkpoints": set(),
     "models.pooling": set(),
@@ -54,6 +56,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     # Second floor: the faces
     **{face: {"batching", "decoding", "frames", "listwise", "order", "reranker", "windows"} | MODELS for face in FACES},
     # Third floor: what works with a reranker
+    "files.rerankers": {"models.checkpoints", "reranker"},
     "files.tirex": {"files.candidates", "files.runs", "models.checkpoints", "reranker"},
     "training": {"training.distil"},
     "training.distil": {"frames", "reranker", "training.data", "training.trainer"},
@@ -66,8 +69,8 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     },
     # Fourth floor
     "scale": {"frames", "reranker"},
-    "__main__": {"pyterrier_lit", "files.candidates", "files.runs", "files.tirex", "reranker", "training"}
-    | {"training.data"},
+    "__main__": {"pyterrier_lit", "files.candidates", "files.rerankers", "files.runs", "files.tirex", "reranker"}
+    | {"training", "training.data"},
     "__init__": set(FACES),
 }
 HEAVY = (

@@ -1,6 +1,9 @@
 """runs: candidates to a run file in chunks; resuming, ties, memory, failures that keep what was finished."""
 
+import fcntl
 import gzip
+import os
+import shutil
 import tracemalloc
 from functools import partial
 
@@ -153,7 +156,7 @@ def test_an_unfinished_run_is_not_overwritten_nor_continued_otherwise(tmp_path):
     for queries in (QUERIES[1:], [QUERIES[0]._replace(docnos=list("abcde")), *QUERIES[1:]]):
         with pytest.raises(ValueError, match="was begun with another input"):
             write(tmp_path / "run.txt", Failing(), queries=queries, resume=True)
-    with pytest.raises(ValueError, match="was begun with a longer input"):
+    with pytest.raises(ValueError, match="was begun with another input"):
         write(tmp_path / "run.txt", Failing(), queries=QUERIES[:2], resume=True)
     assert part.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [part.name]
@@ -220,3 +223,197 @@ def test_memory_does_not_grow_with_the_number_of_queries(tmp_path):
         peak(f"warm-{source}", 10, source)
         few, many = peak(f"few-{source}", 20, source), peak(f"many-{source}", 400, source)  # texts: 0.5 MB, 10 MB
         assert many < few + 500_000
+
+
+# What a part was begun with
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"queries": [*QUERIES[:6], QUERIES[6]._replace(query="another"), QUERIES[7]]}, "input, order or depth"),
+        (
+            {"queries": [*QUERIES[:7], QUERIES[7]._replace(texts=["other", *QUERIES[7].texts[1:]])]},
+            "input, order or depth",
+        ),
+        ({"queries": [QUERIES[1], QUERIES[0], *QUERIES[2:]]}, "input, order or depth"),
+        ({"queries": [QUERIES[0]._replace(docnos=QUERIES[0].docnos[::-1]), *QUERIES[1:]]}, "input, order or depth"),
+        ({"queries": [query._replace(docnos=query.docnos[:4], texts=query.texts[:4]) for query in QUERIES]}, "depth"),
+        ({"queries": [*QUERIES, QUERIES[0]._replace(qid="q8")]}, "input, order or depth"),
+        ({"queries": QUERIES[:5]}, "input, order or depth"),
+        ({"weights": lambda: "trained anew"}, "weights or another device"),
+        ({"weights": None}, "weights or another device"),
+        ({"system": "y", "weights": None}, "option, chunk or system and other weights or another device"),
+    ],
+)
+def test_what_is_not_as_it_was_is_named_and_the_part_kept(tmp_path, change, named):
+    with pytest.raises(ValueError, match="nan"):
+        write(tmp_path / "run.txt", Failing("q4"), weights=lambda: "of yesterday")
+    (part,) = tmp_path.iterdir()
+    before = part.read_bytes()
+    reranker = Failing()
+    with pytest.raises(ValueError, match=rf"part was begun with .*{named}; give the same again, or delete it"):
+        write(tmp_path / "run.txt", reranker, **{"weights": lambda: "of yesterday", "resume": True} | change)
+    assert reranker.seen == [] and part.read_bytes() == before
+    write(tmp_path / "run.txt", reranker, weights=lambda: "of yesterday", resume=True)
+    assert reranker.seen == ["q4", "q5", "q6", "q7"]
+
+
+def test_parts_of_other_outputs_and_empty_ones_are_none(tmp_path):
+    with pytest.raises(ValueError, match="nan"):
+        write(tmp_path / "run.txt.gz", Failing("q4"))
+    (tmp_path / "run.txt.00000000-11111111-22222222.part").touch()  # killed before anything was written
+    write(tmp_path / "run.txt", Failing())
+    write(tmp_path / "run.txt.gz", Failing(), resume=True)
+    assert gzip.decompress((tmp_path / "run.txt.gz").read_bytes()) == (tmp_path / "run.txt").read_bytes()
+
+
+def test_a_part_of_an_earlier_version_is_not_gone_on_with(tmp_path):
+    (tmp_path / "run.txt.0123abcd.part").write_text("q0 Q0 d3 1 9 x\n")
+    with pytest.raises(ValueError, match=r"0123abcd.part was begun with another reranker"):
+        write(tmp_path / "run.txt", resume=True)
+
+
+@pytest.mark.parametrize(
+    "column, damage", [(0, "q3"), (1, ""), (2, "d9"), (3, "2"), (4, "\0\0"), (4, "1e"), (5, "y\n")]
+)
+def test_a_damaged_line_in_a_part_is_reranked_again_with_what_follows(tmp_path, column, damage):
+    write(tmp_path / "whole.txt", Failing())
+    part = interrupted(tmp_path)
+    lines = part.read_bytes().splitlines(keepends=True)
+    words = lines[10].decode().split(" ")
+    words[column] = damage
+    part.write_bytes(b"".join([*lines[:10], " ".join(words).encode(), *lines[11:]]))
+    write(tmp_path / "run.txt", Failing(), resume=True)
+    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
+
+
+# An input that changes
+
+
+@pytest.mark.parametrize(
+    "later, number",
+    [
+        (QUERIES[:5], 6),
+        ([*QUERIES, QUERIES[0]._replace(qid="q8")], 9),
+        ([*QUERIES[:5], QUERIES[5]._replace(texts=QUERIES[5].texts[::-1]), *QUERIES[6:]], 6),
+        ([QUERIES[1], QUERIES[0], *QUERIES[2:]], 1),
+        ([], 1),
+    ],
+)
+def test_an_input_that_changes_between_its_readings_is_an_error_and_gives_no_run(tmp_path, later, number):
+    given = iter([QUERIES, later])
+    with pytest.raises(ValueError, match=f"the input changed while it was read: query {number} is not what it was"):
+        write_run(by_length, lambda: iter(next(given)), tmp_path / "run.txt", system="x", chunk=10)
+    assert not (tmp_path / "run.txt").exists()
+    for part in tmp_path.iterdir():
+        assert len(part.read_bytes().splitlines()) == (number - 2) // 2 * 10
+
+
+# One writer
+
+
+class Meanwhile(Failing):
+    """by_length, and something else happens in its first call."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other = other
+
+    def transform(self, inp):
+        if not self.seen:
+            self.other()
+        return super().transform(inp)
+
+
+def test_a_second_writer_is_told_at_once_and_the_first_is_not_disturbed(tmp_path):
+    told = []
+
+    def second():
+        for more in ({}, {"queries": QUERIES[:3]}, {"resume": True}):
+            with pytest.raises(BlockingIOError) as raised:
+                write(tmp_path / "run.txt", **more)
+            told.append(str(raised.value))
+        write(tmp_path / "other.txt")  # of the same folder
+
+    write(tmp_path / "run.txt", Meanwhile(second))
+    assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "other.txt").read_bytes()
+    assert len(told) == 3 and all(f"is being written already, by process {os.getpid()} on" in line for line in told)
+    assert {file.name for file in tmp_path.iterdir()} == {"run.txt", "other.txt"}
+
+
+def test_a_link_to_an_output_is_that_output(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "run.txt").symlink_to(tmp_path / "far" / "away.txt")
+
+    def second():
+        with pytest.raises(BlockingIOError, match=r"away.txt is being written already"):
+            write(tmp_path / "far" / "away.txt")
+
+    write(tmp_path / "run.txt", Meanwhile(second))
+    assert (tmp_path / "run.txt").is_symlink()
+    assert [file.name for file in (tmp_path / "far").iterdir()] == ["away.txt"]
+    with pytest.raises(FileExistsError, match="is there already"):
+        write(tmp_path / "run.txt")
+
+
+def test_a_lock_that_a_killed_process_left_holds_nobody_up(tmp_path):
+    (tmp_path / ".run.txt.lock").write_text("process 1 on nowhere")
+    write(tmp_path / "run.txt")
+    assert [file.name for file in tmp_path.iterdir()] == ["run.txt"]
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=r"has no locks \(.*not supported\): see to it that nothing else"):
+        write(tmp_path / "run.txt")
+    assert [file.name for file in tmp_path.iterdir()] == ["run.txt"]
+
+
+def test_an_output_folder_that_goes_away_is_an_error_as_soon_as_something_is_written(tmp_path):
+    reranker = Meanwhile(lambda: shutil.rmtree(tmp_path / "out"))
+    with pytest.raises(OSError, match=r"part cannot be written on \(.*No such file"):
+        write(tmp_path / "out" / "run.txt", reranker)
+    assert len(reranker.seen) == 2
+
+
+@pytest.mark.parametrize("name", ["run.txt", "run.txt.gz"])
+def test_a_run_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, name):
+    synced = []
+
+    def fsync(file):
+        assert not (tmp_path / name).exists()
+        synced.append(os.fstat(file).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / name)
+    assert synced == [(tmp_path / name).stat().st_size]
+
+
+def test_a_disk_that_fails_at_the_end_keeps_what_was_finished(tmp_path, monkeypatch):
+    def fsync(file):
+        raise OSError(5, "Input/output error")
+
+    for name in ("run.txt", "run.txt.gz"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=f"cannot become {name} .*Input/output error"):
+            patch.setattr(os, "fsync", fsync)
+            write(tmp_path / name, Failing())
+        (part,) = tmp_path.glob(f"{name}*")
+        assert len(part.read_bytes().splitlines()) == 40
+        assert write(tmp_path / name, Failing(), resume=True).found == 8
+
+
+def test_scores_do_not_depend_on_torchs_default_dtype_or_device():
+    scores = [3.0, 1.0, 1.0, 0.1, 0.1]
+    wanted = list(falling(scores))
+    for dtype, device in ((torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        try:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            assert list(falling(scores)) == wanted
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)

@@ -202,6 +202,24 @@ def test_what_the_checker_refuses_is_said_in_its_words(tmp_path, monkeypatch, ca
     assert (tmp_path / "out" / "run.txt").exists()
 
 
+@pytest.mark.parametrize("lost", ["actor", "data"])
+def test_metadata_that_the_checker_refuses_are_said_too(tira_input, tmp_path, monkeypatch, capsys, lost):
+    merged = tirex._merged
+    monkeypatch.setattr(tirex, "_merged", lambda found, own: {k: v for k, v in merged(found, own).items() if k != lost})
+    in_tira(monkeypatch, tira_input / "input", tmp_path)
+    said = refused(words(), capsys)
+    assert f"TIRA's checker refuses {tmp_path} as " in said and f"The required field {lost} is missing" in said
+
+
+def test_a_run_that_exists_is_named_before_the_model_is_fetched(tira_input, tmp_path, monkeypatch, capsys):
+    in_tira(monkeypatch, tira_input / "input", tmp_path)
+    (tmp_path / "run.txt").write_text("a run\n")
+    assert "run.txt is there already" in refused(words("cross-encoder", "--model", "no/such"), capsys)
+    assert "system='two words'" in refused(
+        words("cross-encoder", "--model", "no/such", "--system", "two words"), capsys
+    )
+
+
 def test_a_failure_leaves_no_run_and_no_metadata(tira_input, tmp_path, monkeypatch, capsys):
     data = (tira_input / "input" / "rerank.jsonl.gz").read_bytes()
     (tmp_path / "rerank.jsonl.gz").write_bytes(data[:-40])

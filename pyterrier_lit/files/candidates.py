@@ -3,16 +3,17 @@
 Whatever the size of the files, what is held is one query with its passages, and the qids that went by.
 """
 
-import gzip
 import json
 import math
+import re
 import sqlite3
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pyterrier_lit.files.lines import numbered_lines
 
 
 class Candidates(NamedTuple):
@@ -25,6 +26,7 @@ class Candidates(NamedTuple):
 
 
 Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> the texts of those that are known
+ID = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidates]:
@@ -32,12 +34,12 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
     A line is an object with qid, query, docno and text, and perhaps rank and score; other fields, such as
     original_document, are not read. qid and docno may be numbers. The lines of a query stand together. Best is the
-    lowest rank, whatever the first is called; where lines of a query have no rank the highest score; else the first
-    line.
+    lowest rank, whatever the first is called, and among equal ranks the highest score; where lines of a query have no
+    rank the highest score; else the first line.
 
     Raises OSError when the file cannot be read, and ValueError naming the line for anything else that is wrong: a
-    missing field, a (qid, docno) that comes twice, a query that comes again after another, a file that is empty or cut
-    short.
+    missing field, a (qid, docno) that comes twice, a query that comes again after another, a file that is empty, a
+    pipe, or what `numbered_lines` refuses.
     """
     for rows in _queries(path, map(_rerank_row, _objects(path))):
         differing = next((row for row in rows if row.query != rows[0].query), None)
@@ -51,7 +53,9 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
 
 def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query of a TREC run[.gz], in the order of the file; best is the lowest rank.
+    """The first `depth` candidates of each query of a TREC run[.gz], in the order of the file.
+
+    Best is the lowest rank, and among equal ranks the highest score.
 
     Raises what `read_rerank_file` does, also for a qid or docno that topics or documents do not know.
     """
@@ -78,22 +82,25 @@ def documents(source: str) -> Lookup:
     """The text of each docno: from lines {docno, text} of .jsonl[.gz], `docno tab text` of other files, or irds:ID."""
     if source.startswith("irds:"):
         store = _irds(source).docs_store()
-        return lambda docnos: {doc.doc_id: doc.default_text() for doc in store.get_many_iter(docnos)}
+        return lambda docnos: {doc.doc_id: _whole(doc.default_text()) for doc in store.get_many_iter(docnos)}
     return OnDisk(source, _texts(Path(source), "docno", "text"))
 
 
 class OnDisk:
-    """Texts by id in a temporary database, which the system removes with the process."""
+    """Texts by id in a temporary database, which the system removes with the process.
+
+    It holds UTF-8, where half a surrogate pair becomes U+FFFD, as it does for the model.
+    """
 
     def __init__(self, source: str, texts: Iterable[tuple[str, str]]):
         self.table = sqlite3.connect("")
         self.table.execute("create table texts (id text primary key, text text)")
         for id, text in texts:
             try:
-                self.table.execute("insert into texts values (?, ?)", (id, text))
+                self.table.execute("insert into texts values (?, ?)", (id, _whole(text)))
             except sqlite3.IntegrityError:
                 raise ValueError(f"{source} has {id!r} twice; keep one of them") from None
-            except sqlite3.OperationalError as error:
+            except (sqlite3.Error, OverflowError) as error:
                 raise OSError(f"the temporary index of {source} cannot be written ({error})") from error
 
     def __call__(self, ids: Iterable[str]) -> dict[str, str]:
@@ -115,6 +122,8 @@ class Row(NamedTuple):
 
 def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:
     """The rows of each query. Every query comes once, and every passage once in it."""
+    if path.is_fifo() or path.is_char_device():
+        raise ValueError(f"{path} is a pipe or a terminal; candidates are read twice, so write them into a file")
     finished: set[str] = set()
     for qid, group in groupby(rows, key=lambda row: row.qid):
         listed, docnos = [], set()
@@ -133,7 +142,7 @@ def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _best_first(rows: list[Row]) -> list[Row]:
     if all(row.rank is not None for row in rows):
-        return sorted(rows, key=attrgetter("rank"))
+        return sorted(rows, key=lambda row: (row.rank, math.inf if row.score is None else -row.score))
     if all(row.score is not None for row in rows):
         return sorted(rows, key=attrgetter("score"), reverse=True)
     return rows
@@ -153,13 +162,19 @@ def _rerank_row(line: tuple[str, dict[str, Any]]) -> Row:
 
 
 def _run_rows(path: Path) -> Iterator[Row]:
-    for where, line in _lines(path):
+    for where, line in numbered_lines(path):
         columns = line.split()
         if len(columns) != 6:
             raise ValueError(f"{where} has {len(columns)} columns; wanted six: qid Q0 docno rank score system")
         qid, _, docno, rank, score, _ = columns
         numbers = {"rank": rank, "score": score}
-        yield Row(where, qid, docno, _number(numbers, "rank", where), _number(numbers, "score", where))
+        yield Row(
+            where,
+            _id(qid, "qid", where),
+            _id(docno, "docno", where),
+            _number(numbers, "rank", where),
+            _number(numbers, "score", where),
+        )
 
 
 def _texts(path: Path, key: str, field: str) -> Iterator[tuple[str, str]]:
@@ -167,45 +182,39 @@ def _texts(path: Path, key: str, field: str) -> Iterator[tuple[str, str]]:
         for where, record in _objects(path):
             yield _key(record, key, where), _text(record, field, where)
         return
-    for where, line in _lines(path):
+    for where, line in numbered_lines(path):
         id, tab, text = line.rstrip("\r\n").partition("\t")
         if not tab:
             raise ValueError(f"{where} has no tab; wanted {key} and {field} with a tab between, or a file named .jsonl")
-        yield id, text
+        yield id.strip(), text
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, line in _lines(path):
+    for where, line in numbered_lines(path):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is no JSON, or is cut short ({error})") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where} holds a {type(record).__name__}, wanted an object of named fields")
         yield where, record
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file, gzipped if its name says so, each with its place; empty ones are left out."""
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", line
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read beyond line {number}: it is cut short or damaged; fetch it again ({error})"
-        ) from error
-
-
 def _key(record: dict[str, Any], name: str, where: str) -> str:
     value = record.get(name)
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"{where} {_given(record, name)}; wanted a string or a whole number")
-    if str(value).split() != [str(value)]:
-        raise ValueError(f"{where} has {name} {value!r}; it may not be empty or hold white space, which parts columns")
-    return str(value)
+    return _id(str(value), name, where)
+
+
+def _id(value: str, name: str, where: str) -> str:
+    """A qid or docno as a run file can hold it."""
+    if not ID.fullmatch(value):
+        raise ValueError(
+            f"{where} has {name} {value!r}; it may not be empty or hold white space, which parts columns, control"
+            " characters or half a surrogate pair"
+        )
+    return value
 
 
 def _text(record: dict[str, Any], name: str, where: str) -> str:
@@ -215,12 +224,17 @@ def _text(record: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
+def _whole(text: str) -> str:
+    """The text as UTF-8 can hold it: half a surrogate pair becomes U+FFFD, two halves become their character."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _number(record: dict[str, Any], name: str, where: str) -> float | None:
     if record.get(name) is None:
         return None
     try:
         value = float(record[name])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"{where} {_given(record, name)}; wanted a number")

@@ -1,17 +1,17 @@
 """Candidates to a TREC run, a chunk of queries at a time, each written when it is done. Knows no model."""
 
 import contextlib
-import glob
 import gzip
+import hashlib
+import json
 import math
 import os
 import re
 import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,15 @@ import torch
 
 from pyterrier_lit.batching import counted_tokens
 from pyterrier_lit.files.candidates import Candidates
+from pyterrier_lit.files.locks import only_writer
 
-CHUNK = 2_000  # pairs reranked between two writes
+CHUNK = 100  # pairs reranked between two writes: a query of the usual depth
+PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # behind the name of the output
+HASHED = (  # what the three are of
+    "another reranker, model, option, chunk or system",
+    "other weights or another device",
+    "another input, order or depth",
+)
 
 
 class Summary(NamedTuple):
@@ -52,6 +59,7 @@ def write_run(
     system: str,
     chunk: int = CHUNK,
     resume: bool = False,
+    weights: Callable[[], str] | None = None,
 ) -> Summary:
     """Rerank every query of an input into `output`, a TREC run, gzipped if its name ends in .gz.
 
@@ -59,38 +67,57 @@ def write_run(
         called twice, first to see that all of the input is right before hours go into it.
     system: the last column. chunk: whole queries are reranked together up to so many pairs, and written when they are
         done; more packs batches better, fewer loses less.
-    resume: go on with what an interrupted call with the same arguments has left, and repeat nothing that it finished.
+    resume: go on with what an interrupted call has left, and repeat nothing that it finished. All must be as it was:
+        the arguments, every text of the input in its order, and the weights.
+    weights: names those that the reranker has now, such as `fingerprint` does; asked when the input was found right.
 
-    Until all is done the run is called {output}.{hash of the arguments}.part, a run file itself, which a later call
-    goes on with. Queries stand in the order of the input, passages by rank from 1, with falling scores (see `falling`).
+    Until all is done the run is called {output}.{hashes of arguments, weights and input}.part, a run file itself, which
+    a later call goes on with. Queries stand in the order of the input, passages by rank from 1, with falling scores
+    (see `falling`).
 
-    Raises FileExistsError for an output or part that is there already and not to be resumed, ValueError for one that
-    was begun otherwise, OSError when it cannot be written, and what `read` and the reranker raise; a note says what was
-    kept.
+    Raises FileExistsError for an output or part that is there already and not to be resumed, BlockingIOError while
+    another process writes it, ValueError for a part that was begun otherwise and for an input that changes meanwhile,
+    OSError when it cannot be written, and what `read` and the reranker raise; a note says what was kept.
     """
+    check_settings(system, chunk)
+    output = Path(os.path.realpath(output)) if output.is_symlink() else output
+    with only_writer(output):
+        check_new(output, resume)
+        seen, total = _read_through(read())
+        settings = f"{reranker!r} {system} {chunk}"
+        part = _part_of(output, settings.encode(), (weights() if weights else "").encode(), b"".join(seen))
+        queries = pairs = found = 0
+        start = time.perf_counter()
+        with Part(part) as run, counted_tokens() as tokens, pt.tqdm(total=total, unit="pair", desc=system) as bar:
+            for together in _chunks(_unchanged(read(), seen), chunk):
+                n = sum(len(query.docnos) for query in together)
+                if run.skip(together, system):
+                    found += len(together)
+                else:
+                    run.append(_ranked(reranker, together, system))
+                    queries, pairs = queries + len(together), pairs + n
+                bar.update(n)
+            run.finish(output)
+    return Summary(queries, pairs, found, time.perf_counter() - start, tokens.real, tokens.padded)
+
+
+def check_settings(system: str, chunk: int) -> None:
+    """ValueError for what cannot stand in a run's last column, and for a chunk without a pair."""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", system):
         raise ValueError(f"system={system!r}; a run file allows letters, digits, '.', '_' and '-' in it")
     if chunk < 1:
         raise ValueError(f"chunk={chunk}; wanted a number of pairs from 1 on")
+
+
+def check_new(output: Path, resume: bool) -> None:
+    """FileExistsError for an output that is there already, whole or, unless that is to be resumed, in part."""
     if output.exists():
         raise FileExistsError(f"{output} is there already; move it away to make it anew")
-    settings = f"{reranker!r} {system} {chunk}"
-    part = output.with_name(f"{output.name}.{zlib.crc32(settings.encode()):08x}.part")
-    with Part(part, _unfinished(output, part, resume)) as run:
-        total = sum(len(query.docnos) for query in read())
-        queries = pairs = found = 0
-        start = time.perf_counter()
-        with counted_tokens() as tokens, pt.tqdm(total=total, unit="pair", desc=system) as bar:
-            for together in _chunks(read(), chunk):
-                n = sum(len(query.docnos) for query in together)
-                if run.skip(together):
-                    found += len(together)
-                else:
-                    run.append(_lines(reranker, together, system))
-                    queries, pairs = queries + len(together), pairs + n
-                bar.update(n)
-        run.finish(output)
-    return Summary(queries, pairs, found, time.perf_counter() - start, tokens.real, tokens.padded)
+    begun = _parts(output)
+    if begun and not resume:
+        raise FileExistsError(
+            f"{next(iter(begun))} holds an unfinished run; resume goes on with it, or delete it to begin anew"
+        )
 
 
 def falling(scores: Sequence[float]) -> Iterator[float]:
@@ -100,36 +127,34 @@ def falling(scores: Sequence[float]) -> Iterator[float]:
     reranker gives to equal scores (the order in which they came) would be lost in a file; apart from ties nothing
     changes.
     """
-    below = torch.tensor(math.inf)
-    for score in torch.tensor(scores, dtype=torch.float32):
-        below = torch.minimum(score, torch.nextafter(below, torch.tensor(-math.inf)))
+    numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
+    below, lowest, *given = numbers.unbind()
+    for score in given:
+        below = torch.minimum(score, torch.nextafter(below, lowest))
         yield below.item()
 
 
 class Part:
-    """A run that is being written. It always ends with a whole chunk, unless the process was killed."""
+    """A run that is being written, from its beginning or from where it was left.
 
-    def __init__(self, path: Path, resume: bool):
+    It always ends with a whole chunk, unless the process was killed.
+    """
+
+    def __init__(self, path: Path):
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "r+b" if resume else "w+b")  # noqa: SIM115 - closed by __exit__
+            self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise OSError(f"{path.parent} cannot be written to ({error}); give another output") from error
         self.end = path.stat().st_size  # of what is to be kept
 
-    def skip(self, queries: list[Candidates]) -> bool:
+    def skip(self, queries: list[Candidates], system: str) -> bool:
         """Go past the rankings of these queries, if they come next and are whole. Returns whether they did."""
-        wanted = {(query.qid, docno) for query in queries for docno in query.docnos}
         start = self.file.tell()
-        lines = list(islice(self.file, len(wanted)))
-        if len(lines) < len(wanted) or not lines[-1].endswith(b"\n"):
-            self.end = self.file.seek(start)
-            return False
-        columns = [line.decode().split() for line in lines]
-        if {(qid, docno) for qid, _, docno, *_ in columns} != wanted:
-            raise ValueError(f"{self.path} was begun with another input; give that again, or delete it")
-        return True
+        if all(_is_ranking(list(islice(self.file, len(query.docnos))), query, system) for query in queries):
+            return True
+        self.end = self.file.seek(start)  # a chunk that was not finished, or what a failing disk has made of one
+        return False
 
     def append(self, lines: str) -> None:
         """Write the next rankings, in place of what is left of a chunk that was not finished."""
@@ -137,25 +162,36 @@ class Part:
             self.file.truncate()
             self.file.write(lines.encode())
             self.file.flush()
+            self.path.stat()  # not into a file that was removed meanwhile
         except OSError as error:
             raise OSError(f"{self.path} cannot be written on ({error})") from error
         self.end = self.file.tell()
 
     def finish(self, output: Path) -> None:
-        """Give the run its name, gzipped if that ends in .gz."""
-        if self.file.read(1):
-            raise ValueError(f"{self.path} was begun with a longer input; give that again, or delete it")
-        os.fsync(self.file.fileno())
-        if output.suffix == ".gz":
+        """Give the run its name when it is safe on the disk, gzipped if the name ends in .gz."""
+        try:
+            self.file.truncate()
+            if output.suffix == ".gz":
+                self._pack(output)
+                self.path.unlink()
+            else:
+                os.fsync(self.file.fileno())
+                self.path.replace(output)
+        except OSError as error:
+            raise OSError(f"{self.path} cannot become {output.name} ({error})") from error
+
+    def _pack(self, output: Path) -> None:
+        packed = output.with_name(f".{output.name}.packing")
+        try:
             self.file.seek(0)
-            with tempfile.TemporaryDirectory(dir=output.parent, prefix=".packing-") as folder:
-                packed = Path(folder) / output.name
-                with open(packed, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+            with open(packed, "wb") as raw:
+                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
                     shutil.copyfileobj(self.file, file)
-                packed.replace(output)
-            self.path.unlink()
-        else:
-            self.path.replace(output)
+                raw.flush()
+                os.fsync(raw.fileno())
+            packed.replace(output)
+        finally:
+            packed.unlink(missing_ok=True)
 
     def __enter__(self) -> "Part":
         return self
@@ -163,29 +199,57 @@ class Part:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         with contextlib.suppress(OSError):  # a disk that is full refuses what is still in the buffer once more
             self.file.close()
-        if error is None:
+        if error is None or not self.path.exists():
             return
         if self.end:
-            os.truncate(self.path, self.end)
+            with contextlib.suppress(OSError):  # then resuming cuts it off
+                os.truncate(self.path, self.end)
             error.add_note(f"what was finished is in {self.path}, a run file; resume goes on with it")
         else:
             self.path.unlink()
 
 
-def _unfinished(output: Path, part: Path, resume: bool) -> bool:
-    """Whether there is a part to go on with. Any other part with something in it is an error."""
-    parts = [Path(name) for name in glob.glob(f"{glob.escape(str(output))}.*.part")]
-    for other in parts:
-        if other.stat().st_size and not resume:
-            raise FileExistsError(
-                f"{other} holds an unfinished run; resume goes on with it, or delete it to begin anew"
-            )
-        if other.stat().st_size and other != part:
+def _parts(output: Path) -> dict[Path, list[str]]:
+    """The unfinished runs beside an output that have something in them, with their hashes."""
+    found = {
+        part: re.fullmatch(re.escape(output.name) + PARTS, part.name) for part in sorted(output.parent.glob("*.part"))
+    }
+    return {part: match[1].split("-") for part, match in found.items() if match and part.stat().st_size}
+
+
+def _part_of(output: Path, *made_of: bytes) -> Path:
+    """The part of a run that is made of these. ValueError where there is one that was begun with others."""
+    hashes = [f"{zlib.crc32(each):08x}" for each in made_of]
+    for other, begun in _parts(output).items():
+        differing = [what for what, own, its in zip_longest(HASHED, hashes, begun) if own != its]
+        if differing:
+            raise ValueError(f"{other} was begun with {' and '.join(differing)}; give the same again, or delete it")
+    return output.with_name(f"{output.name}.{'-'.join(hashes)}.part")
+
+
+def _read_through(queries: Iterable[Candidates]) -> tuple[list[bytes], int]:
+    """The digest of each query, and the number of all pairs."""
+    digests, pairs = [], 0
+    for query in queries:
+        digests.append(_digest(query))
+        pairs += len(query.docnos)
+    return digests, pairs
+
+
+def _digest(query: Candidates) -> bytes:
+    """Eight bytes that stand for a query, its passages, all texts and their order."""
+    return hashlib.blake2b(json.dumps(query).encode(), digest_size=8).digest()
+
+
+def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator[Candidates]:
+    """The queries, as long as they are those that were seen before."""
+    for number, (query, digest) in enumerate(zip_longest(queries, seen), 1):
+        if query is None or digest is None or _digest(query) != digest:
             raise ValueError(
-                f"{other} was begun with another reranker, model, option, chunk or system; give the same again, or"
-                " delete it"
+                f"the input changed while it was read: query {number} is not what it was at the start; run again when"
+                " it is complete"
             )
-    return resume and part in parts
+        yield query
 
 
 def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidates]]:
@@ -202,7 +266,19 @@ def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidat
         yield together
 
 
-def _lines(reranker: pt.Transformer, queries: list[Candidates], system: str) -> str:
+def _is_ranking(lines: list[bytes], query: Candidates, system: str) -> bool:
+    """Whether these are the lines that `_ranked` gives of a query."""
+    columns = [line.decode(errors="replace").split(" ") for line in lines]
+    fixed = [[*given[:2], *given[3:4], *given[5:]] for given in columns]
+    wanted = [[query.qid, "Q0", str(rank), f"{system}\n"] for rank in range(1, len(query.docnos) + 1)]
+    return (
+        fixed == wanted
+        and {given[2] for given in columns} == set(query.docnos)
+        and all(re.fullmatch(r"-?(\d[\d.]*(e[+-]\d+)?|inf)|nan", given[4]) for given in columns)
+    )
+
+
+def _ranked(reranker: pt.Transformer, queries: list[Candidates], system: str) -> str:
     rows: list[dict[str, Any]] = [
         {"qid": query.qid, "query": query.query, "docno": docno, "text": text, "rank": rank}
         for query in queries

@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ def candidates_in(
     run = first_stage and _either(first_stage, "run.txt")
     queries, docs = _either(folder, "queries.jsonl"), _either(folder, "documents.jsonl")
     if run and queries and docs:
-        return partial(read_run, run, topics(str(queries)), documents(str(docs)), depth)
+        lookups = cache(lambda: (topics(str(queries)), documents(str(docs))))
+        return lambda: read_run(run, *lookups(), depth)
     raise FileNotFoundError(
         f"{folder} holds no rerank.jsonl[.gz], and there is no first stage's run to go with queries.jsonl and"
         " documents.jsonl; a reranker wants a data set for re-ranking, or an input run"
@@ -70,7 +71,6 @@ def write_submission(
     absent = [name for name in ("tira", "tirex_tracker") if importlib.util.find_spec(name) is None]
     if absent:
         raise ImportError(f"{' and '.join(absent)} cannot be imported; pip install 'pyterrier-lit[tirex]'")
-    output = folder / ("run.txt.gz" if compress else "run.txt")
     metadata: dict[str, Any] = {
         "actor": {"team": about.team},
         "tag": about.system,
@@ -79,11 +79,16 @@ def write_submission(
         "data": {"test collection": {"name": about.dataset}},
     }
     with measured(folder / METADATA, metadata):
-        summary = write_run(reranker, read, output, system=about.system, **settings)
+        summary = write_run(reranker, read, run_in(folder, compress), system=about.system, **settings)
         if summary.found:
             metadata["method"]["description"] += "; resumed: runtime and resources are those of the last part"
     check(folder)
     return summary
+
+
+def run_in(folder: Path, compress: bool) -> Path:
+    """Where the run is looked for in an output directory."""
+    return folder / ("run.txt.gz" if compress else "run.txt")
 
 
 def describe(reranker: Reranker, depth: int | None) -> str:

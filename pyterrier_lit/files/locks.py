@@ -1,0 +1,67 @@
+"""One writer for each output, as long as it lives. Knows no runs."""
+
+import contextlib
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """Hold the lock of an output, `.{name}.lock` beside it, whose folder is made if need be.
+
+    The system lets go of it when the process ends, however that happens. Where it knows no locks a warning says so.
+    Raises BlockingIOError where another process, or a thread of this one, holds it, and OSError for a folder that
+    cannot be written to.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = _opened(path)
+        while not _locked(held, output):  # the one before has just removed it: what is held is no longer there
+            held.close()
+            held = _opened(path)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise OSError(f"{path.parent} cannot be written to ({error}); give another output") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the folder may be gone
+            path.unlink()
+        held.close()
+
+
+def _opened(path: Path) -> IO[str]:
+    return open(path, "a+", encoding="utf-8")
+
+
+def _locked(file: IO[str], output: Path) -> bool:
+    """Lock an opened file and write into it who holds it. Returns whether it is still the one of that name."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read()
+        file.close()
+        raise BlockingIOError(
+            f"{output} is being written already, by {holder or 'another process'}; wait until that has ended, or give"
+            " another output"
+        ) from None
+    except (ImportError, OSError) as error:
+        warnings.warn(
+            f"{output.parent} has no locks ({error}): see to it that nothing else writes {output.name}", stacklevel=5
+        )
+        return True
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    return False
