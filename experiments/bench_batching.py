@@ -11,9 +11,8 @@ from pathlib import Path
 import corpora
 import pyterrier as pt
 
+from pyterrier_lit import CrossEncoder
 from pyterrier_lit.batching import map_batches
-from pyterrier_lit.cross_encoder import DOC_LENGTH, QUERY_LENGTH, read_encoder
-from pyterrier_lit.models.pairs import PairLayout
 
 
 def main():
@@ -23,13 +22,11 @@ def main():
     arguments = parser.parse_args()
     collection = corpora.load(arguments.collection)
     first = pt.RankCutoff(100) >> collection.text_loader()
-    encoder = read_encoder(arguments.model)
-    layout = PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up)
+    reranker = CrossEncoder(arguments.model, query_length=32, doc_length=256)
     lists = []
     for _, ranking in first(collection.get_results()).sort_values(["qid", "rank"]).groupby("qid"):
-        query = layout.pieces([ranking["query"].iloc[0]], QUERY_LENGTH)[0]
-        passages = layout.pieces(ranking.text.tolist(), DOC_LENGTH)
-        lists.append([layout.length((query, passage)) for passage in passages])
+        layout, pairs = reranker.pairs(list(zip(ranking["query"], ranking.text, strict=True)))
+        lists.append([layout.length(pair) for pair in pairs])
     arrived = [length for ranking in lists for length in ranking]
     in_queries = [length for ranking in lists for length in sorted(ranking)]
     print(f"{len(lists)} queries, {len(arrived)} pairs, {sum(arrived) / len(arrived):.1f} tokens a pair")

@@ -6,6 +6,7 @@ monoELECTRA (arXiv 2405.07920) learned its scores from the rankings of large lan
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,8 +18,6 @@ from pyterrier_lit.models.pair_encoder import PairCheckpoint, new_pairs, read_pa
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
 
-QUERY_LENGTH, DOC_LENGTH = 32, 256  # pieces kept where neither the caller nor the checkpoint says
-
 
 @dataclasses.dataclass(eq=False, repr=False)
 class CrossEncoder(Reranker):
@@ -27,10 +26,13 @@ class CrossEncoder(Reranker):
     Args:
         model: hub id or folder. Read are the checkpoints of lightning-ir over ELECTRA or BERT
             (`webis/monoelectra-base`, `webis/monoelectra-large`; all its formats since 2024) and ordinary sequence
-            classification checkpoints with one label, or two of which the second is the score. No code of the
-            checkpoint is run.
+            classification checkpoints with one label, or two whose difference is the score. Their tokenizer, token
+            types and default prompt are those of transformers and sentence-transformers. No code of the checkpoint is
+            run.
         query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32
-            and 256. Together they are capped by the model's positions, the longer side first.
+            and 256 for lightning-ir's checkpoints. An ordinary classifier's pair is cut as a whole, at the longest
+            input of the checkpoint, as sentence-transformers does it: the longer side first. When more than half of
+            the passages of a call were cut a warning says so; `verbose` shows how many.
         special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text"
             reads them as plain characters, for texts from strangers.
         text_field: the column with the passages.
@@ -62,13 +64,20 @@ class CrossEncoder(Reranker):
             [(query, text) for text in texts] for query, texts in zip(queries, columns[self.text_field], strict=True)
         ]
         distinct = list(dict.fromkeys(pair for pairs in asked for pair in pairs))
-        layout, inputs = self.pairs(distinct)
+        layout, inputs, cut = self.cut_pairs(distinct)
+        if cut > len(distinct) / 2:
+            warnings.warn(
+                "more than half of the passages are longer than what is read of them, and were cut; a larger doc_length"
+                " reads more where the model can, and verbose=True shows how many",
+                stacklevel=2,
+            )
 
         def scores(batch: list[Pair]) -> torch.Tensor:
             return checkpoint.scores(layout.tensors(batch, checkpoint.pad_id))
 
         lengths = [layout.length(pair) for pair in inputs]
         with torch.inference_mode(), self.progress(len(inputs), "pair") as bar:
+            bar.set_postfix(cut=cut)
             max_tokens = encoder_tokens(checkpoint.device) if self.max_tokens is None else self.max_tokens
             computed = map_batches(scores, inputs, lengths, max_tokens, bar.update)
         score_of = dict(zip(distinct, computed, strict=True))
@@ -76,24 +85,31 @@ class CrossEncoder(Reranker):
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
         """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once."""
+        layout, pairs, _ = self.cut_pairs(texts)
+        return layout, pairs
+
+    def cut_pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair], int]:
+        """The same as `pairs`, and of how many pairs the passage was cut."""
         lengths = self.lengths()
         layout = self.load().layout(
             special_tokens_as_text=self.option("special_tokens", {"parse": False, "text": True})
         )
         queries = list(dict.fromkeys(query for query, _ in texts))
         passages = list(dict.fromkeys(passage for _, passage in texts))
-        pieces_of_query = dict(zip(queries, layout.pieces(queries, lengths["query_length"]), strict=True))
-        pieces_of_passage = dict(zip(passages, layout.pieces(passages, lengths["doc_length"]), strict=True))
-        return layout, [layout.fit(pieces_of_query[query], pieces_of_passage[passage]) for query, passage in texts]
+        of_query = dict(zip(queries, layout.queries(queries, lengths["query_length"]), strict=True))
+        of_passage = dict(zip(passages, layout.pieces(passages, lengths["doc_length"]), strict=True))
+        pairs = [layout.fit(of_query[query], of_passage[passage]) for query, passage in texts]
+        read = [(of_passage[passage], ids) for (_, passage), (_, ids) in zip(texts, pairs, strict=True)]
+        return layout, pairs, sum(pieces.cut or len(ids) < pieces.total for pieces, ids in read)
 
-    def lengths(self) -> dict[str, int]:
-        """The pieces kept of a query and of a passage: the caller's, else the checkpoint's, else Rank-DistiLLM's."""
+    def lengths(self) -> dict[str, int | None]:
+        """The pieces kept of a query and of a passage: the caller's, else the checkpoint's; None has no such cut."""
         lengths = {}
-        for name, default in (("query_length", QUERY_LENGTH), ("doc_length", DOC_LENGTH)):
+        for name, recorded in self.load().lengths.items():
             own = getattr(self, name)
-            lengths[name] = own if own is not None else self.load().config.get(name) or default
-            if not isinstance(lengths[name], int) or lengths[name] < 1:
-                raise ValueError(f"{name}={lengths[name]!r}; wanted a whole number of pieces from 1 on")
+            lengths[name] = length = recorded if own is None else own
+            if length is not None and (not isinstance(length, int) or length < 1):
+                raise ValueError(f"{name}={length!r}; wanted a whole number of pieces from 1 on")
         return lengths
 
     def saved_settings(self) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from contract import Contract, assert_same_scores, by_docno
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.pair_encoder import read_pairs
-from pyterrier_lit.models.pairs import PairLayout
 
 FOLDER = GOLDEN / "cross_encoder"
 NAMES = ["electra_bias", "electra_short_nobias_proj", "electra_default", "bert_bias", "bert_mean_pool"]
@@ -61,10 +60,10 @@ def golden_frame(items):
 def test_ids_types_and_masks_equal_the_reference(name):
     reference = golden(name)
     encoder = read_pairs(Folder(FOLDER / "ckpt" / name), torch.device("cpu"), torch.float32)
-    layout = PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up)
-    assert encoder.clean_up == reference["clean_up_tokenization_spaces"]
+    layout = encoder.layout()
+    assert encoder.reading.clean_up == reference["clean_up_tokenization_spaces"]
     for item in reference["items"]:
-        query = layout.pieces([item["query"]], reference["query_length"])[0]
+        query = layout.queries([item["query"]], reference["query_length"])[0]
         pairs = [layout.fit(query, passage) for passage in layout.pieces(item["docs"], reference["doc_length"])]
         tensors = {key: tensor.tolist() for key, tensor in layout.tensors(pairs, encoder.pad_id).items()}
         assert tensors == {key: item[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
@@ -215,7 +214,10 @@ def labelled(request, electra, tmp_path):
     """An ordinary sequence classification checkpoint, its model and its tokenizer."""
     kind, labels = request.param.split("-")
     torch.manual_seed(3)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(electra / "tokenizer.json"), pad_token="[PAD]")
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "electra" else [])]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(electra / "tokenizer.json"), pad_token="[PAD]", model_input_names=inputs
+    )
     size = {
         "vocab_size": 100,
         "hidden_size": 32,
@@ -237,19 +239,20 @@ def labelled(request, electra, tmp_path):
             transformers.ModernBertConfig(**size, pad_token_id=0, cls_token_id=2, sep_token_id=3)
         )
     model.eval().save_pretrained(tmp_path)
-    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.save_pretrained(tmp_path)
     return tmp_path, model, tokenizer.backend_tokenizer
 
 
-def test_ordinary_sequence_classifiers_score_by_their_last_logit(labelled, frame):
+def test_ordinary_sequence_classifiers_score_by_their_logit_or_the_difference_of_two(labelled, frame):
     folder, model, tokenizer = labelled
     short = frame[frame.text.str.len() < 30]
     expected = {}
     with torch.inference_mode():
         for row in short.itertuples():
             pair = tokenizer.encode(row.query, row.text)
-            types = {} if "modernbert" in model.config.model_type else {"token_type_ids": torch.tensor([pair.type_ids])}
-            expected[row.qid, row.docno] = model(input_ids=torch.tensor([pair.ids]), **types).logits[0, -1].item()
+            types = {"token_type_ids": torch.tensor([pair.type_ids])} if model.config.model_type == "electra" else {}
+            logits = model(input_ids=torch.tensor([pair.ids]), **types).logits[0].tolist()
+            expected[row.qid, row.docno] = logits[-1] - (logits[0] if len(logits) == 2 else 0)
     scores = by_docno(CrossEncoder(str(folder), device="cpu")(short))
     assert scores == pytest.approx(expected, abs=2e-5)
     assert max(scores.values()) - min(scores.values()) > 1e-3
@@ -323,7 +326,7 @@ def test_lengths_cut_each_side_and_positions_cap_both(cross_encoder_folder, leng
     reranker = CrossEncoder(str(cross_encoder_folder), device="cpu", **lengths)
     query, passage = lengths.get("query_length", 32), lengths.get("doc_length", 256)
     if query + passage + 3 > 512:
-        query, passage = 255, 254
+        query, passage = 254, 255
     long_query, long_passage = " ".join("ab" * 400), " ".join("cd" * 400)
     cut = reranker.score([" ".join(long_query.split()[:query])], [[" ".join(long_passage.split()[:passage])]])
     assert reranker.score([long_query], [[long_passage]])[0][0] == pytest.approx(cut[0][0], abs=2e-5)
@@ -347,7 +350,7 @@ def test_special_tokens_are_read_as_the_reference_does_or_as_text(make, frame):
     encoder = reranker.load()
     layout, _ = reranker.pairs([])
     control = {encoder.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
-    assert all(control.isdisjoint(ids) for ids in layout.pieces(injected, 50))
+    assert all(control.isdisjoint(pieces.ids) for pieces in layout.pieces(injected, 50))
     with pytest.raises(ValueError, match="special_tokens='none'"):
         make(special_tokens="none")(frame)
 

@@ -1,5 +1,6 @@
 """Checkpoints: hub id or folder -> config, weights and tokenizer; device and dtype. Errors say what to do."""
 
+import contextlib
 import json
 import pickle
 import re
@@ -16,11 +17,20 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Weights = dict[str, torch.Tensor]
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
+ADAPTER = "adapter_config.json"
 CHUNK = 1_000  # texts
+# How BERT reads letters: by its names in tokenizer_config.json, and in tokenizer.json
+BERT = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # what layer norms were called before 2019
+_OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that say nothing about the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 
@@ -76,26 +86,57 @@ class Folder:
                     return tensor
         return None
 
-    def tokenizer(self) -> tokenizers.Tokenizer:
-        """The fast tokenizer, without truncation or padding: tokenizer.json, else vocab.txt, else the library's."""
-        self.check_vocabulary()
-        try:
-            if (self.path / "tokenizer.json").exists():
-                tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
-            else:
-                import transformers
+    def tokenizer(self, kind: str | None = None) -> tokenizers.Tokenizer:
+        """The tokenizer without truncation or padding; `library_tokenizer` says which."""
+        return bare_tokenizer(self.library_tokenizer(kind))
 
-                has_words = (self.path / "vocab.txt").exists()
-                known = transformers.BertTokenizer if has_words else transformers.AutoTokenizer
-                tokenizer = known.from_pretrained(self.path).backend_tokenizer
-            tokenizer.encode("\u2603")  # a vocabulary that was cut to nothing fails at the first word it does not know
+    def library_tokenizer(self, kind: str | None = None) -> "PreTrainedTokenizerFast":
+        """What the library makes of the folder: its vocabulary under the class and settings of tokenizer_config.json.
+
+        kind: the type of model ("bert", ...) whose tokenizer it is where the folder names no class of the library.
+        ValueError for a class that needs code of its own, or that does not run in the `tokenizers` package.
+        """
+        import transformers
+
+        self.check_vocabulary()
+        has_file, name = (self.path / "tokenizer.json").exists(), self.tokenizer_config.get("tokenizer_class")
+        reader: Any = transformers.AutoTokenizer
+        options: dict[str, Any] = {}
+        if kind:
+            known = getattr(transformers, str(name), None)
+            if isinstance(known, type) and issubclass(known, transformers.PreTrainedTokenizerBase):
+                reader = known
+            elif has_file:
+                reader = transformers.PreTrainedTokenizerFast
+            else:
+                options["tokenizer_type"] = kind
+        try:
+            with no_panic("reading the vocabulary"):
+                if has_file:  # of a damaged one the library may make another
+                    tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
+                tokenizer: Any = reader.from_pretrained(
+                    self.path, trust_remote_code=False, local_files_only=True, **options
+                )
+                self._check_tokenizer(tokenizer)
+                settle(tokenizer.backend_tokenizer, self.tokenizer_config)
         except Exception as error:  # tokenizers raises bare Exception
+            said = f", read as the {name} of tokenizer_config.json" if name else ""
             raise ValueError(
-                f"{self} has no tokenizer that can be read: wanted tokenizer.json or vocab.txt ({first_line(error)})"
+                f"{self} has no tokenizer that can be read: wanted tokenizer.json or vocab.txt{said}"
+                f" ({first_line(error)})"
             ) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        fast: PreTrainedTokenizerFast = tokenizer
+        return fast
+
+    def _check_tokenizer(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """ValueError for one that runs in Python alone, or was made without the vocabulary that its class reads."""
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} does not run in the tokenizers package")
+        files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+        if not any((self.path / file).exists() for file in files):
+            raise ValueError(f"{type(tokenizer).__name__} reads {' or '.join(sorted(files))}")
+        # A vocabulary that was cut to nothing fails at the first word it does not know
+        tokenizer.backend_tokenizer.encode("\u2603")
 
     def check_vocabulary(self) -> None:
         """FileNotFoundError where there is no vocabulary: transformers would make a tokenizer without pieces."""
@@ -118,7 +159,7 @@ def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path 
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return Folder(folder)
+        return _whole(Folder(folder))
     if folder.exists():
         raise FileNotFoundError(
             f"model={str(model)!r} is a file; give the folder that holds config.json and the weights"
@@ -138,7 +179,18 @@ def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path 
             f" ({type(error).__name__}: {first_line(error)})."
             f" Check the name; without a network, {how_to_fetch(str(model), use)}"
         ) from error
-    return Folder(folder)
+    return _whole(Folder(folder))
+
+
+def _whole(folder: Folder) -> Folder:
+    """The folder. ValueError where an adapter lies in it: alone it is no model, and beside one it may count or not."""
+    if (folder.path / ADAPTER).exists():
+        raise ValueError(
+            f"{folder} holds an adapter ({ADAPTER}), which is not applied. Merge it into its base model, by peft's"
+            " PeftModel.from_pretrained(base, FOLDER).merge_and_unload(), and give the folder that you save; where the"
+            f" weights beside it are whole without it, move {ADAPTER} away"
+        )
+    return folder
 
 
 def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=") -> str:
@@ -203,16 +255,71 @@ def check_pieces(known: int, size: int, source: str, model: str = "model") -> No
         )
 
 
+def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
+    """One more than the highest id that a tokenizer writes: of its vocabulary, or of what it puts around two texts."""
+    return 1 + max([*tokenizer.get_vocab().values(), *tokenizer.encode("a", "b").ids])
+
+
+def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+    """Let the settings of a tokenizer_config.json win over BERT's in a tokenizer.json, as transformers does."""
+    normalizer = tokenizer.normalizer
+    if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
+        for setting in settings.keys() & BERT.keys():
+            setattr(normalizer, BERT[setting], settings[setting])
+        tokenizer.normalizer = normalizer
+
+
+def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:
+    """What stands behind a tokenizer of the library, without truncation or padding."""
+    bare: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+    bare.no_truncation()
+    bare.no_padding()
+    return bare
+
+
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
     """The ids of each text. The tokenizer is given CHUNK texts at a time: its results are some 10 kB each."""
     for start in range(0, len(texts), CHUNK):
-        encodings = tokenizer.encode_batch_fast(list(texts[start : start + CHUNK]), add_special_tokens=special_tokens)
+        chunk = list(texts[start : start + CHUNK])
+        with no_panic(f"a text among {len(chunk)}, of which the first is {chunk[0][:60]!r}"):
+            encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=special_tokens)
         yield from (encoding.ids for encoding in encodings)
+
+
+@contextlib.contextmanager
+def no_panic(what: str) -> Iterator[None]:
+    """Turn a panic of the tokenizer, which is no Exception and would pass every handler, into a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"the tokenizer broke down at {what} ({first_line(error)}); its tokenizer.json may hold a regular"
+            " expression that some texts send astray: take the checkpoint's own, or shorten the text"
+        ) from error
+
+
+def positions(network: nn.Module) -> int | None:
+    """Tokens of the longest input by a network's table of positions, None where it has none."""
+    counts = [
+        # RoBERTa counts its positions from behind the padding
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in network.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    return min(counts, default=None)
 
 
 def damaged(file: Path, error: BaseException) -> ValueError:
     """The error for a file that cannot be read."""
     return ValueError(f"{file} cannot be read: it is cut short or damaged; fetch it again ({first_line(error)})")
+
+
+def today(weights: Weights) -> Weights:
+    """Weights by today's names: layer norms were called gamma and beta, and positions were saved as a buffer."""
+    kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
+    return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
 
 
 def below(weights: Weights, prefix: str) -> Weights:

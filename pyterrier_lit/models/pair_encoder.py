@@ -1,7 +1,7 @@
 """Encoders that read two texts as one input and give one score, in all published formats of cross-encoders.
 
 Read are lightning-ir's checkpoints since 2024 (Rank-DistiLLM's monoELECTRA) and the library's sequence classifiers with
-one label or two. Knows ids and tensors: no queries, no rankings.
+one label or two. Knows ids and tensors: no rankings.
 """
 
 import copy
@@ -18,23 +18,30 @@ from torch import nn
 from pyterrier_lit.models.checkpoints import (
     Folder,
     Weights,
+    bare_tokenizer,
     check_pieces,
     library_config,
     library_model,
     load_strictly,
+    pieces_known,
+    positions,
     save_json,
     save_weights,
+    today,
     wrong_weights,
 )
-from pyterrier_lit.models.pairs import PairLayout
+from pyterrier_lit.models.pairs import PairLayout, Pieces, Reading
 from pyterrier_lit.models.pooling import POOLING
+from pyterrier_lit.models.sentence_files import SentenceFiles, read_sentence_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # The model_type that lightning-ir gave a cross-encoder: in 2024-05, 2024-06, and since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
 POOLINGS = ("first", "mean", "sum", "max")  # by lightning-ir's names
+UNLIMITED = 10**9  # what transformers writes where a tokenizer has no longest input is more
+LENGTHS = {"query_length": 32, "doc_length": 256}  # pieces that Rank-DistiLLM keeps of a query and of a passage
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,22 +52,19 @@ class PairCheckpoint:
     tokenizer: tokenizers.Tokenizer
     config: dict[str, Any]  # config.json
     tokenizer_config: dict[str, Any]  # tokenizer_config.json
-    clean_up: bool = False  # cut texts by way of decoded text, as lightning-ir does
+    reading: Reading
+    files: dict[str, Any] = dataclasses.field(default_factory=dict)  # others beside these, by name
     _layouts: dict[bool, PairLayout] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
-    def limit(self) -> int | None:
-        """Tokens of the longest input, None for a network without positions of its own."""
-        limits = [self.config.get("max_position_embeddings"), self.tokenizer_config.get("model_max_length")]
-        for name, module in self.network.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there on
-                limits.append(module.num_embeddings - reserved)
-        return min((limit for limit in limits if limit), default=None)
+    def lengths(self) -> dict[str, int | None]:
+        """The pieces kept of a query and of a passage: as recorded, else lightning-ir's; None cuts the pair alone."""
+        default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
+        return {name: self.config.get(name) or length for name, length in default.items()}
 
     @property
     def pad_id(self) -> int:
-        return self.config.get("pad_token_id") or 0
+        return max(self.network.pad_id or 0, 0)
 
     @property
     def device(self) -> torch.device:
@@ -70,11 +74,10 @@ class PairCheckpoint:
         """How two texts become one input; special tokens inside a text are control tokens, or plain characters."""
         if special_tokens_as_text not in self._layouts:
             tokenizer = self.tokenizer
-            if special_tokens_as_text:
+            if special_tokens_as_text or self.tokenizer_config.get("split_special_tokens"):
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.encode_special_tokens = True
-            layout = PairLayout(tokenizer, limit=self.limit, clean_up=self.clean_up)
-            self._layouts[special_tokens_as_text] = layout
+            self._layouts[special_tokens_as_text] = PairLayout(tokenizer, self.reading)
         return self._layouts[special_tokens_as_text]
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -85,13 +88,15 @@ class PairCheckpoint:
         scores: torch.Tensor = self.network(**there)
         return scores.float()
 
-    def save(self, folder: Path, query_length: int, doc_length: int) -> None:
-        """Write config, weights and tokenizer, with the lengths, into an existing folder."""
-        lengths = {"query_length": query_length, "doc_length": doc_length}
-        save_json(folder / "config.json", self.network.save(folder, self.config) | lengths)
-        clean_up = {"clean_up_tokenization_spaces": self.clean_up}
-        save_json(folder / "tokenizer_config.json", self.tokenizer_config | clean_up | lengths)
+    def save(self, folder: Path, **lengths: int | None) -> None:
+        """Write config, weights and tokenizer, with the lengths that are not None, into an existing folder."""
+        recorded = {name: length for name, length in lengths.items() if length is not None}
+        save_json(folder / "config.json", self.network.save(folder, self.config) | recorded)
+        clean_up = {"clean_up_tokenization_spaces": self.reading.clean_up}
+        save_json(folder / "tokenizer_config.json", self.tokenizer_config | clean_up | recorded)
         self.tokenizer.save(str(folder / "tokenizer.json"))
+        for name, fields in self.files.items():
+            save_json(folder / name, fields)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_layouts": {}}  # a pickled tokenizer loses its flag
@@ -103,9 +108,10 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
     kind = config.get("model_type")
     if "linear.weight" in weights:
         config = config | {"backbone_model_type": _backbone(config)}
-        return _checkpoint(folder, _pooled(folder, config, weights), config, device, dtype)
+        return _lightning_ir(folder, _pooled(folder, config, weights), config, device, dtype)
     if kind in LIGHTNING_IR:
         raise wrong_weights(str(folder), ["missing linear.weight"])
+    beside = read_sentence_files(folder)
     architectures = config.get("architectures") or ["unknown architecture"]
     if not architectures[0].endswith("ForSequenceClassification"):
         raise ValueError(
@@ -113,7 +119,7 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
             " of lightning-ir over ELECTRA or BERT, or a ...ForSequenceClassification with one or two labels. To train"
             " a head on an encoder: CrossEncoder.from_backbone"
         )
-    return _checkpoint(folder, _labelled(folder, weights), config, device, dtype)
+    return _classifier(folder, _labelled(folder, weights), beside, device, dtype)
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
@@ -128,7 +134,7 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
     own = network.body.state_dict().keys()
     weights = {name: tensor for name, tensor in _bare(folder.weights(), backbone).items() if name in own}
     load_strictly(network.body, weights, str(folder))
-    return _checkpoint(folder, network, config, device, dtype)
+    return _lightning_ir(folder, network, config, device, dtype)
 
 
 class PooledScorer(nn.Module):
@@ -139,6 +145,11 @@ class PooledScorer(nn.Module):
         self.body = body
         self.pooling = pooling
         self.linear = nn.Linear(body.config.hidden_size, rows, bias=bias)
+
+    @property
+    def pad_id(self) -> int | None:
+        pad: int | None = self.body.config.pad_token_id
+        return pad
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
@@ -165,20 +176,58 @@ class PooledScorer(nn.Module):
 
 
 class LabelScorer(nn.Module):
-    """The last logit of a sequence classifier with one or two labels."""
+    """The logit of a sequence classifier with one label, or the second's with two, less the first's.
 
-    def __init__(self, model: "PreTrainedModel"):
+    reads_types: whether it is given token types; others take theirs for granted.
+    """
+
+    def __init__(self, model: "PreTrainedModel", *, reads_types: bool = True):
         super().__init__()
         self.model = model
-        self.reads_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        self.reads_types = reads_types and "token_type_ids" in inspect.signature(model.forward).parameters
+
+    @property
+    def pad_id(self) -> int | None:
+        pad: int | None = self.model.config.pad_token_id
+        return pad
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it is a language model, which reads its class at the last token."""
+        return hasattr(self.model, "score")
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces its vocabulary has."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return int(embeddings.num_embeddings)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> torch.Tensor:
         """(B, L) three times -> (B,)"""
-        types = {"token_type_ids": token_type_ids} if self.reads_types else {}
-        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
-        return logits[:, -1]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {"token_type_ids": token_type_ids} if self.reads_types else {}
+        logits = self._logits(inputs).float()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+    def _logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """inputs (B, L) each -> (B, labels)"""
+        if self.is_decoder and self.pad_id not in range(self.pieces):
+            # It knows no token for padding, and the library would not tell which is the last before it
+            states = self.model.base_model(**inputs).last_hidden_state
+            last: torch.Tensor = self.model.get_submodule("score")(
+                POOLING["last_token"](states, inputs["attention_mask"])
+            )
+            return last
+        if not self.model.config.is_encoder_decoder:
+            logits: torch.Tensor = self.model(**inputs).logits
+            return logits
+        # These read their class at the last end token and want equally many of them in each input, which texts may hold
+        ends = (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
+        groups = [(ends == count).nonzero()[:, 0] for count in ends.unique()]
+        parts = [self.model(**{name: tensor[rows] for name, tensor in inputs.items()}).logits for rows in groups]
+        return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         """Write the weights as transformers does; returns config.json's fields."""
@@ -186,21 +235,86 @@ class LabelScorer(nn.Module):
         return Folder(folder).config
 
 
-def _checkpoint(
-    folder: Folder,
-    network: PooledScorer | LabelScorer,
-    config: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
+def _lightning_ir(
+    folder: Folder, network: PooledScorer, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    tokenizer = folder.tokenizer()
-    check_pieces(tokenizer.get_vocab_size(), config["vocab_size"], str(folder))
-    clean_up = isinstance(network, PooledScorer) and _cleans_up(folder)
-    checkpoint = PairCheckpoint(network, tokenizer, config, folder.tokenizer_config, clean_up)
-    if checkpoint.pad_id not in range(config["vocab_size"]):
-        raise ValueError(f"{folder}: pad_token_id={checkpoint.pad_id!r} is no piece of {config['vocab_size']}")
+    """A checkpoint of lightning-ir: token types always, and texts that are cut by way of decoded text."""
+    tokenizer = folder.library_tokenizer(config["backbone_model_type"])
+    reading = Reading(
+        _limit(network.body, tokenizer), types=config.get("type_vocab_size", 2), clean_up=_cleans_up(folder)
+    )
+    checkpoint = PairCheckpoint(network, bare_tokenizer(tokenizer), config, folder.tokenizer_config, reading)
+    _check(checkpoint, config["vocab_size"], str(folder))
     network.to(device, dtype).eval()
     return checkpoint
+
+
+def _classifier(
+    folder: Folder, network: LabelScorer, beside: SentenceFiles, device: torch.device, dtype: torch.dtype
+) -> PairCheckpoint:
+    """A classifier of the library, with the tokenizer, token types and lengths that its libraries take."""
+    tokenizer = folder.library_tokenizer()
+    if beside.lower_case:
+        bare, lower = tokenizer.backend_tokenizer, tokenizers.normalizers.Lowercase()
+        bare.normalizer = tokenizers.normalizers.Sequence([lower, *([bare.normalizer] if bare.normalizer else [])])
+    network.reads_types &= "token_type_ids" in tokenizer.model_input_names
+    reading = Reading(
+        _limit(network.model, tokenizer, beside.max_length),
+        types=getattr(network.model.config, "type_vocab_size", None) or None,
+        prompt=beside.prompt,
+        truncation_side=tokenizer.truncation_side,
+    )
+    checkpoint = PairCheckpoint(
+        network.eval(), bare_tokenizer(tokenizer), folder.config, folder.tokenizer_config, reading, beside.files
+    )
+    _check(checkpoint, network.pieces, str(folder))
+    rightly = _padded_rightly(checkpoint, network.model, str(folder))
+    network.to(device, dtype)
+    return dataclasses.replace(checkpoint, reading=rightly, _layouts={})
+
+
+def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
+    """ValueError for a tokenizer of another model, and for one that puts nothing between two texts."""
+    check_pieces(pieces_known(checkpoint.tokenizer), pieces, source)
+    if checkpoint.pad_id not in range(pieces):
+        raise ValueError(f"{source}: pad_token_id={checkpoint.pad_id!r} is no piece of {pieces}")
+    if not checkpoint.layout().middle and not getattr(checkpoint.network, "is_decoder", False):
+        raise ValueError(
+            f"{source}: the tokenizer sets no special tokens between two texts; a cross-encoder's does. Give the"
+            " checkpoint its own tokenizer files"
+        )
+
+
+def _padded_rightly(checkpoint: PairCheckpoint, model: nn.Module, source: str) -> Reading:
+    """The reading by which a pair's score does not depend on what stands beside it: padded on the right, or the left.
+
+    ValueError where neither does, as where a network does not look at the mask.
+    """
+    for side in ("right", "left"):
+        reading = dataclasses.replace(checkpoint.reading, padding_side=side)
+        layout = PairLayout(checkpoint.tokenizer, reading)
+        ids = layout.pieces(["a"])[0].ids
+        short, long = (layout.fit(Pieces(ids, len(ids), False), Pieces(ids * n, len(ids) * n, False)) for n in (1, 40))
+        try:
+            with torch.no_grad():
+                (alone,) = checkpoint.network(**layout.tensors([short], checkpoint.pad_id))
+                beside, _ = checkpoint.network(**layout.tensors([short, long], checkpoint.pad_id))
+        except ValueError:  # some models say that they take one input at a time
+            continue
+        if not (alone - beside).abs() > 1e-3 * (1 + alone.abs()):  # NaN is found later, and named
+            return reading
+    raise ValueError(
+        f"{source} holds a {type(model).__name__}, whose score of a pair depends on the padding beside it, on the right"
+        " and on the left: its ranking would depend on the batches, and it is not supported"
+    )
+
+
+def _limit(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", max_length: int | None = None) -> int | None:
+    """Tokens of the longest input, as sentence-transformers has it; None where nothing limits it."""
+    config: Any = model.config
+    limits = [max_length or tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    limit = min(limit for limit in [*limits, positions(model)] if limit and limit > 0)
+    return None if limit > UNLIMITED else int(limit)
 
 
 def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledScorer:
@@ -222,7 +336,7 @@ def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder.path)
+        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         model = library_model(mapping, config, weights, str(folder), torch.float32)
     except (RuntimeError, KeyError, OSError) as error:
@@ -231,8 +345,7 @@ def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
         ) from error
     if (labels := int(model.config.num_labels or 0)) > 2:
         raise ValueError(
-            f"{folder} classifies into {labels} labels; a cross-encoder has one, or two of which the second"
-            " is the score"
+            f"{folder} classifies into {labels} labels; a cross-encoder has one, or two whose difference is the score"
         )
     return LabelScorer(model)
 
@@ -260,9 +373,8 @@ def _body(folder: Folder, config: dict[str, Any]) -> "PreTrainedModel":
 
 
 def _bare(weights: Weights, backbone: str) -> Weights:
-    """Weights by the names of the bare body: without "electra." in front, and without a buffer of old versions."""
-    kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
-    return {name.removeprefix(f"{backbone}."): weights[name] for name in kept}
+    """Weights by the names of the bare body: without "electra." in front."""
+    return {name.removeprefix(f"{backbone}."): tensor for name, tensor in today(weights).items()}
 
 
 def _cleans_up(folder: Folder) -> bool:
