@@ -104,6 +104,17 @@ def test_a_hub_id_is_read_from_the_cache_without_a_network(tmp_path):
     assert float(printed) == pytest.approx(here, abs=1e-5)
 
 
+@pytest.mark.parametrize("flag, version, clean", [(False, "4.41.2", False), (True, "4.57", True), (None, "4.44", True)])
+def test_contractions_are_glued_only_where_the_checkpoint_cleans_up(copy_of, flag, version, clean):
+    model = copy_of(FOLDER / "ckpt" / "electra_bias", {"transformers_version": version})
+    with open(f"{model}/tokenizer_config.json", encoding="utf-8") as file:
+        settings = json.load(file) | {"clean_up_tokenization_spaces": flag}
+    with open(f"{model}/tokenizer_config.json", "w", encoding="utf-8") as file:
+        json.dump({name: value for name, value in settings.items() if value is not None}, file)
+    apart, glued = CrossEncoder(model, device="cpu").score(["do it"], [["we do n't go", "we don't go"]])[0]
+    assert (abs(apart - glued) < 1e-5) == clean
+
+
 def test_bfloat16_stays_close_to_the_reference():
     out = CrossEncoder(str(FOLDER / "ckpt" / "electra_bias"), device="cpu", dtype="bfloat16")(
         golden_frame(golden("electra_bias")["items"])

@@ -179,7 +179,10 @@ class LabelScorer(nn.Module):
     """The logit of a sequence classifier with one label, or the second's with two, less the first's.
 
     reads_types: whether it is given token types; others take theirs for granted.
+    reads_padding: whether padding changes its score, so that inputs of one length alone are computed together.
     """
+
+    reads_padding = False
 
     def __init__(self, model: "PreTrainedModel", *, reads_types: bool = True):
         super().__init__()
@@ -220,13 +223,17 @@ class LabelScorer(nn.Module):
                 POOLING["last_token"](states, inputs["attention_mask"])
             )
             return last
-        if not self.model.config.is_encoder_decoder:
+        if not self.reads_padding and not self.model.config.is_encoder_decoder:
             logits: torch.Tensor = self.model(**inputs).logits
             return logits
-        # These read their class at the last end token and want equally many of them in each input, which texts may hold
-        ends = (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
-        groups = [(ends == count).nonzero()[:, 0] for count in ends.unique()]
-        parts = [self.model(**{name: tensor[rows] for name, tensor in inputs.items()}).logits for rows in groups]
+        lengths = inputs["attention_mask"].sum(1)
+        # Encoder-decoders read their class at the last end token, and want equally many in a batch: texts may hold some
+        alike = lengths if self.reads_padding else (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
+        groups = [(alike == value).nonzero()[:, 0] for value in alike.unique()]
+        parts = [
+            self.model(**{name: tensor[rows, : lengths[rows].max()] for name, tensor in inputs.items()}).logits
+            for rows in groups
+        ]
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -268,9 +275,9 @@ def _classifier(
         network.eval(), bare_tokenizer(tokenizer), folder.config, folder.tokenizer_config, reading, beside.files
     )
     _check(checkpoint, network.pieces, str(folder))
-    rightly = _padded_rightly(checkpoint, network.model, str(folder))
+    checkpoint = _padded_rightly(checkpoint, network, str(folder))
     network.to(device, dtype)
-    return dataclasses.replace(checkpoint, reading=rightly, _layouts={})
+    return checkpoint
 
 
 def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
@@ -285,27 +292,29 @@ def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
         )
 
 
-def _padded_rightly(checkpoint: PairCheckpoint, model: nn.Module, source: str) -> Reading:
-    """The reading by which a pair's score does not depend on what stands beside it: padded on the right, or the left.
+def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: str) -> PairCheckpoint:
+    """The checkpoint so read that a pair's score does not depend on what stands beside it.
 
-    ValueError where neither does, as where a network does not look at the mask.
+    Padded is on the right, or on the left, or not at all where a network does not look at the mask.
     """
-    for side in ("right", "left"):
+    for side, reads_padding in (("right", False), ("left", False), ("right", True)):
+        network.reads_padding = reads_padding
         reading = dataclasses.replace(checkpoint.reading, padding_side=side)
         layout = PairLayout(checkpoint.tokenizer, reading)
         ids = layout.pieces(["a"])[0].ids
         short, long = (layout.fit(Pieces(ids, len(ids), False), Pieces(ids * n, len(ids) * n, False)) for n in (1, 40))
         try:
             with torch.no_grad():
-                (alone,) = checkpoint.network(**layout.tensors([short], checkpoint.pad_id))
-                beside, _ = checkpoint.network(**layout.tensors([short, long], checkpoint.pad_id))
+                (alone,) = network(**layout.tensors([short], checkpoint.pad_id))
+                beside, longer, _ = network(**layout.tensors([short, long, short], checkpoint.pad_id))
         except ValueError:  # some models say that they take one input at a time
             continue
-        if not (alone - beside).abs() > 1e-3 * (1 + alone.abs()):  # NaN is found later, and named
-            return reading
+        noise = 1e-6 + 1e-4 * (alone.abs() + longer.abs())
+        if not (alone - beside).abs() > noise:  # NaN is found later, and named
+            return dataclasses.replace(checkpoint, reading=reading, _layouts={})
     raise ValueError(
-        f"{source} holds a {type(model).__name__}, whose score of a pair depends on the padding beside it, on the right"
-        " and on the left: its ranking would depend on the batches, and it is not supported"
+        f"{source} holds a {type(network.model).__name__}, whose score of a pair depends on what is computed beside it:"
+        " its ranking would depend on the batches, and it is not supported"
     )
 
 

@@ -51,7 +51,10 @@ class PairLayout:
         joined = tokenizer.post_process(query, passage)
         special = joined.special_tokens_mask
         if not query or not passage or special.count(0) != len(query) + len(passage):
-            raise ValueError(f"the tokenizer writes two texts, 'a' and 'b', as {joined.tokens}; wanted both in that")
+            raise ValueError(
+                f"the tokenizer writes two texts, 'a' and 'b', as {joined.tokens}; wanted both in that. Give the"
+                " checkpoint its own tokenizer files"
+            )
         at_query = special.index(0)
         at_passage = special.index(0, at_query + len(query))
         parts = [slice(at_query), slice(at_query + len(query), at_passage), slice(at_passage + len(passage), None)]

@@ -7,7 +7,9 @@ from typing import Any
 from pyterrier_lit.models.checkpoints import Folder, damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name")  # in READING
+# What is known in READING, and of how its texts are processed
+KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
+PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +29,22 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
     if MODULES not in files or settings.get("model_type") != "CrossEncoder":
         return SentenceFiles()
     _check_modules(folder, files[MODULES])
-    others = [name for name, value in reading.items() if name not in KNOWN and value]
-    if others or "message" in (reading.get("modality_config") or {}):
-        said = ", ".join(others) or "a chat template (modality_config: message)"
-        raise ValueError(f"{folder.path / READING} wants {said}, which CrossEncoder does not know; wanted plain texts")
+    processing = dict(reading.get(PROCESSING) or {})
+    texts = processing.pop("text", {})
+    others = [name for name, value in reading.items() if name not in (*KNOWN, PROCESSING) and value]
+    others += [f"{PROCESSING}: {name}" for name in [*processing, *(set(texts) - set(TEXT_KNOWN))]]
+    others += ["modality_config: message (a chat template)"] * ("message" in (reading.get("modality_config") or {}))
+    if others:
+        raise ValueError(
+            f"{folder.path / READING} sets {', '.join(others)}, which CrossEncoder does not know; wanted settings among"
+            f" {', '.join(KNOWN)}"
+        )
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     if name is not None and name not in prompts:
         raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is none of {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
-    return SentenceFiles(prompt, reading.get("max_seq_length"), bool(reading.get("do_lower_case")), files)
+    longest = texts.get("max_length") or reading.get("max_seq_length")
+    return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), files)
 
 
 def _check_modules(folder: Folder, modules: Any) -> None:
