@@ -180,7 +180,7 @@ def test_a_panic_of_the_tokenizer_has_a_sentence(bert, capfd):
     pattern = {"Regex": "^(a+)+$"}
     file["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     (folder / "tokenizer.json").write_text(json.dumps(file))
-    with pytest.raises(ValueError, match="the tokenizer broke down at a text among 1, of which the first is 'aaaaa"):
+    with pytest.raises(ValueError, match=r"the tokenizer cannot read the text 'aaaaa.*it failed"):
         ours(folder, ["a" * 40 + "!"])
     capfd.readouterr()  # what Rust says of it
 

@@ -111,7 +111,7 @@ class Folder:
             else:
                 options["tokenizer_type"] = kind
         try:
-            with no_panic("reading the vocabulary"):
+            with no_panic("any text"):
                 if has_file:  # of a damaged one the library may make another
                     tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
                 tokenizer: Any = reader.from_pretrained(
@@ -248,7 +248,7 @@ def library_model(mapping: Any, config: Any, weights: Weights, source: str, dtyp
 
 
 def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
-    """ValueError for a tokenizer that knows more pieces than the model has embeddings."""
+    """ValueError for a tokenizer that knows more pieces than the model has embeddings. known: its highest id + 1."""
     if known > size:
         raise ValueError(
             f"{source}: the tokenizer knows {known} pieces and the {model} {size}; they are of two checkpoints"
@@ -256,8 +256,46 @@ def check_pieces(known: int, size: int, source: str, model: str = "model") -> No
 
 
 def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
-    """One more than the highest id that a tokenizer writes: of its vocabulary, or of what it puts around two texts."""
-    return 1 + max([*tokenizer.get_vocab().values(), *tokenizer.encode("a", "b").ids])
+    """The highest id that a tokenizer can write, + 1: of its pieces, and of the tokens that it puts around texts."""
+    around = [*tokenizer.encode("").ids, *tokenizer.encode("", "").ids]
+    return max([*tokenizer.get_vocab().values(), *around], default=-1) + 1
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a tokenizer panicked. That is no Exception: it would pass whatever handles errors."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def no_panic(source: str) -> Iterator[None]:
+    """A tokenizer's panic in the block becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ValueError(f"the tokenizer cannot read {source}: it failed ({first_line(error)})") from error
+
+
+def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
+    """The ids of each text. The tokenizer is given CHUNK texts at a time: its results are some 10 kB each.
+
+    ValueError names a text at which the tokenizer fails.
+    """
+    for start in range(0, len(texts), CHUNK):
+        chunk = list(texts[start : start + CHUNK])
+        try:
+            encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=special_tokens)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            encodings = [_encode_alone(tokenizer, text, special_tokens) for text in chunk]
+        yield from (encoding.ids for encoding in encodings)
+
+
+def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bool) -> tokenizers.Encoding:
+    with no_panic(f"the text {text[:60] + '...' if len(text) > 60 else text!r}"):
+        return tokenizer.encode(text, add_special_tokens=special_tokens)
 
 
 def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
@@ -275,29 +313,6 @@ def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer
     bare.no_truncation()
     bare.no_padding()
     return bare
-
-
-def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
-    """The ids of each text. The tokenizer is given CHUNK texts at a time: its results are some 10 kB each."""
-    for start in range(0, len(texts), CHUNK):
-        chunk = list(texts[start : start + CHUNK])
-        with no_panic(f"a text among {len(chunk)}, of which the first is {chunk[0][:60]!r}"):
-            encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=special_tokens)
-        yield from (encoding.ids for encoding in encodings)
-
-
-@contextlib.contextmanager
-def no_panic(what: str) -> Iterator[None]:
-    """Turn a panic of the tokenizer, which is no Exception and would pass every handler, into a ValueError."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(
-            f"the tokenizer broke down at {what} ({first_line(error)}); its tokenizer.json may hold a regular"
-            " expression that some texts send astray: take the checkpoint's own, or shorten the text"
-        ) from error
 
 
 def positions(network: nn.Module) -> int | None:

@@ -51,8 +51,7 @@ class TextEncoder:
         """The ids of B texts -> float32 vectors (B, d), not normalised, perhaps still being computed."""
         pad = self.config.get("pad_token_id") or 0
         device = next(self.network.parameters()).device
-        input_ids, mask = (tensor.to(device) for tensor in padded(batch, pad))
-        mask = mask.long()
+        input_ids, mask = (tensor.to(device, torch.long) for tensor in padded(batch, pad))
         states = self.network(input_ids=input_ids, attention_mask=mask)
         states = states if torch.is_tensor(states) else states.last_hidden_state
         return POOLING[self.pooling](states.float(), mask)
