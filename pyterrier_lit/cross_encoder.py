@@ -14,7 +14,7 @@ import torch
 
 from pyterrier_lit.batching import encoder_tokens, map_batches
 from pyterrier_lit.frames import Columns
-from pyterrier_lit.models.pair_encoder import PairCheckpoint, new_pairs, read_pairs
+from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, new_pairs, read_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
 
@@ -32,7 +32,7 @@ class CrossEncoder(Reranker):
         query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32
             and 256 for lightning-ir's checkpoints. An ordinary classifier's pair is cut as a whole, at the longest
             input of the checkpoint, as sentence-transformers does it: the longer side first. When more than half of
-            the passages of a call were cut a warning says so; `verbose` shows how many.
+            the passages of a call were truncated a warning says so; `verbose` shows how many.
         special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text"
             reads them as plain characters, for texts from strangers.
         text_field: the column with the passages.
@@ -67,8 +67,8 @@ class CrossEncoder(Reranker):
         layout, inputs, cut = self.cut_pairs(distinct)
         if cut > len(distinct) / 2:
             warnings.warn(
-                "more than half of the passages are longer than what is read of them, and were cut; a larger doc_length"
-                " reads more where the model can, and verbose=True shows how many",
+                "more than half of the passages were truncated: their ends were cut, since less is read of them than they"
+                " hold; a larger doc_length reads more where the model can, and verbose=True shows how many they are",
                 stacklevel=2,
             )
 
@@ -77,7 +77,7 @@ class CrossEncoder(Reranker):
 
         lengths = [layout.length(pair) for pair in inputs]
         with torch.inference_mode(), self.progress(len(inputs), "pair") as bar:
-            bar.set_postfix(cut=cut)
+            bar.set_postfix(truncated=cut)
             max_tokens = encoder_tokens(checkpoint.device) if self.max_tokens is None else self.max_tokens
             computed = map_batches(scores, inputs, lengths, max_tokens, bar.update)
         score_of = dict(zip(distinct, computed, strict=True))
@@ -105,9 +105,9 @@ class CrossEncoder(Reranker):
     def lengths(self) -> dict[str, int | None]:
         """The pieces kept of a query and of a passage: the caller's, else the checkpoint's; None has no such cut."""
         lengths = {}
-        for name, recorded in self.load().lengths.items():
+        for name in LENGTHS:
             own = getattr(self, name)
-            lengths[name] = length = recorded if own is None else own
+            lengths[name] = length = self.load().lengths[name] if own is None else own
             if length is not None and (not isinstance(length, int) or length < 1):
                 raise ValueError(f"{name}={length!r}; wanted a whole number of pieces from 1 on")
         return lengths

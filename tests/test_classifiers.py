@@ -232,10 +232,10 @@ def test_of_two_labels_the_difference_counts(bert, dtype, gap):
 def test_passages_that_are_cut_are_counted_and_a_warning_comes_when_they_are_many(bert, recwarn, capsys):
     folder = bert({"model_max_length": 30})
     ours(folder, ["a", "b", "c " * 60, "d " * 60])
-    assert not [warning for warning in recwarn if "were cut" in str(warning.message)]
-    with pytest.warns(UserWarning, match="more than half of the passages are longer than what is read of them"):
+    assert not [warning for warning in recwarn if "were truncated" in str(warning.message)]
+    with pytest.warns(UserWarning, match="more than half of the passages were truncated"):
         ours(folder, ["a", "b " * 60, "c " * 60], verbose=True)
-    assert "cut=2" in capsys.readouterr().err
+    assert "truncated=2" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="more than half"):
         ours(folder, ["a b c"], doc_length=2)
 

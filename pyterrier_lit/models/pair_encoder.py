@@ -196,7 +196,7 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
         ids = layout.pieces(["a"])[0].ids
         short, long = (layout.fit(Pieces(ids, len(ids), False), Pieces(ids * n, len(ids) * n, False)) for n in (1, 40))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 (alone,) = network(**layout.tensors([short], checkpoint.pad_id))
                 beside, longer, _ = network(**layout.tensors([short, long, short], checkpoint.pad_id))
         except ValueError:  # some models say that they take one input at a time

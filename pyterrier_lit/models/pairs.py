@@ -61,8 +61,10 @@ class PairLayout:
         self.prefix, self.middle, self.suffix = (joined.ids[part] for part in parts)
         highest = max(joined.type_ids) if self.reading.types is None else self.reading.types - 1
         types = [min(kind, highest) for kind in joined.type_ids]
-        self._types = [types[part] for part in parts]
-        self._text_types = types[at_query], types[at_passage]
+        before, between, behind = (types[part] for part in parts)
+        # A type for each special token, and one for each text, whichever its length
+        self._types = torch.tensor([*before, types[at_query], *between, types[at_passage], *behind], dtype=torch.long)
+        self._texts = [len(before), len(before) + 1 + len(between)]
         vocabulary = tokenizer.get_vocab()
         self._n, self._apostrophe = vocabulary.get("n"), vocabulary.get("'")
         self._ts = {id for piece, id in vocabulary.items() if piece.startswith("t")}
@@ -95,14 +97,14 @@ class PairLayout:
     def tensors(self, pairs: Sequence[Pair], pad_id: int) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and token_type_ids of a batch, each (B, L) int64."""
         inputs = [[*self.prefix, *query, *self.middle, *passage, *self.suffix] for query, passage in pairs]
-        before, between, behind = self._types
-        of_query, of_passage = self._text_types
-        types = [
-            [*before, *[of_query] * len(query), *between, *[of_passage] * len(passage), *behind]
-            for query, passage in pairs
-        ]
         ids, mask = self._padded(inputs, pad_id)
-        return {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": self._padded(types, 0)[0]}
+        counts = torch.ones(len(pairs), len(self._types), dtype=torch.long)
+        counts[:, self._texts] = torch.tensor(
+            [(len(query), len(passage)) for query, passage in pairs], dtype=torch.long
+        )
+        types = torch.zeros_like(ids)
+        types[mask] = torch.repeat_interleave(self._types.repeat(len(pairs)), counts.flatten())
+        return {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": types}
 
     def _padded(self, rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.reading.padding_side == "right":
