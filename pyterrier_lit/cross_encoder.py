@@ -67,8 +67,8 @@ class CrossEncoder(Reranker):
         layout, inputs, cut = self.cut_pairs(distinct)
         if cut > len(distinct) / 2:
             warnings.warn(
-                "more than half of the passages were truncated: their ends were cut, since less is read of them than they"
-                " hold; a larger doc_length reads more where the model can, and verbose=True shows how many they are",
+                "more than half of the passages were truncated: their ends were cut, since they are longer than what is"
+                " read; a larger doc_length reads more where the model can, and verbose=True shows how many they are",
                 stacklevel=2,
             )
 
