@@ -25,9 +25,10 @@ def main():
     arguments = parser.parse_args()
     collection = corpora.load(arguments.collection)
     first = pt.RankCutoff(100) >> collection.text_loader()
-    reranker, lists = CrossEncoder(str(arguments.model), query_length=32, doc_length=256, device="cpu"), []
+    reranker = CrossEncoder(arguments.model, query_length=32, doc_length=256)
+    lists = []
     for _, ranking in first(collection.get_results()).sort_values(["qid", "rank"]).groupby("qid"):
-        layout, pairs = reranker.pairs(list(zip(ranking["query"], ranking["text"], strict=True)))
+        layout, pairs = reranker.pairs(list(zip(ranking["query"], ranking.text, strict=True)))
         lists.append([layout.length(pair) for pair in pairs])
     arrived = [length for ranking in lists for length in ranking]
     in_queries = [length for ranking in lists for length in sorted(ranking)]

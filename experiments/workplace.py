@@ -20,6 +20,7 @@ def enter(profile: str, notebook: str) -> tuple[Profile, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     transformers.set_seed(42)
     warnings.filterwarnings("ignore", message="The inplace keyword", category=DeprecationWarning)  # pyterrier, pandas 3
+    warnings.filterwarnings("ignore", "more than half of the passages were truncated")  # as in the papers
     chosen = PROFILES[profile]()
     if not chosen.verbose:
         transformers.logging.disable_progress_bar()

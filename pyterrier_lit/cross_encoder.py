@@ -14,11 +14,9 @@ import torch
 
 from pyterrier_lit.batching import encoder_tokens, inference, map_batches
 from pyterrier_lit.frames import Columns
-from pyterrier_lit.models.pair_encoder import PairCheckpoint, new_pairs, read_pairs
+from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, new_pairs, read_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
-
-QUERY_LENGTH, DOC_LENGTH = 32, 256  # pieces kept by Rank-DistiLLM's where neither the caller nor the checkpoint says
 
 SPECIAL_TOKENS = {"parse": False, "text": True}  # whether those in a text are plain characters
 
@@ -30,11 +28,13 @@ class CrossEncoder(Reranker):
     Args:
         model: hub id or folder. Read are the checkpoints of lightning-ir over ELECTRA or BERT
             (`webis/monoelectra-base`, `webis/monoelectra-large`; all its formats since 2024) and ordinary sequence
-            classification checkpoints with one label, or two of which the second is the score. No code of the
-            checkpoint is run.
+            classification checkpoints with one label, or two whose difference is the score. Their tokenizer, token
+            types and default prompt are those of transformers and sentence-transformers. No code of the checkpoint is
+            run.
         query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32
-            and 256 for lightning-ir's; an ordinary classifier is cut as a pair alone. A pair is then cut to the model's
-            maximum, the longer side first. A warning says when more than half of the passages were cut.
+            and 256 for lightning-ir's checkpoints. An ordinary classifier's pair is cut as a whole, at the longest
+            input of the checkpoint, as sentence-transformers does it: the longer side first. When more than half of
+            the passages of a call were truncated a warning says so; `verbose` shows how many.
         special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text"
             reads them as plain characters, for texts from strangers.
         text_field: the column with the passages.
@@ -67,57 +67,51 @@ class CrossEncoder(Reranker):
             [(query, text) for text in texts] for query, texts in zip(queries, columns[self.text_field], strict=True)
         ]
         distinct = list(dict.fromkeys(pair for pairs in asked for pair in pairs))
-        layout, inputs = self.pairs(distinct, warn=True)
+        layout, inputs, cut = self.cut_pairs(distinct)
+        if cut > len(distinct) / 2:
+            warnings.warn(
+                "more than half of the passages were truncated; a larger doc_length keeps more of each, up to the"
+                " model's maximum, and pt.text.sliding splits them into shorter ones. verbose=True counts them",
+                stacklevel=2,
+            )
 
         def scores(batch: list[Pair]) -> torch.Tensor:
             return checkpoint.scores(layout.tensors(batch, checkpoint.pad_id))
 
         lengths = [layout.length(pair) for pair in inputs]
         with inference(), self.progress(len(inputs), "pair") as bar:
+            bar.set_postfix(truncated=cut)
             max_tokens = encoder_tokens(checkpoint.device) if self.max_tokens is None else self.max_tokens
             computed = map_batches(scores, inputs, lengths, max_tokens, bar.update)
         score_of = dict(zip(distinct, computed, strict=True))
         return {"score": [[score_of[pair] for pair in pairs] for pairs in asked]}
 
-    def pairs(self, texts: Sequence[tuple[str, str]], warn: bool = False) -> tuple[PairLayout, list[Pair]]:
-        """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once.
-
-        warn: when more than half of the passages were truncated.
-        """
-        as_text = self.option("special_tokens", SPECIAL_TOKENS)
-        lengths, checkpoint = self.lengths(), self.load()
-        layout: PairLayout = checkpoint.layout(special_tokens_as_text=as_text)
-        queries = list(dict.fromkeys(query for query, _ in texts))
-        passages = list(dict.fromkeys(passage for _, passage in texts))
-        prompted = [checkpoint.prompt + query for query in queries]
-        pieces_of_query = dict(zip(queries, layout.pieces(prompted, lengths["query_length"]), strict=True))
-        whole = dict(zip(passages, layout.pieces(passages, None), strict=True))
-        pairs = [
-            layout.fit(pieces_of_query[query], whole[passage][: lengths["doc_length"]]) for query, passage in texts
-        ]
-        cut = sum(len(pair[1]) < len(whole[passage]) for pair, (_, passage) in zip(pairs, texts, strict=True))
-        if warn and cut > len(pairs) / 2:
-            warnings.warn(
-                f"{cut} of {len(pairs)} passages were truncated; doc_length keeps more of them, up to the model's"
-                " maximum, or split them before: pt.text.sliding",
-                stacklevel=2,
-            )
+    def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
+        """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once."""
+        layout, pairs, _ = self.cut_pairs(texts)
         return layout, pairs
 
-    def lengths(self) -> dict[str, int | None]:
-        """The pieces kept of a query and of a passage: the caller's, else the checkpoint's, else Rank-DistiLLM's.
+    def cut_pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair], int]:
+        """The same as `pairs`, and of how many pairs the passage was cut."""
+        lengths = self.lengths()
+        layout: PairLayout = self.load().layout(special_tokens_as_text=self.option("special_tokens", SPECIAL_TOKENS))
+        queries = list(dict.fromkeys(query for query, _ in texts))
+        passages = list(dict.fromkeys(passage for _, passage in texts))
+        of_query = dict(zip(queries, layout.queries(queries, lengths["query_length"]), strict=True))
+        of_passage = dict(zip(passages, layout.pieces(passages, lengths["doc_length"]), strict=True))
+        pairs = [layout.fit(of_query[query], of_passage[passage]) for query, passage in texts]
+        read = [(of_passage[passage], ids) for (_, passage), (_, ids) in zip(texts, pairs, strict=True)]
+        return layout, pairs, sum(pieces.cut or len(ids) < pieces.total for pieces, ids in read)
 
-        None keeps all, as far as the pair fits: an ordinary classifier's.
-        """
+    def lengths(self) -> dict[str, int | None]:
+        """The pieces kept of a query and of a passage: the caller's, else the checkpoint's; None has no such cut."""
         checkpoint: PairCheckpoint = self.load()
         lengths: dict[str, int | None] = {}
-        for name, default in (("query_length", QUERY_LENGTH), ("doc_length", DOC_LENGTH)):
+        for name in LENGTHS:
             own = getattr(self, name)
-            recorded = checkpoint.config.get(name) or (default if checkpoint.is_lightning_ir else None)
-            length = recorded if own is None else own
+            lengths[name] = length = checkpoint.lengths[name] if own is None else own
             if length is not None and (not isinstance(length, int) or length < 1):
                 raise ValueError(f"{name}={length!r}; wanted a whole number of pieces from 1 on")
-            lengths[name] = length
         return lengths
 
     def saved_settings(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_lit.batching import Tokens, counted_tokens, map_batches
+from pyterrier_lit.batching import Budget, Tokens, counted_tokens, like_lengths, map_batches
 
 lengths_lists = st.lists(st.integers(0, 60), max_size=60)
 
@@ -62,6 +62,32 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(lengths, fits):
         assert len(warned) == 1
         failed = [tokens > fits for tokens in tried]
         assert failed == sorted(failed, reverse=True)  # once it fits it goes on fitting
+
+
+def test_memory_that_runs_out_leaves_half_of_what_was_tried():
+    tried = []
+
+    def limited(batch):
+        tried.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch
+
+    budget = Budget(100)
+    with pytest.warns(UserWarning, match=r"in a batch of 100 tokens; going on with half \(max_tokens=50 avoids this\)"):
+        map_batches(limited, list(range(10)), [10] * 10, budget)
+    assert tried == [10, 5, 2, 2, 2, 2, 2]
+    assert budget.tokens == 20
+
+
+@given(lengths_lists, st.integers(1, 200))
+def test_like_lengths_gives_each_item_once_within_the_budget(lengths, max_tokens):
+    batches = list(like_lengths(lengths, max_tokens))
+    assert sorted(item for batch in batches for item in batch) == list(range(len(lengths)))
+    for number, batch in enumerate(batches, 1):
+        longest = max(max(lengths[item] for item in batch), 1)
+        assert len(batch) == 1 or len(batch) * longest <= max_tokens
+        assert number == len(batches) or (len(batch) + 1) * longest > max_tokens  # one more had not fitted
 
 
 @pytest.mark.parametrize(

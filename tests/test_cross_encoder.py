@@ -7,7 +7,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import warnings
 
 import pandas as pd
 import pytest
@@ -21,7 +20,6 @@ from contract import Contract, assert_same_scores, by_docno
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.pair_encoder import read_pairs
-from pyterrier_lit.models.pairs import PairLayout
 
 FOLDER = GOLDEN / "cross_encoder"
 NAMES = ["electra_bias", "electra_short_nobias_proj", "electra_default", "bert_bias", "bert_mean_pool"]
@@ -62,10 +60,10 @@ def golden_frame(items):
 def test_ids_types_and_masks_equal_the_reference(name):
     reference = golden(name)
     encoder = read_pairs(Folder(FOLDER / "ckpt" / name), torch.device("cpu"), torch.float32)
-    layout = PairLayout(encoder.tokenizer, limit=encoder.limit, clean_up=encoder.clean_up)
-    assert encoder.clean_up == reference["clean_up_tokenization_spaces"]
+    layout = encoder.layout()
+    assert encoder.reading.clean_up == reference["clean_up_tokenization_spaces"]
     for item in reference["items"]:
-        query = layout.pieces([item["query"]], reference["query_length"])[0]
+        query = layout.queries([item["query"]], reference["query_length"])[0]
         pairs = [layout.fit(query, passage) for passage in layout.pieces(item["docs"], reference["doc_length"])]
         tensors = {key: tensor.tolist() for key, tensor in layout.tensors(pairs, encoder.pad_id).items()}
         assert tensors == {key: item[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
@@ -104,6 +102,17 @@ def test_a_hub_id_is_read_from_the_cache_without_a_network(tmp_path):
     ).stdout
     here = CrossEncoder(str(FOLDER / "ckpt" / "electra_bias"), device="cpu").score(["x"], [["y"]])[0][0]
     assert float(printed) == pytest.approx(here, abs=1e-5)
+
+
+@pytest.mark.parametrize("flag, version, clean", [(False, "4.41.2", False), (True, "4.57", True), (None, "4.44", True)])
+def test_contractions_are_glued_only_where_the_checkpoint_cleans_up(copy_of, flag, version, clean):
+    model = copy_of(FOLDER / "ckpt" / "electra_bias", {"transformers_version": version})
+    with open(f"{model}/tokenizer_config.json", encoding="utf-8") as file:
+        settings = json.load(file) | {"clean_up_tokenization_spaces": flag}
+    with open(f"{model}/tokenizer_config.json", "w", encoding="utf-8") as file:
+        json.dump({name: value for name, value in settings.items() if value is not None}, file)
+    apart, glued = CrossEncoder(model, device="cpu").score(["do it"], [["we do n't go", "we don't go"]])[0]
+    assert (abs(apart - glued) < 1e-5) == clean
 
 
 def test_bfloat16_stays_close_to_the_reference():
@@ -216,7 +225,10 @@ def labelled(request, electra, tmp_path):
     """An ordinary sequence classification checkpoint, its model and its tokenizer."""
     kind, labels = request.param.split("-")
     torch.manual_seed(3)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(electra / "tokenizer.json"), pad_token="[PAD]")
+    inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "electra" else [])]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(electra / "tokenizer.json"), pad_token="[PAD]", model_input_names=inputs
+    )
     size = {
         "vocab_size": 100,
         "hidden_size": 32,
@@ -238,7 +250,7 @@ def labelled(request, electra, tmp_path):
             transformers.ModernBertConfig(**size, pad_token_id=0, cls_token_id=2, sep_token_id=3)
         )
     model.eval().save_pretrained(tmp_path)
-    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.save_pretrained(tmp_path)
     return tmp_path, model, tokenizer.backend_tokenizer
 
 
@@ -249,9 +261,9 @@ def test_ordinary_sequence_classifiers_score_by_their_logit_or_the_difference_of
     with torch.inference_mode():
         for row in short.itertuples():
             pair = tokenizer.encode(row.query, row.text)
-            types = {} if "modernbert" in model.config.model_type else {"token_type_ids": torch.tensor([pair.type_ids])}
-            logits = model(input_ids=torch.tensor([pair.ids]), **types).logits[0]
-            expected[row.qid, row.docno] = (logits[1] - logits[0] if len(logits) == 2 else logits[0]).item()
+            types = {"token_type_ids": torch.tensor([pair.type_ids])} if model.config.model_type == "electra" else {}
+            logits = model(input_ids=torch.tensor([pair.ids]), **types).logits[0].tolist()
+            expected[row.qid, row.docno] = logits[-1] - (logits[0] if len(logits) == 2 else 0)
     scores = by_docno(CrossEncoder(str(folder), device="cpu")(short))
     assert scores == pytest.approx(expected, abs=2e-5)
     assert max(scores.values()) - min(scores.values()) > 1e-3
@@ -325,7 +337,7 @@ def test_lengths_cut_each_side_and_positions_cap_both(cross_encoder_folder, leng
     reranker = CrossEncoder(str(cross_encoder_folder), device="cpu", **lengths)
     query, passage = lengths.get("query_length", 32), lengths.get("doc_length", 256)
     if query + passage + 3 > 512:
-        query, passage = 255, 254
+        query, passage = 254, 255
     long_query, long_passage = " ".join("ab" * 400), " ".join("cd" * 400)
     cut = reranker.score([" ".join(long_query.split()[:query])], [[" ".join(long_passage.split()[:passage])]])
     assert reranker.score([long_query], [[long_passage]])[0][0] == pytest.approx(cut[0][0], abs=2e-5)
@@ -349,7 +361,7 @@ def test_special_tokens_are_read_as_the_reference_does_or_as_text(make, frame):
     encoder = reranker.load()
     layout, _ = reranker.pairs([])
     control = {encoder.tokenizer.token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
-    assert all(control.isdisjoint(ids) for ids in layout.pieces(injected, 50))
+    assert all(control.isdisjoint(pieces.ids) for pieces in layout.pieces(injected, 50))
     with pytest.raises(ValueError, match="special_tokens='none'"):
         make(special_tokens="none")(frame)
 
@@ -426,137 +438,3 @@ def test_a_new_head_on_the_body_of_a_cross_encoder():
     ours, theirs = (encoder.load().network.state_dict() for encoder in (new, trained))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items() if name.startswith("body."))
     assert not torch.equal(ours["linear.weight"], theirs["linear.weight"])
-
-
-# Checkpoints of the world: what others put into a folder counts, or is refused by name
-
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
-
-
-@pytest.fixture
-def classifier(tmp_path):
-    """classifier(config fields, **tokenizer settings): the folder of a random BERT classifier, saved by the library."""
-
-    def build(fields=None, **settings):
-        torch.manual_seed(0)
-        sizes = {"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        sizes |= {"intermediate_size": 48, "num_labels": 1, "initializer_range": 0.5, "max_position_embeddings": 40}
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes | (fields or {})))
-        model.eval().save_pretrained(tmp_path / "classifier")
-        vocabulary = {word: i for i, word in enumerate(WORDS)}
-        tokenizer = transformers.BertTokenizer(vocab=vocabulary, **{"model_max_length": 40} | settings)
-        tokenizer.save_pretrained(tmp_path / "classifier")
-        return tmp_path / "classifier"
-
-    return build
-
-
-def librarys(folder, query, passages):
-    """The scores that the library alone gives, pair by pair, cut at the tokenizer's maximum."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        inputs = [tokenizer([[query, text]], return_tensors="pt", truncation=True) for text in passages]
-        logits = [model(**each).logits[0] for each in inputs]
-    return [(each[1] - each[0] if len(each) == 2 else each[0]).item() for each in logits]
-
-
-TEXTS = ["A Cat", "dogs bark", "x" * 60, ""]
-
-
-@pytest.mark.parametrize("fields", [{}, {"num_labels": 2}, {"type_vocab_size": 1}])
-@pytest.mark.parametrize(
-    "settings", [{}, {"do_lower_case": False}, {"model_input_names": ["input_ids", "attention_mask"]}]
-)
-@pytest.mark.parametrize("query", ["a cat", "a very long query " * 5])
-@pytest.mark.filterwarnings("ignore:.* of .* passages were truncated")
-def test_a_classifier_scores_as_its_library_does(classifier, fields, settings, query):
-    if fields.get("type_vocab_size") == 1 and "model_input_names" not in settings:
-        settings = settings | {"model_input_names": ["input_ids", "attention_mask"]}  # the library alone would fail
-    folder = classifier(fields, **settings)
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    ours = CrossEncoder(str(folder), device="cpu").score([query], [TEXTS])[0]
-    assert ours == pytest.approx(librarys(folder, query, TEXTS), abs=1e-4)
-
-
-def test_a_default_prompt_of_sentence_transformers_stands_before_the_query(classifier, tmp_path):
-    folder, prompt = classifier(), "find: "
-    settings = {"prompts": {"web": prompt}, "default_prompt_name": "web"}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    reranker = CrossEncoder(str(folder), device="cpu")
-    expected = librarys(folder, f"{prompt}a cat", TEXTS[:2])
-    assert reranker.score(["a cat"], [TEXTS[:2]])[0] == pytest.approx(expected, abs=1e-4)
-    reranker.save(tmp_path / "saved")
-    saved = CrossEncoder(str(tmp_path / "saved"), device="cpu")
-    assert saved.score(["a cat"], [TEXTS[:2]])[0] == pytest.approx(expected, abs=1e-4)
-
-
-def test_what_would_be_left_out_of_a_folder_is_refused_by_name(classifier, frame):
-    folder = classifier()
-    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense", "type": "Dense"}]))
-    config = folder / "config.json"
-    whole = config.read_text()
-    config.write_text(whole.replace("BertForSequenceClassification", "BertModel"))
-    with pytest.raises(ValueError, match="sentence-transformers whose head lies in a module of its own"):
-        CrossEncoder(str(folder), device="cpu")(frame)
-    (folder / "modules.json").unlink()
-    config.write_text(whole)
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds an adapter.*merge it"):
-        CrossEncoder(str(folder), device="cpu")(frame)
-
-
-def test_weights_with_names_of_tensorflows_time_load(cross_encoder_folder, electra, frame, tmp_path):
-    shutil.copytree(electra, tmp_path / "old")
-    file = tmp_path / "old" / "model.safetensors"
-    weights = safetensors.torch.load_file(file)
-    old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-        for name, tensor in weights.items()
-    }
-    assert old.keys() != weights.keys()
-    safetensors.torch.save_file(old, file)
-    torch.manual_seed(1)
-    expected = CrossEncoder.from_backbone(str(electra), device="cpu")(frame)
-    torch.manual_seed(1)
-    assert_same_scores(CrossEncoder.from_backbone(str(tmp_path / "old"), device="cpu")(frame), expected)
-
-
-def test_a_model_whose_scores_depend_on_padding_is_refused_by_name(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.XLNetConfig(vocab_size=len(WORDS), d_model=32, n_layer=1, n_head=2, d_inner=48, num_labels=1)
-    transformers.XLNetForSequenceClassification(config).save_pretrained(tmp_path)
-    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="XLNetForSequenceClassification scores a pair otherwise when it is padded"):
-        CrossEncoder(str(tmp_path), device="cpu").load()
-
-
-def test_a_checkpoint_overwritten_in_place_does_not_change_a_loaded_reranker(cross_encoder_folder, frame, tmp_path):
-    shutil.copytree(cross_encoder_folder, tmp_path, dirs_exist_ok=True)
-    reranker = CrossEncoder(str(tmp_path), device="cpu")
-    expected, file = reranker(frame), tmp_path / "model.safetensors"
-    with open(file, "r+b") as opened:
-        opened.seek(file.stat().st_size // 2)
-        opened.write(bytes(file.stat().st_size // 2))
-    pd.testing.assert_frame_equal(reranker(frame), expected)
-
-
-def test_more_than_half_of_the_passages_truncated_is_a_warning(cross_encoder_folder):
-    reranker = CrossEncoder(str(cross_encoder_folder), doc_length=5, device="cpu")
-    with pytest.warns(UserWarning, match="2 of 3 passages were truncated; doc_length"):
-        reranker.score(["a"], [["abcdefgh", "ijklmnop", "b"]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reranker.score(["a"], [["abcdefgh", "a", "b"]])
-
-
-def test_shards_outside_the_folder_are_refused(cross_encoder_folder, frame, tmp_path):
-    shutil.copytree(cross_encoder_folder, tmp_path / "folder")
-    (tmp_path / "folder" / "model.safetensors").rename(tmp_path / "model.safetensors")
-    index = {"weight_map": {"linear.weight": "../model.safetensors"}}
-    (tmp_path / "folder" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"names '\.\./model\.safetensors'; weights lie in the folder itself"):
-        CrossEncoder(str(tmp_path / "folder"), device="cpu")(frame)

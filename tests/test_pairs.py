@@ -2,13 +2,12 @@
 
 import pytest
 import tokenizers
+import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyterrier_lit.models.pairs import PairLayout
-
-pieces = st.lists(st.integers(5, 90), max_size=12)
+from pyterrier_lit.models.pairs import PairLayout, Pieces, Reading
 
 
 @pytest.fixture(scope="module")
@@ -16,16 +15,12 @@ def tokenizer(electra):
     return tokenizers.Tokenizer.from_file(str(electra / "tokenizer.json"))
 
 
-@pytest.fixture(scope="module")
-def layout(tokenizer):
-    return PairLayout(tokenizer, limit=12)
-
-
 @given(st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), min_size=1, max_size=5))
 def test_whole_pairs_are_what_the_tokenizer_writes(tokenizer, texts):
     layout = PairLayout(tokenizer)
     queries, passages = (layout.pieces(list(side), 1_000) for side in zip(*texts, strict=True))
-    tensors = layout.tensors(list(zip(queries, passages, strict=True)), pad_id=0)
+    pairs = [layout.fit(query, passage) for query, passage in zip(queries, passages, strict=True)]
+    tensors = layout.tensors(pairs, pad_id=0)
     for row, (query, passage) in enumerate(texts):
         expected = tokenizer.encode(query, passage)
         n = len(expected.ids)
@@ -35,21 +30,45 @@ def test_whole_pairs_are_what_the_tokenizer_writes(tokenizer, texts):
         assert not tensors["input_ids"][row, n:].any() and not tensors["token_type_ids"][row, n:].any()
 
 
-@given(pieces, pieces)
-def test_fit_drops_from_the_longer_side_and_from_the_passage_on_a_tie(layout, query, passage):
-    shorter = layout.fit(query, passage)
-    assert layout.length(shorter) == min(layout.length((query, passage)), 12)
-    assert shorter == (query[: len(shorter[0])], passage[: len(shorter[1])])
-    queries, passages = len(shorter[0]), len(shorter[1])
-    if queries < len(query):
-        assert queries >= passages
-    if passages < len(passage):
-        assert passages >= queries - 1
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(3, 25), st.sampled_from(["right", "left"]))
+def test_pairs_are_cut_as_the_tokenizer_itself_cuts_them(tokenizer, queries, passages, limit, side):
+    layout = PairLayout(tokenizer, Reading(limit, truncation_side=side))
+    query, passage = " ".join("abc"[i % 3] for i in range(queries)), " ".join("xyz"[i % 3] for i in range(passages))
+    (first,), (second,) = layout.queries([query]), layout.pieces([passage])
+    ids = layout.tensors([layout.fit(first, second)], pad_id=0)["input_ids"][0].tolist()
+    own = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    own.enable_truncation(limit, direction=side)
+    assert ids == own.encode(query, passage).ids
+
+
+def test_a_text_that_is_cut_says_so_and_remembers_its_length(tokenizer):
+    layout = PairLayout(tokenizer, Reading(limit=9, prompt="q: "))
+    assert layout.pieces(["a b c", "a b c d"], 3) == [Pieces(layout.pieces(["a b c"])[0].ids, 3, cut) for cut in (0, 1)]
+    (long,) = layout.pieces(["a " * 40])
+    assert (len(long.ids), long.total, long.cut) == (9, 40, False)
+    assert layout.queries(["a"]) == layout.pieces(["q: a"])
+
+
+def test_padding_on_the_left_is_that_on_the_right_moved(tokenizer):
+    right, left = (PairLayout(tokenizer, Reading(padding_side=side)) for side in ("right", "left"))
+    pairs = [([5, 6], [7, 8, 9]), ([5], [7])]
+    for name, tensor in right.tensors(pairs, 1).items():
+        other = left.tensors(pairs, 1)[name]
+        assert torch.equal(other[0], tensor[0]) and torch.equal(other[1], tensor[1].roll(3))
+
+
+def test_token_types_are_no_higher_than_the_model_knows(tokenizer):
+    pair = [([5], [7])]
+    assert PairLayout(tokenizer).tensors(pair, 0)["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
+    assert PairLayout(tokenizer, Reading(types=1)).tensors(pair, 0)["token_type_ids"].tolist() == [[0] * 5]
 
 
 def test_a_free_standing_contraction_is_glued_only_with_clean_up(tokenizer):
     ids = {
-        clean_up: PairLayout(tokenizer, clean_up=clean_up).pieces(["do n't", "n't", "on 't"], 20)
+        clean_up: [
+            text.ids
+            for text in PairLayout(tokenizer, Reading(clean_up=clean_up)).pieces(["do n't", "n't", "on 't"], 20)
+        ]
         for clean_up in (True, False)
     }
     words = [[tokenizer.id_to_token(id) for id in text] for text in ids[True]]
@@ -65,12 +84,6 @@ def test_clean_up_is_decoding_and_encoding_again(tokenizer, text):
         ids, clean_up_tokenization_spaces=True
     )
     assert (
-        PairLayout(tokenizer, clean_up=True).pieces([text], 20)[0]
+        PairLayout(tokenizer, Reading(clean_up=True)).pieces([text], 20)[0].ids
         == tokenizer.encode(decoded, add_special_tokens=False).ids
     )
-
-
-def test_a_tokenizer_without_special_tokens_is_refused(tokenizer):
-    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    with pytest.raises(ValueError, match="no special tokens between two texts"):
-        PairLayout(bare)

@@ -1,5 +1,6 @@
 """Checkpoints: hub id or folder -> config, weights and tokenizer; device and dtype. Errors say what to do."""
 
+import contextlib
 import json
 import pickle
 import re
@@ -16,13 +17,22 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Weights = dict[str, torch.Tensor]
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
+ADAPTER = "adapter_config.json"
 CHUNK = 1_000  # texts
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # other names that people use
+# How BERT reads letters: by its names in tokenizer_config.json, and in tokenizer.json
+BERT = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # what layer norms were called before 2019
+_OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that say nothing about the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
 
@@ -41,12 +51,7 @@ class Folder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The fields of config.json. ValueError for a folder with an adapter, whose weights would be left out."""
-        if (self.path / "adapter_config.json").exists():
-            raise ValueError(
-                f"{self} holds an adapter (adapter_config.json), which is not read; merge it into its base model and"
-                " save that: `PeftModel.from_pretrained(BASE, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)`"
-            )
+        """The fields of config.json."""
         return _read_json(self, "config.json")
 
     @cached_property
@@ -73,7 +78,7 @@ class Folder:
                     weights.update(torch.load(file, map_location="cpu", weights_only=True))
             except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
                 raise damaged(file, error) from error
-        return {_today(name): tensor for name, tensor in weights.items()}
+        return weights
 
     def weight(self, name: str) -> torch.Tensor | None:
         """One tensor, None where there is no such; of safetensors the others are not read."""
@@ -86,55 +91,57 @@ class Folder:
                     return tensor
         return None
 
-    def tokenizer(self) -> tokenizers.Tokenizer:
-        """The fast tokenizer, without truncation or padding: tokenizer.json, else vocab.txt, else the library's."""
-        self.check_vocabulary()
-        try:
-            if (self.path / "tokenizer.json").exists():
-                tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
-            else:
-                import transformers
+    def tokenizer(self, kind: str | None = None) -> tokenizers.Tokenizer:
+        """The tokenizer without truncation or padding; `library_tokenizer` says which."""
+        return bare_tokenizer(self.library_tokenizer(kind))
 
-                has_words = (self.path / "vocab.txt").exists()
-                known = transformers.BertTokenizer if has_words else transformers.AutoTokenizer
-                tokenizer = known.from_pretrained(self.path, trust_remote_code=False).backend_tokenizer
-            tokenizer.encode("\u2603")  # a vocabulary that was cut to nothing fails at the first word it does not know
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(
-                f"{self} has no tokenizer that can be read: wanted tokenizer.json or vocab.txt ({first_line(error)})"
-            ) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+    def library_tokenizer(self, kind: str | None = None) -> "PreTrainedTokenizerFast":
+        """What the library makes of the folder: its vocabulary under the class and settings of tokenizer_config.json.
 
-    def library_tokenizer(self) -> Any:
-        """The tokenizer as the library makes it of all files; where no class is named, tokenizer.json says all.
-
-        ValueError for one that cannot be read, or has no fast version.
+        kind: the type of model ("bert", ...) whose tokenizer it is where the folder names no class of the library.
+        ValueError for a class that needs code of its own, or that does not run in the `tokenizers` package.
         """
         import transformers
 
         self.check_vocabulary()
-        named = self.tokenizer_config.get("tokenizer_class")
-        alone = named is None and (self.path / "tokenizer.json").exists()
-        known: Any = transformers.PreTrainedTokenizerFast if alone else transformers.AutoTokenizer
+        has_file, name = (self.path / "tokenizer.json").exists(), self.tokenizer_config.get("tokenizer_class")
+        reader: Any = transformers.AutoTokenizer
+        options: dict[str, Any] = {}
+        if kind:
+            known = getattr(transformers, str(name), None)
+            if isinstance(known, type) and issubclass(known, transformers.PreTrainedTokenizerBase):
+                reader = known
+            elif has_file:
+                reader = transformers.PreTrainedTokenizerFast
+            else:
+                options["tokenizer_type"] = kind
         try:
-            tokenizer: Any = known.from_pretrained(self.path, trust_remote_code=False)
+            with no_panic("any text"):
+                if has_file:  # of a damaged one the library may make another
+                    tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
+                tokenizer: Any = reader.from_pretrained(
+                    self.path, trust_remote_code=False, local_files_only=True, **options
+                )
+                self._check_tokenizer(tokenizer)
+                settle(tokenizer.backend_tokenizer, self.tokenizer_config)
         except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{self} has no tokenizer that can be read ({first_line(error)})") from error
-        if not tokenizer.is_fast:
-            raise ValueError(f"{self}: {named or type(tokenizer).__name__} has no fast version, which is wanted")
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        return tokenizer
+            said = f", read as the {name} of tokenizer_config.json" if name else ""
+            raise ValueError(
+                f"{self} has no tokenizer that can be read: wanted tokenizer.json or vocab.txt{said}"
+                f" ({first_line(error)})"
+            ) from error
+        fast: PreTrainedTokenizerFast = tokenizer
+        return fast
 
-    def optional(self, name: str) -> Any:
-        """What a JSON file holds, {} where it is not there."""
-        file = self.path / name
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except (ValueError, OSError) as error:
-            raise damaged(file, error) from error
+    def _check_tokenizer(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """ValueError for one that runs in Python alone, or was made without the vocabulary that its class reads."""
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} does not run in the tokenizers package")
+        files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+        if not any((self.path / file).exists() for file in files):
+            raise ValueError(f"{type(tokenizer).__name__} reads {' or '.join(sorted(files))}")
+        # A vocabulary that was cut to nothing fails at the first word it does not know
+        tokenizer.backend_tokenizer.encode("\u2603")
 
     def check_vocabulary(self) -> None:
         """FileNotFoundError where there is no vocabulary: transformers would make a tokenizer without pieces."""
@@ -157,7 +164,7 @@ def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path 
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return Folder(folder)
+        return _whole(Folder(folder))
     if folder.exists():
         raise FileNotFoundError(
             f"model={str(model)!r} is a file; give the folder that holds config.json and the weights"
@@ -177,7 +184,18 @@ def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path 
             f" ({type(error).__name__}: {first_line(error)})."
             f" Check the name; without a network, {how_to_fetch(str(model), use)}"
         ) from error
-    return Folder(folder)
+    return _whole(Folder(folder))
+
+
+def _whole(folder: Folder) -> Folder:
+    """The folder. ValueError where an adapter lies in it: alone it is no model, and beside one it may count or not."""
+    if (folder.path / ADAPTER).exists():
+        raise ValueError(
+            f"{folder} holds an adapter ({ADAPTER}), which is not applied. Merge it into its base model, by peft's"
+            " PeftModel.from_pretrained(base, FOLDER).merge_and_unload(), and give the folder that you save; where the"
+            f" weights beside it are whole without it, move {ADAPTER} away"
+        )
+    return folder
 
 
 def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=") -> str:
@@ -235,23 +253,93 @@ def library_model(mapping: Any, config: Any, weights: Weights, source: str, dtyp
 
 
 def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
-    """ValueError for a tokenizer that knows more pieces than the model has embeddings."""
+    """ValueError for a tokenizer that knows more pieces than the model has embeddings. known: its highest id + 1."""
     if known > size:
         raise ValueError(
             f"{source}: the tokenizer knows {known} pieces and the {model} {size}; they are of two checkpoints"
         )
 
 
+def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
+    """The highest id that a tokenizer can write, + 1: of its pieces, and of the tokens that it puts around texts."""
+    around = [*tokenizer.encode("").ids, *tokenizer.encode("", "").ids]
+    return max([*tokenizer.get_vocab().values(), *around], default=-1) + 1
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a tokenizer panicked. That is no Exception: it would pass whatever handles errors."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def no_panic(source: str) -> Iterator[None]:
+    """A tokenizer's panic in the block becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ValueError(f"the tokenizer cannot read {source}: it failed ({first_line(error)})") from error
+
+
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
-    """The ids of each text. The tokenizer is given CHUNK texts at a time: its results are some 10 kB each."""
+    """The ids of each text. The tokenizer is given CHUNK texts at a time: its results are some 10 kB each.
+
+    ValueError names a text at which the tokenizer fails.
+    """
     for start in range(0, len(texts), CHUNK):
-        encodings = tokenizer.encode_batch_fast(list(texts[start : start + CHUNK]), add_special_tokens=special_tokens)
+        chunk = list(texts[start : start + CHUNK])
+        try:
+            encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=special_tokens)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            encodings = [_encode_alone(tokenizer, text, special_tokens) for text in chunk]
         yield from (encoding.ids for encoding in encodings)
+
+
+def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bool) -> tokenizers.Encoding:
+    with no_panic(f"the text {text[:60] + '...' if len(text) > 60 else text!r}"):
+        return tokenizer.encode(text, add_special_tokens=special_tokens)
+
+
+def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
+    """Let the settings of a tokenizer_config.json win over BERT's in a tokenizer.json, as transformers does."""
+    normalizer = tokenizer.normalizer
+    if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
+        for setting in settings.keys() & BERT.keys():
+            setattr(normalizer, BERT[setting], settings[setting])
+        tokenizer.normalizer = normalizer
+
+
+def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:
+    """What stands behind a tokenizer of the library, without truncation or padding."""
+    bare: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+    bare.no_truncation()
+    bare.no_padding()
+    return bare
+
+
+def positions(network: nn.Module) -> int | None:
+    """Tokens of the longest input by a network's table of positions, None where it has none."""
+    counts = [
+        # RoBERTa counts its positions from behind the padding
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in network.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    return min(counts, default=None)
 
 
 def damaged(file: Path, error: BaseException) -> ValueError:
     """The error for a file that cannot be read."""
     return ValueError(f"{file} cannot be read: it is cut short or damaged; fetch it again ({first_line(error)})")
+
+
+def today(weights: Weights) -> Weights:
+    """Weights by today's names: layer norms were called gamma and beta, and positions were saved as a buffer."""
+    kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
+    return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
 
 
 def below(weights: Weights, prefix: str) -> Weights:
@@ -336,11 +424,6 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
 def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _today(name: str) -> str:
-    """The name of a weight in place of that which checkpoints of TensorFlow's time have."""
-    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
 def _weight_files(folder: Folder) -> list[Path]:

@@ -1,73 +1,67 @@
 """Encoders that read two texts as one input and give one score, in all published formats of cross-encoders.
 
 Read are lightning-ir's checkpoints since 2024 (Rank-DistiLLM's monoELECTRA) and the library's sequence classifiers with
-one label or two. Knows ids and tensors: no queries, no rankings.
+one label or two. Knows ids and tensors: no rankings.
 """
 
 import copy
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pyterrier_lit.models.checkpoints import (
     Folder,
     Weights,
+    bare_tokenizer,
     check_pieces,
     library_config,
     library_model,
     load_strictly,
+    pieces_known,
+    positions,
     save_json,
-    save_weights,
+    today,
     wrong_weights,
 )
-from pyterrier_lit.models.pairs import PairLayout
-from pyterrier_lit.models.pooling import POOLING
+from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
+from pyterrier_lit.models.pairs import PairLayout, Pieces, Reading
+from pyterrier_lit.models.sentence_files import SentenceFiles, read_sentence_files
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # The model_type that lightning-ir gave a cross-encoder: in 2024-05, 2024-06, and since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
 POOLINGS = ("first", "mean", "sum", "max")  # by lightning-ir's names
-PROMPTS = "config_sentence_transformers.json"  # where sentence-transformers keeps a prompt for queries
+UNLIMITED = 10**9  # what transformers writes where a tokenizer has no longest input is more
+LENGTHS = {"query_length": 32, "doc_length": 256}  # pieces that Rank-DistiLLM keeps of a query and of a passage
 
 
 @dataclasses.dataclass(eq=False)
 class PairCheckpoint:
     """A cross-encoder in memory."""
 
-    network: "PooledScorer | LabelScorer"
+    network: PooledScorer | LabelScorer
     tokenizer: tokenizers.Tokenizer
     config: dict[str, Any]  # config.json
     tokenizer_config: dict[str, Any]  # tokenizer_config.json
-    clean_up: bool = False  # cut texts by way of decoded text, as lightning-ir does
-    prompt: str = ""  # stands before every query: the default prompt of sentence-transformers
+    reading: Reading
+    files: dict[str, Any] = dataclasses.field(default_factory=dict)  # others beside these, by name
     _layouts: dict[bool, PairLayout] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
-    def limit(self) -> int | None:
-        """Tokens of the longest input, None for a network without positions of its own."""
-        limits = [self.config.get("max_position_embeddings"), self.tokenizer_config.get("model_max_length")]
-        for name, module in self.network.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-                reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there on
-                limits.append(module.num_embeddings - reserved)
-        return min((limit for limit in limits if limit), default=None)
-
-    @property
-    def is_lightning_ir(self) -> bool:
-        """Whether it is of lightning-ir's kind, and not an ordinary classifier."""
-        return isinstance(self.network, PooledScorer)
+    def lengths(self) -> dict[str, int | None]:
+        """The pieces kept of a query and of a passage: as recorded, else lightning-ir's; None cuts the pair alone."""
+        default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
+        return {name: self.config.get(name) or length for name, length in default.items()}
 
     @property
     def pad_id(self) -> int:
-        return self.config.get("pad_token_id") or 0
+        return max(self.network.pad_id or 0, 0)
 
     @property
     def device(self) -> torch.device:
@@ -77,13 +71,10 @@ class PairCheckpoint:
         """How two texts become one input; special tokens inside a text are control tokens, or plain characters."""
         if special_tokens_as_text not in self._layouts:
             tokenizer = self.tokenizer
-            if special_tokens_as_text:
+            if special_tokens_as_text or self.tokenizer_config.get("split_special_tokens"):
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.encode_special_tokens = True
-            layout = PairLayout(
-                tokenizer, limit=self.limit, clean_up=self.clean_up, longest_first=not self.is_lightning_ir
-            )
-            self._layouts[special_tokens_as_text] = layout
+            self._layouts[special_tokens_as_text] = PairLayout(tokenizer, self.reading)
         return self._layouts[special_tokens_as_text]
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -94,16 +85,15 @@ class PairCheckpoint:
         scores: torch.Tensor = self.network(**there)
         return scores.float()
 
-    def save(self, folder: Path, query_length: int | None, doc_length: int | None) -> None:
-        """Write config, weights and tokenizer, with the lengths, into an existing folder."""
-        lengths = {"query_length": query_length, "doc_length": doc_length}
-        if self.prompt:
-            prompts = {"model_type": "CrossEncoder", "prompts": {"query": self.prompt}, "default_prompt_name": "query"}
-            save_json(folder / PROMPTS, prompts)
-        save_json(folder / "config.json", self.network.save(folder, self.config) | lengths)
-        clean_up = {"clean_up_tokenization_spaces": self.clean_up}
-        save_json(folder / "tokenizer_config.json", self.tokenizer_config | clean_up | lengths)
+    def save(self, folder: Path, **lengths: int | None) -> None:
+        """Write config, weights and tokenizer, with the lengths that are not None, into an existing folder."""
+        recorded = {name: length for name, length in lengths.items() if length is not None}
+        save_json(folder / "config.json", self.network.save(folder, self.config) | recorded)
+        clean_up = {"clean_up_tokenization_spaces": self.reading.clean_up}
+        save_json(folder / "tokenizer_config.json", self.tokenizer_config | clean_up | recorded)
         self.tokenizer.save(str(folder / "tokenizer.json"))
+        for name, fields in self.files.items():
+            save_json(folder / name, fields)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_layouts": {}}  # a pickled tokenizer loses its flag
@@ -115,14 +105,10 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
     kind = config.get("model_type")
     if "linear.weight" in weights:
         config = config | {"backbone_model_type": _backbone(config)}
-        return _checkpoint(folder, _pooled(folder, config, weights), config, device, dtype)
+        return _lightning_ir(folder, _pooled(folder, config, weights), config, device, dtype)
     if kind in LIGHTNING_IR:
         raise wrong_weights(str(folder), ["missing linear.weight"])
-    if any(part.get("path") for part in folder.optional("modules.json") or ()):
-        raise ValueError(
-            f"{folder} is a model of sentence-transformers whose head lies in a module of its own (modules.json), which"
-            " is not read; wanted a ...ForSequenceClassification with its head in the weights"
-        )
+    beside = read_sentence_files(folder)
     architectures = config.get("architectures") or ["unknown architecture"]
     if not architectures[0].endswith("ForSequenceClassification"):
         raise ValueError(
@@ -130,7 +116,7 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
             " of lightning-ir over ELECTRA or BERT, or a ...ForSequenceClassification with one or two labels. To train"
             " a head on an encoder: CrossEncoder.from_backbone"
         )
-    return _labelled(folder, weights, device, dtype)
+    return _classifier(folder, _labelled(folder, weights), beside, device, dtype)
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
@@ -145,84 +131,91 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
     own = network.body.state_dict().keys()
     weights = {name: tensor for name, tensor in _bare(folder.weights(), backbone).items() if name in own}
     load_strictly(network.body, weights, str(folder))
-    return _checkpoint(folder, network, config, device, dtype)
+    return _lightning_ir(folder, network, config, device, dtype)
 
 
-class PooledScorer(nn.Module):
-    """score = w . pool(h) + b over a bare encoder; with two rows in w, the log-probability of the second."""
-
-    def __init__(self, body: "PreTrainedModel", *, pooling: str = "first", rows: int = 1, bias: bool = True):
-        super().__init__()
-        self.body = body
-        self.pooling = pooling
-        self.linear = nn.Linear(body.config.hidden_size, rows, bias=bias)
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """(B, L) three times -> (B,)"""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        states = self.body(**inputs).last_hidden_state
-        pooled, bias = POOLING[self.pooling](states, attention_mask), self.linear.bias
-        # In float32 whatever the body's dtype: rounded to bfloat16, close scores would tie
-        logits = F.linear(pooled.float(), self.linear.weight.float(), None if bias is None else bias.float())
-        return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(-1)[:, 1]
-
-    def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights as lightning-ir names them since 2025-08; returns config.json's fields."""
-        save_weights(folder, {name.removeprefix("body."): tensor for name, tensor in self.state_dict().items()})
-        backbone = config["backbone_model_type"]
-        return {key: value for key, value in config.items() if key != "auto_map"} | {
-            "model_type": "mono",
-            "architectures": [f"Mono{backbone.capitalize()}Model"],
-            "linear_bias": self.linear.bias is not None,
-            "pooling_strategy": self.pooling,
-            "scoring_strategy": "rank" if self.linear.out_features == 1 else "mono",
-        }
-
-
-class LabelScorer(nn.Module):
-    """The logit of a sequence classifier with one label; of two labels the second's less the first's.
-
-    wants_types: whether the checkpoint's tokenizer gives token types, which are then read where the model has some.
-    """
-
-    def __init__(self, model: "PreTrainedModel", wants_types: bool = True):
-        super().__init__()
-        self.model = model
-        has_types = getattr(model.config, "type_vocab_size", 2) > 1
-        known = "token_type_ids" in inspect.signature(model.forward).parameters
-        self.reads_types = wants_types and has_types and known
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """(B, L) three times -> (B,)"""
-        types = {"token_type_ids": token_type_ids} if self.reads_types else {}
-        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
-        logits = logits.float()
-        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-
-    def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights as transformers does; returns config.json's fields."""
-        self.model.save_pretrained(folder)
-        return Folder(folder).config
-
-
-def _checkpoint(
-    folder: Folder,
-    network: PooledScorer,
-    config: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
+def _lightning_ir(
+    folder: Folder, network: PooledScorer, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    tokenizer = folder.tokenizer()
-    check_pieces(tokenizer.get_vocab_size(), config["vocab_size"], str(folder))
-    checkpoint = PairCheckpoint(network, tokenizer, config, folder.tokenizer_config, _cleans_up(folder))
-    if checkpoint.pad_id not in range(config["vocab_size"]):
-        raise ValueError(f"{folder}: pad_token_id={checkpoint.pad_id!r} is no piece of {config['vocab_size']}")
+    """A checkpoint of lightning-ir: token types always, and texts that are cut by way of decoded text."""
+    tokenizer = folder.library_tokenizer(config["backbone_model_type"])
+    reading = Reading(
+        _limit(network.body, tokenizer), types=config.get("type_vocab_size") or 2, clean_up=_cleans_up(folder)
+    )
+    checkpoint = PairCheckpoint(network, bare_tokenizer(tokenizer), config, folder.tokenizer_config, reading)
+    _check(checkpoint, config["vocab_size"], str(folder))
     network.to(device, dtype).eval()
     return checkpoint
+
+
+def _classifier(
+    folder: Folder, network: LabelScorer, beside: SentenceFiles, device: torch.device, dtype: torch.dtype
+) -> PairCheckpoint:
+    """A classifier of the library, with the tokenizer, token types and lengths that its libraries take."""
+    tokenizer = folder.library_tokenizer()
+    if beside.lower_case:
+        bare, lower = tokenizer.backend_tokenizer, tokenizers.normalizers.Lowercase()
+        bare.normalizer = tokenizers.normalizers.Sequence([lower, *([bare.normalizer] if bare.normalizer else [])])
+    network.reads_types &= "token_type_ids" in tokenizer.model_input_names
+    reading = Reading(
+        _limit(network.model, tokenizer, beside.max_length),
+        types=getattr(network.model.config, "type_vocab_size", None) or None,
+        prompt=beside.prompt,
+        truncation_side=tokenizer.truncation_side,
+    )
+    checkpoint = PairCheckpoint(
+        network.eval(), bare_tokenizer(tokenizer), folder.config, folder.tokenizer_config, reading, beside.files
+    )
+    _check(checkpoint, network.pieces, str(folder))
+    checkpoint = _padded_rightly(checkpoint, network, str(folder))
+    network.to(device, dtype)
+    return checkpoint
+
+
+def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
+    """ValueError for a tokenizer of another model, and for one that puts nothing between two texts."""
+    check_pieces(pieces_known(checkpoint.tokenizer), pieces, source)
+    if checkpoint.pad_id not in range(pieces):
+        raise ValueError(f"{source}: pad_token_id={checkpoint.pad_id!r} is no piece of {pieces}")
+    if not checkpoint.layout().middle and not getattr(checkpoint.network, "is_decoder", False):
+        raise ValueError(
+            f"{source}: the tokenizer sets no special tokens between two texts; a cross-encoder's does. Give the"
+            " checkpoint its own tokenizer files"
+        )
+
+
+def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: str) -> PairCheckpoint:
+    """The checkpoint so read that a pair's score does not depend on what stands beside it.
+
+    Padded is on the right, or on the left, or not at all where a network does not look at the mask.
+    """
+    for side, reads_padding in (("right", False), ("left", False), ("right", True)):
+        network.reads_padding = reads_padding
+        reading = dataclasses.replace(checkpoint.reading, padding_side=side)
+        layout = PairLayout(checkpoint.tokenizer, reading)
+        ids = layout.pieces(["a"])[0].ids
+        short, long = (layout.fit(Pieces(ids, len(ids), False), Pieces(ids * n, len(ids) * n, False)) for n in (1, 40))
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                (alone,) = network(**layout.tensors([short], checkpoint.pad_id))
+                beside, longer, _ = network(**layout.tensors([short, long, short], checkpoint.pad_id))
+        except ValueError:  # some models say that they take one input at a time
+            continue
+        noise = 1e-6 + 1e-4 * (alone.abs() + longer.abs())
+        if not (alone - beside).abs() > noise:  # NaN is found later, and named
+            return dataclasses.replace(checkpoint, reading=reading, _layouts={})
+    raise ValueError(
+        f"{source} holds a {type(network.model).__name__}, whose score of a pair depends on what is computed beside it:"
+        " its ranking would depend on the batches, and it is not supported"
+    )
+
+
+def _limit(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", max_length: int | None = None) -> int | None:
+    """Tokens of the longest input, as sentence-transformers has it; None where nothing limits it."""
+    config: Any = model.config
+    limits = [max_length or tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    limit = min(limit for limit in [*limits, positions(model)] if limit and limit > 0)
+    return None if limit > UNLIMITED else int(limit)
 
 
 def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledScorer:
@@ -240,8 +233,7 @@ def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledS
     return network
 
 
-def _labelled(folder: Folder, weights: Weights, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """A sequence classifier of the library, with its tokenizer as the library makes it."""
+def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
     import transformers
 
     try:
@@ -254,40 +246,9 @@ def _labelled(folder: Folder, weights: Weights, device: torch.device, dtype: tor
         ) from error
     if (labels := int(model.config.num_labels or 0)) > 2:
         raise ValueError(
-            f"{folder} classifies into {labels} labels; a cross-encoder has one, or two: irrelevant and relevant"
+            f"{folder} classifies into {labels} labels; a cross-encoder has one, or two whose difference is the score"
         )
-    tokenizer = folder.library_tokenizer()
-    check_pieces(len(tokenizer), model.config.vocab_size, str(folder))
-    if model.config.pad_token_id is None:  # models that read the last token that is no padding
-        model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    prompts = folder.optional(PROMPTS)
-    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"), "")
-    inputs = tokenizer.model_input_names
-    if "tokenizer_class" not in folder.tokenizer_config:
-        inputs = folder.tokenizer_config.get("model_input_names", ["token_type_ids"])
-    network = LabelScorer(model.eval(), "token_type_ids" in inputs)
-    config_fields = folder.config | {"pad_token_id": model.config.pad_token_id}
-    checkpoint = PairCheckpoint(
-        network, tokenizer.backend_tokenizer, config_fields, folder.tokenizer_config, prompt=prompt
-    )
-    _check_padding(checkpoint, str(folder))
-    network.to(device, dtype)
-    return checkpoint
-
-
-@torch.inference_mode()
-def _check_padding(checkpoint: PairCheckpoint, source: str) -> None:
-    """ValueError for a model that scores a pair otherwise beside a longer one: it wants its padding elsewhere."""
-    layout = checkpoint.layout()
-    short, long = (layout.pieces([text], 8)[0] for text in ("a b", "b a b a b a b a"))
-    pairs = [(short, short), (short, long)]
-    together = checkpoint.scores(layout.tensors(pairs, checkpoint.pad_id))
-    alone = torch.cat([checkpoint.scores(layout.tensors([pair], checkpoint.pad_id)) for pair in pairs])
-    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-3):
-        raise ValueError(
-            f"{source}: {type(checkpoint.network.model).__name__} scores a pair otherwise when it is padded on the"
-            " right beside a longer one, so its scores would depend on the batch; it is not supported"
-        )
+    return LabelScorer(model)
 
 
 def _backbone(config: dict[str, Any]) -> str:
@@ -313,9 +274,8 @@ def _body(folder: Folder, config: dict[str, Any]) -> "PreTrainedModel":
 
 
 def _bare(weights: Weights, backbone: str) -> Weights:
-    """Weights by the names of the bare body: without "electra." in front, and without a buffer of old versions."""
-    kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
-    return {name.removeprefix(f"{backbone}."): weights[name] for name in kept}
+    """Weights by the names of the bare body: without "electra." in front."""
+    return {name.removeprefix(f"{backbone}."): tensor for name, tensor in today(weights).items()}
 
 
 def _cleans_up(folder: Folder) -> bool:

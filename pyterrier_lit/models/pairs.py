@@ -1,6 +1,8 @@
 """Two texts as one input: cut each, lay them out with the tokenizer's special tokens, pad a batch. Knows no model."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import tokenizers
 import torch
@@ -11,83 +13,118 @@ from pyterrier_lit.models.checkpoints import encode
 Pair = tuple[list[int], list[int]]  # the pieces of a query, the pieces of a passage
 
 
-class PairLayout:
-    """How a tokenizer writes two texts:  prefix query middle | passage suffix,  with token types 0 | 1 for BERT.
+class Pieces(NamedTuple):
+    """The pieces of a text, without special tokens around them."""
 
-    limit: the longest input in tokens; None has no limit.
-    clean_up: cut as lightning-ir does, by way of decoded text (specs: `do n't` becomes `don't` after the cut).
-    longest_first: over the limit the pair is cut as the tokenizers library does, not as lightning-ir.
+    ids: list[int]  # those that an input has room for at most
+    total: int  # how many it has, after it was cut to a length
+    cut: bool  # whether it was
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a checkpoint reads two texts, beside the special tokens that its tokenizer sets.
+
+    Args:
+        limit: the longest input in tokens; None has no limit.
+        types: how many token types the model knows; None leaves those of the tokenizer.
+        prompt: put before each query.
+        clean_up: cut as lightning-ir does, by way of decoded text (specs: `do n't` becomes `don't` after the cut).
+        truncation_side, padding_side: the end of a text that is cut, and that of an input that is padded.
     """
 
-    def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        *,
-        limit: int | None = None,
-        clean_up: bool = False,
-        longest_first: bool = False,
-    ):
+    limit: int | None = None
+    types: int | None = None
+    prompt: str = ""
+    clean_up: bool = False
+    truncation_side: str = "right"
+    padding_side: str = "right"
+
+
+class PairLayout:
+    """How a tokenizer writes two texts:  prefix query middle passage suffix,  each part with its token types."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, reading: Reading | None = None):
         self.tokenizer = tokenizer
-        self.limit = limit
-        self.clean_up = clean_up
-        self.longest_first = longest_first
+        self.reading = reading or Reading()
         query, passage = (tokenizer.encode(text, add_special_tokens=False) for text in "ab")
         joined = tokenizer.post_process(query, passage)
-        ids, special = joined.ids, joined.special_tokens_mask
-        if sum(special) < 2 or special.count(0) != len(query) + len(passage):
+        special = joined.special_tokens_mask
+        if not query or not passage or special.count(0) != len(query) + len(passage):
             raise ValueError(
-                f"the tokenizer sets no special tokens between two texts (it writes {joined.tokens}); a cross-encoder's"
-                " does"
+                f"the tokenizer writes two texts, 'a' and 'b', as {joined.tokens}; wanted both in that. Give the"
+                " checkpoint its own tokenizer files"
             )
         at_query = special.index(0)
         at_passage = special.index(0, at_query + len(query))
-        self.prefix, self.middle, self.suffix = (
-            ids[:at_query],
-            ids[at_query + len(query) : at_passage],
-            ids[at_passage + len(passage) :],
-        )
-        self.passage_type = joined.type_ids[at_passage]
+        parts = [slice(at_query), slice(at_query + len(query), at_passage), slice(at_passage + len(passage), None)]
+        self.prefix, self.middle, self.suffix = (joined.ids[part] for part in parts)
+        highest = max(joined.type_ids) if self.reading.types is None else self.reading.types - 1
+        types = [min(kind, highest) for kind in joined.type_ids]
+        before, between, behind = (types[part] for part in parts)
+        # A type for each special token, and one for each text, whichever its length
+        self._types = torch.tensor([*before, types[at_query], *between, types[at_passage], *behind], dtype=torch.long)
+        self._texts = [len(before), len(before) + 1 + len(between)]
         vocabulary = tokenizer.get_vocab()
         self._n, self._apostrophe = vocabulary.get("n"), vocabulary.get("'")
         self._ts = {id for piece, id in vocabulary.items() if piece.startswith("t")}
 
-    def pieces(self, texts: Sequence[str], length: int | None) -> list[list[int]]:
-        """The first `length` pieces of each text (None: all), without special tokens around them."""
-        return [self._cleaned(ids[:length]) for ids in encode(self.tokenizer, texts, special_tokens=False)]
+    def queries(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
+        """The first `length` pieces of each query behind the checkpoint's prompt, all of them without a length."""
+        return self.pieces([self.reading.prompt + text for text in texts], length)
 
-    def fit(self, query: list[int], passage: list[int]) -> Pair:
-        """The pair within `limit`: while it is too long the longer side loses its last piece, the passage on a tie."""
-        excess = self.length((query, passage)) - (self.limit or float("inf"))
-        if excess > 0 and self.longest_first:
-            shorter, longer = sorted((len(query), len(passage)))
-            room = shorter + longer - int(excess)
-            shorter = min(shorter, room // 2)
-            kept = (shorter, room - shorter) if len(query) <= len(passage) else (room - shorter, shorter)
-            return query[: kept[0]], passage[: kept[1]]
-        while excess > 0:
-            query, passage = (query[:-1], passage) if len(query) > len(passage) else (query, passage[:-1])
-            excess -= 1
-        return query, passage
+    def pieces(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
+        """The first `length` pieces of each text, all of them without a length."""
+        return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
+
+    def fit(self, query: Pieces, passage: Pieces) -> Pair:
+        """The pair within the limit: the longer side is cut until both have half, as `tokenizers` does it.
+
+        Of an odd number the longer side has one more, the passage where they are equal.
+        """
+        if self.reading.limit is None:
+            return query.ids, passage.ids
+        room = max(self.reading.limit - self.length(([], [])), 0)
+        shorter = min(query.total, passage.total, room // 2)
+        counts = shorter, min(max(query.total, passage.total), room - shorter)
+        of_query, of_passage = counts if query.total <= passage.total else counts[::-1]
+        return self._cut(query.ids, of_query), self._cut(passage.ids, of_passage)
 
     def length(self, pair: Pair) -> int:
         """Tokens of the input that a pair makes."""
         return len(self.prefix) + len(pair[0]) + len(self.middle) + len(pair[1]) + len(self.suffix)
 
     def tensors(self, pairs: Sequence[Pair], pad_id: int) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and token_type_ids of a batch, each (B, L) int64, padded on the right."""
+        """input_ids, attention_mask and token_type_ids of a batch, each (B, L) int64."""
         inputs = [[*self.prefix, *query, *self.middle, *passage, *self.suffix] for query, passage in pairs]
-        ids, mask = padded(inputs, pad_id)
-        passage_starts = torch.tensor([len(self.prefix) + len(query) + len(self.middle) for query, _ in pairs])[:, None]
-        at = torch.arange(mask.shape[1])
-        return {
-            "input_ids": ids,
-            "attention_mask": mask.long(),
-            "token_type_ids": (mask & (at >= passage_starts)).long() * self.passage_type,
-        }
+        ids, mask = self._padded(inputs, pad_id)
+        counts = torch.ones(len(pairs), len(self._types), dtype=torch.long)
+        counts[:, self._texts] = torch.tensor(
+            [(len(query), len(passage)) for query, passage in pairs], dtype=torch.long
+        )
+        types = torch.zeros_like(ids)
+        types[mask] = torch.repeat_interleave(self._types.repeat(len(pairs)), counts.flatten())
+        return {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": types}
+
+    def _padded(self, rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.reading.padding_side == "right":
+            return padded(rows, value)
+        ids, mask = padded([row[::-1] for row in rows], value)
+        return ids.flip(1), mask.flip(1)
+
+    def _pieces(self, ids: list[int], length: int | None) -> Pieces:
+        kept = self._cleaned(self._cut(ids, length))
+        return Pieces(self._cut(kept, self.reading.limit), len(kept), length is not None and len(ids) > length)
+
+    def _cut(self, ids: list[int], count: int | None) -> list[int]:
+        """So many of the ids, all without a count."""
+        if count is None or len(ids) <= count:
+            return ids
+        return ids[:count] if self.reading.truncation_side == "right" else ids[len(ids) - count :]
 
     def _cleaned(self, ids: list[int]) -> list[int]:
         """lightning-ir's cut goes through text, and decoding glues a free-standing n't to the word before it."""
-        if not (self.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
+        if not (self.reading.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
             return ids
         from transformers import PreTrainedTokenizerFast
 

@@ -15,14 +15,19 @@ from pyterrier_lit.models.checkpoints import (
     NO_SHAPE,
     Folder,
     Weights,
+    below,
     check_pieces,
     encode,
     load_strictly,
+    pieces_known,
+    positions,
+    today,
 )
 from pyterrier_lit.models.pooling import POOLING, check_pooling
 
 LENGTH = 512  # tokens kept of a passage
 POOLINGS = ("mean", "cls", "last_token")
+WORDS = "embeddings.word_embeddings.weight"  # a BERT under a head has its own name in front
 
 
 @dataclasses.dataclass
@@ -35,7 +40,8 @@ class TextEncoder:
     pooling: str
 
     def __post_init__(self) -> None:
-        self.tokenizer.enable_truncation(min(LENGTH, self.config.get("max_position_embeddings", LENGTH)))
+        limits = [self.config.get("max_position_embeddings"), positions(self.network), LENGTH]
+        self.tokenizer.enable_truncation(min(limit for limit in limits if limit))
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text with special tokens around them, at most LENGTH; white space counts as one blank."""
@@ -45,8 +51,7 @@ class TextEncoder:
         """The ids of B texts -> float32 vectors (B, d), not normalised, perhaps still being computed."""
         pad = self.config.get("pad_token_id") or 0
         device = next(self.network.parameters()).device
-        input_ids = padded(batch, pad)[0].to(device)
-        mask = (input_ids != pad).long()
+        input_ids, mask = (tensor.to(device, torch.long) for tensor in padded(batch, pad))
         states = self.network(input_ids=input_ids, attention_mask=mask)
         states = states if torch.is_tensor(states) else states.last_hidden_state
         return POOLING[self.pooling](states.float(), mask)
@@ -64,7 +69,7 @@ def text_encoder(
     check_pooling(pooling, POOLINGS, f"{source}: encoder_pooling")
     network = empty_encoder(config)
     load_strictly(network, bare(weights), source)
-    check_pieces(tokenizer.get_vocab_size(), config["vocab_size"], source, "encoder")
+    check_pieces(pieces_known(tokenizer), config["vocab_size"], source, "encoder")
     return TextEncoder(network, tokenizer, config, pooling)
 
 
@@ -92,12 +97,10 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
 
 
 def bare(weights: Weights) -> Weights:
-    """Weights by the names of `empty_encoder`: without the pooler, and without the buffer that old versions saved."""
-    return {
-        name: tensor
-        for name, tensor in weights.items()
-        if not name.startswith("pooler.") and not name.endswith("embeddings.position_ids")
-    }
+    """Weights by the names of `empty_encoder`: without pooler or heads, and without the body's own name in front."""
+    names = [name for name in weights if name.endswith(WORDS)]
+    body = below(today(weights), names[0].removesuffix(WORDS)) if names else today(weights)
+    return {name: tensor for name, tensor in body.items() if not name.startswith("pooler.")}
 
 
 class JinaBert(nn.Module):

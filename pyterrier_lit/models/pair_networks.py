@@ -1,0 +1,120 @@
+"""The networks of cross-encoders: ids of pairs, laid out and padded -> a score for each. Knows no tokenizer."""
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyterrier_lit.models.checkpoints import Folder, save_weights
+from pyterrier_lit.models.pooling import POOLING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PooledScorer(nn.Module):
+    """score = w . pool(h) + b over a bare encoder; with two rows in w, the log-probability of the second."""
+
+    def __init__(self, body: "PreTrainedModel", *, pooling: str = "first", rows: int = 1, bias: bool = True):
+        super().__init__()
+        self.body = body
+        self.pooling = pooling
+        self.linear = nn.Linear(body.config.hidden_size, rows, bias=bias)
+
+    @property
+    def pad_id(self) -> int | None:
+        pad: int | None = self.body.config.pad_token_id
+        return pad
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, L) three times -> (B,)"""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        states = self.body(**inputs).last_hidden_state
+        pooled, bias = POOLING[self.pooling](states, attention_mask), self.linear.bias
+        # In float32 whatever the body's dtype: rounded to bfloat16, close scores would tie
+        logits = F.linear(pooled.float(), self.linear.weight.float(), None if bias is None else bias.float())
+        return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(-1)[:, 1]
+
+    def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+        """Write the weights as lightning-ir names them since 2025-08; returns config.json's fields."""
+        save_weights(folder, {name.removeprefix("body."): tensor for name, tensor in self.state_dict().items()})
+        backbone = config["backbone_model_type"]
+        return {key: value for key, value in config.items() if key != "auto_map"} | {
+            "model_type": "mono",
+            "architectures": [f"Mono{backbone.capitalize()}Model"],
+            "linear_bias": self.linear.bias is not None,
+            "pooling_strategy": self.pooling,
+            "scoring_strategy": "rank" if self.linear.out_features == 1 else "mono",
+        }
+
+
+class LabelScorer(nn.Module):
+    """The logit of a sequence classifier with one label, or the second's with two, less the first's.
+
+    reads_types: whether it is given token types; others take theirs for granted.
+    reads_padding: whether padding changes its score, so that inputs of one length alone are computed together.
+    """
+
+    reads_padding = False
+
+    def __init__(self, model: "PreTrainedModel", *, reads_types: bool = True):
+        super().__init__()
+        self.model = model
+        self.reads_types = reads_types and "token_type_ids" in inspect.signature(model.forward).parameters
+
+    @property
+    def pad_id(self) -> int | None:
+        pad: int | None = self.model.config.pad_token_id
+        return pad
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether it is a language model, which reads its class at the last token."""
+        return hasattr(self.model, "score")
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces its vocabulary has."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return int(embeddings.num_embeddings)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """(B, L) three times -> (B,)"""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {"token_type_ids": token_type_ids} if self.reads_types else {}
+        logits = self._logits(inputs).float()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+    def _logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """inputs (B, L) each -> (B, labels)"""
+        if self.is_decoder and self.pad_id not in range(self.pieces):
+            # It knows no token for padding, and the library would not tell which is the last before it
+            states = self.model.base_model(**inputs).last_hidden_state
+            last: torch.Tensor = self.model.get_submodule("score")(
+                POOLING["last_token"](states, inputs["attention_mask"])
+            )
+            return last
+        if not self.reads_padding and not self.model.config.is_encoder_decoder:
+            logits: torch.Tensor = self.model(**inputs).logits
+            return logits
+        lengths = inputs["attention_mask"].sum(1)
+        # Encoder-decoders read their class at the last end token, and want equally many in a batch: texts may hold some
+        alike = lengths if self.reads_padding else (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
+        groups = [(alike == value).nonzero()[:, 0] for value in alike.unique()]
+        parts = [
+            self.model(**{name: tensor[rows, : lengths[rows].max()] for name, tensor in inputs.items()}).logits
+            for rows in groups
+        ]
+        return torch.cat(parts)[torch.cat(groups).argsort()]
+
+    def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+        """Write the weights as transformers does; returns config.json's fields."""
+        self.model.save_pretrained(folder)
+        return Folder(folder).config

@@ -1,0 +1,64 @@
+"""What sentence-transformers keeps beside a cross-encoder's own files, in JSON. Knows no networks."""
+
+import dataclasses
+import json
+from typing import Any
+
+from pyterrier_lit.models.checkpoints import Folder, damaged
+
+MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+# What is known in READING, and of how its texts are processed
+KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
+PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceFiles:
+    """What they say of how texts are read: a prompt before each query, the longest input in tokens, lower case."""
+
+    prompt: str = ""
+    max_length: int | None = None
+    lower_case: bool = False
+    files: dict[str, Any] = dataclasses.field(default_factory=dict)  # the files themselves, by name
+
+
+def read_sentence_files(folder: Folder) -> SentenceFiles:
+    """Those of a folder, if they are of a cross-encoder. ValueError for what is not supported, with its file."""
+    files = {name: _read(folder, name) for name in (MODULES, SETTINGS, READING) if (folder.path / name).exists()}
+    settings, reading = files.get(SETTINGS, {}), files.get(READING, {})
+    if MODULES not in files or settings.get("model_type") != "CrossEncoder":
+        return SentenceFiles()
+    _check_modules(folder, files[MODULES])
+    processing = dict(reading.get(PROCESSING) or {})
+    texts = processing.pop("text", {})
+    others = [name for name, value in reading.items() if name not in (*KNOWN, PROCESSING) and value]
+    others += [f"{PROCESSING}: {name}" for name in [*processing, *(set(texts) - set(TEXT_KNOWN))]]
+    others += ["modality_config: message (a chat template)"] * ("message" in (reading.get("modality_config") or {}))
+    if others:
+        raise ValueError(
+            f"{folder.path / READING} sets {', '.join(others)}, which CrossEncoder does not know; wanted settings among"
+            f" {', '.join(KNOWN)}"
+        )
+    name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
+    if name is not None and name not in prompts:
+        raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is none of {', '.join(prompts)}")
+    prompt = (prompts[name] or "") if name is not None else ""
+    longest = texts.get("max_length") or reading.get("max_seq_length")
+    return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), files)
+
+
+def _check_modules(folder: Folder, modules: Any) -> None:
+    """ValueError for a head in modules of its own: only that of a sequence classifier is read."""
+    listed = [f"{module['path'] or 'its root'} ({str(module['type']).split('.')[-1]})" for module in modules]
+    if len(modules) != 1 or modules[0]["path"]:
+        raise ValueError(
+            f"{folder.path / MODULES} puts the cross-encoder of sentence-transformers together from modules:"
+            f" {', '.join(listed)}. Such a head is not read; wanted a sequence classifier as the one module"
+        )
+
+
+def _read(folder: Folder, name: str) -> Any:
+    try:
+        return json.loads((folder.path / name).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise damaged(folder.path / name, error) from error
