@@ -23,9 +23,13 @@ def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
     rows = []
     for value, docno in zip(values, docnos, strict=True):
         try:
-            row = value.float().cpu() if torch.is_tensor(value) else torch.tensor(list(value), dtype=torch.float32)
+            row = (
+                value.float().cpu()
+                if torch.is_tensor(value)
+                else torch.tensor(list(value), dtype=torch.float32, device="cpu")
+            )
         except (TypeError, ValueError, RuntimeError):
-            row = torch.empty(())
+            row = torch.empty((), device="cpu")
         if row.ndim != 1:
             raise TypeError(
                 f"'doc_vec' of docno {docno!r} is {value!r}, not a vector of numbers; load it or drop the row"
@@ -64,14 +68,14 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
             f"{index!r} holds no vectors of {len(missing)} of {len(names)} docnos, such as"
             f" {', '.join(map(repr, missing[:5]))}; index them, or drop them from the ranking"
         )
-    return torch.tensor(vectors[numbers], dtype=torch.float32)
+    return torch.tensor(vectors[numbers], dtype=torch.float32, device="cpu")
 
 
 def from_encoder(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
     """What a pyterrier_dr.BiEncoder makes of N texts -> (N, d) float32."""
     if not hasattr(encoder, "encode_docs"):
         raise TypeError(f"encoder={encoder!r} cannot encode passages; wanted a pyterrier_dr.BiEncoder")
-    return torch.tensor(encoder.encode_docs(list(texts)), dtype=torch.float32)
+    return torch.tensor(encoder.encode_docs(list(texts)), dtype=torch.float32, device="cpu")
 
 
 def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, trained_on: str) -> torch.Tensor:
