@@ -70,7 +70,7 @@ class PERankCheckpoint:
     def prompts(self, queries: list[str], texts: list[list[str]], counts: list[int]) -> list[list[int]]:
         """The ids of the prompt for each query and its n passages, with their texts where there are any."""
         prompts = self.prompter.ids(queries, texts, counts)
-        limit = self.config.get("max_position_embeddings") or float("inf")
+        limit = self.limit()
         for ids, query, n in zip(prompts, queries, counts, strict=True):
             if len(ids) + n > limit:
                 raise ValueError(
@@ -78,6 +78,19 @@ class PERankCheckpoint:
                     " positions; use a smaller window_size, or shorter texts"
                 )
         return prompts
+
+    def limit(self) -> float:
+        """Tokens of the longest prompt and its answer.
+
+        Rotary positions that change beyond some length change for the whole batch: such lengths are left out, so that
+        an order does not depend on company.
+        """
+        limits = [self.config.get("max_position_embeddings")]
+        rope = getattr(self.network.body.config, "rope_parameters", None) or {}
+        for fields in [rope, *rope.values()]:
+            if isinstance(fields, dict) and fields.get("rope_type") in ("dynamic", "longrope"):
+                limits.append(fields.get("original_max_position_embeddings"))
+        return min((limit for limit in limits if limit), default=float("inf"))
 
     def text_encoder(self) -> TextEncoder:
         """The encoder inside the checkpoint, built on first use, since given vectors need none."""
