@@ -223,10 +223,10 @@ def _encoder_folder(folder: Folder, name: Any) -> Folder:
     home = Path(os.path.abspath(folder.path))
     if isinstance(name, str) and not Path(name).is_absolute():
         near = [Path(os.path.normpath(place / name)) for place in (home, home.parent)]
-        place = next((place for place in near if home.parent in place.parents and place.is_dir()), None)
-        if place:
-            return Folder(place)
-        if HUB_ID.fullmatch(name) and ".." not in name:
+        for place in near:
+            if home.parent in place.parents and place != home and place.is_dir():
+                return Folder(place)
+        if HUB_ID.fullmatch(name):
             use = f"put it at {folder.path / name}, or give the passages' vectors as vectors= or an encoder="
             return fetch_from_hub(name, weights=False, use=use)
     raise ValueError(

@@ -68,11 +68,11 @@ def text_encoder(
 ) -> TextEncoder:
     """An encoder from its parts. ValueError for a pooling that is not known, and for parts of different encoders."""
     check_pooling(pooling, POOLINGS, f"{source}: encoder_pooling")
+    padding = config.get("pad_token_id") or 0
+    check_pieces(max(ids_known(tokenizer), padding + 1), config["vocab_size"], source, "encoder")
     weights = bare(weights)
     network = build(lambda: empty_encoder(config), config, weights, source)
     load_strictly(network, weights, source)
-    pad = config.get("pad_token_id") or 0
-    check_pieces(max(ids_known(tokenizer), pad + 1), config["vocab_size"], source, "encoder")
     return TextEncoder(network, tokenizer, config, pooling)
 
 
