@@ -2,6 +2,7 @@
 
 import os.path
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -82,13 +83,15 @@ def family(places: Iterable[str]) -> str | None:
 
 def warn_of_full_prompts(checkpoint: T5Checkpoint, queries: Sequence[str], heads: Sequence[str], length: int) -> None:
     """One warning for the queries that leave no room for passages: what stands before a passage fills the prompt."""
-    taken = [len(ids) for ids in checkpoint.pieces(list(heads))]
-    full = [i for i, tokens in enumerate(taken) if tokens >= length - 1]  # the last one is </s>
+    characters = [len(unicodedata.normalize("NFKC", head)) for head in heads]  # a head has one piece more at most
+    long = [i for i, number in enumerate(characters) if number >= length - 2]
+    taken = map(len, checkpoint.pieces([heads[i] for i in long]))
+    full = [(queries[i], tokens) for i, tokens in zip(long, taken, strict=True) if tokens >= length - 1]  # and </s>
     if full:
-        query = queries[full[0]]
+        query, tokens = full[0]
         others = f", and {len(full) - 1} more queries" if len(full) > 1 else ""
         warnings.warn(
-            f"the query {query[:80] + '...' if len(query) > 80 else query!r} ({taken[full[0]]} tokens with the words"
+            f"the query {query[:80] + '...' if len(query) > 80 else query!r} ({tokens} tokens with the words"
             f" around it){others} fills the prompts of max_length={length}: nothing of a passage is read, and the"
             " ranking has no meaning; use a larger max_length, or shorten the query",
             stacklevel=2,
