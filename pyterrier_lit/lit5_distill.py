@@ -6,6 +6,7 @@ large language models, which need many times its size for the same task. arXiv 2
 """
 
 import dataclasses
+import warnings
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -109,13 +110,15 @@ class LiT5Distill(ListwiseReranker):
         return size, (stride or max(size // 2, 1)) if self.stride is None else self.stride
 
     def family(self) -> str:
-        """ "v1" or "v2", by the names of the checkpoint. Where none tells "v1", and one warning about a trained one."""
+        """The family, "v1" or "v2", by the names of the checkpoint; "v1", with one warning, of a trained one without."""
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
-        if known is None and checkpoint.path:
-            checkpoint.warn_once(
+        if known is None and checkpoint.path and not checkpoint.warned:
+            checkpoint.warned = True
+            warnings.warn(
                 f"neither the name nor the config of {checkpoint.path} says whether this LiT5-Distill is v2, trained"
-                " with window_size=100, or v1, trained with window_size=20, which is taken; give window_size="
+                " with window_size=100, or v1, trained with window_size=20, which is taken; give window_size=",
+                stacklevel=2,
             )
         return known or "v1"
 

@@ -9,7 +9,6 @@ the width of a head.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,7 @@ class T5Checkpoint:
     pieces: SentencePieces
     config: dict[str, Any]  # config.json
     path: str = ""  # the folder that a trained one was read from
-    warned: set[str] = dataclasses.field(default_factory=set)  # what was said already
-
-    def warn_once(self, message: str) -> None:
-        """Warn, but not a second time of the same."""
-        if message not in self.warned:
-            self.warned.add(message)
-            warnings.warn(message, stacklevel=3)
+    warned: bool = False  # that nothing tells what it is
 
     def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
         """A number of tokens: the caller's own, else what `save` recorded under this name, else the default.
