@@ -110,7 +110,7 @@ class LiT5Distill(ListwiseReranker):
         return size, (stride or max(size // 2, 1)) if self.stride is None else self.stride
 
     def family(self) -> str:
-        """The family, "v1" or "v2", by the checkpoint's names. "v1" where none tells: of a trained one with one warning."""
+        """By the checkpoint's names "v1" or "v2". Where none tells "v1", with one warning of a trained one."""
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
         if known is None and checkpoint.path and not checkpoint.warned:
