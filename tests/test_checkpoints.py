@@ -19,9 +19,9 @@ from pyterrier_lit.models.checkpoints import (
     choose_dtype,
     encode,
     fetch,
-    ids_known,
     library_config,
     load_strictly,
+    pieces_known,
     write,
 )
 
@@ -207,13 +207,13 @@ def test_a_network_that_its_weights_cannot_fill_is_refused_before_it_is_made(fie
 def test_ids_of_gaps_and_of_the_tokens_around_a_text_count():
     tokenizer = tokenizers.Tokenizer.from_file(str(ELECTRA / "tokenizer.json"))
     size = tokenizer.get_vocab_size()
-    assert ids_known(tokenizer) == size
+    assert pieces_known(tokenizer) == size
     fields = json.loads(tokenizer.to_str())
     fields["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [size + 7]
-    assert ids_known(tokenizers.Tokenizer.from_str(json.dumps(fields))) == size + 8
+    assert pieces_known(tokenizers.Tokenizer.from_str(json.dumps(fields))) == size + 8
     fields = json.loads(tokenizer.to_str())
     fields["model"]["vocab"]["gap"] = 5_000
-    assert ids_known(tokenizers.Tokenizer.from_str(json.dumps(fields))) == 5_001
+    assert pieces_known(tokenizers.Tokenizer.from_str(json.dumps(fields))) == 5_001
 
 
 def test_a_text_at_which_a_tokenizer_panics_is_named():

@@ -100,7 +100,7 @@ class Folder:
         """The fast tokenizer, without truncation or padding: tokenizer.json, else vocab.txt, else the library's."""
         self.check_vocabulary()
         try:
-            with panics_in_words("any text"):
+            with no_panic("any text"):
                 if (self.path / "tokenizer.json").exists():
                     tokenizer = tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
                 else:
@@ -307,7 +307,7 @@ def check_pieces(known: int, size: int, source: str, model: str = "model") -> No
         )
 
 
-def ids_known(tokenizer: tokenizers.Tokenizer) -> int:
+def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
     """The highest id that a tokenizer can write, + 1: of its pieces, and of the tokens that it puts around texts."""
     around = [*tokenizer.encode("").ids, *tokenizer.encode("", "").ids]
     return max([*tokenizer.get_vocab().values(), *around], default=-1) + 1
@@ -319,7 +319,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def panics_in_words(source: str) -> Iterator[None]:
+def no_panic(source: str) -> Iterator[None]:
     """A tokenizer's panic in the block becomes a ValueError."""
     try:
         yield
@@ -346,7 +346,7 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tok
 
 
 def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bool) -> tokenizers.Encoding:
-    with panics_in_words(f"the text {text[:60] + '...' if len(text) > 60 else text!r}"):
+    with no_panic(f"the text {text[:60] + '...' if len(text) > 60 else text!r}"):
         return tokenizer.encode(text, add_special_tokens=special_tokens)
 
 

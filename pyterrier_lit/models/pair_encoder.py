@@ -20,10 +20,10 @@ from pyterrier_lit.models.checkpoints import (
     Weights,
     build,
     check_pieces,
-    ids_known,
     library_config,
     library_model,
     load_strictly,
+    pieces_known,
     save_json,
     save_weights,
     wrong_weights,
@@ -197,7 +197,7 @@ def _checkpoint(
     dtype: torch.dtype,
 ) -> PairCheckpoint:
     tokenizer = folder.tokenizer()
-    check_pieces(ids_known(tokenizer), config["vocab_size"], str(folder))
+    check_pieces(pieces_known(tokenizer), config["vocab_size"], str(folder))
     clean_up = isinstance(network, PooledScorer) and _cleans_up(folder)
     checkpoint = PairCheckpoint(network, tokenizer, config, folder.tokenizer_config, clean_up)
     if checkpoint.pad_id not in range(config["vocab_size"]):

@@ -21,7 +21,7 @@ from pyterrier_lit.models.checkpoints import (
     library_body,
     library_model,
     load_strictly,
-    panics_in_words,
+    no_panic,
     save_checkpoint,
 )
 from pyterrier_lit.models.pe_prompts import Prompter, read_prompter
@@ -203,7 +203,7 @@ def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
         config, file = checkpoint.config["encoder_config"], folder.path / ENCODER_TOKENIZER
         if not file.exists():
             raise folder.missing(f"{ENCODER_TOKENIZER}, of the encoder inside")
-        with panics_in_words("any text"):
+        with no_panic("any text"):
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
     else:
         source = _encoder_folder(folder, name)

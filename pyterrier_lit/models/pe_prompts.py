@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyterrier_lit.models.checkpoints import Folder, check_pieces, first_line, panics_in_words
+from pyterrier_lit.models.checkpoints import Folder, check_pieces, first_line, no_panic
 
 PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # stands for a passage in the prompt; for a rank, in training alone
 
@@ -43,7 +43,7 @@ class Prompter:
         rendered = [
             self.render(query, shown or [None] * n) for query, shown, n in zip(queries, texts, counts, strict=True)
         ]
-        with panics_in_words(f"a prompt, such as that for query {queries[:1]}"):
+        with no_panic(f"a prompt, such as that for query {queries[:1]}"):
             prompts = self.tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
         for ids, query, n in zip(prompts, queries, counts, strict=True):
             if ids.count(self.placeholder) != n:
@@ -136,7 +136,7 @@ def _read_tokenizer(folder: Folder) -> Any:
     try:
         if not is_fast and (folder.path / "tokenizer.model").exists():
             _check_sentencepieces(folder.path / "tokenizer.model")
-        with panics_in_words("any text"):
+        with no_panic("any text"):
             return known.from_pretrained(folder.path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{folder} has no tokenizer that can be read ({first_line(error)})") from error

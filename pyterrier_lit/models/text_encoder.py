@@ -18,8 +18,8 @@ from pyterrier_lit.models.checkpoints import (
     build,
     check_pieces,
     encode,
-    ids_known,
     load_strictly,
+    pieces_known,
 )
 from pyterrier_lit.models.pooling import POOLING, check_pooling
 
@@ -69,7 +69,7 @@ def text_encoder(
     """An encoder from its parts. ValueError for a pooling that is not known, and for parts of different encoders."""
     check_pooling(pooling, POOLINGS, f"{source}: encoder_pooling")
     padding = config.get("pad_token_id") or 0
-    check_pieces(max(ids_known(tokenizer), padding + 1), config["vocab_size"], source, "encoder")
+    check_pieces(max(pieces_known(tokenizer), padding + 1), config["vocab_size"], source, "encoder")
     weights = bare(weights)
     network = build(lambda: empty_encoder(config), config, weights, source)
     load_strictly(network, weights, source)
