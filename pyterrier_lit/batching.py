@@ -92,8 +92,8 @@ def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
 
 def padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """B rows of integers -> int64 (B, L), padded with `value` on the right, and a mask (B, L), true inside the rows."""
-    numbers = [torch.tensor(row, dtype=torch.long) for row in rows]
-    mask = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    numbers = [torch.tensor(row, dtype=torch.long, device="cpu") for row in rows]
+    mask = [torch.ones(len(row), dtype=torch.bool, device="cpu") for row in rows]
     return pad_sequence(numbers, batch_first=True, padding_value=value), pad_sequence(mask, batch_first=True)
 
 

@@ -6,6 +6,7 @@ large language models, which need many times its size for the same task. arXiv 2
 """
 
 import dataclasses
+import warnings
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import torch
 from pyterrier_lit.decoding import Choices, at_once, in_turn
 from pyterrier_lit.frames import Columns
 from pyterrier_lit.listwise import ListwiseReranker, Prompt, of_windows
+from pyterrier_lit.models.lit5 import WINDOWS, came_from, family, reader, warn_of_full_prompts
 from pyterrier_lit.models.t5 import EOS, FiD, PieceReader, T5Checkpoint, read_t5
 from pyterrier_lit.order import parse
 from pyterrier_lit.windows import Window
@@ -31,11 +33,11 @@ class LiT5Distill(ListwiseReranker):
         model: hub id or folder: `castorini/LiT5-Distill-{base,large,xl}` (v1: windows of 20) or the same with `-v2`
             (one window of 100), or what `save` wrote.
         window_size, stride: passages per window (at most 100) and positions it moves up. None for window_size takes
-            what the checkpoint records, else 100 for a name that ends in v2 and 20 for others; None for stride is half
-            the window. A shorter list is one window of its own size.
+            what the checkpoint records, else 100 or 20 as the checkpoint's name or path tells v2 from v1; where nothing
+            tells, 20 and a warning. None for stride is half the window. A shorter list is one window of its own size.
         passes: sweeps over each list.
         max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else 150, the papers'
-            for MS MARCO (512 for BEIR).
+            for MS MARCO (512 for BEIR). The query is not cut: one that leaves no room for a passage gives a warning.
         top_k: order only the first k ranks; what lies below keeps its incoming order. The first k are those of the full
             order. `((first >> LiT5Distill()) % 10).compile()` sets it.
         decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's
@@ -61,13 +63,17 @@ class LiT5Distill(ListwiseReranker):
     max_tokens: int = 65_536
 
     schematic: ClassVar[dict[str, str]] = {"label": "LiT5-Distill"}
-    read = begin = staticmethod(read_t5)
+    read = staticmethod(reader("LiT5Distill"))
+    begin = staticmethod(read_t5)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
         """The positions of each query's passages, best first."""
         decode = self.option("decoding", DECODINGS)
         checkpoint: T5Checkpoint = self.load()
         texts = columns[self.text_field]
+        size, _ = shape = self.window()
+        heads = [_head(query, min(len(ranking), size)) for query, ranking in zip(queries, texts, strict=True)]
+        warn_of_full_prompts(checkpoint, queries, heads, self.length())
 
         def prompts(windows: list[Window]) -> list[Prompt]:
             read = [
@@ -78,24 +84,43 @@ class LiT5Distill(ListwiseReranker):
                 Prompt(ids, sum(map(len, ids)), len(ids), window.top) for ids, window in zip(read, windows, strict=True)
             ]
 
-        return self.slide(queries, columns, self.window(), prompts, lambda batch: decode(checkpoint, batch))
+        return self.slide(queries, columns, shape, prompts, lambda batch: decode(checkpoint, batch))
 
     def saved_settings(self) -> dict[str, Any]:
-        """The window size, the stride and the length of prompts."""
+        """What it is, the window size, the stride and the length of prompts."""
         size, stride = self.window()
-        return {"window_size": size, "stride": stride, "lengths": {"max_length": self.length()}}
+        return {
+            "reranker": "LiT5Distill",
+            "window_size": size,
+            "stride": stride,
+            "lengths": {"max_length": self.length()},
+        }
 
     def window(self) -> tuple[int, int]:
         """The window size and the stride: the caller's, else the checkpoint's, else those of its family."""
         recorded = self.load().config
-        by_name = 100 if str(self.model).rstrip("/").endswith("v2") else 20
-        size = recorded.get("window_size", by_name) if self.window_size is None else self.window_size
+        size = self.window_size if self.window_size is not None else recorded.get("window_size")
+        if size is None:
+            size = WINDOWS[self.family()]
         if size > IDENTIFIERS:
             raise ValueError(
                 f"window_size={size}: LiT5 was trained with identifiers up to {IDENTIFIERS}; use at most that"
             )
         stride = recorded.get("stride") if self.window_size is None else None
         return size, (stride or max(size // 2, 1)) if self.stride is None else self.stride
+
+    def family(self) -> str:
+        """By the checkpoint's names "v1" or "v2". Where none tells "v1", with one warning of a trained one."""
+        checkpoint: T5Checkpoint = self.load()
+        known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
+        if known is None and checkpoint.path and not checkpoint.warned:
+            checkpoint.warned = True
+            warnings.warn(
+                f"neither the name nor the config of {checkpoint.path} says whether this LiT5-Distill is v2, trained"
+                " with window_size=100, or v1, trained with window_size=20, which is taken; give window_size=",
+                stacklevel=2,
+            )
+        return known or "v1"
 
     def length(self) -> int:
         """Tokens of a prompt: the caller's, else the checkpoint's, else the papers'."""
@@ -105,11 +130,13 @@ class LiT5Distill(ListwiseReranker):
     def prompts(self, query: str, passages: list[str]) -> list[list[int]]:
         """The prompt of each passage of a window, at most `max_length` ids with </s> at the end."""
         length = self.length()
-        texts = [
-            f"Search Query: {query} Passage: [{i}] {passage} Relevance Ranking: "
-            for i, passage in enumerate(passages, 1)
-        ]
+        texts = [f"{_head(query, i)} {passage} Relevance Ranking: " for i, passage in enumerate(passages, 1)]
         return [[*ids[: length - 1], EOS] for ids in self.load().pieces(texts)]
+
+
+def _head(query: str, number: int) -> str:
+    """What stands before a passage in its prompt."""
+    return f"Search Query: {query} Passage: [{number}]"
 
 
 def constrained(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:

@@ -13,6 +13,7 @@ import torch
 
 from pyterrier_lit.batching import inference, map_batches, padded
 from pyterrier_lit.frames import Columns, not_finite
+from pyterrier_lit.models.lit5 import reader, warn_of_full_prompts
 from pyterrier_lit.models.t5 import EOS, FiD, T5Checkpoint, read_t5
 from pyterrier_lit.reranker import Reranker
 
@@ -47,6 +48,7 @@ class LiT5Score(Reranker):
             scores of separate windows could not be compared: what lies below stays there in its incoming order, scored
             -1, -2, ...
         max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else the paper's 150.
+            The query is not cut: one that leaves no room for a passage gives a warning.
         answer_length: tokens of the answer with its start token; None takes what the checkpoint records, else the
             paper's 20.
         aggregation: "mean" is the paper's, as above; "max" takes the largest sum over layers among a passage's tokens
@@ -73,7 +75,8 @@ class LiT5Score(Reranker):
     max_tokens: int = 65_536
 
     schematic: ClassVar[dict[str, str]] = {"label": "LiT5-Score"}
-    read = begin = staticmethod(read_t5)
+    read = staticmethod(reader("LiT5Score"))
+    begin = staticmethod(read_t5)
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """`score` of every passage of every query, and the answers as `answer_field`."""
@@ -81,8 +84,10 @@ class LiT5Score(Reranker):
             raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")
         aggregation = self.option("aggregation", AGGREGATIONS)
         checkpoint: T5Checkpoint = self.load()
-        answer_length = self.lengths()["answer_length"]
+        max_length, answer_length = self.lengths().values()
         texts = columns[self.text_field]
+        heads = [f"question: {query} context:" for query in queries]
+        warn_of_full_prompts(checkpoint, queries, heads, max_length)
         prompts = [self.prompts(query, passages) for query, passages in zip(queries, texts, strict=True)]
         lengths = [sum(map(len, each.ids)) for each in prompts]
 
@@ -105,8 +110,8 @@ class LiT5Score(Reranker):
         return [] if self.answer_field is None else [self.answer_field]
 
     def saved_settings(self) -> dict[str, Any]:
-        """The lengths of prompts and of answers."""
-        return {"lengths": self.lengths()}
+        """What it is, and the lengths of prompts and of answers."""
+        return {"reranker": "LiT5Score", "lengths": self.lengths()}
 
     def lengths(self) -> dict[str, int]:
         """Tokens of a prompt and of an answer: the caller's, else the checkpoint's, else the paper's."""

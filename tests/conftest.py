@@ -37,6 +37,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:neither the name nor the config of:UserWarning")  # true of golden
+
+
 class Known(NamedTuple):
     """A reranker, and checkpoints of it."""
 

@@ -1,13 +1,29 @@
 """checkpoints: what is missing, damaged or unknown is named; saving loses nothing."""
 
 import json
+import os
 import shutil
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
+from conftest import ELECTRA
+from transformers import BertConfig
 
-from pyterrier_lit.models.checkpoints import Folder, choose_device, choose_dtype, fetch, load_strictly, write
+from pyterrier_lit.models.checkpoints import (
+    Folder,
+    auto_config,
+    build,
+    choose_device,
+    choose_dtype,
+    encode,
+    fetch,
+    library_config,
+    load_strictly,
+    pieces_known,
+    write,
+)
 
 
 def test_a_folder_is_its_own_checkpoint(tmp_path):
@@ -117,3 +133,102 @@ def test_write_replaces_a_checkpoint_only_when_the_new_one_is_complete(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": "old", "notes.txt": "mine"}
     write(tmp_path, lambda folder: (folder / "config.json").write_text("new"))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": "new", "notes.txt": "mine"}
+
+
+def test_weights_are_copies_that_no_change_of_the_file_reaches(tmp_path):
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"a": torch.arange(4.0), "b": torch.ones(3)}, file)
+    read, one = Folder(tmp_path).weights(), Folder(tmp_path).weight("a")
+    with file.open("r+b") as opened:
+        opened.seek(-28, os.SEEK_END)
+        opened.write(bytes(28))
+    assert not Folder(tmp_path).weights()["b"].any()
+    os.truncate(file, 9)
+    assert read["a"].tolist() == one.tolist() == [0, 1, 2, 3]
+    assert read["b"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "sub/model", "..", "", ".", "a\\b", None, 3, ["a"]])
+def test_an_index_names_files_of_its_own_folder_alone(tmp_path, name):
+    folder = tmp_path / "checkpoint"
+    (folder / "sub").mkdir(parents=True)
+    for place in (tmp_path / "outside", folder / "sub" / "model"):
+        safetensors.torch.save_file({"a": torch.ones(1)}, place)
+    for index in ({"weight_map": {"a": name}}, {"weight_map": name}, {}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"index.json names .* as a file with weights; wanted one beside it"):
+            Folder(folder).weights()
+
+
+def test_what_a_config_says_of_the_librarys_run_is_not_handed_on():
+    hostile = {
+        "_attn_implementation": "somebody/kernel",
+        "attn_implementation": "somebody/kernel",
+        "_attn_implementation_internal": "somebody/kernel",
+        "quantization_config": {"quant_method": "gptq", "bits": 4},
+        "auto_map": {"AutoModel": "evil.Evil"},
+        "return_dict": False,
+        "output_attentions": True,
+        "_name_or_path": "/somewhere",
+        "dtype": "float16",
+    }
+    config = {"model_type": "bert", "num_hidden_layers": 3} | hostile
+    for shape in (auto_config(config, "bert"), library_config(config, BertConfig)):
+        assert shape.num_hidden_layers == 3
+        assert shape._attn_implementation is None
+        assert shape.return_dict is True and shape.output_attentions is False and shape.dtype is None
+        assert not {"quantization_config", "auto_map"} & vars(shape).keys() and shape._name_or_path == ""
+    inner = auto_config({"text_config": {"vocab_size": 9} | hostile}, "qwen2_vl").text_config
+    assert inner.vocab_size == 9 and inner._attn_implementation is None and inner.return_dict is True
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000 in the config, and 2 weights"),
+        ({"num_hidden_layers": 10**15}, "num_hidden_layers=10{15} in the config"),
+        ({"inner": {"n_layers": 3}}, "n_layers=3 in the config"),
+        ({"width": 10**6}, r"the config describes 1,000,001,000,000 numbers, and the weights are 12"),
+    ],
+)
+def test_a_network_that_its_weights_cannot_fill_is_refused_before_it_is_made(fields, words):
+    made = []
+
+    def make():
+        made.append(torch.empty(0).device)
+        width = fields.get("width", 3)
+        return torch.nn.Linear(width, width)
+
+    weights = {"weight": torch.zeros(3, 3), "bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=f"here does not hold the weights of this model: {words}"):
+        build(make, fields, weights, "here")
+    assert torch.device("cpu") not in made
+
+
+def test_ids_of_gaps_and_of_the_tokens_around_a_text_count():
+    tokenizer = tokenizers.Tokenizer.from_file(str(ELECTRA / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    assert pieces_known(tokenizer) == size
+    fields = json.loads(tokenizer.to_str())
+    fields["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [size + 7]
+    assert pieces_known(tokenizers.Tokenizer.from_str(json.dumps(fields))) == size + 8
+    fields = json.loads(tokenizer.to_str())
+    fields["model"]["vocab"]["gap"] = 5_000
+    assert pieces_known(tokenizers.Tokenizer.from_str(json.dumps(fields))) == 5_001
+
+
+def test_a_text_at_which_a_tokenizer_panics_is_named():
+    tokenizer = tokenizers.Tokenizer.from_file(str(ELECTRA / "tokenizer.json"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("^(a+)+$"), "isolated")
+    with pytest.raises(ValueError, match=r"the tokenizer cannot read the text 'aaa.*: it failed \(.*retry-limit"):
+        list(encode(tokenizer, ["a cat", "a" * 40 + "!", "a dog"], special_tokens=False))
+    assert len(list(encode(tokenizer, ["a cat", "a dog"], special_tokens=False))) == 2
+
+
+def test_no_other_exception_than_a_panic_is_reworded():
+    class Interrupted:
+        def encode_batch_fast(self, texts, add_special_tokens):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(encode(Interrupted(), ["a"], special_tokens=False))

@@ -9,7 +9,7 @@ from cost_model import Stages
 
 from pyterrier_lit.models.pairs import PairLayout
 from pyterrier_lit.models.pe_prompts import Prompter
-from pyterrier_lit.models.t5 import SentencePieces
+from pyterrier_lit.models.t5_pieces import SentencePieces
 from pyterrier_lit.models.text_encoder import TextEncoder
 
 STAGES = Stages(loading=0.001, frame=0.003, packing=0.002, tokenising=0.04, model=0.36, bytes=50_000)

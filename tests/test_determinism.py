@@ -10,6 +10,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import GOLDEN, RERANKERS
 from pe import SLIDING, quietly, sliding_frame
 from test_cross_encoder import golden, golden_frame
@@ -89,3 +90,36 @@ def test_shards_do_not_change_an_order_and_no_score_beyond_the_bound(golden_set)
 def test_bfloat16_moves_no_more_pairs_than_is_documented(golden_set):
     name, build, frame = golden_set
     assert inversions(quietly(build(), frame), quietly(build(dtype="bfloat16"), frame)) <= INVERSIONS[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_torchs_default_dtype_changes_nothing(golden_set, dtype, loaded):
+    """transformers itself sets it for the whole process while it loads a model in another thread."""
+    _, build, frame = golden_set
+    frame = frame[frame.qid.isin(frame.qid.unique()[:2])]
+    expected, reranker = quietly(build(), frame), build()
+    if loaded:
+        quietly(reranker, frame)
+    torch.set_default_dtype(dtype)
+    try:
+        found = quietly(reranker, frame)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert deviation(found, expected) < BOUND
+    assert found["rank"].tolist() == expected["rank"].tolist()
+
+
+def test_torchs_default_device_changes_nothing(golden_set):
+    """ "meta" holds no numbers: a tensor that was made there by accident is an error."""
+    name, build, frame = golden_set
+    if name == "CrossEncoder":
+        pytest.skip("its pairs follow")
+    frame = frame[frame.qid.isin(frame.qid.unique()[:2])]
+    expected = quietly(build(), frame)
+    torch.set_default_device("meta")
+    try:
+        found = quietly(build(), frame)
+    finally:
+        torch.set_default_device(None)
+    assert found["rank"].tolist() == expected["rank"].tolist()

@@ -6,6 +6,8 @@ Threads, copies, pickles and NaN are in contract.py.
 
 import ast
 import contextlib
+import io
+import json
 import multiprocessing
 import os
 import random
@@ -195,6 +197,82 @@ def test_a_process_forked_after_use_scores_alike(small, frame):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_weights_overwritten_in_place_change_no_loaded_reranker(copied, small, frame, used):
+    folder, make = copied
+    expected, reranker, file = small()(frame), make(), folder / "model.safetensors"
+    reranker(frame) if used else reranker.load()
+    start = header_of(file)
+    with file.open("r+b") as opened:
+        opened.seek(start)
+        opened.write(bytes(file.stat().st_size - start))
+    assert_same_scores(reranker(frame), expected)
+    os.truncate(file, start)  # of a mapped file this would end the process
+    assert_same_scores(reranker(frame), expected)
+
+
+def configs(folder):
+    """The config.json of a checkpoint, and that of the encoder beside it."""
+    return [file for file in (folder / "config.json", folder.parent / "encoder" / "config.json") if file.exists()]
+
+
+HUGE = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_decoder_layers"), 10**6),
+    **dict.fromkeys(("hidden_size", "d_model", "intermediate_size", "d_ff", "embedding_size"), 12 * 10**6),
+    "vocab_size": 10**12,
+}
+
+
+@pytest.mark.parametrize("field", HUGE)
+def test_a_config_of_more_than_its_weights_is_refused_at_once_and_in_words(copied, frame, field):
+    folder, make = copied
+    for file in configs(folder):
+        whole = file.read_text()
+        if field not in json.loads(whole):
+            continue
+        file.write_text(json.dumps(json.loads(whole) | {field: HUGE[field]}))
+        with pytest.raises(ValueError, match=r"does not hold the weights|cannot be loaded|of two checkpoints"):
+            make()(frame)
+        file.write_text(whole)
+    make()(frame)
+
+
+def test_a_config_chooses_no_kernels_no_packing_and_no_outputs(copied, small, frame):
+    folder, make = copied
+    hostile = {
+        **dict.fromkeys(("_attn_implementation", "attn_implementation", "experts_implementation"), "evil/kernel"),
+        "quantization_config": {"quant_method": "gptq", "bits": 4},
+        **{"return_dict": False, "output_attentions": True, "output_hidden_states": True, "torchscript": True},
+    }
+    for file in configs(folder):
+        file.write_text(json.dumps(json.loads(file.read_text()) | hostile))
+    assert_same_scores(make()(frame), small()(frame))
+
+
+def test_no_code_of_a_checkpoint_is_run_whatever_standard_input_answers(copied, frame, monkeypatch, tmp_path):
+    """transformers asks whether it may, where nobody says that it may not."""
+    folder, make = copied
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
+    autos = {name: "evil.Evil" for name in ("AutoModel", "AutoConfig", "AutoModelForSequenceClassification")}
+    hostile = {
+        "config.json": {"model_type": "evil", "auto_map": autos, "architectures": ["EvilForSequenceClassification"]},
+        "tokenizer_config.json": {
+            "tokenizer_class": "EvilTokenizer", "auto_map": autos | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+        },
+    }  # fmt: skip
+    kind = type(make())
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    for name, fields in hostile.items():
+        whole = (folder / name).read_text() if (folder / name).exists() else "{}"
+        (folder / name).write_text(json.dumps(json.loads(whole) | fields))
+        for reranker in (make, lambda: kind.from_backbone(str(folder), device="cpu")):
+            monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                reranker()(frame)
+        (folder / name).write_text(whole)
+    assert not (tmp_path / "owned").exists()
+
+
 def test_no_code_and_no_pickle_of_a_checkpoint_is_run(copied, frame):
     """A checkpoint that brings code, by every field that names some, is read without it or refused."""
     folder, make = copied
@@ -218,7 +296,8 @@ def test_no_module_trusts_remote_code_or_unpickles(module):
         if isinstance(node, ast.Call):
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             name = ast.unparse(node.func)
-            if "trust_remote_code" in given:
+            loads = name.endswith((".from_pretrained", "AutoModel.from_config"))
+            if "trust_remote_code" in given or (loads and ast.unparse(node.args[0]) != "None"):
                 assert ast.unparse(given["trust_remote_code"]) == "False"
             assert name not in ("pickle.load", "pickle.loads", "eval", "exec")
             assert name != "torch.load" or given["weights_only"].value is True

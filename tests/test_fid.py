@@ -107,3 +107,18 @@ def test_greedy_says_which_window_gave_nan(fid, monkeypatch):
     monkeypatch.setattr(fid, "logits", lambda states: logits)
     nan = [broken.isnan().tolist() for _, _, broken, _ in fid.greedy(fid.read_prompts(WINDOWS, steps=9), 10)]
     assert nan == [[False, True, False]] * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_attention_mass_is_taken_in_float32_whatever_the_models_dtype(fid, dtype):
+    """In bfloat16 the weights of a softmax over many tokens would no longer add up to 1, and near masses would tie."""
+    fid.network.to(dtype)
+    memory = fid.read_prompts([[[5, 6, 7, 8] * 60 + [1]] * 3], steps=3, mass=True)
+    for norms, values in zip(memory.norms, memory.values, strict=True):
+        assert norms.dtype == torch.float32
+        assert torch.equal(norms, values.float().norm(dim=-1))
+    memory.norms = [torch.ones_like(norms) for norms in memory.norms]  # mass is then the mean weight, and adds up to 1
+    for mass in fid.read(memory, torch.tensor([[0, 3]]))[1]:
+        assert mass.dtype == torch.float32
+        torch.testing.assert_close(mass.sum(-1), torch.ones(1, 2), atol=1e-5, rtol=0)

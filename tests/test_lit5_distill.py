@@ -408,3 +408,14 @@ def test_an_error_in_a_batch_reaches_the_user(make, frame, monkeypatch):
     monkeypatch.setattr(FiD, "read", broken)
     with pytest.raises(IndexError, match="inside the decoder"):
         make()(frame)
+
+
+def test_a_free_answer_has_139_tokens_at_most_as_the_references(make, monkeypatch):
+    """Its cap of 140 counts the start token; 100 identifiers take 132 and the end."""
+    fid, written = FiD, []
+    monkeypatch.setattr(fid, "logits", lambda self, states, rows=None: torch.eye(536)[[7] * len(states)])
+    decode = make().load().pieces.decode
+    reranker = make(decoding="free")
+    monkeypatch.setattr(reranker.load().pieces, "decode", lambda ids: written.append(ids) or decode(ids))
+    reranker.order(["q"], [["a", "b"]])
+    assert [len(ids) for ids in written] == [139]

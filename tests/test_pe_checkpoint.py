@@ -1,6 +1,7 @@
 """models.pe_checkpoint: what is missing, damaged or of another kind is named; save keeps all."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -97,6 +98,84 @@ def test_another_architecture_is_refused_in_words(electra, frame):
 def test_a_config_that_cannot_be_right_is_refused(copy_of, frame, fields, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         PERank(copy_of(fields), device="cpu")(frame)
+
+
+def test_an_encoder_is_a_hub_id_or_lies_in_the_folder_or_beside_it(copy_of, frame, monkeypatch, tmp_path):
+    model = Path(copy_of())
+    elsewhere, beside = tmp_path / "elsewhere", model.parent / "encoder"
+    for place in (elsewhere, model.parent / "None", model / "inside", tmp_path / "somebody" / "else"):
+        shutil.copytree(beside, place, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)  # a folder by the name of a hub id is not the hub's
+    up = os.path.relpath(elsewhere, model)
+
+    def named(name):
+        config = json.loads((model / "config.json").read_text()) | {"encoder_name": name}
+        (model / "config.json").write_text(json.dumps(config))
+        return PERank(str(model), device="cpu")(frame)
+
+    expected = named("encoder")
+    for name in ("./encoder", "../encoder", "inside", "inside/../inside"):
+        assert_same_scores(named(name), expected)
+    for name in (
+        up,
+        f"x/../{up}",
+        str(beside),
+        str(elsewhere),
+        "~/encoder",
+        "",
+        ".",
+        "..",
+        None,
+        3,
+        ["encoder"],
+        "a b",
+    ):
+        with pytest.raises(ValueError, match=r"names its encoder .*; wanted a hub id, or a folder in .* or beside it"):
+            named(name)
+    for name in ("somebody/else", "elsewhere"):
+        with pytest.raises(FileNotFoundError, match="the hub did not give that checkpoint"):
+            named(name)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(copy_of, frame):
+    model = Path(copy_of())
+    file = model / "tokenizer_config.json"
+    fields = json.loads(file.read_text())
+    token = {"content": "<far>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+    fields["added_tokens_decoder"] = fields["added_tokens_decoder"] | {"70000": token | {"single_word": False}}
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"the tokenizer knows \d+ pieces and the model 702; they are of two"):
+        PERank(str(model), device="cpu").load()
+
+
+def test_a_padding_id_beyond_the_encoders_vocabulary_is_refused(copy_of, frame):
+    model = Path(copy_of())
+    file = model.parent / "encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": 10**6}))
+    with pytest.raises(ValueError, match=r"the tokenizer knows 1000001 pieces and the encoder 233"):
+        PERank(str(model), device="cpu")(frame)
+
+
+def test_a_class_that_is_no_tokenizer_is_not_asked_for_one(copy_of, frame, make):
+    model = Path(copy_of())
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "AutoModelForCausalLM"}))
+    with pytest.raises(ValueError, match="has no tokenizer that can be read"):
+        PERank(str(model), device="cpu").load()
+
+
+def test_positions_that_change_with_the_longest_prompt_of_a_batch_are_a_limit(make, monkeypatch):
+    checkpoint = make().load()
+    assert checkpoint.limit() == 4096
+    config = checkpoint.network.body.config
+    for kind, limit in (("longrope", 200), ("dynamic", 200), ("yarn", 4096)):
+        rope = {"rope_type": kind, "original_max_position_embeddings": 200}
+        for fields in (rope, {"full_attention": rope}):
+            monkeypatch.setattr(config, "rope_parameters", fields)
+            assert checkpoint.limit() == limit
+    monkeypatch.setattr(config, "rope_parameters", {"rope_type": "longrope", "original_max_position_embeddings": 200})
+    with pytest.raises(ValueError, match="tokens and the model 200 positions"):
+        checkpoint.prompts(["words " * 200], [[]], [3])
 
 
 def test_the_encoder_is_not_looked_for_until_a_text_is_encoded(copy_of, make, frame):

@@ -2,15 +2,17 @@
 wrong."""
 
 import math
+import pickle
 
 import pytest
 import tokenizers
 import torch
 import transformers
+from conftest import GOLDEN
 
-from pyterrier_lit.models.checkpoints import load_strictly
+from pyterrier_lit.models.checkpoints import Folder, load_strictly
 from pyterrier_lit.models.pooling import POOLING
-from pyterrier_lit.models.text_encoder import JinaBert, TextEncoder, bare, empty_encoder, slopes
+from pyterrier_lit.models.text_encoder import JinaBert, TextEncoder, alibi, bare, empty_encoder, slopes
 
 JINA = {
     "architectures": ["JinaBertForMaskedLM"],
@@ -173,3 +175,34 @@ def test_texts_are_cut_at_512_pieces_with_the_special_tokens_kept(electra):
     assert (len(long), long[-1]) == (512, tokenizer.token_to_id("[SEP]"))
     assert short == tokenizer.encode("a b").ids
     assert empty == [tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")]
+
+
+def test_control_tokens_in_a_passage_are_text_also_after_a_pickle():
+    folder = Folder(GOLDEN / "pe_rank" / "encoder")
+    encoder = TextEncoder(torch.nn.Identity(), folder.tokenizer(), folder.config, "mean")
+    control = {folder.tokenizer().token_to_id(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
+    texts = ["a [SEP] b", "[PAD] [PAD] a", "[CLS]", "a [MASK]"]
+    for each in (encoder, pickle.loads(pickle.dumps(encoder))):
+        for ids in each.pieces(texts):
+            assert len(control & set(ids[1:-1])) == 0 and len(ids) > 3
+
+
+def test_the_padding_is_what_was_added_and_no_id():
+    """A text may hold the id that pads, where an encoder has none of its own for that."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    network = torch.nn.Embedding(2, 3)
+    network.forward = lambda input_ids, attention_mask: network.weight[input_ids]
+    encoder = TextEncoder(network, tokenizer, {}, "mean")
+    alone, company = encoder.encode([[0, 1]]), encoder.encode([[0, 1], [1, 1, 1]])
+    torch.testing.assert_close(alone[0], network.weight.mean(0))
+    torch.testing.assert_close(company[0], alone[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_bias_of_distance_does_not_depend_on_torchs_default(dtype):
+    expected = alibi(12, 9)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(alibi(12, 9), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from pe import ARRAYS, FOLDER, WINDOWS, ids_of, prompt, vectors_of
 
 from pyterrier_lit import PERank
-from pyterrier_lit.models.vector_lm import _cache_argument
+from pyterrier_lit.models.vector_lm import VectorLM, _cache_argument
 from pyterrier_lit.pe_rank import constrained
 
 
@@ -92,3 +93,53 @@ def test_a_model_whose_cache_has_no_known_name_is_an_error():
 
     with pytest.raises(RuntimeError, match="Renamed of this version of transformers takes no cache by a name"):
         _cache_argument(Renamed)
+
+
+def test_the_shared_words_end_before_the_last_token_and_before_any_vector(ranker):
+    network, at = ranker.network, ranker.network.placeholder
+    assert network._common([[5, 6, 7], [5, 6, 7]]) == [5, 6]  # something must be left to read
+    assert network._common([[5, 6, 7], [5, 6, 7, 8]]) == [5, 6]
+    assert network._common([[5, at, 7], [5, at, 7]]) == [5]
+    assert network._common([[5, 6, 7]]) == network._common([[5, 6], [6, 5]]) == []
+
+
+def read_from(network, prompts, vectors):
+    """The logits of two steps, of each prompt."""
+    reader = network.read(prompts, vectors)
+    first = reader.start()
+    second = reader.read(torch.zeros(len(prompts), 1, dtype=torch.long))[:, -1]
+    return [torch.cat([a[:n], b[:n]]) for a, b, n in zip(first, second, map(len, vectors), strict=True)]
+
+
+WINDOWED = {
+    "mistral": {"sliding_window": 12},
+    "gemma2": {"sliding_window": 12, "head_dim": 8},
+    "qwen2": {"sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1},
+    "phi3": {"sliding_window": 12, "pad_token_id": 0},
+    "gpt_oss": {"sliding_window": 12, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "llama4_text": {"attention_chunk_size": 12, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    "llama": {},
+    "gpt2": {},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+@torch.inference_mode()
+def test_a_prompt_is_read_alike_alone_and_in_company_whatever_its_model_attends_to(kind):
+    """A window of attention counts padding that stands among the words: then nothing is shared."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}
+    config = transformers.AutoConfig.for_model(kind, **size, **more, **WINDOWED[kind])
+    body = transformers.AutoModel.from_config(config).eval()
+    for parameter in body.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    network = VectorLM(body, torch.nn.Identity(), 59)
+    prompts = [[*range(1, 10), 59, 7, 59, *range(20, 20 + n), 4] for n in (3, 25, 14)]
+    vectors = list(torch.nn.functional.normalize(torch.randn(3, 2, 32), dim=2))
+    together = read_from(network, prompts, vectors)
+    for prompt_ids, vector, logits in zip(prompts, vectors, together, strict=True):
+        torch.testing.assert_close(read_from(network, [prompt_ids], [vector])[0], logits, atol=1e-3, rtol=1e-3)
+    assert (network.read(prompts, vectors).cache is None) == (kind not in ("llama", "gpt2", "opt"))

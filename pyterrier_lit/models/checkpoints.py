@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Weights = dict[str, torch.Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
 ADAPTER = "adapter_config.json"
 CHUNK = 1_000  # texts
@@ -35,6 +36,19 @@ NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # what layer nor
 _OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that say nothing about the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
+# Fields by which a checkpoint would choose how the library runs: its code, kernels, packing and outputs. A name that
+# begins with _ is one too
+NOT_HANDED_ON = (
+    *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
+    *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
+    *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript"),
+)
+# What architectures call the number of their layers
+LAYERS = (
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers"),
+)
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Folder:
@@ -67,13 +81,15 @@ class Folder:
     def weights(self) -> Weights:
         """All tensors by name, on the CPU in their stored dtype: of safetensors, else of pytorch_model*.bin.
 
-        They are copied into memory: as a map of the file they would change with it.
+        They are copies: safetensors maps its file, and whoever overwrote the file would change a loaded model. A copy
+        of 1 GB takes 0.7 seconds (reading the map later takes 0.5 of them too) and 1 GB of memory in place of the
+        file's pages, 2 GB with these while it is made.
         """
         weights: Weights = {}
         for file in _weight_files(self):
             try:
                 if file.suffix == ".safetensors":
-                    weights |= {name: tensor.clone() for name, tensor in safetensors.torch.load_file(file).items()}
+                    weights.update((name, tensor.clone()) for name, tensor in safetensors.torch.load_file(file).items())
                 else:
                     weights.update(torch.load(file, map_location="cpu", weights_only=True))
             except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -87,7 +103,7 @@ class Folder:
                 return self.weights().get(name)
             with safetensors.safe_open(file, "pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                    tensor: torch.Tensor = tensors.get_tensor(name)
+                    tensor: torch.Tensor = tensors.get_tensor(name).clone()
                     return tensor
         return None
 
@@ -115,6 +131,8 @@ class Folder:
                 reader = transformers.PreTrainedTokenizerFast
             else:
                 options["tokenizer_type"] = kind
+        elif (model_type := str(self.config.get("model_type"))) in transformers.CONFIG_MAPPING:
+            options["config"] = auto_config(self.config, model_type)
         try:
             with no_panic("any text"):
                 if has_file:  # of a damaged one the library may make another
@@ -169,20 +187,25 @@ def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path 
         raise FileNotFoundError(
             f"model={str(model)!r} is a file; give the folder that holds config.json and the weights"
         )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+    if not HUB_ID.fullmatch(str(model)):
         raise FileNotFoundError(f"there is no folder {str(model)!r}, and it is no hub id (owner/name) either")
+    return fetch_from_hub(str(model), weights=weights, use=use)
+
+
+def fetch_from_hub(model: str, *, weights: bool = True, use: str = "pass its path as model=") -> Folder:
+    """`fetch` for a hub id alone, whatever folders of that name lie here."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
-        folder = Path(snapshot_download(str(model), allow_patterns=wanted))
+        folder = Path(snapshot_download(model, allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(str(model), allow_patterns=[*wanted, "pytorch_model*.bin"]))
+            folder = Path(snapshot_download(model, allow_patterns=[*wanted, "pytorch_model*.bin"]))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise FileNotFoundError(
-            f"there is no folder {str(model)!r} here, and the hub did not give that checkpoint"
+            f"there is no folder {model!r} here, and the hub did not give that checkpoint"
             f" ({type(error).__name__}: {first_line(error)})."
-            f" Check the name; without a network, {how_to_fetch(str(model), use)}"
+            f" Check the name; without a network, {how_to_fetch(model, use)}"
         ) from error
     return _whole(Folder(folder))
 
@@ -205,9 +228,60 @@ def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=") -> st
 
 def library_config(config: dict[str, Any], config_class: type) -> Any:
     """A configuration of the library from the fields of config.json that say what the network looks like."""
+    known = config_class().to_dict()
     return config_class(
-        **{key: config[key] for key in config_class().to_dict() if key in config and key not in NO_SHAPE}
+        **{key: value for key, value in handed_on(config).items() if key in known and key not in NO_SHAPE}
     )
+
+
+def auto_config(config: dict[str, Any], kind: str) -> Any:
+    """`library_config` for a model_type, with the fields that only it knows. KeyError where the library has no such.
+
+    Names of code in the config are not followed.
+    """
+    from transformers import CONFIG_MAPPING
+
+    ties = config.keys() & {"tie_word_embeddings"}
+    fields = {key: value for key, value in handed_on(config).items() if key in ties or key not in NO_SHAPE}
+    return CONFIG_MAPPING[kind](**fields)
+
+
+def handed_on(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json, and of the configs inside it, that the library may see."""
+    return {
+        key: handed_on(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in NOT_HANDED_ON and not str(key).startswith("_")
+    }
+
+
+def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights, source: str) -> Network:
+    """The network that `make` makes of a config.json, on the CPU, its weights still to be loaded.
+
+    ValueError where it would have more layers than there are weights, or far more numbers: before any is made.
+    """
+    check_size(make, config, weights, source)
+    with torch.device("cpu"):
+        return make()
+
+
+def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: Weights, source: str) -> None:
+    """The check of `build`."""
+    check_layers(config, weights, source)
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in make().parameters())
+    held = sum(tensor.numel() for tensor in weights.values())
+    if numbers > 2 * held:  # twice: the library may store shared tensors once
+        raise wrong_weights(source, [f"the config describes {numbers:,} numbers, and the weights are {held:,}"])
+
+
+def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
+    """The part of `build`'s check that needs no network: to list or make a million layers would take hours."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_layers(value, weights, source)
+        elif name in LAYERS and isinstance(value, int) and value > len(weights):
+            raise wrong_weights(source, [f"{name}={value} in the config, and {len(weights)} weights"])
 
 
 def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
@@ -231,25 +305,52 @@ def wrong_weights(source: str, problems: list[str]) -> ValueError:
     return ValueError(f"{source} does not hold the weights of this model: {listed}")
 
 
-def library_model(mapping: Any, config: Any, weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """The library's model for a config, from a mapping such as transformers.MODEL_MAPPING, with exactly these weights.
+def library_model(
+    mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
+) -> "PreTrainedModel":
+    """The library's model for a config.json, from a mapping such as transformers.MODEL_MAPPING, with these weights.
 
-    Raises KeyError where the mapping has no model for the config, and ValueError for weights that are missing, left
-    over or of another shape.
+    Raises KeyError where the library has no such model, and ValueError for weights that are missing, left over or of
+    another shape.
     """
-    model: PreTrainedModel
-    model, found = mapping[type(config)].from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    model, found = _library_model(mapping, config, kind, weights, source, dtype)
+    _refuse(found, ("missing", "unexpected", "mismatched"), source)
+    return model
+
+
+def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
+    """The body of a model of the library, whose weights may be those of the whole model. Raises as `library_model`."""
+    from transformers import MODEL_MAPPING
+
+    model, found = _library_model(MODEL_MAPPING, config, str(config.get("model_type")), weights, source, dtype)
+    _refuse(found, ("missing", "mismatched"), source)
+    return model
+
+
+def _library_model(
+    mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    check_layers(config, weights, source)
+    shape = auto_config(config, kind)
+    make = mapping[type(shape)]
+    check_size(lambda: make(shape), config, weights, source)
+    with torch.device("cpu"):
+        model, found = make.from_pretrained(
+            None, config=shape, state_dict=weights, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    return model, found
+
+
+def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> None:
+    """ValueError for the weights in which the library found one of these problems."""
     names = [
         (problem, name if isinstance(name, str) else name[0])
-        for problem in ("missing", "unexpected", "mismatched")
+        for problem in problems
         for name in found[f"{problem}_keys"]
     ]
-    problems = [f"{problem} {name}" for problem, name in names if "position_ids" not in name]
-    if problems:
-        raise wrong_weights(source, problems)
-    return model
+    listed = [f"{problem} {name}" for problem, name in names if "position_ids" not in name]
+    if listed:
+        raise wrong_weights(source, listed)
 
 
 def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
@@ -432,11 +533,7 @@ def _weight_files(folder: Folder) -> list[Path]:
         if (folder.path / whole).exists():
             return [folder.path / whole]
         if (folder.path / index).exists():
-            names = sorted(set(_read_json(folder, index)["weight_map"].values()))
-            outside = [name for name in names if Path(name).name != name]
-            if outside:
-                raise ValueError(f"{folder.path / index} names {outside[0]!r}; weights lie in the folder itself")
-            files = [folder.path / name for name in names]
+            files = [folder.path / name for name in _shards(folder, index)]
             absent = [file.name for file in files if not file.exists()]
             if absent:
                 raise folder.missing(f"{', '.join(absent)}, which {index} names")
@@ -444,6 +541,16 @@ def _weight_files(folder: Folder) -> list[Path]:
     raise folder.missing(
         "weights: wanted model.safetensors or pytorch_model.bin, in one file or in shards with their index"
     )
+
+
+def _shards(folder: Folder, index: str) -> list[str]:
+    """The files that an index names. ValueError for one that leads out of the folder."""
+    weight_map = _read_json(folder, index).get("weight_map")
+    names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+            raise ValueError(f"{folder.path / index} names {name!r} as a file with weights; wanted one beside it")
+    return sorted(set(names))
 
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pyterrier_lit.models.checkpoints import (
     Folder,
     Weights,
     bare_tokenizer,
+    build,
     check_pieces,
     library_config,
     library_model,
@@ -126,11 +127,12 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
     """
     backbone = _backbone(folder.config)
     config = folder.config | {"backbone_model_type": backbone}
-    network = PooledScorer(_body(folder, config), bias=False)
+    weights = folder.weights()
+    network = PooledScorer(_body(folder, config, weights), bias=False)
     nn.init.normal_(network.linear.weight, std=config.get("initializer_range", 0.02))
     own = network.body.state_dict().keys()
-    weights = {name: tensor for name, tensor in _bare(folder.weights(), backbone).items() if name in own}
-    load_strictly(network.body, weights, str(folder))
+    bare = {name: tensor for name, tensor in _bare(weights, backbone).items() if name in own}
+    load_strictly(network.body, bare, str(folder))
     return _lightning_ir(folder, network, config, device, dtype)
 
 
@@ -226,7 +228,9 @@ def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledS
             f" {', '.join(POOLINGS)} with 'rank' or 'mono'"
         )
     bias = "linear.bias" in weights  # the file decides: some configs forgot that a bias was trained
-    network = PooledScorer(_body(folder, config), pooling=pooling, rows=2 if scoring == "mono" else 1, bias=bias)
+    network = PooledScorer(
+        _body(folder, config, weights), pooling=pooling, rows=2 if scoring == "mono" else 1, bias=bias
+    )
     bare = _bare(weights, config["backbone_model_type"])
     named = {name if name.startswith("linear.") else f"body.{name}": tensor for name, tensor in bare.items()}
     load_strictly(network, named, str(folder))
@@ -237,9 +241,9 @@ def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        model = library_model(mapping, config, weights, str(folder), torch.float32)
+        kind = str(folder.config.get("model_type"))
+        model = library_model(mapping, folder.config, kind, weights, str(folder), torch.float32)
     except (RuntimeError, KeyError, OSError) as error:
         raise ValueError(
             f"{folder} cannot be loaded as a sequence classifier without code of its own ({error})"
@@ -256,7 +260,7 @@ def _backbone(config: dict[str, Any]) -> str:
     return config.get("backbone_model_type") or str(config.get("model_type")).removeprefix("mono-")
 
 
-def _body(folder: Folder, config: dict[str, Any]) -> "PreTrainedModel":
+def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrainedModel":
     """A bare ELECTRA or BERT, without pooler, of the shape that a config gives; its weights are still random."""
     import transformers
 
@@ -269,7 +273,8 @@ def _body(folder: Folder, config: dict[str, Any]) -> "PreTrainedModel":
         raise ValueError(f"{folder} has a body of type {backbone!r}; wanted one of {', '.join(classes)}")
     config_class, model_class = classes[backbone]
     options = {"add_pooling_layer": False} if backbone == "bert" else {}
-    body: PreTrainedModel = model_class(library_config(config, config_class), **options)
+    shape = library_config(config, config_class)
+    body: PreTrainedModel = build(lambda: model_class(shape, **options), config, weights, str(folder))
     return body
 
 

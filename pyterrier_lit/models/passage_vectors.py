@@ -23,9 +23,9 @@ def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
     rows = []
     for value, docno in zip(values, docnos, strict=True):
         try:
-            row = value.float().cpu() if torch.is_tensor(value) else torch.tensor(list(value), dtype=torch.float32)
+            row = value.float().cpu() if torch.is_tensor(value) else _tensor(list(value))
         except (TypeError, ValueError, RuntimeError):
-            row = torch.empty(())
+            row = torch.empty((), device="cpu")
         if row.ndim != 1:
             raise TypeError(
                 f"'doc_vec' of docno {docno!r} is {value!r}, not a vector of numbers; load it or drop the row"
@@ -64,14 +64,14 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
             f"{index!r} holds no vectors of {len(missing)} of {len(names)} docnos, such as"
             f" {', '.join(map(repr, missing[:5]))}; index them, or drop them from the ranking"
         )
-    return torch.tensor(vectors[numbers], dtype=torch.float32)
+    return _tensor(vectors[numbers])
 
 
 def from_encoder(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
     """What a pyterrier_dr.BiEncoder makes of N texts -> (N, d) float32."""
     if not hasattr(encoder, "encode_docs"):
         raise TypeError(f"encoder={encoder!r} cannot encode passages; wanted a pyterrier_dr.BiEncoder")
-    return torch.tensor(encoder.encode_docs(list(texts)), dtype=torch.float32)
+    return _tensor(encoder.encode_docs(list(texts)))
 
 
 def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, trained_on: str) -> torch.Tensor:
@@ -92,6 +92,11 @@ def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, traine
             " vectors); encode it again"
         )
     return F.normalize(vectors, dim=1)
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    """Numbers in float32 on the CPU, whatever torch's defaults are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _number(held: Any, name: str) -> int:

@@ -2,29 +2,31 @@
 
 import dataclasses
 import json
+import os.path
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 import torch
 
 from pyterrier_lit.models.checkpoints import (
+    HUB_ID,
     Folder,
     Weights,
     below,
+    build,
     fetch,
+    fetch_from_hub,
+    library_body,
     library_model,
     load_strictly,
+    no_panic,
     save_checkpoint,
-    wrong_weights,
 )
 from pyterrier_lit.models.pe_prompts import Prompter, read_prompter
 from pyterrier_lit.models.text_encoder import TextEncoder, bare, read_text_encoder, text_encoder
 from pyterrier_lit.models.vector_lm import VectorLM, projector
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # in front of the names of their weights
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
@@ -68,7 +70,7 @@ class PERankCheckpoint:
     def prompts(self, queries: list[str], texts: list[list[str]], counts: list[int]) -> list[list[int]]:
         """The ids of the prompt for each query and its n passages, with their texts where there are any."""
         prompts = self.prompter.ids(queries, texts, counts)
-        limit = self.config.get("max_position_embeddings") or float("inf")
+        limit = self.limit()
         for ids, query, n in zip(prompts, queries, counts, strict=True):
             if len(ids) + n > limit:
                 raise ValueError(
@@ -76,6 +78,19 @@ class PERankCheckpoint:
                     " positions; use a smaller window_size, or shorter texts"
                 )
         return prompts
+
+    def limit(self) -> float:
+        """Tokens of the longest prompt and its answer.
+
+        Rotary positions that change beyond some length change for the whole batch: such lengths are left out, so that
+        an order does not depend on company.
+        """
+        limits = [self.config.get("max_position_embeddings")]
+        rope = getattr(self.network.body.config, "rope_parameters", None) or {}
+        for fields in [rope, *rope.values()]:
+            if isinstance(fields, dict) and fields.get("rope_type") in ("dynamic", "longrope"):
+                limits.append(fields.get("original_max_position_embeddings"))
+        return min((limit for limit in limits if limit), default=float("inf"))
 
     def text_encoder(self) -> TextEncoder:
         """The encoder inside the checkpoint, built on first use, since given vectors need none."""
@@ -110,6 +125,8 @@ class PERankCheckpoint:
 
 def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PERankCheckpoint:
     """A trained PE-Rank, on a device in a dtype."""
+    import transformers
+
     kind = str(folder.config.get("model_type"))
     if not kind.startswith(KIND):
         raise ValueError(
@@ -120,12 +137,16 @@ def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PE
     weights = folder.weights()
     others = (ENCODER, PROJECTOR, "lm_head.")
     body_weights = {name.removeprefix("model."): w for name, w in weights.items() if not name.startswith(others)}
-    body = _body(folder, kind.removeprefix(KIND), body_weights, dtype)
+    kind = kind.removeprefix(KIND)
+    _check_kind(folder, kind)
+    # Its position tables stay in float32, whatever the dtype
+    body = library_model(transformers.MODEL_MAPPING, folder.config, kind, body_weights, str(folder), dtype)
     hidden = body.config.hidden_size
     config = {"embedding_size": hidden} | folder.config
     head_kind = config.get("projector_type", "identity") if config.get("use_proj", True) else "identity"
-    head = projector(head_kind, config["embedding_size"], hidden)
-    load_strictly(head, below(weights, PROJECTOR), f"{folder} (projector)")
+    head_weights, source = below(weights, PROJECTOR), f"{folder} (projector)"
+    head = build(lambda: projector(head_kind, config["embedding_size"], hidden), {}, head_weights, source)
+    load_strictly(head, head_weights, source)
     prompter = read_prompter(folder, body.config.vocab_size)
     network = VectorLM(body, head.to(dtype), prompter.placeholder).to(device).eval()
     return PERankCheckpoint(network, prompter, config, folder, bare(below(weights, ENCODER)))
@@ -142,8 +163,6 @@ def new_pe_rank(
     projector_type: str = "mlp2x_gelu",
 ) -> PERankCheckpoint:
     """A causal language model under an untrained projector. Arguments by name: see `PERank`."""
-    import transformers
-
     encoder, encoder_weights = None, {}
     if encoder_name:
         encoder = read_text_encoder(fetch(encoder_name), encoder_pooling)
@@ -152,15 +171,12 @@ def new_pe_rank(
         embedding_size = encoder.config["hidden_size"]
     if not embedding_size:
         raise ValueError("embedding_size=None without encoder_name=; one of them must say how long the vectors are")
-    body, found = transformers.AutoModel.from_pretrained(
-        folder.path, dtype=dtype, output_loading_info=True, trust_remote_code=False
-    )
-    if found["missing_keys"]:
-        raise wrong_weights(str(folder), [f"missing {name}" for name in found["missing_keys"]])
+    kind = str(folder.config.get("model_type"))
+    _check_kind(folder, kind)
+    body = library_body(folder.config, folder.weights(), str(folder), dtype)
     prompter = read_prompter(folder, body.config.vocab_size, add=True)
-    body.resize_token_embeddings(max(body.config.vocab_size, len(prompter.tokenizer)), mean_resizing=False)
+    body.resize_token_embeddings(max(body.config.vocab_size, prompter.n_ids), mean_resizing=False)
     head = projector(projector_type, embedding_size, body.config.hidden_size)
-    kind = body.config.model_type
     config = json.loads(body.config.to_json_string(use_diff=False)) | {
         "model_type": KIND + kind,
         "architectures": [f"Embed{kind.capitalize()}ForRankLM"],
@@ -187,12 +203,10 @@ def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
         config, file = checkpoint.config["encoder_config"], folder.path / ENCODER_TOKENIZER
         if not file.exists():
             raise folder.missing(f"{ENCODER_TOKENIZER}, of the encoder inside")
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        with no_panic("any text"):
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
     else:
-        near = [place / str(name) for place in (folder.path, folder.path.parent)]
-        use = f"put it at {near[0]}, or give the passages' vectors as vectors= or an encoder="
-        place = next((place for place in near if place.is_dir()), None)
-        source = Folder(place) if place else fetch(str(name), weights=False, use=use)
+        source = _encoder_folder(folder, name)
         config, tokenizer = source.config, source.tokenizer()
     pooling = checkpoint.config.get("encoder_pooling", "mean")
     encoder = text_encoder(config, checkpoint.encoder_weights, tokenizer, pooling, f"{folder} (encoder {name})")
@@ -201,18 +215,29 @@ def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
     return encoder
 
 
-def _body(folder: Folder, kind: str, weights: Weights, dtype: torch.dtype) -> "PreTrainedModel":
-    """The body of a language model of the library with exactly these weights, its position tables in float32."""
-    import transformers
+def _encoder_folder(folder: Folder, name: Any) -> Folder:
+    """The folder with the config and the tokenizer of the encoder that a checkpoint names.
 
-    fields = {
-        key: value for key, value in folder.config.items() if key not in ("model_type", "architectures", "auto_map")
-    }
-    try:
-        config = transformers.AutoConfig.for_model(kind, **fields)
-        known = type(config) in transformers.MODEL_MAPPING
-    except ValueError:
-        known = False
-    if not known:
+    It lies in the checkpoint's folder or beside it, or is a hub id: what a checkpoint says opens nothing else here.
+    """
+    home = Path(os.path.abspath(folder.path))
+    if isinstance(name, str) and not Path(name).is_absolute():
+        near = [Path(os.path.normpath(place / name)) for place in (home, home.parent)]
+        for place in near:
+            if home.parent in place.parents and place != home and place.is_dir():
+                return Folder(place)
+        if HUB_ID.fullmatch(name):
+            use = f"put it at {folder.path / name}, or give the passages' vectors as vectors= or an encoder="
+            return fetch_from_hub(name, weights=False, use=use)
+    raise ValueError(
+        f"{folder} names its encoder {name!r}; wanted a hub id, or a folder in the checkpoint's or beside it. Give the"
+        " passages' vectors as vectors= or in a 'doc_vec' column, or the encoder as encoder="
+    )
+
+
+def _check_kind(folder: Folder, kind: str) -> None:
+    """ValueError for a model_type that is no model of the library: code of a checkpoint's own is not run."""
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
         raise ValueError(f"{folder} is over a language model {kind!r}, which transformers does not know")
-    return library_model(transformers.MODEL_MAPPING, config, weights, str(folder), dtype)

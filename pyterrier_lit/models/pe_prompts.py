@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyterrier_lit.models.checkpoints import Folder, first_line
+from pyterrier_lit.models.checkpoints import Folder, check_pieces, first_line, no_panic
 
 PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # stands for a passage in the prompt; for a rank, in training alone
 
@@ -30,6 +30,11 @@ class Prompter:
         self.rank = special.get(RANK)
         self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
+    @property
+    def n_ids(self) -> int:
+        """The highest id in the tokenizer, + 1."""
+        return 1 + int(max(self.tokenizer.get_vocab().values()))
+
     def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
         """The ids of a prompt for each query and its n passages. texts: of all its passages, or none.
 
@@ -38,7 +43,8 @@ class Prompter:
         rendered = [
             self.render(query, shown or [None] * n) for query, shown, n in zip(queries, texts, counts, strict=True)
         ]
-        prompts = self.tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+        with no_panic(f"a prompt, such as that for query {queries[:1]}"):
+            prompts = self.tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
         for ids, query, n in zip(prompts, queries, counts, strict=True):
             if ids.count(self.placeholder) != n:
                 raise ValueError(
@@ -100,12 +106,11 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
             f"the tokenizer of {folder} has no chat template; wanted that of an instruction-tuned model, in"
             " tokenizer_config.json or chat_template.jinja"
         )
-    if PLACEHOLDER not in tokenizer.get_added_vocab() or (len(tokenizer) > vocab_size and not add):
-        raise ValueError(
-            f"the tokenizer of {folder} with {len(tokenizer)} pieces is not that of a PE-Rank model of {vocab_size}"
-            f" ({PLACEHOLDER} among them)"
-        )
+    if PLACEHOLDER not in tokenizer.get_added_vocab():
+        raise ValueError(f"the tokenizer of {folder} is not that of a PE-Rank model: it has no {PLACEHOLDER}")
     prompter = Prompter(tokenizer)
+    if not add:
+        check_pieces(prompter.n_ids, vocab_size, str(folder))
     try:
         prompter.render("a query", [None])
     except Exception as error:  # whatever Jinja raises, and what a template raises itself
@@ -124,12 +129,15 @@ def _read_tokenizer(folder: Folder) -> Any:
     known: Any = transformers.PreTrainedTokenizerFast
     is_fast = (folder.path / "tokenizer.json").exists()
     if not is_fast:
-        name = str(folder.tokenizer_config.get("tokenizer_class", "AutoTokenizer")).removesuffix("Fast")
-        known = getattr(transformers, name, None) or transformers.AutoTokenizer
+        name = str(folder.tokenizer_config.get("tokenizer_class")).removesuffix("Fast")
+        named = getattr(transformers, name, None)
+        is_tokenizer = isinstance(named, type) and issubclass(named, transformers.PreTrainedTokenizerBase)
+        known = named if is_tokenizer else transformers.AutoTokenizer
     try:
         if not is_fast and (folder.path / "tokenizer.model").exists():
             _check_sentencepieces(folder.path / "tokenizer.model")
-        return known.from_pretrained(folder.path, trust_remote_code=False)
+        with no_panic("any text"):
+            return known.from_pretrained(folder.path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{folder} has no tokenizer that can be read ({first_line(error)})") from error
 

@@ -10,7 +10,6 @@ the width of a head.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +21,16 @@ from torch.nn.utils.rnn import pad_sequence
 from pyterrier_lit.batching import encoder_tokens, map_batches, padded
 from pyterrier_lit.models.checkpoints import (
     Folder,
-    damaged,
+    check_layers,
+    check_pieces,
     library_config,
     load_strictly,
     save_checkpoint,
     wrong_weights,
 )
+from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 
 START, EOS = 0, 1  # the first input of T5's decoder (its pad token), and its end of sequence
-
-
-class SentencePieces:
-    """T5's pieces as the slow tokenizer makes them (`legacy=False`), from spiece.model alone.
-
-    Control tokens in a text, such as </s>, are read as plain characters. Source: specs of LiT5, section 3.
-    """
-
-    def __init__(self, file: Path):
-        import sentencepiece
-
-        # Two protobuf fields that are merged into the model: normalizer_spec (field 3, two bytes long) with
-        # add_dummy_prefix (field 3 of it) = false
-        no_dummy_prefix = b"\x1a\x02\x18\x00"
-        self.model = file.read_bytes()  # as `save` writes it
-        self.processor = sentencepiece.SentencePieceProcessor()
-        self.processor.LoadFromSerializedProto(self.model + no_dummy_prefix)
-        self._guard = len(self.processor.encode("<unk>"))
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without </s>. The <unk> in front keeps a leading blank from being normalised away."""
-        guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
-        return [ids[self._guard :] for ids in self.processor.encode(guarded)]
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids. Those that the tokenizer does not know (<extra_id_0>, ...) separate words."""
-        known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
-        return " ".join(self.processor.decode(group) for group in known)
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,6 +40,8 @@ class T5Checkpoint:
     network: Any  # transformers' T5ForConditionalGeneration
     pieces: SentencePieces
     config: dict[str, Any]  # config.json
+    path: str = ""  # the folder that a trained one was read from
+    warned: bool = False  # that nothing tells what it is
 
     def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
         """A number of tokens: the caller's own, else what `save` recorded under this name, else the default.
@@ -100,19 +75,10 @@ def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Check
         )
     if dtype == torch.float16:
         raise ValueError("dtype='float16' overflows in T5; wanted 'bfloat16' or 'float32'")
-    pieces = _read_pieces(folder)
+    pieces = read_pieces(folder)
     network = _read_network(folder).to(device, dtype).eval().requires_grad_(False)
+    check_pieces(pieces.processor.get_piece_size(), network.shared.num_embeddings, str(folder))
     return T5Checkpoint(network, pieces, config)
-
-
-def _read_pieces(folder: Folder) -> SentencePieces:
-    file = folder.path / "spiece.model"
-    if not file.exists():
-        raise folder.missing("spiece.model, T5's tokenizer")
-    try:
-        return SentencePieces(file)
-    except (RuntimeError, OSError) as error:
-        raise damaged(file, error) from error
 
 
 def _read_network(folder: Folder) -> Any:
@@ -130,6 +96,7 @@ def _read_network(folder: Folder) -> Any:
     tied = head is embedding or torch.equal(head, embedding)
     twins = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
     weights |= {f"{name}.weight": embedding for name in twins} | {"lm_head.weight": head}
+    check_layers(folder.config, weights, str(folder))
     shape = library_config(folder.config, T5Config)
     if shape.dense_act_fn == "gelu_new":
         shape.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one kernel in place of eight

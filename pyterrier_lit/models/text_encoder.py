@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from pyterrier_lit.batching import padded
 from pyterrier_lit.models.checkpoints import (
-    NO_SHAPE,
     Folder,
     Weights,
+    auto_config,
     below,
+    build,
     check_pieces,
     encode,
     load_strictly,
@@ -42,10 +43,15 @@ class TextEncoder:
     def __post_init__(self) -> None:
         limits = [self.config.get("max_position_embeddings"), positions(self.network), LENGTH]
         self.tokenizer.enable_truncation(min(limit for limit in limits if limit))
+        self.tokenizer.encode_special_tokens = True  # "[SEP]" in a passage is text
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text with special tokens around them, at most LENGTH; white space counts as one blank."""
         return list(encode(self.tokenizer, [" ".join(text.split()) for text in texts], special_tokens=True))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()  # a pickled tokenizer loses its flag
 
     def encode(self, batch: Sequence[list[int]]) -> torch.Tensor:
         """The ids of B texts -> float32 vectors (B, d), not normalised, perhaps still being computed."""
@@ -67,9 +73,11 @@ def text_encoder(
 ) -> TextEncoder:
     """An encoder from its parts. ValueError for a pooling that is not known, and for parts of different encoders."""
     check_pooling(pooling, POOLINGS, f"{source}: encoder_pooling")
-    network = empty_encoder(config)
-    load_strictly(network, bare(weights), source)
-    check_pieces(pieces_known(tokenizer), config["vocab_size"], source, "encoder")
+    padding = config.get("pad_token_id") or 0
+    check_pieces(max(pieces_known(tokenizer), padding + 1), config["vocab_size"], source, "encoder")
+    weights = bare(weights)
+    network = build(lambda: empty_encoder(config), config, weights, source)
+    load_strictly(network, weights, source)
     return TextEncoder(network, tokenizer, config, pooling)
 
 
@@ -78,19 +86,18 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
 
     ValueError for one that would need code of its own: loaded as its nearest relative it would give wrong vectors.
     """
-    positions = config.get("position_embedding_type", "absolute")
-    if positions == "alibi" and config.get("feed_forward_type") == "geglu":
-        return JinaBert(config)
-    if positions != "absolute" or "auto_map" in config:
-        raise ValueError(
-            f"the encoder {config.get('architectures')} (position_embedding_type {positions!r}) needs code of its own,"
-            " which is not run; give its vectors as vectors= or in a 'doc_vec' column, or the encoder as encoder="
-        )
     import transformers
 
-    fields = {key: value for key, value in config.items() if key not in NO_SHAPE}
-    shape = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    network: nn.Module = transformers.AutoModel.from_config(shape)
+    positions, kind = config.get("position_embedding_type", "absolute"), str(config.get("model_type"))
+    if positions == "alibi" and config.get("feed_forward_type") == "geglu":
+        return JinaBert(config)
+    if positions != "absolute" or "auto_map" in config or kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"the encoder {config.get('architectures')} (model_type {kind!r}, position_embedding_type {positions!r})"
+            " needs code of its own, which is not run; give its vectors as vectors= or in a 'doc_vec' column, or the"
+            " encoder as encoder="
+        )
+    network: nn.Module = transformers.AutoModel.from_config(auto_config(config, kind), trust_remote_code=False)
     if getattr(network, "pooler", None) is not None:
         network.register_module("pooler", None)
     return network
@@ -174,7 +181,7 @@ class Layer(nn.Module):
 def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """-slope_h * |i - j|: (heads, L, L)"""
     at = torch.arange(length, device=device)
-    return -torch.tensor(slopes(heads), device=device)[:, None, None] * (at[:, None] - at).abs()
+    return -torch.tensor(slopes(heads), dtype=torch.float32, device=device)[:, None, None] * (at[:, None] - at).abs()
 
 
 def slopes(heads: int) -> list[float]:

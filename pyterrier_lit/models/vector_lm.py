@@ -55,10 +55,11 @@ class VectorLM(nn.Module):
     def read(self, prompts: list[list[int]], vectors: list[torch.Tensor]) -> "VectorReader":
         """Begin with B prompts, each with as many placeholders as its vectors (N, d) have rows.
 
-        The words that all of them begin with are read once. What follows is padded on the left.
+        The words that all of them begin with are read once, where the model sees all that came before. What follows is
+        padded on the left.
         """
         device = next(self.parameters()).device
-        cache, common = None, self._common(prompts)
+        cache, common = None, self._common(prompts) if _minds_no_gaps(self.body) else []
         if common:
             embedded = self.body.get_input_embeddings()(torch.tensor([common], device=device))
             at = torch.arange(len(common), device=device)[None]
@@ -133,6 +134,18 @@ class VectorReader:
         return torch.einsum("bmh,bnh->bmn", states[:, -last:].float(), self.passages.float())
 
 
+def _minds_no_gaps(body: Any) -> bool:
+    """Whether padding may stand among the words of a prompt, where only the mask and the positions show it.
+
+    Not with a window or a chunk of attention, which are counted in tokens of the cache, padding among them; nor where
+    the library takes no positions.
+    """
+    kinds = getattr(body.config, "layer_types", None)
+    limits = [getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    sees_all = set(kinds) == {"full_attention"} if kinds else not any(limits)
+    return sees_all and "position_ids" in inspect.signature(type(body).forward).parameters
+
+
 @functools.cache
 def _cache_argument(model: Any) -> str:
     """What this version of transformers calls the cache of a model, which ignores arguments that it does not know."""
@@ -149,15 +162,16 @@ def projector(kind: str, width: int, hidden: int) -> nn.Module:
     """`linear`, `mlp{k}x_gelu` (k linear layers with GELU between them) or `identity`, from `width` to `hidden`."""
     if kind == "identity" and width == hidden:
         return nn.Identity()
+    linear = functools.partial(nn.Linear, dtype=torch.float32)
     if kind == "linear":
-        return nn.Linear(width, hidden)
+        return linear(width, hidden)
     layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
     if not layers:
         raise ValueError(
             f"projector_type={kind!r} from {width} to {hidden} dimensions; wanted 'linear', 'mlp2x_gelu' or, between"
             " equals, 'identity'"
         )
-    modules: list[nn.Module] = [nn.Linear(width, hidden)]
+    modules: list[nn.Module] = [linear(width, hidden)]
     for _ in range(int(layers[1]) - 1):
-        modules += [nn.GELU(), nn.Linear(hidden, hidden)]
+        modules += [nn.GELU(), linear(hidden, hidden)]
     return nn.Sequential(*modules)

@@ -1,0 +1,84 @@
+"""T5's tokenizer: texts -> ids and back, from spiece.model or from the tokenizer.json that was made of one."""
+
+import base64
+import json
+import struct
+from itertools import groupby
+from typing import Any
+
+from pyterrier_lit.models.checkpoints import Folder, damaged
+
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # kinds of pieces, by SentencePiece's numbers
+
+
+class SentencePieces:
+    """T5's pieces as the slow tokenizer makes them (`legacy=False`), from the bytes of a spiece.model alone.
+
+    Control tokens in a text, such as </s>, are read as plain characters. Source: specs of LiT5, section 3.
+    """
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        # Two protobuf fields that are merged into the model: normalizer_spec (field 3, two bytes long) with
+        # add_dummy_prefix (field 3 of it) = false
+        no_dummy_prefix = b"\x1a\x02\x18\x00"
+        self.model = model  # as `save` writes it
+        self.processor = sentencepiece.SentencePieceProcessor()
+        self.processor.LoadFromSerializedProto(self.model + no_dummy_prefix)
+        self._guard = len(self.processor.encode("<unk>"))
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without </s>. The <unk> in front keeps a leading blank from being normalised away."""
+        guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
+        return [ids[self._guard :] for ids in self.processor.encode(guarded)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids. Those that the tokenizer does not know (<extra_id_0>, ...) separate words."""
+        known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
+        return " ".join(self.processor.decode(group) for group in known)
+
+
+def read_pieces(folder: Folder) -> SentencePieces:
+    """From spiece.model, else from tokenizer.json: transformers 5 saves no other."""
+    file, fast = folder.path / "spiece.model", folder.path / "tokenizer.json"
+    if not file.exists() and not fast.exists():
+        raise folder.missing("spiece.model or tokenizer.json, T5's tokenizer")
+    try:
+        if file.exists():
+            return SentencePieces(file.read_bytes())
+        return SentencePieces(sentencepiece_model(json.loads(fast.read_text(encoding="utf-8"))))
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(file if file.exists() else fast, error) from error
+
+
+def sentencepiece_model(fields: dict[str, Any]) -> bytes:
+    """The spiece.model that a tokenizer.json was made from: the same pieces, scores and normalisation of characters.
+
+    fields: those of the file. ValueError for a tokenizer of another kind.
+    """
+    unigram, normalizers = fields["model"], [fields["normalizer"]]
+    if unigram["type"] != "Unigram" or unigram.get("byte_fallback"):
+        raise ValueError(f"it holds a {unigram['type']} tokenizer, wanted T5's Unigram")
+    added, vocabulary = {token["content"] for token in fields["added_tokens"]}, list(unigram["vocab"])
+    while vocabulary[-1][0] in added:  # <extra_id_0> and the like stand behind the pieces
+        vocabulary.pop()
+    message = []
+    for id, (piece, score) in enumerate(vocabulary):
+        kind = UNKNOWN if id == unigram["unk_id"] else CONTROL if piece in added else NORMAL
+        numbers = b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])  # field 2, a float; field 3
+        message.append(_field(1, _field(1, piece.encode()) + numbers))
+    for each in normalizers:  # it grows: some are sequences of others
+        if each is not None and "normalizers" in each:
+            normalizers += each["normalizers"]
+        elif each is not None and each["type"] == "Precompiled":
+            message.append(_field(3, _field(2, base64.b64decode(each["precompiled_charsmap"]))))
+    return b"".join(message)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A protobuf field of bytes: its key, its length in groups of seven bits, its content."""
+    size, rest = b"", len(content)
+    while rest > 127:
+        size, rest = size + bytes([128 | rest & 127]), rest >> 7
+    return bytes([number << 3 | 2]) + size + bytes([rest]) + content
