@@ -162,7 +162,8 @@ def ours(top_k: int | None):
 def one_at_a_time(folder, dtype, device):
     from transformers.modeling_outputs import BaseModelOutput
 
-    from pyterrier_lit.models.checkpoints import Folder, choose_dtype
+    from pyterrier_lit.models.checkpoints import Folder
+    from pyterrier_lit.models.devices import choose_dtype
     from pyterrier_lit.models.t5 import read_t5
 
     t5 = read_t5(Folder(folder), torch.device(device), choose_dtype(dtype, torch.device(device)))

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from pyterrier_lit.frames import Columns, ColumnSets, rerank
-from pyterrier_lit.models.checkpoints import choose_device, choose_dtype, fetch, write
+from pyterrier_lit.models.checkpoints import fetch, write
+from pyterrier_lit.models.devices import choose_device, choose_dtype
 
 Passages = list[list[str]] | Columns  # the texts of each query's passages, or more about them, column by column
 Loaded = TypeVar("Loaded")

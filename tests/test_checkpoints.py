@@ -11,19 +11,10 @@ import torch
 from conftest import ELECTRA
 from transformers import BertConfig
 
-from pyterrier_lit.models.checkpoints import (
-    Folder,
-    auto_config,
-    build,
-    choose_device,
-    choose_dtype,
-    encode,
-    fetch,
-    library_config,
-    load_strictly,
-    pieces_known,
-    write,
-)
+from pyterrier_lit.models.checkpoints import Folder, fetch, write
+from pyterrier_lit.models.devices import choose_device, choose_dtype
+from pyterrier_lit.models.library import auto_config, build, library_config, load_strictly
+from pyterrier_lit.models.tokenization import encode, pieces_known
 
 
 def test_a_folder_is_its_own_checkpoint(tmp_path):

@@ -24,6 +24,7 @@ def files():
 MODULES = files()
 FACES = [node.module.split(".")[-1] for node in ast.parse(source("__init__")).body if isinstance(node, ast.ImportFrom)]
 MODELS = {module for module in MODULES if module.startswith("models.")}
+READING = {f"models.{module}" for module in ("checkpoints", "errors", "library", "tokenization")}
 MAP = {  # module: the modules that it may import; the faces and their training modules all have the same
     # Ground floor: one idea each
     "frames": set(),
@@ -37,31 +38,35 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "files.locks": set(),
     "files.runs": {"batching", "files.candidates", "files.locks"},
     "models": set(),
-    "models.checkpoints": set(),
+    "models.errors": set(),
     "models.pooling": set(),
     "models.passage_vectors": set(),
     "models.vector_lm": set(),
-    "models.sentence_files": {"models.checkpoints"},
-    "models.pairs": {"batching", "models.checkpoints"},
-    "models.pe_prompts": {"models.checkpoints"},
-    "models.t5_pieces": {"models.checkpoints"},
-    "models.t5": {"batching", "models.checkpoints", "models.t5_pieces"},
+    "models.devices": {"models.errors"},
+    "models.library": {"models.errors"},
+    "models.tokenization": {"models.errors"},
+    "models.checkpoints": READING - {"models.checkpoints"},
+    "models.sentence_files": READING,
+    "models.pairs": {"batching"} | READING,
+    "models.pe_prompts": READING,
+    "models.t5_pieces": READING,
+    "models.t5": {"batching", "models.t5_pieces"} | READING,
     "models.lit5": {"models.checkpoints", "models.t5"},
-    "models.text_encoder": {"batching", "models.checkpoints", "models.pooling"},
+    "models.text_encoder": {"batching", "models.pooling"} | READING,
     "models.pair_networks": {"models.checkpoints", "models.pooling"},
-    "models.pair_encoder": {"models.checkpoints", "models.pair_networks", "models.pairs", "models.sentence_files"},
-    "models.pe_checkpoint": {"models.checkpoints", "models.pe_prompts", "models.text_encoder", "models.vector_lm"},
+    "models.pair_encoder": {"models.pair_networks", "models.pairs", "models.sentence_files"} | READING,
+    "models.pe_checkpoint": {"models.pe_prompts", "models.text_encoder", "models.vector_lm"} | READING,
     "training.losses": set(),
     "training.data": {"files.candidates", "frames"},
-    "training.trainer": {"models.checkpoints"},
+    "training.trainer": {"models.devices"},
     # First floor: what every reranker is
-    "reranker": {"frames", "models.checkpoints"},
+    "reranker": {"frames", "models.checkpoints", "models.devices"},
     "listwise": {"batching", "decoding", "frames", "order", "reranker", "windows"},
     # Second floor: the faces
     **{face: {"batching", "decoding", "frames", "listwise", "order", "reranker", "windows"} | MODELS for face in FACES},
     # Third floor: what works with a reranker
-    "files.rerankers": {"models.checkpoints", "reranker"},
-    "files.tirex": {"files.candidates", "files.runs", "models.checkpoints", "reranker"},
+    "files.rerankers": {"models.checkpoints", "models.devices", "reranker"},
+    "files.tirex": {"files.candidates", "files.runs", "models.checkpoints", "models.devices", "reranker"},
     "training": {"training.distil"},
     "training.distil": {"frames", "reranker", "training.data", "training.trainer"},
     "training.fid": {"batching", "models.t5", "training.losses", "training.trainer"},

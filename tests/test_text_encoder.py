@@ -10,7 +10,8 @@ import torch
 import transformers
 from conftest import GOLDEN
 
-from pyterrier_lit.models.checkpoints import Folder, load_strictly
+from pyterrier_lit.models.checkpoints import Folder
+from pyterrier_lit.models.library import load_strictly
 from pyterrier_lit.models.pooling import POOLING
 from pyterrier_lit.models.text_encoder import JinaBert, TextEncoder, alibi, bare, empty_encoder, slopes
 

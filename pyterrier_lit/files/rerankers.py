@@ -7,7 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from pyterrier_lit.models.checkpoints import choose_device, choose_dtype, fetch
+from pyterrier_lit.models.checkpoints import fetch
+from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.reranker import Reranker
 
 CHUNKS = {"cpu": 100, "cuda": 1_000}  # pairs in some seconds: on a CPU one query of the usual depth

@@ -15,7 +15,8 @@ import pyterrier as pt
 
 from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
 from pyterrier_lit.files.runs import Summary, write_run
-from pyterrier_lit.models.checkpoints import choose_device, choose_dtype, fetch
+from pyterrier_lit.models.checkpoints import fetch
+from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.reranker import Reranker
 
 METADATA = "ir-metadata.yml"

@@ -1,53 +1,28 @@
-"""Checkpoints: hub id or folder -> config, weights and tokenizer; device and dtype. Errors say what to do."""
+"""Checkpoints: hub id or folder -> config, weights and tokenizer; and back. Errors say what to do."""
 
-import contextlib
 import json
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
 import tokenizers
 import torch
-from torch import nn
+
+from pyterrier_lit.models.errors import damaged, first_line
+from pyterrier_lit.models.library import Weights, auto_config
+from pyterrier_lit.models.tokenization import bare_tokenizer, no_panic, settle
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-Weights = dict[str, torch.Tensor]
-Network = TypeVar("Network", bound=nn.Module)
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
 ADAPTER = "adapter_config.json"
-CHUNK = 1_000  # texts
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # other names that people use
-# How BERT reads letters: by its names in tokenizer_config.json, and in tokenizer.json
-BERT = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
-NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # what layer norms were called before 2019
-_OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
-# Fields of a config.json that say nothing about the shape of the network
-NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-# Fields by which a checkpoint would choose how the library runs: its code, kernels, packing and outputs. A name that
-# begins with _ is one too
-NOT_HANDED_ON = (
-    *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
-    *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
-    *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript"),
-)
-# What architectures call the number of their layers
-LAYERS = (
-    *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"),
-    *("encoder_layers", "decoder_layers"),
-)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -226,228 +201,6 @@ def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=") -> st
     return f"run `hf download {name} --local-dir FOLDER` on a machine that has one, copy FOLDER here and {use}"
 
 
-def library_config(config: dict[str, Any], config_class: type) -> Any:
-    """A configuration of the library from the fields of config.json that say what the network looks like."""
-    known = config_class().to_dict()
-    return config_class(
-        **{key: value for key, value in handed_on(config).items() if key in known and key not in NO_SHAPE}
-    )
-
-
-def auto_config(config: dict[str, Any], kind: str) -> Any:
-    """`library_config` for a model_type, with the fields that only it knows. KeyError where the library has no such.
-
-    Names of code in the config are not followed.
-    """
-    from transformers import CONFIG_MAPPING
-
-    ties = config.keys() & {"tie_word_embeddings"}
-    fields = {key: value for key, value in handed_on(config).items() if key in ties or key not in NO_SHAPE}
-    return CONFIG_MAPPING[kind](**fields)
-
-
-def handed_on(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json, and of the configs inside it, that the library may see."""
-    return {
-        key: handed_on(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key not in NOT_HANDED_ON and not str(key).startswith("_")
-    }
-
-
-def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights, source: str) -> Network:
-    """The network that `make` makes of a config.json, on the CPU, its weights still to be loaded.
-
-    ValueError where it would have more layers than there are weights, or far more numbers: before any is made.
-    """
-    check_size(make, config, weights, source)
-    with torch.device("cpu"):
-        return make()
-
-
-def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: Weights, source: str) -> None:
-    """The check of `build`."""
-    check_layers(config, weights, source)
-    with torch.device("meta"):
-        numbers = sum(parameter.numel() for parameter in make().parameters())
-    held = sum(tensor.numel() for tensor in weights.values())
-    if numbers > 2 * held:  # twice: the library may store shared tensors once
-        raise wrong_weights(source, [f"the config describes {numbers:,} numbers, and the weights are {held:,}"])
-
-
-def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
-    """The part of `build`'s check that needs no network: to list or make a million layers would take hours."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            check_layers(value, weights, source)
-        elif name in LAYERS and isinstance(value, int) and value > len(weights):
-            raise wrong_weights(source, [f"{name}={value} in the config, and {len(weights)} weights"])
-
-
-def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
-    """Put weights into a module; ValueError names every weight that is missing, left over or of another shape."""
-    own = module.state_dict()
-    problems = [f"missing {name}" for name in own.keys() - weights.keys()]
-    problems += [f"unexpected {name}" for name in weights.keys() - own.keys()]
-    problems += [
-        f"{name} has shape {list(weights[name].shape)}, wanted {list(own[name].shape)}"
-        for name in own.keys() & weights.keys()
-        if weights[name].shape != own[name].shape
-    ]
-    if problems:
-        raise wrong_weights(source, problems)
-    module.load_state_dict(weights, assign=True)
-
-
-def wrong_weights(source: str, problems: list[str]) -> ValueError:
-    """The error for a checkpoint whose weights are not those of its architecture; `problems` are listed, up to ten."""
-    listed = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-    return ValueError(f"{source} does not hold the weights of this model: {listed}")
-
-
-def library_model(
-    mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
-) -> "PreTrainedModel":
-    """The library's model for a config.json, from a mapping such as transformers.MODEL_MAPPING, with these weights.
-
-    Raises KeyError where the library has no such model, and ValueError for weights that are missing, left over or of
-    another shape.
-    """
-    model, found = _library_model(mapping, config, kind, weights, source, dtype)
-    _refuse(found, ("missing", "unexpected", "mismatched"), source)
-    return model
-
-
-def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """The body of a model of the library, whose weights may be those of the whole model. Raises as `library_model`."""
-    from transformers import MODEL_MAPPING
-
-    model, found = _library_model(MODEL_MAPPING, config, str(config.get("model_type")), weights, source, dtype)
-    _refuse(found, ("missing", "mismatched"), source)
-    return model
-
-
-def _library_model(
-    mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
-) -> tuple["PreTrainedModel", dict[str, Any]]:
-    check_layers(config, weights, source)
-    shape = auto_config(config, kind)
-    make = mapping[type(shape)]
-    check_size(lambda: make(shape), config, weights, source)
-    with torch.device("cpu"):
-        model, found = make.from_pretrained(
-            None, config=shape, state_dict=weights, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    return model, found
-
-
-def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> None:
-    """ValueError for the weights in which the library found one of these problems."""
-    names = [
-        (problem, name if isinstance(name, str) else name[0])
-        for problem in problems
-        for name in found[f"{problem}_keys"]
-    ]
-    listed = [f"{problem} {name}" for problem, name in names if "position_ids" not in name]
-    if listed:
-        raise wrong_weights(source, listed)
-
-
-def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
-    """ValueError for a tokenizer that knows more pieces than the model has embeddings. known: its highest id + 1."""
-    if known > size:
-        raise ValueError(
-            f"{source}: the tokenizer knows {known} pieces and the {model} {size}; they are of two checkpoints"
-        )
-
-
-def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
-    """The highest id that a tokenizer can write, + 1: of its pieces, and of the tokens that it puts around texts."""
-    around = [*tokenizer.encode("").ids, *tokenizer.encode("", "").ids]
-    return max([*tokenizer.get_vocab().values(), *around], default=-1) + 1
-
-
-def is_panic(error: BaseException) -> bool:
-    """Whether a tokenizer panicked. That is no Exception: it would pass whatever handles errors."""
-    return type(error).__name__ == "PanicException"
-
-
-@contextlib.contextmanager
-def no_panic(source: str) -> Iterator[None]:
-    """A tokenizer's panic in the block becomes a ValueError."""
-    try:
-        yield
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        raise ValueError(f"the tokenizer cannot read {source}: it failed ({first_line(error)})") from error
-
-
-def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
-    """The ids of each text. The tokenizer is given CHUNK texts at a time: its results are some 10 kB each.
-
-    ValueError names a text at which the tokenizer fails.
-    """
-    for start in range(0, len(texts), CHUNK):
-        chunk = list(texts[start : start + CHUNK])
-        try:
-            encodings = tokenizer.encode_batch_fast(chunk, add_special_tokens=special_tokens)
-        except BaseException as error:
-            if not is_panic(error):
-                raise
-            encodings = [_encode_alone(tokenizer, text, special_tokens) for text in chunk]
-        yield from (encoding.ids for encoding in encodings)
-
-
-def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bool) -> tokenizers.Encoding:
-    with no_panic(f"the text {text[:60] + '...' if len(text) > 60 else text!r}"):
-        return tokenizer.encode(text, add_special_tokens=special_tokens)
-
-
-def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
-    """Let the settings of a tokenizer_config.json win over BERT's in a tokenizer.json, as transformers does."""
-    normalizer = tokenizer.normalizer
-    if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
-        for setting in settings.keys() & BERT.keys():
-            setattr(normalizer, BERT[setting], settings[setting])
-        tokenizer.normalizer = normalizer
-
-
-def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:
-    """What stands behind a tokenizer of the library, without truncation or padding."""
-    bare: tokenizers.Tokenizer = tokenizer.backend_tokenizer
-    bare.no_truncation()
-    bare.no_padding()
-    return bare
-
-
-def positions(network: nn.Module) -> int | None:
-    """Tokens of the longest input by a network's table of positions, None where it has none."""
-    counts = [
-        # RoBERTa counts its positions from behind the padding
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in network.named_modules()
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
-    ]
-    return min(counts, default=None)
-
-
-def damaged(file: Path, error: BaseException) -> ValueError:
-    """The error for a file that cannot be read."""
-    return ValueError(f"{file} cannot be read: it is cut short or damaged; fetch it again ({first_line(error)})")
-
-
-def today(weights: Weights) -> Weights:
-    """Weights by today's names: layer norms were called gamma and beta, and positions were saved as a buffer."""
-    kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
-    return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
-
-
-def below(weights: Weights, prefix: str) -> Weights:
-    """The weights whose names begin so, without that beginning."""
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
 def save_checkpoint(folder: Path, config: dict[str, Any], weights: Weights) -> None:
     """Write config.json and model.safetensors."""
     save_weights(folder, weights)
@@ -463,45 +216,6 @@ def save_weights(folder: Path, weights: Weights) -> None:
 def save_json(file: Path, fields: dict[str, Any]) -> None:
     """Write a config."""
     file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; None is the first GPU, else the CPU. ValueError when it is unknown or not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(
-            f"device={device!r} cannot be used here; wanted None, 'cpu', 'cuda', 'cuda:1', ... ({first_line(error)})"
-        ) from error
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; None is bfloat16 on a GPU that computes in it, else float32.
-
-    "auto" is bfloat16 also on a CPU that computes in it (AVX512-BF16 or AMX). ValueError for what is no floating point
-    type of inference.
-    """
-    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
-        native = _computes_in_bfloat16(device) and (device.type == "cuda" or dtype == "auto")
-        return torch.bfloat16 if native else torch.float32
-    named = getattr(torch, DTYPE_NAMES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
-    if named not in DTYPES:
-        raise ValueError(
-            f"dtype={dtype!r}; wanted None, 'auto', 'float32', 'bfloat16' or 'float16' (or 'fp32', 'bf16', 'fp16')"
-        )
-    chosen: torch.dtype = named
-    return chosen
-
-
-def _computes_in_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
@@ -520,11 +234,6 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
         for file in sorted(Path(new).iterdir()):
             file.chmod(0o644)
             file.replace(path / file.name)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _weight_files(folder: Folder) -> list[Path]:

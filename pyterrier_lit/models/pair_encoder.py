@@ -13,24 +13,13 @@ import tokenizers
 import torch
 from torch import nn
 
-from pyterrier_lit.models.checkpoints import (
-    Folder,
-    Weights,
-    bare_tokenizer,
-    build,
-    check_pieces,
-    library_config,
-    library_model,
-    load_strictly,
-    pieces_known,
-    positions,
-    save_json,
-    today,
-    wrong_weights,
-)
+from pyterrier_lit.models.checkpoints import Folder, save_json
+from pyterrier_lit.models.errors import wrong_weights
+from pyterrier_lit.models.library import Weights, build, library_config, library_model, load_strictly, positions, today
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
 from pyterrier_lit.models.pairs import PairLayout, Pieces, Reading
 from pyterrier_lit.models.sentence_files import SentenceFiles, read_sentence_files
+from pyterrier_lit.models.tokenization import bare_tokenizer, check_pieces, pieces_known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

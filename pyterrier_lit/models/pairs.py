@@ -8,7 +8,7 @@ import tokenizers
 import torch
 
 from pyterrier_lit.batching import padded
-from pyterrier_lit.models.checkpoints import encode
+from pyterrier_lit.models.tokenization import encode
 
 Pair = tuple[list[int], list[int]]  # the pieces of a query, the pieces of a passage
 

@@ -10,22 +10,11 @@ from typing import Any
 import tokenizers
 import torch
 
-from pyterrier_lit.models.checkpoints import (
-    HUB_ID,
-    Folder,
-    Weights,
-    below,
-    build,
-    fetch,
-    fetch_from_hub,
-    library_body,
-    library_model,
-    load_strictly,
-    no_panic,
-    save_checkpoint,
-)
+from pyterrier_lit.models.checkpoints import HUB_ID, Folder, fetch, fetch_from_hub, save_checkpoint
+from pyterrier_lit.models.library import Weights, below, build, library_body, library_model, load_strictly
 from pyterrier_lit.models.pe_prompts import Prompter, read_prompter
 from pyterrier_lit.models.text_encoder import TextEncoder, bare, read_text_encoder, text_encoder
+from pyterrier_lit.models.tokenization import no_panic
 from pyterrier_lit.models.vector_lm import VectorLM, projector
 
 ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # in front of the names of their weights

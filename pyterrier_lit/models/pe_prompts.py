@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyterrier_lit.models.checkpoints import Folder, check_pieces, first_line, no_panic
+from pyterrier_lit.models.checkpoints import Folder
+from pyterrier_lit.models.errors import first_line
+from pyterrier_lit.models.tokenization import check_pieces, no_panic
 
 PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # stands for a passage in the prompt; for a rank, in training alone
 

@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
-from pyterrier_lit.models.checkpoints import Folder, damaged
+from pyterrier_lit.models.checkpoints import Folder
+from pyterrier_lit.models.errors import damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 # What is known in READING, and of how its texts are processed

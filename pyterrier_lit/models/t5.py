@@ -19,16 +19,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pyterrier_lit.batching import encoder_tokens, map_batches, padded
-from pyterrier_lit.models.checkpoints import (
-    Folder,
-    check_layers,
-    check_pieces,
-    library_config,
-    load_strictly,
-    save_checkpoint,
-    wrong_weights,
-)
+from pyterrier_lit.models.checkpoints import Folder, save_checkpoint
+from pyterrier_lit.models.errors import wrong_weights
+from pyterrier_lit.models.library import check_layers, library_config, load_strictly
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
+from pyterrier_lit.models.tokenization import check_pieces
 
 START, EOS = 0, 1  # the first input of T5's decoder (its pad token), and its end of sequence
 

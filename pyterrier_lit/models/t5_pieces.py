@@ -6,7 +6,8 @@ import struct
 from itertools import groupby
 from typing import Any
 
-from pyterrier_lit.models.checkpoints import Folder, damaged
+from pyterrier_lit.models.checkpoints import Folder
+from pyterrier_lit.models.errors import damaged
 
 NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # kinds of pieces, by SentencePiece's numbers
 

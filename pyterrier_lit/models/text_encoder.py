@@ -11,20 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyterrier_lit.batching import padded
-from pyterrier_lit.models.checkpoints import (
-    Folder,
-    Weights,
-    auto_config,
-    below,
-    build,
-    check_pieces,
-    encode,
-    load_strictly,
-    pieces_known,
-    positions,
-    today,
-)
+from pyterrier_lit.models.checkpoints import Folder
+from pyterrier_lit.models.library import Weights, auto_config, below, build, load_strictly, positions, today
 from pyterrier_lit.models.pooling import POOLING, check_pooling
+from pyterrier_lit.models.tokenization import check_pieces, encode, pieces_known
 
 LENGTH = 512  # tokens kept of a passage
 POOLINGS = ("mean", "cls", "last_token")

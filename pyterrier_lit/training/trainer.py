@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from pyterrier_lit.models.checkpoints import choose_dtype
+from pyterrier_lit.models.devices import choose_dtype
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments

@@ -14,7 +14,8 @@ from torch import nn
 from pyterrier_lit.decoding import Choices, in_turn
 from pyterrier_lit.frames import Columns
 from pyterrier_lit.listwise import ListwiseReranker, Prompt, of_windows
-from pyterrier_lit.models.checkpoints import Folder, load_strictly, save_checkpoint
+from pyterrier_lit.models.checkpoints import Folder, save_checkpoint
+from pyterrier_lit.models.library import load_strictly
 from pyterrier_lit.windows import Window
 
 PIECES, WIDTH = 97, 8

@@ -1,0 +1,47 @@
+"""Where and in which precision a reranker computes."""
+
+import torch
+
+from pyterrier_lit.models.errors import first_line
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # other names that people use
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; None is the first GPU, else the CPU. ValueError when it is unknown or not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r} cannot be used here; wanted None, 'cpu', 'cuda', 'cuda:1', ... ({first_line(error)})"
+        ) from error
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; None is bfloat16 on a GPU that computes in it, else float32.
+
+    "auto" is bfloat16 also on a CPU that computes in it (AVX512-BF16 or AMX). ValueError for what is no floating point
+    type of inference.
+    """
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        native = _computes_in_bfloat16(device) and (device.type == "cuda" or dtype == "auto")
+        return torch.bfloat16 if native else torch.float32
+    named = getattr(torch, DTYPE_NAMES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    if named not in DTYPES:
+        raise ValueError(
+            f"dtype={dtype!r}; wanted None, 'auto', 'float32', 'bfloat16' or 'float16' (or 'fp32', 'bf16', 'fp16')"
+        )
+    chosen: torch.dtype = named
+    return chosen
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, check, lambda: False)() for check in checks)

@@ -1,0 +1,19 @@
+"""What is wrong with a checkpoint, in words."""
+
+from pathlib import Path
+
+
+def wrong_weights(source: str, problems: list[str]) -> ValueError:
+    """The error for a checkpoint whose weights are not those of its architecture; `problems` are listed, up to ten."""
+    listed = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+    return ValueError(f"{source} does not hold the weights of this model: {listed}")
+
+
+def damaged(file: Path, error: BaseException) -> ValueError:
+    """The error for a file that cannot be read."""
+    return ValueError(f"{file} cannot be read: it is cut short or damaged; fetch it again ({first_line(error)})")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,175 @@
+"""Networks of the transformers library, built to a config.json and filled with exactly a checkpoint's weights."""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from pyterrier_lit.models.errors import wrong_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Weights = dict[str, torch.Tensor]
+Network = TypeVar("Network", bound=nn.Module)
+NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # what layer norms were called before 2019
+_OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
+# Fields of a config.json that say nothing about the shape of the network
+NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
+# Fields by which a checkpoint would choose how the library runs: its code, kernels, packing and outputs. A name that
+# begins with _ is one too
+NOT_HANDED_ON = (
+    *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
+    *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
+    *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript"),
+)
+# What architectures call the number of their layers
+LAYERS = (
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers"),
+)
+
+
+def library_config(config: dict[str, Any], config_class: type) -> Any:
+    """A configuration of the library from the fields of config.json that say what the network looks like."""
+    known = config_class().to_dict()
+    return config_class(
+        **{key: value for key, value in handed_on(config).items() if key in known and key not in NO_SHAPE}
+    )
+
+
+def auto_config(config: dict[str, Any], kind: str) -> Any:
+    """`library_config` for a model_type, with the fields that only it knows. KeyError where the library has no such.
+
+    Names of code in the config are not followed.
+    """
+    from transformers import CONFIG_MAPPING
+
+    ties = config.keys() & {"tie_word_embeddings"}
+    fields = {key: value for key, value in handed_on(config).items() if key in ties or key not in NO_SHAPE}
+    return CONFIG_MAPPING[kind](**fields)
+
+
+def handed_on(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json, and of the configs inside it, that the library may see."""
+    return {
+        key: handed_on(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in NOT_HANDED_ON and not str(key).startswith("_")
+    }
+
+
+def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights, source: str) -> Network:
+    """The network that `make` makes of a config.json, on the CPU, its weights still to be loaded.
+
+    ValueError where it would have more layers than there are weights, or far more numbers: before any is made.
+    """
+    check_size(make, config, weights, source)
+    with torch.device("cpu"):
+        return make()
+
+
+def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: Weights, source: str) -> None:
+    """The check of `build`."""
+    check_layers(config, weights, source)
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in make().parameters())
+    held = sum(tensor.numel() for tensor in weights.values())
+    if numbers > 2 * held:  # twice: the library may store shared tensors once
+        raise wrong_weights(source, [f"the config describes {numbers:,} numbers, and the weights are {held:,}"])
+
+
+def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
+    """The part of `build`'s check that needs no network: to list or make a million layers would take hours."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_layers(value, weights, source)
+        elif name in LAYERS and isinstance(value, int) and value > len(weights):
+            raise wrong_weights(source, [f"{name}={value} in the config, and {len(weights)} weights"])
+
+
+def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
+    """Put weights into a module; ValueError names every weight that is missing, left over or of another shape."""
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own.keys() - weights.keys()]
+    problems += [f"unexpected {name}" for name in weights.keys() - own.keys()]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)}, wanted {list(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if weights[name].shape != own[name].shape
+    ]
+    if problems:
+        raise wrong_weights(source, problems)
+    module.load_state_dict(weights, assign=True)
+
+
+def library_model(
+    mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
+) -> "PreTrainedModel":
+    """The library's model for a config.json, from a mapping such as transformers.MODEL_MAPPING, with these weights.
+
+    Raises KeyError where the library has no such model, and ValueError for weights that are missing, left over or of
+    another shape.
+    """
+    model, found = _library_model(mapping, config, kind, weights, source, dtype)
+    _refuse(found, ("missing", "unexpected", "mismatched"), source)
+    return model
+
+
+def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
+    """The body of a model of the library, whose weights may be those of the whole model. Raises as `library_model`."""
+    from transformers import MODEL_MAPPING
+
+    model, found = _library_model(MODEL_MAPPING, config, str(config.get("model_type")), weights, source, dtype)
+    _refuse(found, ("missing", "mismatched"), source)
+    return model
+
+
+def _library_model(
+    mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    check_layers(config, weights, source)
+    shape = auto_config(config, kind)
+    make = mapping[type(shape)]
+    check_size(lambda: make(shape), config, weights, source)
+    with torch.device("cpu"):
+        model, found = make.from_pretrained(
+            None, config=shape, state_dict=weights, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    return model, found
+
+
+def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> None:
+    """ValueError for the weights in which the library found one of these problems."""
+    names = [
+        (problem, name if isinstance(name, str) else name[0])
+        for problem in problems
+        for name in found[f"{problem}_keys"]
+    ]
+    listed = [f"{problem} {name}" for problem, name in names if "position_ids" not in name]
+    if listed:
+        raise wrong_weights(source, listed)
+
+
+def positions(network: nn.Module) -> int | None:
+    """Tokens of the longest input by a network's table of positions, None where it has none."""
+    counts = [
+        # RoBERTa counts its positions from behind the padding
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in network.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    return min(counts, default=None)
+
+
+def today(weights: Weights) -> Weights:
+    """Weights by today's names: layer norms were called gamma and beta, and positions were saved as a buffer."""
+    kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
+    return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
+
+
+def below(weights: Weights, prefix: str) -> Weights:
+    """The weights whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
