@@ -61,8 +61,8 @@ def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
         raise ValueError(
             "decoding='first' knows identifiers of one piece, or of two that begin alike; this tokenizer has others"
         )
-    device, n = reader.device, torch.tensor(counts)[:, None]
-    usable = (torch.arange(len(words)) < n).to(device)  # (B, N)
+    device, n = reader.device, torch.tensor(counts, device="cpu")[:, None]
+    usable = (torch.arange(len(words), device="cpu") < n).to(device)  # (B, N)
     # Single symbols and the beginning of the others share one softmax, which does not change their order
     likelihood = reader.start().float()[:, torch.tensor([word[0] for word in words], device=device)]
     if begins:

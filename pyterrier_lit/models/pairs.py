@@ -63,7 +63,8 @@ class PairLayout:
         types = [min(kind, highest) for kind in joined.type_ids]
         before, between, behind = (types[part] for part in parts)
         # A type for each special token, and one for each text, whichever its length
-        self._types = torch.tensor([*before, types[at_query], *between, types[at_passage], *behind], dtype=torch.long)
+        each = [*before, types[at_query], *between, types[at_passage], *behind]
+        self._types = torch.tensor(each, dtype=torch.long, device="cpu")
         self._texts = [len(before), len(before) + 1 + len(between)]
         vocabulary = tokenizer.get_vocab()
         self._n, self._apostrophe = vocabulary.get("n"), vocabulary.get("'")
@@ -98,10 +99,9 @@ class PairLayout:
         """input_ids, attention_mask and token_type_ids of a batch, each (B, L) int64."""
         inputs = [[*self.prefix, *query, *self.middle, *passage, *self.suffix] for query, passage in pairs]
         ids, mask = self._padded(inputs, pad_id)
-        counts = torch.ones(len(pairs), len(self._types), dtype=torch.long)
-        counts[:, self._texts] = torch.tensor(
-            [(len(query), len(passage)) for query, passage in pairs], dtype=torch.long
-        )
+        counts = torch.ones(len(pairs), len(self._types), dtype=torch.long, device="cpu")
+        lengths = [(len(query), len(passage)) for query, passage in pairs]
+        counts[:, self._texts] = torch.tensor(lengths, dtype=torch.long, device="cpu")
         types = torch.zeros_like(ids)
         types[mask] = torch.repeat_interleave(self._types.repeat(len(pairs)), counts.flatten())
         return {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": types}
