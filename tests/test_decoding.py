@@ -50,6 +50,11 @@ def test_a_symbol_is_allowed_only_while_an_unused_word_goes_on_with_it():
     assert speller.step(best)[1].tolist() == [-1]
 
 
+def test_of_equal_logits_the_lowest_symbol_wins_as_in_the_references_argmax():
+    speller = Speller(WORDS, [5])
+    assert [speller.step(torch.zeros(1, 7))[0].item() for _ in range(3)] == [0, 3, 0]
+
+
 def test_words_that_begin_each_other_are_refused():
     for words in ([[1], [1, 2]], [[1], [1]], [[1], []]):
         with pytest.raises(ValueError, match="told apart"):

@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,25 @@ def test_a_process_forked_after_use_scores_alike(small, frame):
         assert in_a_fork(forked) == 7
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_process_forked_while_another_thread_reads_a_checkpoint_reads_its_own(small):
+    """The lock is held in the parent for ever: whoever waits for it in the child does not end."""
+    reranker, held, done = small(), threading.Event(), threading.Event()
+    reranker.load()
+
+    def reading():
+        held.set()
+        done.wait()
+
+    thread = threading.Thread(target=reranker.once, args=(reading,))
+    thread.start()
+    held.wait()
+    try:
+        assert in_a_fork(reranker.load) == 0
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("used", [False, True])
