@@ -48,7 +48,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "models.pair_encoder": {"models.checkpoints", "models.pairs", "models.pooling"},
     "models.pe_checkpoint": {"models.checkpoints", "models.pe_prompts", "models.text_encoder", "models.vector_lm"},
     "training.losses": set(),
-    "training.data": {"files.candidates", "frames"},
+    "training.data": {"files.candidates", "files.lines", "frames"},
     "training.trainer": {"models.checkpoints"},
     # First floor: what every reranker is
     "reranker": {"frames", "models.checkpoints"},

@@ -1,5 +1,6 @@
 """Checkpoints: hub id or folder -> config, weights and tokenizer; device and dtype. Errors say what to do."""
 
+import copy
 import json
 import pickle
 import re
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 Weights = dict[str, torch.Tensor]
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
 CHUNK = 1_000  # texts
+# What a checkpoint's folder may hold that is read with it
+FILES = (
+    *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
+    *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.*", "adapter_model.*"),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # other names that people use
 # Fields of a config.json that say nothing about the shape of the network
@@ -318,8 +327,9 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
     """Save a checkpoint: `fill` writes into a new folder, whose files go to `path` only when all of them are complete.
 
-    Until then an older checkpoint at `path` stays as it was; files of other names stay in any case. OSError when the
-    new one cannot be written, as when a disk is full.
+    Until then an older checkpoint at `path` stays as it was; then those of its files that the new one has not are
+    removed, since loading would read them. Other files stay in any case. OSError when the new one cannot be written, as
+    when a disk is full.
     """
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
@@ -328,9 +338,30 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
             fill(Path(new))
         except Exception as error:  # safetensors and tokenizers raise their own for a full disk
             raise OSError(f"{path} could not be saved and is as it was before ({first_line(error)})") from error
-        for file in sorted(Path(new).iterdir()):
+        written = sorted(Path(new).iterdir())
+        for file in written:
             file.chmod(0o644)
             file.replace(path / file.name)
+    for file in {file for pattern in FILES for file in path.glob(pattern)} - {path / file.name for file in written}:
+        file.unlink()
+
+
+def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A copy of a checkpoint in memory, with its networks on a device and their weights in a dtype.
+
+    Tables that are no weights, such as those of positions, keep their dtype.
+    """
+    networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
+    copies = {
+        id(weight): nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=weight.requires_grad)
+        for network in networks
+        for weight in network.parameters()
+    }
+    copied = copy.deepcopy(checkpoint, copies)  # which takes these in place of the weights
+    for part in (copied, getattr(copied, "encoder", None)):
+        if part is not None:
+            part.network.to(device)
+    return copied
 
 
 def first_line(error: BaseException) -> str:
