@@ -48,9 +48,9 @@ class Training(pt.Estimator):
         if len(inp) and not self._logs:
             name = type(self).__name__
             warnings.warn(
-                f"{name} has not been fitted: its student ranks with the weights it came with. The fit of a pipeline"
-                f" reaches the stages of a `>>` alone, and no {name} inside `+`, `**` or a cache; fit that on its own"
-                " result frame before",
+                f"{name} has not been fitted: its student ranks with the weights that it came with. A pipeline's fit"
+                f" reaches the stages of a `>>` alone, and no {name} inside `+`, `**` or a cache; fit that one by"
+                " itself, on a result frame",
                 stacklevel=2,
             )
         return self.student.transform(inp)

@@ -303,14 +303,10 @@ def _is_whole(state: Path) -> bool:
 
 
 def _keeper() -> "TrainerCallback":
-    """Notes in each saved state what belongs to it, and knows the best one also where the folder was moved."""
+    """Notes in each saved state, when all else is written, what belongs to it."""
     from transformers import TrainerCallback
 
     class Keeper(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.best_model_checkpoint:
-                state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
-
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if state.is_world_process_zero:
@@ -446,10 +442,22 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
             enable({"use_reentrant": False})
 
 
+def _disable_gradient_checkpointing(network: nn.Module) -> None:
+    """The reverse of `enable_gradient_checkpointing`, with the hook that it leaves, which cannot be pickled."""
+    for module in network.modules():
+        if getattr(module, "supports_gradient_checkpointing", False):
+            disable: Any = (
+                getattr(module, "activation_checkpointing_disable", None) or module.gradient_checkpointing_disable
+            )
+            disable()
+        if hasattr(module, "_require_grads_hook"):
+            module.disable_input_require_grads()  # type: ignore[operator]
+
+
 @contextlib.contextmanager
 def _float32_in_training_mode(network: nn.Module) -> Iterator[None]:
-    """All in float32 and dropout on; afterwards the network has its device and each tensor its dtype again, and dropout
-    is off."""
+    """All in float32 and dropout on; afterwards the network has its device and each tensor its dtype again, dropout is
+    off, and nothing is left of gradient checkpointing."""
     device = device_of(network)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(network)}
     try:
@@ -457,6 +465,7 @@ def _float32_in_training_mode(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.to(device).eval()
+        _disable_gradient_checkpointing(network)
         for name, tensor in _tensors(network):
             tensor.data = tensor.data.to(dtypes[name])
 
