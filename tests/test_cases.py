@@ -21,17 +21,19 @@ def scripts():
 @pytest.mark.shared
 @pytest.mark.slow  # seven minutes for all of them
 @pytest.mark.parametrize("script", scripts())
-def test_the_case_passes(script):
+def test_the_case_passes(script, tmp_path):
     text = script.read_text(encoding="utf-8")
-    for old, new in RENAMED.items():
-        text = re.sub(rf"\b{old}\b", new, text)
+    today = re.sub(r"\b(" + "|".join(RENAMED) + r")\b", lambda found: RENAMED[found[1]], text)
+    if today != text:
+        script = tmp_path / script.name
+        script.write_text(today, encoding="utf-8")
     given = {
         "TINY": str(TINY),
         "GOLDEN": str(SHARED.parent / "golden"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(CASES)]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", text], env=os.environ | given, cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, str(script)], env=os.environ | given, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     verdicts = re.findall(r"^(?:PASS|FAIL)\b", done.stdout, re.MULTILINE)
     assert verdicts[-1:] == ["PASS"], done.stdout[-3_000:] + done.stderr[-3_000:]
