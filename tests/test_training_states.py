@@ -157,7 +157,17 @@ def test_the_measured_ndcg_is_that_of_an_experiment_on_the_same_queries(encoder,
     assert training.log["nDCG@10"].dropna().tolist() == table["nDCG@10"].tolist()
     numbers = valid.assign(qid=valid.qid.str[1:].astype(int), docno=valid.docno.str[1:].astype(int))
     text = judged.iloc[:2].assign(qid=["0", "1"], docno=["3", "14"])
-    assert distil.ndcg_at_10(student, numbers, distil.judgements(numbers, text)) == table["nDCG@10"][0]
+    for frame, labels in ((numbers, text), (numbers.astype({"qid": "str", "docno": "str"}), text.astype(int))):
+        assert distil.ndcg_at_10(student, frame, distil.judgements(frame, labels)) == table["nDCG@10"][0]
+
+
+def test_it_is_measured_in_the_dtype_in_which_it_will_rank(encoder, candidates):
+    student, expected = encoder(dtype="bfloat16"), encoder(dtype="bfloat16")(candidates)
+    learns = student.load().network.float()
+    pd.testing.assert_frame_equal(student.in_its_dtype()(candidates), expected)
+    assert {weight.dtype for weight in learns.parameters()} == {torch.float32}
+    assert student.in_its_dtype() is not student
+    assert (plain := encoder()).in_its_dtype() is plain
 
 
 @pytest.mark.parametrize(
@@ -269,6 +279,9 @@ def test_another_dtype_device_or_setting_keeps_what_was_learned(known, candidate
     changed.dtype = "bfloat16"
     rounded = {name: tensor.bfloat16().float() for name, tensor in student.load().network.named_parameters()}
     assert equal({name: t.float() for name, t in changed.load().network.named_parameters()}, rounded)
+    for each in (changed, pt.inspect.transformer_apply_attributes(student, device=torch.device("cpu"))):
+        for weight in each.load().network.parameters():
+            weight.data.zero_()
     pd.testing.assert_frame_equal(student(candidates), learned)
     student.model = "no/such-model"
     with pytest.raises(FileNotFoundError):

@@ -396,7 +396,6 @@ def _loop(
             assert validate is not None  # eval_strategy is "no" without it
             self.model.eval()
             measured = validate()
-            self.model.train()
             self.log({MEASURE: measured})
             metrics = {f"eval_{MEASURE}": measured}
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
