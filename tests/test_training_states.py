@@ -361,18 +361,16 @@ def test_where_the_fit_of_a_pipeline_does_not_reach_a_warning_says_so(encoder, c
 
 
 def test_what_lay_in_the_folder_before_does_not_matter(known, candidates, tmp_path):
-    for other in RERANKERS.values():
-        folder = tmp_path / other.command
-        new(other).save(folder)
-        for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "modules.json"):
-            (folder / name).write_text('{"weight_map": {"a": "model-9.safetensors"}}')
-        (folder / "adapter_config.json").write_text("{}")
-        (folder / "vocab.txt").write_text("a\nb\n")
-        (folder / "results.json").write_text("mine")
-        new(known).save(folder)
-        pd.testing.assert_frame_equal(new(known, model=str(folder))(candidates), new(known)(candidates))
-        assert (folder / "results.json").read_text() == "mine"
-        assert not list(folder.glob("*index.json")) and not list(folder.glob(".saving-*"))
+    new(RERANKERS["CrossEncoder" if known.kind is PERank else "PERank"]).save(tmp_path)
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json", "modules.json"):
+        (tmp_path / name).write_text('{"weight_map": {"a": "model-9.safetensors"}}')
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    (tmp_path / "results.json").write_text("mine")
+    new(known).save(tmp_path)
+    pd.testing.assert_frame_equal(new(known, model=str(tmp_path))(candidates), new(known)(candidates))
+    assert (tmp_path / "results.json").read_text() == "mine"
+    assert not list(tmp_path.glob("*index.json")) and not list(tmp_path.glob(".saving-*"))
 
 
 def test_a_pe_rank_is_saved_with_its_encoder_whether_or_not_it_was_used(candidates, tmp_path):
