@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_lit.training.data import read_qrels, read_run
+
 PYTHON_DOCS = Path(__file__).parent / "python_docs"
 
 TextOf = Callable[[dict[str, Any]], str]
@@ -81,7 +83,7 @@ def load(name: str, text_of: TextOf | None = None) -> Collection:
     if name.split("/")[0] == "python-docs":
         docs, topics = python_docs(), read_topics(PYTHON_DOCS)
         topics = topics[topics["qid"].str.startswith(name.partition("/")[2])].reset_index(drop=True)
-        qrels = read_qrels(PYTHON_DOCS).query("docno in @docs.docno and qid in @topics.qid")
+        qrels = read_qrels(PYTHON_DOCS / "qrels.txt").query("docno in @docs.docno and qid in @topics.qid")
         return in_memory(name, docs, topics, qrels)
     return from_ir_datasets(name, text_of) if name.startswith("irds:") else from_folder(Path(name), text_of)
 
@@ -144,8 +146,8 @@ def from_folder(folder: Path, text_of: TextOf | None = None) -> Collection:
     docs = pd.DataFrame({"docno": [record["docno"] for record in records], "text": texts})
     docs["docno"] = docs["docno"].astype(str)
     run = folder / "run.txt"
-    ranking = pt.model.add_ranks(pt.io.read_results(str(run))) if run.exists() else None
-    return in_memory(folder.resolve().name, docs, read_topics(folder), read_qrels(folder), ranking)
+    ranking = read_run(run) if run.exists() else None
+    return in_memory(folder.resolve().name, docs, read_topics(folder), read_qrels(folder / "qrels.txt"), ranking)
 
 
 def from_ir_datasets(name: str, text_of: TextOf | None = None) -> Collection:
@@ -170,7 +172,3 @@ def from_ir_datasets(name: str, text_of: TextOf | None = None) -> Collection:
 def read_topics(folder: Path) -> pd.DataFrame:
     lines = (folder / "queries.tsv").read_text(encoding="utf-8").split("\n")
     return pd.DataFrame([line.split("\t", 1) for line in lines if line], columns=["qid", "query"])
-
-
-def read_qrels(folder: Path) -> pd.DataFrame:
-    return pt.io.read_qrels(str(folder / "qrels.txt"))

@@ -9,6 +9,8 @@ from pathlib import Path
 import corpora
 import pyterrier as pt
 
+from pyterrier_lit.training.data import read_run
+
 
 def load(source: str, collection: corpora.Collection, folder: Path, depth: int) -> pt.Transformer:
     """Topics -> the best `depth` of each, without texts.
@@ -34,7 +36,7 @@ def stored(path: str | Path) -> pt.Transformer:
             f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
             " that the paper's authors publish, or another first stage in profiles.py"
         )
-    return pt.Transformer.from_df(pt.model.add_ranks(pt.io.read_results(str(path))))
+    return pt.Transformer.from_df(read_run(path))
 
 
 def bm25(collection: corpora.Collection, folder: Path, depth: int, overwrite: bool = False) -> pt.Transformer:

@@ -270,6 +270,9 @@ def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> R
         return named
     given = {name: getattr(named, name) for name in constructor_options() if hasattr(arguments, name)}
     given |= {name: getattr(arguments, name) for name in kind.begin_options() if hasattr(arguments, name)}
+    import torch
+
+    torch.manual_seed(arguments.seed)  # so that a training that was killed begins from the same weights
     return kind.from_backbone(arguments.backbone, **given)
 
 

@@ -36,6 +36,8 @@ def rerank(
     Equal scores keep the order in which they came, whatever the order of the rows. Half a surrogate pair, which no
     tokenizer takes, is read as U+FFFD; the column keeps it. Other odd input: pt_docs/bad_input.rst.
 
+    A row without a query, as PyTerrier's `+` leaves some, has that of the other rows of its qid.
+
     Raises pt.validate.InputValidationError for a missing column, TypeError for a query or text that is not a string,
     and ValueError for a missing qid or docno, two queries under one qid, an incoming rank or score that is no number,
     or a new score that is not finite.
@@ -88,6 +90,20 @@ def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transform
     ]
 
 
+def places(frame: pd.DataFrame) -> list[int]:
+    """The place of each row of a result frame in the list of its query, from 0, as `rerank` reads it: by rank, else by
+    score, else as the rows stand."""
+    rows = frame.reset_index(drop=True)
+    _check_keys(rows)
+    place_of = {row: place for ranking in _lists(rows) for place, row in enumerate(ranking.tolist())}
+    return [place_of[row] for row in range(len(rows))]
+
+
+def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
+    """A column as numbers, NaN where nothing stands. ValueError names the row with anything else."""
+    return _numbers(frame.reset_index(drop=True), column)
+
+
 def _read(
     frame: pd.DataFrame, column_sets: ColumnSets
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
@@ -96,7 +112,7 @@ def _read(
     column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
-    queries = _strings(rows, "query")
+    queries = _strings(_with_queries(rows), "query")
     values = {
         column: _strings(rows, column) if kind is str else rows[column].tolist() for column, kind in column_set.items()
     }
@@ -114,6 +130,19 @@ def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
             rows = rows.loc[numbers.sort_values(ascending=ascending, kind="stable").index]
             break
     return [ranking.to_numpy() for ranking in rows.groupby("qid", sort=False, observed=True).groups.values()]
+
+
+def _with_queries(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, those without a query with that of another row of their qid."""
+    missing = rows["query"].isna()
+    if not missing.any():
+        return rows
+    known = dict(zip(rows["qid"][~missing], rows["query"][~missing], strict=True))
+    queries = [
+        known.get(qid, query) if is_missing else query
+        for qid, query, is_missing in zip(rows["qid"], rows["query"], missing, strict=True)
+    ]
+    return rows.assign(query=pd.Series(queries, dtype="object"))
 
 
 def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:

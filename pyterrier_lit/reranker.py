@@ -1,10 +1,12 @@
 """What every reranker is: a transformer with keyword arguments, whose checkpoint is read on first use."""
 
+import copy
 import dataclasses
 import functools
 import inspect
 import os
 import threading
+import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from pyterrier_lit.frames import Columns, ColumnSets, rerank
 from pyterrier_lit.models.checkpoints import fetch, write
-from pyterrier_lit.models.devices import choose_device, choose_dtype
+from pyterrier_lit.models.devices import choose_device, choose_dtype, converted
 
 Passages = list[list[str]] | Columns  # the texts of each query's passages, or more about them, column by column
 Loaded = TypeVar("Loaded")
@@ -41,7 +43,7 @@ class Reranker(pt.Transformer):
     dtype: str | torch.dtype | None = None
     verbose: bool = False
 
-    loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")  # the arguments that `read` depends on
+    loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")  # what `read` depends on, the model first
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
     begin: ClassVar[Callable[..., Any]]  # the same for a pre-trained model, perhaps with keyword arguments of its own
 
@@ -105,8 +107,9 @@ class Reranker(pt.Transformer):
     def load(self) -> Any:
         """The checkpoint, read on first use and kept. Call it to have the weights in memory before the first query.
 
-        It is read again after an argument in `loads_from` was changed. FileNotFoundError or ValueError says what is
-        missing, damaged or of another kind.
+        It is read again after an argument in `loads_from` was changed; what stands in memory alone, as it was begun,
+        trained or given to `hold`, is converted to another device or dtype instead. FileNotFoundError or ValueError
+        says what is missing, damaged or of another kind.
         """
         while True:
             held, source = self._held, self._source()
@@ -116,13 +119,27 @@ class Reranker(pt.Transformer):
                     _mind_forks()
                 if held.source == source:
                     return held.checkpoint
-                if self._held is held:
-                    self._held = Held()  # of our own: copies go on with theirs
+                if self._held is held:  # one of our own: copies go on with theirs
+                    self._held = self._converted(held) if held.given and self._is_of(held) else Held()
 
     def hold(self, checkpoint: Any) -> None:
         """Use this checkpoint for the present arguments, in place of the one that `load` would read."""
-        self._held = Held(checkpoint, self._source())
+        self._held = Held(checkpoint, self._source(), given=True)
         _mind_forks()
+
+    def hold_trained(self) -> None:
+        """Say that the weights in memory are trained there: they are no longer those of `model`."""
+        self.load()
+        self._held.given, self._held.trained, self._held.saved = True, uuid.uuid4().hex[:8], ""
+
+    def in_its_dtype(self) -> Self:
+        """This, or where its weights are in another dtype, as while they are trained, a copy with them in its own."""
+        checkpoint, device = self.load(), choose_device(self.device)
+        if next(checkpoint.network.parameters()).dtype == (dtype := choose_dtype(self.dtype, device)):
+            return self
+        ready = copy.copy(self)
+        ready.hold(converted(checkpoint, device, dtype))
+        return ready
 
     def in_memory(self) -> Any | None:
         """The checkpoint, if it is loaded."""
@@ -138,6 +155,7 @@ class Reranker(pt.Transformer):
         """Write a folder that the constructor loads again. OSError where that fails; an older one then stays."""
         checkpoint, settings = self.load(), self.saved_settings()
         write(path, lambda folder: checkpoint.save(folder, **settings))
+        self._held.saved = str(path)
 
     def saved_settings(self) -> dict[str, Any]:
         """What `save` records beside the weights: arguments that belong to the checkpoint, such as lengths."""
@@ -154,8 +172,20 @@ class Reranker(pt.Transformer):
         options = {option: arguments.pop(option) for option in cls.begin_options() if option in arguments}
         reranker = cls(name, **arguments)
         device = choose_device(reranker.device)
-        reranker.hold(cls.begin(fetch(name), device, choose_dtype(reranker.dtype, device), **options))
+        with torch.inference_mode(False):
+            reranker.hold(cls.begin(fetch(name), device, choose_dtype(reranker.dtype, device), **options))
         return reranker
+
+    def apply_attributes(self, **changes: Any) -> Self:
+        """The same with other arguments, as `pt.inspect.transformer_apply_attributes` asks for it, over the same
+        weights."""
+        known = {attribute.name for attribute in pt.inspect.transformer_attributes(self)}
+        if unknown := changes.keys() - known:
+            raise pt.inspect.InspectError(f"{type(self).__name__} has no argument {', '.join(sorted(unknown))}")
+        changed = copy.copy(self)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        return changed
 
     @classmethod
     def begin_options(cls) -> dict[str, inspect.Parameter]:
@@ -181,9 +211,11 @@ class Reranker(pt.Transformer):
         return type(self).read(fetch(self.model), device, dtype)
 
     def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
-        """What `build` returns. Whatever a library raises for a field that makes no sense becomes a ValueError."""
+        """What `build` returns, whose tensors can learn wherever the call stands. Whatever a library raises for a field
+        that makes no sense becomes a ValueError."""
         try:
-            return build()
+            with torch.inference_mode(False):
+                return build()
         except (ValueError, OSError, ImportError, MemoryError, NotImplementedError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -192,29 +224,55 @@ class Reranker(pt.Transformer):
                 f" makes no sense ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
             ) from error
 
+    def _converted(self, held: "Held") -> "Held":
+        device = choose_device(self.device)
+        checkpoint = self._in_words(lambda: converted(held.checkpoint, device, choose_dtype(self.dtype, device)))
+        return Held(checkpoint, self._source(), given=True, trained=held.trained, saved=held.saved)
+
     def _source(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.loads_from)
 
-    def __repr__(self) -> str:
+    def _is_of(self, held: "Held") -> bool:
+        """Whether what is held came from the model that is now asked for."""
+        return held.source is not None and held.source[0] == self.model
+
+    def call(self) -> str:
+        """The constructor's call with these arguments, whatever became of the weights."""
         return representation(self, last=[field.name for field in dataclasses.fields(Reranker) if field.kw_only])
+
+    def __repr__(self) -> str:
+        held = self._held
+        if not held.trained or not self._is_of(held):
+            return self.call()
+        where = f"saved as {held.saved!r}" if held.saved else "not saved"
+        return f"{self.call()} <trained in memory, {where}: {held.trained}>"
 
 
 class Held:
     """A checkpoint in memory, the arguments it was read for, and the lock that is held while it is read.
 
-    Copies of a reranker share one. A pickle leaves the lock out.
+    given: whether it was not read from the model. trained: what tells it from all others if it was trained in memory.
+    saved: the folder where `save` has written it. Copies of a reranker share one. A pickle leaves the lock out.
     """
 
     _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
 
-    def __init__(self, checkpoint: Any = None, source: tuple[Any, ...] | None = None):
+    def __init__(
+        self,
+        checkpoint: Any = None,
+        source: tuple[Any, ...] | None = None,
+        given: bool = False,
+        trained: str = "",
+        saved: str = "",
+    ):
         self.checkpoint = checkpoint
         self.source = source
+        self.given, self.trained, self.saved = given, trained, saved
         self.lock = threading.RLock()
         self._all.add(self)
 
-    def __reduce__(self) -> tuple[type["Held"], tuple[Any, Any]]:
-        return Held, (self.checkpoint, self.source)
+    def __reduce__(self) -> tuple[type["Held"], tuple[Any, ...]]:
+        return Held, (self.checkpoint, self.source, self.given, self.trained, self.saved)
 
     @classmethod
     def after_fork(cls) -> None:

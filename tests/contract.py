@@ -109,13 +109,25 @@ class Contract:
             reranker(renamed)
         assert_same_scores(make(text_field="body")(renamed), reranker(frame))
 
-    @pytest.mark.parametrize("column", ["text", "query"])
-    @pytest.mark.parametrize("value", [None, float("nan"), 3])
+    @pytest.mark.parametrize("column, value", [("text", None), ("text", float("nan")), ("text", 3), ("query", 3)])
     def test_what_is_not_a_string_is_named_with_qid_and_docno(self, make, frame, column, value):
         frame[column] = frame[column].astype(object)
         frame.iloc[3, frame.columns.get_loc(column)] = value
         with pytest.raises(TypeError, match=rf"'{column}'.*q1.*d2"):
             make(model="no/such-model")(frame)
+
+    def test_a_row_without_a_query_has_that_of_its_qid(self, reranker, make, frame):
+        first = pt.Transformer.from_df(frame)
+        left, right = first % 2, pt.Transformer.from_df(frame[frame["rank"] > 0])
+        both = (left + right)(frame[["qid", "query"]].drop_duplicates())
+        both["text"] = both["docno"].map(frame.set_index("docno")["text"])
+        assert 0 < both["query"].isna().sum() < len(both)
+        filled = both.assign(query=both["qid"].map({"q1": "what is a cat?", "q2": "red fox"}))
+        assert_same_scores(reranker(both), reranker(filled))
+        with pytest.raises(TypeError, match=r"'query' of row .*q2.* is nan"):
+            make(model="no/such-model")(both.assign(query=both["query"].where(both["qid"] != "q2")))
+        with pytest.raises(ValueError, match="qid 'q1' has two queries"):
+            make(model="no/such-model")(both.assign(query=both["query"].where(both["docno"] != "d2", "dogs")))
 
     def test_whitespace_and_unicode_texts_work(self, reranker, frame):
         texts = ["", "  \n\t", "日本語", "naïve ☃ 🦊", "a\x00b", "\u202eright to left", "ﬁ"]

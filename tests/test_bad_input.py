@@ -92,6 +92,8 @@ SAME = {  # inputs that must be ranked as the plain frame is
     "strings of an Arrow dtype": arrow,
     "ranks from 1": lambda frame: frame.assign(rank=frame["rank"] + 1),
     "a rank that is NaN": lambda frame: frame.assign(rank=frame["rank"].astype(float).where(frame.docno != "d5")),
+    "query is None": put("query", None),
+    "query is NaN": put("query", float("nan")),
     "ranks that are strings": lambda frame: frame.astype({"rank": "str"}),
     "scores of 1e308, -1e308 and infinity": lambda frame: frame.assign(
         score=[1e308, np.inf, 0, 1e308, -1e308, -1, -np.inf]
@@ -116,8 +118,7 @@ ODD = {
     "text is None": put("text", None),
     "text is NaN": put("text", float("nan")),
     "text is NA": put("text", pd.NA),
-    "query is None": put("query", None),
-    "query is NaN": put("query", float("nan")),
+    "no row of a qid has a query": lambda frame: frame.assign(query=frame["query"].where(frame["qid"] != "q1")),
     "qid is None": put("qid", None),
     "docno is NaN": put("docno", float("nan")),
     "text is empty or white space": texts("", " ", "\n\t \u00a0\u3000"),

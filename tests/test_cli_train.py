@@ -75,6 +75,31 @@ def test_from_labels_it_is_the_training_in_python(file, rows, labels, cross_enco
     pd.testing.assert_frame_equal(trained(frame), student(frame))
 
 
+def test_ids_of_labels_are_text(rows, cross_encoder_folder, tmp_path):
+    names = dict(zip((f"d{i}" for i in range(5)), ("NA", "nan", "null", '"x', "007"), strict=True))
+    rows = [row | {"docno": names[row["docno"]]} for row in rows]
+    file, labels = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "qrels"
+    labels.write_text("q0 0 NA 2\nq0 0 nan 0\nq1 0 nan 1\nq2 0 007 1\nq3 0 7 1\n")
+    words = ["--reranker", "cross-encoder", "--model", cross_encoder_folder, "--output", tmp_path / "out", "--input"]
+    assert train(*words, file, "--labels", labels, *FEW, "--set", "learning_rate=1e-2") == 0
+    qrels = pd.DataFrame(
+        [("q0", "NA", 2), ("q0", "nan", 0), ("q1", "nan", 1), ("q2", "007", 1), ("q3", "7", 1)],
+        columns=["qid", "docno", "label"],
+    )
+    student, frame = CrossEncoder(str(cross_encoder_folder), device="cpu"), pd.DataFrame(rows)
+    FineTune(student, steps=2, batch_size=2, micro_batch=2, learning_rate=1e-2, verbose=False).fit(frame, qrels)
+    pd.testing.assert_frame_equal(CrossEncoder(str(tmp_path / "out"), device="cpu")(frame), student(frame))
+
+
+def test_a_training_from_a_backbone_resumes(file, labels, electra, tmp_path):
+    words = ["--reranker", "cross-encoder", "--backbone", electra, "--input", file, "--labels", labels, *FEW]
+    for name in ("first", "again"):
+        assert train(*words, "--state", tmp_path / "state", "--output", tmp_path / name) == 0
+    first, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again"))
+    assert first == again
+    assert train(*words, "--state", tmp_path / "state", "--output", tmp_path / "other", "--seed", 1) == 1
+
+
 def test_every_reranker_learns_from_files(file, rows, electra, backbone, tmp_path):
     run = tmp_path / "teacher.run"
     run.write_text("".join(f"{row['qid']} Q0 {row['docno']} {6 - row['rank']} {row['rank']} teacher\n" for row in rows))

@@ -57,7 +57,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "models.pair_encoder": {"models.pair_networks", "models.pairs", "models.sentence_files"} | READING,
     "models.pe_checkpoint": {"models.pe_prompts", "models.text_encoder", "models.vector_lm"} | READING,
     "training.losses": set(),
-    "training.data": {"files.candidates", "frames"},
+    "training.data": {"files.candidates", "files.lines", "frames"},
     "training.trainer": {"models.devices"},
     # First floor: what every reranker is
     "reranker": {"frames", "models.checkpoints", "models.devices"},

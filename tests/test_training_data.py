@@ -8,7 +8,7 @@ from collections import Counter
 import pandas as pd
 import pyterrier as pt
 import pytest
-from conftest import GOLDEN
+from conftest import GOLDEN, write_jsonl
 
 from pyterrier_lit.frames import rankings
 from pyterrier_lit.training import data
@@ -62,6 +62,126 @@ def test_a_teacher_is_a_transformer_a_run_a_file_or_the_order_that_comes(candida
     assert sorted(incoming, key=incoming.get) == ["d4", "d3", "d2", "d1", "d0"]
     incoming = targets(data.with_teacher(one.drop(columns="rank").assign(score=[1, 5, 2, 4, 3]), None))
     assert sorted(incoming, key=incoming.get) == ["d0", "d2", "d4", "d3", "d1"]
+
+
+@pytest.mark.parametrize(
+    "change, last",
+    [
+        (lambda frame: frame.astype({"rank": "str"}), 11),
+        (lambda frame: frame.assign(rank=frame["rank"].astype(float).where(frame.docno != "d4")), 4),
+        (lambda frame: frame.drop(columns="rank"), 11),
+        (lambda frame: frame.drop(columns="rank").astype({"score": "str"}), 11),
+        (lambda frame: frame.drop(columns=["rank", "score"]), 11),
+        (lambda frame: frame.assign(rank=frame["rank"] * 3 + 1).sample(frac=1, random_state=0), 11),
+        (lambda frame: frame.assign(rank=0), 11),
+    ],
+    ids=["text", "one missing", "scores", "scores as text", "neither", "rows shuffled", "all equal"],
+)
+def test_the_order_that_comes_is_that_which_a_reranker_reads(change, last):
+    rows = [(qid, "a", f"d{i}", 12.0 - i, i) for qid in ("q1", "q2") for i in range(12)]
+    frame = pd.DataFrame(rows, columns=["qid", "query", "docno", "score", "rank"])
+    expected = [i for i in range(12) if i != last] + [last]
+    for _, ranking in data.with_teacher(change(frame), None).groupby("qid"):
+        assert targets(ranking) == {f"d{i}": -float(place) for place, i in enumerate(expected)}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), None])
+def test_a_target_that_is_not_finite_is_named(candidates, value):
+    given = candidates[["qid", "docno", "score"]].astype({"score": object})
+    given.loc[2, "score"] = value
+    with pytest.raises(
+        ValueError, match=r"no number for qid 'q1', docno 'd2' in the teacher's ranking, but (nan|-?inf)"
+    ):
+        data.with_teacher(candidates, given)
+    with pytest.raises(ValueError, match=r"no number for qid 'q1', docno 'd2' in the qrels, but (nan|-?inf)"):
+        data.with_labels(candidates, given.rename(columns={"score": "label"}))
+    ranks = given.rename(columns={"score": "rank"})
+    with pytest.raises(ValueError, match=r"no number for qid 'q1', docno 'd2' in the teacher's ranking"):
+        data.with_teacher(candidates, ranks)
+
+
+def test_numbers_as_text_are_numbers_and_words_are_named(candidates):
+    run = candidates[["qid", "docno", "score"]].assign(score=[str(10 + i) for i in range(6)])
+    assert targets(data.with_teacher(candidates.head(5), run)) == {f"d{i}": 10.0 + i for i in range(5)}
+    with pytest.raises(ValueError, match=r"'score' of row 1 .qid 'q1', docno 'd1'. is 'high', not a number"):
+        data.with_teacher(candidates, run.assign(score=["1", "high", "2", "3", "4", "5"]))
+
+
+@pytest.mark.parametrize("column", ["qid", "docno", "label"])
+def test_a_column_or_an_id_that_is_missing_is_named(candidates, column):
+    qrels = pd.DataFrame({"qid": "q1", "docno": ["d1", "d2"], "label": 1})
+    with pytest.raises(ValueError, match=f"no column '{column}' in the qrels, which has"):
+        data.with_labels(candidates, qrels.drop(columns=column))
+    if column != "label":
+        with pytest.raises(
+            ValueError, match=r"a row of the qrels has qid .*; wanted both. An id such as NA is kept by"
+        ):
+            data.with_labels(candidates, qrels.assign(**{column: [None, "d2"]}))
+
+
+IDS = ["NA", "nan", "null", "None", '"x', "007", "7", "1e3", "True", "#1", "a,b"]
+
+
+@pytest.mark.parametrize("name", ["run.txt", "run.jsonl", "run.json", "run.parquet"])
+def test_ids_are_text_in_every_file(tmp_path, name, monkeypatch):
+    path, rows = tmp_path / name, [(qid, docno, 20 - i) for qid in IDS[:4] for i, docno in enumerate(IDS)]
+    records = [{"qid": qid, "docno": docno, "score": score} for qid, docno, score in rows]
+    if name.endswith("parquet"):
+        monkeypatch.setattr(pd, "read_parquet", lambda path: pd.DataFrame(records))  # which needs pyarrow
+    elif name.endswith("txt"):
+        path.write_text("".join(f"{qid} Q0 {docno} 1 {score} x\n" for qid, docno, score in rows))
+    elif name.endswith("json"):
+        path.write_text(json.dumps(records, indent=1))
+    else:
+        write_jsonl(path, records)
+    run = data.read_run(path)
+    assert {(r.qid, r.docno, r.score) for r in run.itertuples()} == set(rows) and len(run) == len(rows)
+    frame = run.assign(query="q", text="t")
+    assert data.with_teacher(frame, path).target.tolist() == run.score.tolist()
+
+
+def test_ids_of_labels_and_questions_are_text(tmp_path):
+    (tmp_path / "qrels").write_text("\ufeff" + "".join(f"{qid}\t0\t{qid}  {i}\r\n" for i, qid in enumerate(IDS)))
+    qrels = data.read_qrels(tmp_path / "qrels")
+    assert qrels.to_dict("list") == {"qid": IDS, "docno": IDS, "label": list(range(len(IDS)))}
+    record = {"id": "NA", "question": "q", "answers": ["a"], "ctxs": [{"id": i, "text": "t"} for i in [*IDS, 5, None]]}
+    questions = data.read_qa(write_jsonl(tmp_path / "qa.jsonl.gz", [record]))
+    assert questions.docno.tolist() == [*IDS, "5", "0-12"] and set(questions.qid) == {"NA"}
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("run.txt", "1 Q0 d 1 2\n", r"run.txt, line 1 has 5 columns; wanted six"),
+        ("run.txt", "1 Q0 d 1 2 x\n1 Q0 e 2 inf x\n", r"run.txt, line 2 has score 'inf'; wanted a number"),
+        ("run.jsonl", '{"qid": null, "docno": "d", "score": 1}\n', r"run.jsonl, line 1 has qid None; wanted a string"),
+        ("run.jsonl", '{"qid": 1.5, "docno": "d", "score": 1}\n', r"run.jsonl, line 1 has qid 1.5; wanted a string"),
+        ("run.jsonl", '{"qid": 1, "docno": "d", "score": NaN}\n', r"run.jsonl, line 1 has score nan; wanted a number"),
+        ("run.jsonl", '{"qid": 1, "docno": "d", "score": 1}\n{"qid": 1, "docno": "e"}', "line 1 has no score or rank"),
+        ("run.json", '[{"qid": 1, "docno": "d", "score": 1}, 7]', r"run.json, record 2 is a int; wanted an object"),
+        ("run.json", '[{"qid": 1', r"run.json is no JSON, or is cut short"),
+        ("run.txt", "", r"run.txt has no score or rank"),
+        ("run.jsonl", "", r"run.jsonl has no score or rank"),
+    ],
+)  # fmt: skip
+def test_what_is_no_run_is_named_with_its_line(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        data.read_run(tmp_path / name)
+
+
+@pytest.mark.parametrize("line", ["1 0 d", "1 0 d x", "1 0 d 0.5", "1 0 d 1 2", "query-id corpus-id score"])
+def test_what_is_no_judgement_is_named_with_its_line(tmp_path, line):
+    (tmp_path / "qrels").write_text(f"1 0 d 1\n{line}\n")
+    with pytest.raises(ValueError, match=r"qrels, line 2 is no judgement; wanted four columns"):
+        data.read_qrels(tmp_path / "qrels")
+
+
+@pytest.mark.parametrize("ctxs", [["text"], [{"title": "t"}], [{"text": None}]])
+def test_a_passage_of_a_question_without_a_text_is_named(tmp_path, ctxs):
+    write_jsonl(tmp_path / "qa.jsonl", [{"question": "q", "answers": ["a"], "ctxs": ctxs}])
+    with pytest.raises(ValueError, match=r"qa.jsonl, line 1: passage 0 of ctxs has no text"):
+        data.read_qa(tmp_path / "qa.jsonl")
 
 
 def test_passages_that_the_teacher_does_not_rank_are_left_out_aloud(candidates):
@@ -123,10 +243,10 @@ def test_a_run_without_scores_has_those_of_its_ranks(tmp_path):
     path.write_text('{"qid": "1", "docno": "b", "rank": 2}\n{"qid": "1", "docno": "a", "rank": 1}\n')
     assert data.read_run(path).docno.tolist() == ["a", "b"]
     path.write_text('{"qid": "1", "docno": "b"}\n')
-    with pytest.raises(ValueError, match=r"run\.jsonl has no score or rank"):
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 1 has no score or rank"):
         data.read_run(path)
     path.write_text('{"qid": "1", "docno": "b"\n')
-    with pytest.raises(ValueError, match="is not JSON lines"):
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 1 is no JSON, or is cut short"):
         data.read_run(path)
 
 
@@ -143,7 +263,7 @@ def test_questions_are_read_with_their_answers(tmp_path):
         {"qid": "0", "query": "who?", "docno": "0-1", "text": "y", "answers": ["he", "she"], "rank": 1},
     ]
     (tmp_path / "qa.json").write_text(json.dumps([record, record | {"answers": []}]))
-    with pytest.raises(ValueError, match="question 1: it has no answers"):
+    with pytest.raises(ValueError, match=r"qa\.json, record 2: it has no answers"):
         data.read_qa(tmp_path / "qa.json")
 
 

@@ -41,7 +41,7 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
     missing field, a (qid, docno) that comes twice, a query that comes again after another, a file that is empty, a
     pipe, or what `numbered_lines` refuses.
     """
-    for rows in _queries(path, map(_rerank_row, _objects(path))):
+    for rows in _queries(path, map(_rerank_row, objects(numbered_lines(path)))):
         differing = next((row for row in rows if row.query != rows[0].query), None)
         if differing is not None:
             raise ValueError(
@@ -59,7 +59,7 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
     Raises what `read_rerank_file` does, also for a qid or docno that topics or documents do not know.
     """
-    for rows in _queries(path, _run_rows(path)):
+    for rows in _queries(path, run_rows(path)):
         best = _best_first(rows)[:depth]
         queries, texts = topics([best[0].qid]), documents([row.docno for row in best])
         if best[0].qid not in queries:
@@ -152,16 +152,17 @@ def _rerank_row(line: tuple[str, dict[str, Any]]) -> Row:
     where, record = line
     return Row(
         where,
-        _key(record, "qid", where),
-        _key(record, "docno", where),
-        _number(record, "rank", where),
-        _number(record, "score", where),
+        _id(key(record, "qid", where), "qid", where),
+        _id(key(record, "docno", where), "docno", where),
+        number(record, "rank", where),
+        number(record, "score", where),
         _text(record, "query", where),
         _text(record, "text", where),
     )
 
 
-def _run_rows(path: Path) -> Iterator[Row]:
+def run_rows(path: Path) -> Iterator[Row]:
+    """The lines of a TREC run[.gz]. ValueError names the one that is none."""
     for where, line in numbered_lines(path):
         columns = line.split()
         if len(columns) != 6:
@@ -172,25 +173,28 @@ def _run_rows(path: Path) -> Iterator[Row]:
             where,
             _id(qid, "qid", where),
             _id(docno, "docno", where),
-            _number(numbers, "rank", where),
-            _number(numbers, "score", where),
+            number(numbers, "rank", where),
+            number(numbers, "score", where),
         )
 
 
-def _texts(path: Path, key: str, field: str) -> Iterator[tuple[str, str]]:
+def _texts(path: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
     if ".jsonl" in path.suffixes:
-        for where, record in _objects(path):
-            yield _key(record, key, where), _text(record, field, where)
+        for where, record in objects(numbered_lines(path)):
+            yield _id(key(record, name, where), name, where), _text(record, field, where)
         return
     for where, line in numbered_lines(path):
         id, tab, text = line.rstrip("\r\n").partition("\t")
         if not tab:
-            raise ValueError(f"{where} has no tab; wanted {key} and {field} with a tab between, or a file named .jsonl")
+            raise ValueError(
+                f"{where} has no tab; wanted {name} and {field} with a tab between, or a file named .jsonl"
+            )
         yield id.strip(), text
 
 
-def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, line in numbered_lines(path):
+def objects(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects in lines, each with its place. ValueError names the line that holds none."""
+    for where, line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -200,11 +204,12 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, record
 
 
-def _key(record: dict[str, Any], name: str, where: str) -> str:
+def key(record: dict[str, Any], name: str, where: str) -> str:
+    """The id in a field, as text. ValueError for anything but a string or a whole number."""
     value = record.get(name)
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"{where} {_given(record, name)}; wanted a string or a whole number")
-    return _id(str(value), name, where)
+    return str(value)
 
 
 def _id(value: str, name: str, where: str) -> str:
@@ -229,7 +234,8 @@ def _whole(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _number(record: dict[str, Any], name: str, where: str) -> float | None:
+def number(record: dict[str, Any], name: str, where: str) -> float | None:
+    """The number in a field, None where there is none. ValueError for what is no finite number."""
     if record.get(name) is None:
         return None
     try:

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
 ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# What a checkpoint's folder may hold that is read with it
+FILES = (
+    *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
+    *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.*", "adapter_model.*"),
+)
 
 
 class Folder:
@@ -221,8 +229,9 @@ def save_json(file: Path, fields: dict[str, Any]) -> None:
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
     """Save a checkpoint: `fill` writes into a new folder, whose files go to `path` only when all of them are complete.
 
-    Until then an older checkpoint at `path` stays as it was; files of other names stay in any case. OSError when the
-    new one cannot be written, as when a disk is full.
+    Until then an older checkpoint at `path` stays as it was; then those of its files that the new one has not are
+    removed, since loading would read them. Other files stay in any case. OSError when the new one cannot be written, as
+    when a disk is full.
     """
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
@@ -231,9 +240,12 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
             fill(Path(new))
         except Exception as error:  # safetensors and tokenizers raise their own for a full disk
             raise OSError(f"{path} could not be saved and is as it was before ({first_line(error)})") from error
-        for file in sorted(Path(new).iterdir()):
+        written = sorted(Path(new).iterdir())
+        for file in written:
             file.chmod(0o644)
             file.replace(path / file.name)
+    for file in {file for pattern in FILES for file in path.glob(pattern)} - {path / file.name for file in written}:
+        file.unlink()
 
 
 def _weight_files(folder: Folder) -> list[Path]:

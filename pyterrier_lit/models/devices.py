@@ -1,6 +1,10 @@
 """Where and in which precision a reranker computes."""
 
+import copy
+from typing import Any
+
 import torch
+from torch import nn
 
 from pyterrier_lit.models.errors import first_line
 
@@ -38,6 +42,24 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         )
     chosen: torch.dtype = named
     return chosen
+
+
+def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A copy of a checkpoint in memory, with its networks on a device and their weights in a dtype.
+
+    Tables that are no weights, such as those of positions, keep their dtype.
+    """
+    networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
+    copies = {
+        id(weight): nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=weight.requires_grad)
+        for network in networks
+        for weight in network.parameters()
+    }
+    copied = copy.deepcopy(checkpoint, copies)  # which takes these in place of the weights
+    for part in (copied, getattr(copied, "encoder", None)):
+        if part is not None:
+            part.network.to(device)
+    return copied
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:

@@ -100,7 +100,15 @@ class PERankCheckpoint:
         return weight
 
     def save(self, folder: Path) -> None:
-        """Write config, weights and tokenizers into an existing folder."""
+        """Write config, weights and tokenizers into an existing folder, the encoder's too.
+
+        With a warning without its files, where they are not to be had: then the folder names them, as ours did.
+        """
+        if self.encoder_weights:
+            try:
+                self.text_encoder()
+            except (FileNotFoundError, ValueError) as error:
+                warnings.warn(f"saved without the files of the encoder: {error}", stacklevel=2)
         parts = {"model.": self.network.body, PROJECTOR: self.network.projector}
         weights = {prefix + name: w for prefix, part in parts.items() for name, w in part.state_dict().items()}
         weights |= {ENCODER + name: tensor for name, tensor in self.encoder_weights.items()}

@@ -93,7 +93,7 @@ class VectorLM(nn.Module):
         """
         embedded: torch.Tensor = self.body.get_input_embeddings()(ids)
         at = ((ids == self.placeholder) & (mask == 1))[..., None]
-        return embedded.masked_scatter(at, passages[inside])
+        return embedded.masked_scatter(at, passages[inside].to(embedded.dtype))
 
 
 class VectorReader:

@@ -4,40 +4,44 @@ A target is a number that says how good a passage is for its query, higher is be
 score that a teacher gives it. It stands in the column `target` of a result frame.
 """
 
-import gzip
+import hashlib
 import json
 import math
 import random
+import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_lit.files.candidates import Candidates
-from pyterrier_lit.frames import Ranking
+from pyterrier_lit.files.candidates import Candidates, key, number, objects, run_rows
+from pyterrier_lit.files.lines import numbered_lines
+from pyterrier_lit.frames import Ranking, numbers, places
 
 KEY = ["qid", "docno"]
+NAMES = {"query_id": "qid", "doc_id": "docno"}  # in Rank-DistiLLM's files
 Teacher = pt.Transformer | pd.DataFrame | str | Path | None
 
 
-def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
+def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "passages") -> pd.DataFrame:
     """A result frame with the labels of the qrels as targets, and 0 for passages without one.
 
-    Raises ValueError without qrels, and where none of the passages is judged relevant.
+    what: the passages, as the error calls them. Raises ValueError without qrels, for a label that is no finite number,
+    and where none of the passages is judged relevant.
     """
     if qrels is None:
         raise ValueError(
             "there are no labels to learn from: give fit(topics, qrels), or take Distil for a teacher's ranking"
         )
-    judged = qrels.drop_duplicates(KEY)[[*KEY, "label"]].rename(columns={"label": "target"})
-    labelled = _joined(frame, judged).fillna({"target": 0})
+    labelled = _joined(frame, qrels, "label", "the qrels").fillna({"target": 0})
     if not (labelled["target"] > 0).any():
         raise ValueError(
-            f"none of the {len(frame)} passages is judged relevant in the qrels ({len(qrels)} rows): check that qids"
-            " and docnos are of one collection"
+            f"none of the {len(frame)} {what} is judged relevant in the qrels ({len(qrels)} rows): check that qids and"
+            " docnos are of one collection"
         )
     return labelled
 
@@ -46,22 +50,19 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
     """A result frame with a teacher's scores as targets, or, where it has only ranks, their negative.
 
     teacher: a transformer, which reranks the frame; a run, as a frame or as a file that `read_run` reads; None is the
-        order in which the passages come.
+        order in which the passages come, as a reranker reads them: the first is worth 0, the second -1.
 
     Passages that the teacher does not rank are left out, with a warning. Raises ValueError where none is left, and for
-    a score that is missing.
+    a score that is no finite number.
     """
     if teacher is None:
-        order = frame[["rank"]].rank(ascending=False) if "rank" in frame else frame[["score"]]
-        return frame.assign(target=order.iloc[:, 0].astype("float64"))
+        return frame.assign(target=[-float(place) for place in places(frame)])
     if isinstance(teacher, str | Path):
         teacher = read_run(teacher)
     run = teacher if isinstance(teacher, pd.DataFrame) else teacher.transform(frame)
-    values = run["score"] if "score" in run else -run["rank"]
-    if values.isna().any():
-        row = run[values.isna()].iloc[0]
-        raise ValueError(f"the teacher gives no number for qid {row['qid']!r}, docno {row['docno']!r}")
-    joined = _joined(frame, run[KEY].assign(target=values.astype("float64")).drop_duplicates(KEY))
+    if "score" not in run and "rank" in run:
+        run = run.assign(score=-numbers(run, "rank").to_numpy())
+    joined = _joined(frame, run, "score", "the teacher's ranking")
     left = joined.dropna(subset="target")
     if left.empty:
         raise ValueError(
@@ -73,6 +74,37 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
             stacklevel=2,
         )
     return left
+
+
+def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
+    """The qrels of a result frame's queries, as ir_measures takes them.
+
+    Raises ValueError for a label that is no whole number, and where none of the passages is judged relevant: whatever
+    is learned, nDCG would be 0.
+    """
+    with_labels(frame, qrels, "validation passages")
+    labels = numbers(qrels, "label").to_numpy()
+    if (labels % 1 != 0).any():
+        raise ValueError(f"the qrels of the validation have a label {labels[labels % 1 != 0][0]}; wanted whole numbers")
+    judged = pd.DataFrame({"query_id": qrels["qid"], "doc_id": qrels["docno"]}).astype("str")
+    judged["relevance"] = labels.astype("int64")
+    return judged[judged["query_id"].isin(set(frame["qid"].astype("str")))].reset_index(drop=True)
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """What tells data from other data: equal for lists of equal queries, passages, targets and vectors."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part, default=_content).encode())
+    return found.hexdigest()[:16]
+
+
+def _content(value: Any) -> Any:
+    """A vector or a number of another library for JSON."""
+    if hasattr(value, "numpy"):  # torch's
+        value = value.numpy()
+    is_vector = hasattr(value, "tobytes") and value.dtype != object
+    return hashlib.sha256(value.tobytes()).hexdigest() if is_vector else getattr(value, "tolist", value.__repr__)()
 
 
 def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
@@ -138,29 +170,36 @@ def read_run(path: str | Path) -> pd.DataFrame:
 
     Returns qid, docno, score, rank (from 0) and, where the file has them, query and text. Ranks follow from the scores;
     a file without scores gets them from its ranks. Of a passage that stands twice under a query the first is kept.
-    Raises ValueError for a file without qid, docno, or both score and rank.
+    Raises ValueError, with the line, for one without qid, docno, or both score and rank, and for numbers that are none.
     """
     path = Path(path).expanduser()
-    kind = path.name.removesuffix(".gz")
-    if kind.endswith(".parquet"):
-        run = pd.read_parquet(path)
-    elif kind.endswith((".jsonl", ".json")):
-        run = pd.DataFrame(_json_lines(path))
+    if path.suffix == ".parquet":
+        table = pd.read_parquet(path).astype("object")
+        records = table.where(table.notna(), None).to_dict("records")
+        rows = [_ranked(f"{path}, row {i}", {str(k): v for k, v in row.items()}) for i, row in enumerate(records, 1)]
+    elif {".jsonl", ".json"} & set(path.suffixes):
+        rows = [_ranked(where, record) for where, record in _records(path)]
     else:
-        run = pt.io.read_results(str(path))
-    run = run.rename(columns={"query_id": "qid", "doc_id": "docno"})
-    missing = [column for column in KEY if column not in run] or ["score or rank"] * (not {"score", "rank"} & set(run))
-    if missing:
-        raise ValueError(
-            f"{path} has no {missing[0]} (it has {', '.join(map(str, run.columns))}); wanted qid, docno and score or"
-            " rank"
-        )
-    if "score" not in run:
+        rows = [{**row._asdict(), "query": None, "text": None} for row in run_rows(path)]
+    basis = "score" if all(row["score"] is not None for row in rows) else "rank"
+    lacking = next((row for row in rows if row[basis] is None), None)
+    if lacking is not None or not rows:
+        where = lacking["where"] if lacking else path
+        raise ValueError(f"{where} has no score or rank; wanted qid, docno, and all with a score or all with a rank")
+    run = pd.DataFrame(rows).astype({"score": "float64"}).drop_duplicates(KEY)
+    if basis == "rank":
         run["score"] = -run["rank"].astype("float64")
-    run = run.astype({"qid": str, "docno": str, "score": "float64"}).drop_duplicates(KEY)
     run = pt.model.add_ranks(run.sort_values("score", ascending=False, kind="stable")).sort_values(["qid", "rank"])
-    kept = [column for column in ("qid", "query", "docno", "text", "score", "rank") if column in run]
+    kept = [c for c in ("qid", "query", "docno", "text", "score", "rank") if run[c].notna().any()]
     return run[kept].reset_index(drop=True)
+
+
+def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
+    """A passage of a run, from a JSON object or the row of a table."""
+    record = {NAMES.get(name, name): value for name, value in record.items()}
+    ids = {name: key(record, name, where) for name in KEY}
+    values = {name: number(record, name, where) for name in ("score", "rank")}
+    return {"where": where} | ids | values | {name: record.get(name) for name in ("query", "text")}
 
 
 def read_qa(path: str | Path) -> pd.DataFrame:
@@ -168,27 +207,44 @@ def read_qa(path: str | Path) -> pd.DataFrame:
     answers and rank.
 
     path: JSON lines or one JSON array of records with question, answers, and ctxs, which have text and perhaps title
-    and id. Raises ValueError, with the number of the question, where one of these is missing.
+    and id. Raises ValueError, with the question's place, where one of these is missing.
     """
     rows = []
-    for number, record in enumerate(_json_lines(Path(path).expanduser())):
+    for position, (where, record) in enumerate(_records(Path(path).expanduser())):
         lacking = [field for field in ("question", "ctxs") if field not in record]
         answers = record.get("answers", record.get("answer"))
         if lacking or not answers:
-            raise ValueError(
-                f"{path}, question {number}: it has no {[*lacking, 'answers'][0]}; wanted question, answers and ctxs"
-            )
+            raise ValueError(f"{where}: it has no {[*lacking, 'answers'][0]}; wanted question, answers and ctxs")
         answers = [answers] if isinstance(answers, str) else list(answers)
+        qid = _key_or(record, ("id",), str(position), where)
         for rank, passage in enumerate(record["ctxs"]):
+            if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
+                raise ValueError(f"{where}: passage {rank} of ctxs has no text; wanted objects with a text")
             text = f"{passage['title']} {passage['text']}" if passage.get("title") else passage["text"]
-            docno = str(passage.get("id", passage.get("docno", f"{number}-{rank}")))
-            rows.append((str(record.get("id", number)), record["question"], docno, text, answers, rank))
+            docno = _key_or(passage, ("id", "docno"), f"{position}-{rank}", where)
+            rows.append((qid, record["question"], docno, text, answers, rank))
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "answers", "rank"])
 
 
+def _key_or(record: dict[str, Any], names: Sequence[str], default: str, where: str) -> str:
+    """The first id in these fields, else the default."""
+    name = next((name for name in names if record.get(name) is not None), None)
+    return default if name is None else key(record, name, where)
+
+
 def read_qrels(path: Path | None) -> pd.DataFrame | None:
-    """Judgements in TREC's format; None without a file."""
-    return None if path is None else pt.io.read_qrels(str(path))
+    """Judgements in TREC's format; None without a file. ValueError names the line that is none."""
+    if path is None:
+        return None
+    rows = []
+    for where, line in numbered_lines(path):
+        columns = line.split()
+        if len(columns) != 4 or not re.fullmatch(r"[+-]?\d+", columns[3]):
+            raise ValueError(
+                f"{where} is no judgement; wanted four columns, qid 0 docno label, the label a whole number"
+            )
+        rows.append((columns[0], columns[2], int(columns[3])))
+    return pd.DataFrame(rows, columns=["qid", "docno", "label"])
 
 
 def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
@@ -201,25 +257,46 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "rank"])
 
 
-def _joined(frame: pd.DataFrame, targets: pd.DataFrame) -> pd.DataFrame:
-    """The frame with the targets of its passages, NaN where there is none. Keys are compared as strings."""
-    value_of = {
-        (str(qid), str(docno)): target
-        for qid, docno, target in zip(*(targets[c] for c in [*KEY, "target"]), strict=True)
-    }
-    found = [value_of.get((str(qid), str(docno))) for qid, docno in zip(frame["qid"], frame["docno"], strict=True)]
-    return frame.assign(target=pd.array(found, dtype="Float64").to_numpy("float64", na_value=float("nan")))
+def _joined(frame: pd.DataFrame, given: pd.DataFrame, column: str, who: str) -> pd.DataFrame:
+    """The frame with the targets that a column of other rows gives its passages, NaN where there is none.
 
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        text = file.read()
-    try:
-        records = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.split("\n") if line.strip()]
+    Keys are compared as text; of a passage that stands twice the first row counts. ValueError for a column that is
+    missing, for a row without qid or docno, and for a target that is not finite.
+    """
+    missing = [name for name in (*KEY, column) if name not in given]
+    if missing:
+        raise ValueError(
+            f"no column {missing[0]!r} in {who}, which has {', '.join(map(str, given.columns))}; wanted qid, docno and"
+            f" {column}"
         )
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON lines: {error}") from error
-    return records
+    value_of: dict[tuple[str, str], float] = {}
+    for qid, docno, target in zip(given["qid"], given["docno"], numbers(given, column), strict=True):
+        if pd.isna(qid) or pd.isna(docno):
+            raise ValueError(
+                f"a row of {who} has qid {qid!r} and docno {docno!r}; wanted both. An id such as NA is kept by"
+                " pd.read_csv(..., dtype=str, keep_default_na=False)"
+            )
+        if not math.isfinite(target):
+            raise ValueError(f"no number for qid {qid!r}, docno {docno!r} in {who}, but {target}")
+        value_of.setdefault((str(qid), str(docno)), float(target))
+    found = [value_of.get((str(qid), str(docno))) for qid, docno in zip(frame["qid"], frame["docno"], strict=True)]
+    return frame.assign(target=pd.Series(found, index=frame.index, dtype="float64"))
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of JSON lines, or of one JSON array, each with its place."""
+    lines = numbered_lines(path)
+    first = next(lines, ("", ""))
+    if not first[1].lstrip().startswith("["):
+        yield from objects(chain([first], lines) if first[1] else [])
+        return
+    try:
+        records = json.loads("".join(line for _, line in chain([first], lines)))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON, or is cut short ({error})") from error
+    for position, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, record {position} is a {type(record).__name__}; wanted an object of named fields"
+            )
+        yield f"{path}, record {position}", record

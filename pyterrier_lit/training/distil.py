@@ -5,7 +5,9 @@ the student's recipe says. How a student learns stands in the module of this fol
 `pyterrier_lit.cross_encoder.CrossEncoder` learns as `pyterrier_lit.training.cross_encoder` says.
 """
 
+import copy
 import dataclasses
+import warnings
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,9 +18,9 @@ import ir_measures
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_lit.frames import rankings
+from pyterrier_lit.frames import Ranking, rankings
 from pyterrier_lit.reranker import Reranker, representation
-from pyterrier_lit.training.data import Teacher, with_labels, with_teacher
+from pyterrier_lit.training.data import Teacher, digest, judgements, with_labels, with_teacher
 from pyterrier_lit.training.trainer import Recipe, Settings, train
 
 FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings))
@@ -27,22 +29,42 @@ FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings
 class Training(pt.Estimator):
     """What FineTune and Distil share: in a pipeline they rank as their student does, which `fit` trains."""
 
-    log: pd.DataFrame
-
     def __init__(self, student: Reranker, *, recipe: str | Recipe | None = None, verbose: bool = True, **settings: Any):
         self.student = student
         self.recipe = recipe
         self.verbose = verbose
         self.settings = settings
+        self._logs: list[pd.DataFrame] = []  # of each `fit`, also of those by way of a copy that was compiled
+
+    @property
+    def log(self) -> pd.DataFrame:
+        """What the last `fit` measured, in a row for each step that was logged. AttributeError before the first."""
+        if not self._logs:
+            raise AttributeError(f"{type(self).__name__} has no log before it is fitted")
+        return self._logs[-1]
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """The frame as the student reranks it."""
+        """The frame as the student reranks it, with a warning if nothing was fitted."""
+        if len(inp) and not self._logs:
+            name = type(self).__name__
+            warnings.warn(
+                f"{name} has not been fitted: its student ranks with the weights that it came with. A pipeline's fit"
+                f" reaches the stages of a `>>` alone, and no {name} inside `+`, `**` or a cache; fit that one by"
+                " itself, on a result frame",
+                stacklevel=2,
+            )
         return self.student.transform(inp)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What the student puts in place of itself and a cutoff after it."""
+        """This with a student that stops at rank k, and the cutoff; None where the student gains nothing by that."""
         fuse = getattr(self.student, "fuse_rank_cutoff", None)
-        return fuse(k) if fuse else None
+        fused = fuse(k) if fuse else None
+        if fused is None:
+            return None
+        shorter = copy.copy(self)
+        shorter.student, cutoff = fused
+        pipeline: pt.Transformer = shorter >> cutoff
+        return pipeline
 
     def default_recipe(self, module: ModuleType) -> str:
         """The name of the recipe that is taken when none is named, from the student's training module."""
@@ -80,14 +102,15 @@ class Training(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train the student on result frames with the columns that it reads. `log` then holds what was measured, in a
-        row for each step that was logged.
+        """Train the student on result frames with the columns that it reads, from the weights that it has: a second
+        `fit` goes on from the first. `log` then holds what was measured.
 
-        With validation frames nDCG@10 is measured every `every` steps, and the student ends with the weights of the
-        best measurement. Raises what `chosen_recipe`, `data.with_labels`, `data.with_teacher` and `trainer.train`
-        raise, and ValueError where no list can be learned from.
+        With validation frames nDCG@10 is measured every `every` steps, as `pt.Experiment` does on these queries, and
+        the student ends with the weights of the best measurement. Raises what `chosen_recipe`, `data.with_labels`,
+        `data.with_teacher`, `validation` and `trainer.train` raise, and ValueError where no list can be learned from.
         """
         recipe, settings = self.chosen_recipe(), self.chosen_settings()
+        measured_on = self.validation(topics_or_res_va, qrels_va)
         objective = recipe.objective(self.student)
         frame = topics_or_res_tr
         if any("target" in columns for columns in objective.column_sets):
@@ -96,11 +119,37 @@ class Training(pt.Estimator):
         lists = objective.prepare(given)
         if not lists:
             raise ValueError(f"there is nothing to learn from in {len(given)} queries; {objective.wanted}")
-        validate = None
-        if topics_or_res_va is not None and qrels_va is not None:
-            validate = partial(ndcg_at_10, self.student, topics_or_res_va, qrels_va)
-        log = train(objective, lists, recipe, settings, described=repr(self.student), validate=validate)
-        self.log = pd.DataFrame(log)
+        described = self.described(given, measured_on) if settings.folder else {}
+        validate = partial(ndcg_at_10, self.student, *measured_on) if measured_on else None
+        self.student.hold_trained()
+        log = train(objective, lists, recipe, settings, described=described, validate=validate)
+        self._logs.append(pd.DataFrame(log))
+
+    def validation(
+        self, frame: pd.DataFrame | None, qrels: pd.DataFrame | None
+    ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+        """A validation frame and the judgements of its queries; None without either.
+
+        Raises ValueError for one without the other and for qrels that judge none of the passages relevant, and what the
+        student raises for a frame that it cannot read.
+        """
+        if frame is None and qrels is None:
+            return None
+        if frame is None or qrels is None:
+            raise ValueError("fit(topics, qrels, valid_topics, valid_qrels) has only one of the last two; wanted both")
+        rankings(frame, self.student.column_sets(), context=self)
+        return frame, judgements(frame, qrels)
+
+    def described(self, given: list[Ranking], measured_on: tuple[pd.DataFrame, pd.DataFrame] | None) -> dict[str, str]:
+        """What a training has in common with itself when it is started again."""
+        valid: list[Any] = []
+        if measured_on:
+            valid = [*rankings(measured_on[0], self.student.column_sets()), *measured_on[1].to_numpy().tolist()]
+        return {
+            "student": self.student.call(),
+            "digest of lists and targets": digest(given),
+            "digest of the validation": digest(valid),
+        }
 
     def apply_attributes(self, **changes: Any) -> "Training":
         """The same with other arguments or settings, as `pt.inspect.transformer_apply_attributes` asks for it."""
@@ -190,8 +239,8 @@ def training_module(student: pt.Transformer) -> ModuleType:
     )
 
 
-def ndcg_at_10(student: pt.Transformer, frame: pd.DataFrame, qrels: pd.DataFrame) -> float:
-    """nDCG@10 of a result frame as a student reranks it, over the queries that have judgements."""
-    run = student.transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
-    judged = qrels.rename(columns={"qid": "query_id", "docno": "doc_id", "label": "relevance"})
+def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> float:
+    """nDCG@10 of a result frame as a student reranks it, over its queries that have judgements (`data.judgements`)."""
+    run = student.in_its_dtype().transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
+    run = run[["query_id", "doc_id", "score"]].astype({"query_id": "str", "doc_id": "str"})
     return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])

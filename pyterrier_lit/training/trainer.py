@@ -9,13 +9,17 @@ Knows no frames, no texts and no rerankers.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import random
+import re
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,10 +30,15 @@ from torch import nn
 from pyterrier_lit.models.devices import choose_dtype
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
 MEASURE = "nDCG@10"  # what `validate` measures, in the log
-STARTED_WITH = "training.json"  # in the folder of a training: the recipe, the seed and the student it was started with
+STARTED_WITH = "training.json"  # in the folder of a training: the recipe, the seed and what else it was started with
+WHOLE = "whole.json"  # in a saved state, written last: the size of each of its files
+WEIGHTS = "digest of the starting weights"  # its name there
+# Networks that learn with a folder, and the digest of the weights they had before: a training that was stopped may
+# resume in the same process, where they have moved
+_began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
 Log = list[
     dict[str, float]
@@ -42,7 +51,7 @@ class Settings:
 
     Args:
         folder: where the state is saved; a training that was killed resumes from there when it is started again in the
-            same way. None saves nothing.
+            same way: by the same recipe, with the same data, from the same weights. None saves nothing.
         every: steps between saved states, and between measurements on validation frames. None is a tenth of all steps.
         patience: stop after this many measurements in a row without a better nDCG@10. None never stops early.
         seed: fixes the order of the lists and everything that is sampled.
@@ -137,7 +146,7 @@ def train(
     recipe: Recipe,
     settings: Settings | None = None,
     *,
-    described: str = "",
+    described: Mapping[str, str] | None = None,
     validate: Callable[[], float] | None = None,
 ) -> Log:
     """Train the objective's network in place, and return what was measured on the way.
@@ -145,15 +154,15 @@ def train(
     Args:
         lists: what `objective.prepare` returned.
         settings: None takes the defaults of `Settings`.
-        described: which student this is; a training in `settings.folder` only resumes for the same one.
+        described: by name, what else a training in `settings.folder` must share to be resumed, such as a digest of the
+            data.
         validate: measures the network, higher is better. It is called every `settings.every` steps, and the network
             ends with the weights of the best measurement.
 
     Raises ValueError for no lists, for a batch_size that is no multiple of micro_batch times the devices, for less than
-    one step, and for a folder that holds a training with another recipe, seed or `described`.
+    one step, and for a folder that holds a training with another recipe, seed, `described` or starting weights.
     """
     from transformers import TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     settings = settings or Settings()
     device = device_of(objective.network)
@@ -164,10 +173,14 @@ def train(
         _float32_in_training_mode(objective.network),
         _eager_attention_on_cpu(objective.network),
     ):
-        folder = _claim(settings, recipe, described) if settings.folder else Path(temporary)
+        folder = Path(temporary)
+        if settings.folder:
+            folder = Path(settings.folder).expanduser().absolute()
+            started = {"recipe": repr(recipe), "seed": settings.seed, **(described or {})}
+            _claim(folder, started | {WEIGHTS: _starting_weights(objective.network, folder)})
         one_gpu = _one_gpu(TrainingArguments(output_dir=str(folder), **arguments))
         loop = _loop(objective, examples, one_gpu, validate, settings.patience)
-        loop.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        loop.train(resume_from_checkpoint=_last_whole(folder))
     return _log(loop.state.log_history)
 
 
@@ -237,20 +250,71 @@ def _steps(n_lists: int, recipe: Recipe) -> int:
     return steps
 
 
-def _claim(settings: Settings, recipe: Recipe, described: str) -> Path:
-    """The folder of a training, if it is new or holds a training that was started in the same way."""
-    folder = Path(str(settings.folder)).expanduser()
-    started = {"recipe": repr(recipe), "seed": settings.seed, "of": described}
+# The folder of a training
+
+
+def _claim(folder: Path, started: dict[str, Any]) -> None:
+    """Take a folder, which holds no saved state, or that of a training which was started in the same way."""
     file = folder / STARTED_WITH
-    if file.exists() and (held := json.loads(file.read_text(encoding="utf-8"))) != started:
-        name = next(name for name in started if held.get(name) != started[name])
-        raise ValueError(
-            f"{folder} holds a training with another {name}: {held.get(name)}, now {started[name]}; give another"
-            " folder, or delete it"
-        )
+    if _last_whole(folder) and file.exists():
+        held = json.loads(file.read_text(encoding="utf-8"))
+        name = next((name for name in started if held.get(name) != started[name]), None)
+        if name is not None:
+            raise ValueError(
+                f"{folder} holds a training with another {name}: {held.get(name)}, now {started[name]}; give another"
+                " folder, or delete it"
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(started, indent=2) + "\n", encoding="utf-8")
-    return folder
+    written = file.with_name(f"{STARTED_WITH}.{os.getpid()}")
+    written.write_text(json.dumps(started, indent=2) + "\n", encoding="utf-8")
+    written.replace(file)
+
+
+def _starting_weights(network: nn.Module, folder: Path) -> str:
+    """The digest of a network's weights, or if it already learns with this folder of those it had before."""
+    before = _began.get(network)
+    if before is None or before[0] != folder or not _last_whole(folder):
+        before = _began[network] = folder, digest(network)
+    return before[1]
+
+
+def digest(network: nn.Module) -> str:
+    """What tells the weights of a network from others."""
+    found = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def _last_whole(folder: Path) -> str | None:
+    """The last saved state in a folder that is complete: a process may have been killed while it wrote the last."""
+    states = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    whole = [path for path in states if _is_whole(path)]
+    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        sizes = json.loads((state / WHOLE).read_text(encoding="utf-8"))
+        return all((state / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _keeper() -> "TrainerCallback":
+    """Notes in each saved state, when all else is written, what belongs to it."""
+    from transformers import TrainerCallback
+
+    class Keeper(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if state.is_world_process_zero:
+                files = [file for file in saved.rglob("*") if file.is_file() and file.name != WHOLE]
+                sizes = {file.relative_to(saved).as_posix(): file.stat().st_size for file in files}
+                (saved / WHOLE).write_text(json.dumps(sizes), encoding="utf-8")
+
+    return Keeper()
 
 
 # Loop
@@ -294,11 +358,20 @@ class NetworkWithLoss(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """Each tensor once, also where a network shares some: safetensors refuses two names for one tensor."""
-        kept: dict[tuple[int, torch.Size], str] = {}
         found = super().state_dict(*args, **kwargs)
-        for name, tensor in found.items():
-            kept.setdefault((tensor.data_ptr(), tensor.shape), name)
-        return {name: found[name] for name in kept.values()}
+        return {name: found[name] for name in _first_names(found).values()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What `state_dict` gave, for all names."""
+        first = _first_names(super().state_dict())
+        given = {name: state_dict[first[name]] for name in first if first[name] in state_dict}
+        return super().load_state_dict({**state_dict, **given}, *args, **kwargs)
+
+
+def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For each name of a tensor the first name that it has."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    return {name: first.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}
 
 
 def _as_argument(collate: Callable[[list[Any]], Any], examples: list[Any]) -> dict[str, SimpleNamespace]:
@@ -322,9 +395,7 @@ def _loop(
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             assert validate is not None  # eval_strategy is "no" without it
             self.model.eval()
-            with torch.no_grad(), self.accelerator.autocast():
-                measured = validate()
-            self.model.train()
+            measured = validate()
             self.log({MEASURE: measured})
             metrics = {f"eval_{MEASURE}": measured}
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -339,7 +410,7 @@ def _loop(
         data_collator=partial(_as_argument, objective.collate),
         eval_dataset=[] if validate else None,
         optimizers=(optimizer, None),
-        callbacks=[transformers.EarlyStoppingCallback(patience)] if patience and validate else None,
+        callbacks=[_keeper(), *([transformers.EarlyStoppingCallback(patience)] if patience and validate else [])],
     )
     loop.remove_callback(transformers.PrinterCallback)
     return loop
@@ -370,15 +441,36 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
             enable({"use_reentrant": False})
 
 
+def _disable_gradient_checkpointing(network: nn.Module) -> None:
+    """The reverse of `enable_gradient_checkpointing`, with the hook that it leaves, which cannot be pickled."""
+    for module in network.modules():
+        if getattr(module, "supports_gradient_checkpointing", False):
+            disable: Any = (
+                getattr(module, "activation_checkpointing_disable", None) or module.gradient_checkpointing_disable
+            )
+            disable()
+        if hasattr(module, "_require_grads_hook"):
+            module.disable_input_require_grads()  # type: ignore[operator]
+
+
 @contextlib.contextmanager
 def _float32_in_training_mode(network: nn.Module) -> Iterator[None]:
-    """Weights in float32 and dropout on; afterwards the network has its device and dtype again, and dropout is off."""
-    device, dtype = device_of(network), next(network.parameters()).dtype
+    """All in float32 and dropout on; afterwards the network has its device and each tensor its dtype again, dropout is
+    off, and nothing is left of gradient checkpointing."""
+    device = device_of(network)
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(network)}
     try:
         network.float().train()
         yield
     finally:
-        network.to(device, dtype).eval()
+        network.to(device).eval()
+        _disable_gradient_checkpointing(network)
+        for name, tensor in _tensors(network):
+            tensor.data = tensor.data.to(dtypes[name])
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(network.named_parameters(), network.named_buffers())
 
 
 @contextlib.contextmanager
