@@ -28,6 +28,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     # Ground floor: one idea each
     "frames": set(),
     "order": set(),
+    "signals": set(),
     "windows": set(),
     "batching": set(),
     "decoding": set(),
@@ -68,7 +69,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
         for face in FACES
     },
     # Fourth floor
-    "scale": {"frames", "reranker"},
+    "scale": {"frames", "reranker", "signals"},
     "__main__": {"pyterrier_lit", "files.candidates", "files.rerankers", "files.runs", "files.tirex", "reranker"}
     | {"training", "training.data"},
     "__init__": set(FACES),
