@@ -1,5 +1,6 @@
 """Result frame -> queries and columns of passages -> result frame. Rerankers meet pandas here alone. Knows no model."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,6 +102,12 @@ def _read(
         column: _strings(rows, column) if kind is str else rows[column].tolist() for column, kind in column_set.items()
     }
     values["docno"] = rows["docno"].tolist()
+    if any(query.startswith("applypipeline:") for query in queries):
+        warnings.warn(
+            "a query begins with 'applypipeline:', which is Terrier's query language (RM3 and Bo1 write it), and the"
+            " model reads it so: put pt.rewrite.reset() between query expansion and reranker",
+            stacklevel=4,
+        )
     lists = _lists(rows)
     columns = {column: [[cells[row] for row in ranking] for ranking in lists] for column, cells in values.items()}
     return rows, lists, _of_each(queries, rows, lists), columns

@@ -297,12 +297,11 @@ def _ray() -> Any:
 
 
 def _ray_started() -> Any:
-    """Ray, started here if it is not; a JVM in this process keeps the signals that it needs."""
+    """Ray, started here if it is not; a JVM in this process gets its signals back."""
     ray = _ray()
     if not ray.is_initialized():
-        with signals.kept():
-            ray.init()
-    if signals.jvm() and (TAKES_SIGNALS or not signals.back_to_java()):
+        ray.init()
+    if signals.jvm() and (not signals.back_to_java() or TAKES_SIGNALS):
         warnings.warn(
             "Java and Ray run in one process, and Ray takes signals that Java needs, in ray.shutdown() at the latest:"
             " the process may die. Import pyterrier_lit.scale before ray, and let Distributed start it",
