@@ -1,8 +1,9 @@
 """The README's first command: BM25 against BM25 and each reranker on a real collection, as a table and a chart.
 
-python experiments/quickstart.py                                          Python's own documentation python
-experiments/quickstart.py --collection FOLDER --model NAME         docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
-python experiments/quickstart.py --collection irds:vaswani --model NAME
+quickstart.py                                           Python's own documentation
+quickstart.py --collection FOLDER --model NAME          docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
+quickstart.py --collection irds:vaswani --model NAME    ir_datasets' id
+quickstart.py --first-stage terrier                     Terrier in place of PISA; needs Java
 """
 
 import argparse

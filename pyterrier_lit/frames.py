@@ -128,9 +128,10 @@ def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) ->
     for ranking in lists:
         differing = next((queries[row] for row in ranking if queries[row] != queries[ranking[0]]), None)
         if differing is not None:
+            expanded = ", or put pt.rewrite.reset() after query expansion" if "query_0" in rows else ""
             raise ValueError(
                 f"qid {rows.at[ranking[0], 'qid']!r} has two queries, {queries[ranking[0]]!r} and {differing!r}; give"
-                " each its own qid"
+                f" each its own qid{expanded}"
             )
     return [queries[ranking[0]] for ranking in lists]
 

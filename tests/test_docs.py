@@ -290,9 +290,22 @@ def is_pipeline(value):
 
 @pytest.mark.parametrize("some", of("bash"))
 def test_shell_blocks_run_or_are_known(some, substitutes, monkeypatch):
+    run_shell(some, substitutes, monkeypatch)
+
+
+@pytest.mark.terrier
+@pytest.mark.parametrize("some", [page for page in of("bash") if any("terrier\n" in it.text for it in page.values[0])])
+def test_commands_that_name_terrier_run_with_it(some, java, substitutes, monkeypatch, capsys):
+    run_shell(some, substitutes, monkeypatch, with_java=True)
+    assert "BM25 (Terrier) >> CrossEncoder" in capsys.readouterr().out
+
+
+def run_shell(some, substitutes, monkeypatch, with_java=False):
     monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
     for block in some:
         for number, words in enumerate(commands(block)):
+            if ("terrier" in words) != with_java:
+                continue
             cwd = substitutes / f"{block.line}-{number}"
             cwd.mkdir()
             lay_out(cwd)

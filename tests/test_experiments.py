@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -130,15 +129,6 @@ def test_the_quickstart_names_a_folder_that_is_no_collection(tmp_path):
     done = quickstart("--collection", tmp_path, cwd=tmp_path)
     assert done.returncode != 0
     assert "is not a collection: it lacks queries.tsv, qrels.txt, docs.jsonl[.gz]" in done.stderr
-
-
-@pytest.mark.terrier
-def test_the_quickstart_takes_terrier(java, folder, cross_encoder_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    arguments = f"--collection {folder} --model {cross_encoder_folder} --first-stage terrier".split()
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", *arguments])
-    runpy.run_path(str(EXPERIMENTS / "quickstart.py"), run_name="__main__")
-    assert "BM25 (Terrier) >> CrossEncoder" in capsys.readouterr().out
 
 
 @pytest.mark.terrier
