@@ -7,13 +7,15 @@ BIN = $(VENV)/bin
 demo: $(VENV)/ready  ## BM25, and the four rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
 
-test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow
+test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow; those of Terrier in a process of their own
 	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest -m terrier -p no:faulthandler
 
 test-lowest:  ## the same with the lowest versions that pyproject.toml allows, in an environment of its own (6.5 GB with CUDA's libraries)
 	$(PYTHON) -m venv --clear build/lowest
 	build/lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[demo,test]'
 	build/lowest/bin/python -m pytest --numprocesses auto
+	build/lowest/bin/python -m pytest -m terrier -p no:faulthandler
 
 slow: $(VENV)/ready  ## the tests marked slow, without the fuzzing
 	$(BIN)/python -m pytest -m slow --ignore tests/test_fuzz.py
@@ -39,10 +41,11 @@ style: $(VENV)/ready
 types: $(VENV)/ready  ## mypy, strict
 	$(BIN)/mypy
 
-wheel: $(VENV)/ready  ## build the wheel, install it alone in a new environment, import it from there
+wheel: $(VENV)/ready  ## build the wheel, install it alone in a new environment, import it from there, rerank after Terrier where Java is
 	rm -rf build dist && $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv --clear build/alone && build/alone/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && alone/bin/python -c "import pyterrier_lit; print(pyterrier_lit.__file__, pyterrier_lit.CrossEncoder())"
+	cd build && alone/bin/python ../tests/jars.py
 
 image:  ## the Dockerfile's steps in a new environment, from the files that git knows, on the CPU and without the container
 	rm -rf build/image && mkdir -p build/image/source && git ls-files -z | xargs -0 cp --parents --target-directory build/image/source

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,17 @@ def bm25(collection: corpora.Collection, folder: Path, depth: int, overwrite: bo
         retriever = index.bm25(num_results=depth, k1=0.9, b=0.4)
         retriever.search("warm up")  # PISA computes its score bounds on first use, aloud
     return retriever
+
+
+def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite: bool = False) -> pt.Transformer:
+    """Terrier's BM25 with the settings of PISA's (k1 = 0.9, b = 0.4; Porter's first stemmer) over an index in `folder`,
+    made where there is none or to overwrite it. Needs Java."""
+    if overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    index = pt.terrier.TerrierIndex(str(folder))
+    if not index.built():
+        index.indexer(meta={"docno": 200}).index(collection.get_corpus_iter())
+    return pt.rewrite.tokenise() >> index.bm25(num_results=depth, k1=0.9, b=0.4) >> pt.rewrite.reset()
 
 
 def cached(stage: pt.Transformer, folder: Path) -> pt.Transformer:

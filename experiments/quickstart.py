@@ -1,13 +1,15 @@
 """The README's first command: BM25 against BM25 and each reranker on a real collection, as a table and a chart.
 
-python experiments/quickstart.py                                          Python's own documentation python
-experiments/quickstart.py --collection FOLDER --model NAME         docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
-python experiments/quickstart.py --collection irds:vaswani --model NAME
+quickstart.py                                           Python's own documentation
+quickstart.py --collection FOLDER --model NAME          docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
+quickstart.py --collection irds:vaswani --model NAME    ir_datasets' id
+quickstart.py --first-stage terrier                     Terrier in place of PISA; needs Java
 """
 
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -30,6 +32,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--collection", default="python-docs", help="python-docs, a folder, or irds:ID")
     parser.add_argument("--model", help="a cross-encoder: hub id or folder; default: the project's small checkpoints")
+    parser.add_argument(
+        "--first-stage", choices=["pisa", "terrier"], default="pisa", help="whose BM25; terrier needs Java"
+    )
     parser.add_argument("--depth", type=int, default=100, help="passages reranked per query")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results.png and results.json")
     measured.add_option(parser)
@@ -73,10 +78,16 @@ def rerankers(model: str | None) -> list[Reranker]:
 def first_stage(
     collection: corpora.Collection, held_out: str | None, arguments: argparse.Namespace
 ) -> tuple[str, pt.Transformer]:
-    """The collection's own run if it has one, else PISA BM25 (k1 = 0.9, b = 0.4, Porter2) over an index made now."""
+    """The collection's own run if it has one, else BM25 (k1 = 0.9, b = 0.4) over an index made now, PISA's or
+    Terrier's."""
     if collection.run is not None:
         return "run.txt", pt.Transformer.from_df(collection.get_results(held_out))
-    print(f"indexing {collection.name} with PISA")
+    if arguments.first_stage == "terrier":
+        print(f"indexing {collection.name} with Terrier")
+        index = arguments.output / "index.terrier"
+        return "BM25 (Terrier)", first_stages.terrier(collection, index, arguments.depth, overwrite=True)
+    other = "; --first-stage terrier takes Terrier" if shutil.which("java") else ""
+    print(f"indexing {collection.name} with PISA{other}")
     return "BM25", first_stages.bm25(collection, arguments.output / "index.pisa", arguments.depth, overwrite=True)
 
 

@@ -1,5 +1,6 @@
 """Result frame -> queries and columns of passages -> result frame. Rerankers meet pandas here alone. Knows no model."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,12 @@ def _read(
         column: _strings(rows, column) if kind is str else rows[column].tolist() for column, kind in column_set.items()
     }
     values["docno"] = rows["docno"].tolist()
+    if any(query.startswith("applypipeline:") for query in queries):
+        warnings.warn(
+            "a query begins with 'applypipeline:', which is Terrier's query language (RM3 and Bo1 write it), and the"
+            " model reads it so: put pt.rewrite.reset() between query expansion and reranker",
+            stacklevel=4,
+        )
     lists = _lists(rows)
     columns = {column: [[cells[row] for row in ranking] for ranking in lists] for column, cells in values.items()}
     return rows, lists, _of_each(queries, rows, lists), columns
@@ -150,9 +157,10 @@ def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) ->
     for ranking in lists:
         differing = next((queries[row] for row in ranking if queries[row] != queries[ranking[0]]), None)
         if differing is not None:
+            expanded = ", or put pt.rewrite.reset() after query expansion" if "query_0" in rows else ""
             raise ValueError(
                 f"qid {rows.at[ranking[0], 'qid']!r} has two queries, {queries[ranking[0]]!r} and {differing!r}; give"
-                " each its own qid"
+                f" each its own qid{expanded}"
             )
     return [queries[ranking[0]] for ranking in lists]
 

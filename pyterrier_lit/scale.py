@@ -1,15 +1,20 @@
 """The same reranker on many processes, GPUs or machines, by Ray. Knows queries and columns of passages: no model."""
 
 import copy
+import gc
+import os
+import sys
 import threading
+import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pandas as pd
 import pyterrier as pt
 
+from pyterrier_lit import signals
 from pyterrier_lit.frames import Columns, rerank
 from pyterrier_lit.reranker import Reranker
 
@@ -18,6 +23,11 @@ READ = 2_048  # characters of a passage that count: models read no more than its
 SMALLEST, LARGEST = 32_768, 1_000_000  # tokens of a shard: some full batches, and what fits into memory several times
 IN_FLIGHT = 2  # shards that a worker has: one in work, one waiting
 ATTEMPTS = 3  # workers that may die over one shard, or while they load
+PATIENCE = 30  # seconds to wait for room that others hold
+
+# Beside a JVM: Ray reads this when it is imported, and would take the JVM's signals in ray.shutdown()
+TAKES_SIGNALS = "ray" in sys.modules and "RAY_DISABLE_FAILURE_SIGNAL_HANDLER" not in os.environ
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 
 class Distributed(pt.Transformer):
@@ -25,8 +35,7 @@ class Distributed(pt.Transformer):
 
     Args:
         reranker: any reranker of this package. The workers load its checkpoint themselves (on a cluster: a hub id, or a
-            folder that all machines see); weights that are loaded or trained here go along. After more training call
-            `close`.
+            folder that all machines see); weights that are loaded or trained here go along.
         num_workers: copies of the model.
         num_gpus: GPUs of each; leave the reranker's device=None, which is the worker's own.
         num_cpus: cores of each, and threads.
@@ -38,7 +47,9 @@ class Distributed(pt.Transformer):
 
     Results are those of the reranker: its own `transform` reads, checks and ranks the frame here, and only its scoring
     runs elsewhere. Float scores may differ in the last bits, as between other batches. `% k` fuses as into the
-    reranker. Workers start on first use and stay until `close`, or until this object and its copies are gone.
+    reranker. Workers start on first use and stay until `close`, or until this object and its copies are gone. They
+    belong to one reranker and its weights: copies share them, and one whose reranker has others gets workers of its
+    own, as after more training.
     """
 
     schematic: ClassVar[dict[str, str]] = {"label": "Distributed"}
@@ -64,7 +75,11 @@ class Distributed(pt.Transformer):
         self.pool = Pool()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """What the reranker returns. ImportError without Ray; RuntimeError where workers keep dying."""
+        """What the reranker returns.
+
+        ImportError without Ray, ValueError where no machine has room for a worker, RuntimeError where others hold that
+        room, where workers keep dying, or where `close` is called meanwhile.
+        """
         reranker = self.reranker
         return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
 
@@ -89,15 +104,29 @@ class Distributed(pt.Transformer):
             for shard in shards
         ]
         results: dict[str, list[Any]] = {}
-        workers = (self.num_workers, self.num_gpus, self.num_cpus)
+        pool, wanted = self.started()
         with pt.tqdm(total=len(queries), unit="query", desc="Distributed", disable=not self.verbose) as bar:
-            for number, found in self.pool.run(self.reranker, workers, calls):
+            for number, found in pool.run(calls, wanted):
                 for column, values in found.items():
                     whole = results.setdefault(column, [None] * len(queries))
                     for i, value in zip(shards[number], values, strict=True):
                         whole[i] = value
                 bar.update(len(shards[number]))
         return results
+
+    def started(self) -> tuple["Pool", "Wanted"]:
+        """The workers for the reranker as it is now, which are there or start, and what they are started for."""
+        job = _ray_started().get_runtime_context().get_job_id()
+        wanted = Wanted(self.reranker, self.num_workers, self.num_gpus, self.num_cpus, job)
+        while True:
+            pool = self.pool
+            with pool.lock:
+                if pool.wanted is None:
+                    pool.start(wanted)
+                if pool.wanted == wanted:
+                    return pool, pool.wanted
+                if self.pool is pool:
+                    self.pool = Pool()  # of our own: copies go on with theirs
 
     def __repr__(self) -> str:
         reranker, *others = pt.inspect.transformer_attributes(self)
@@ -149,25 +178,50 @@ class Worker:
         return self.reranker.results(queries, columns)
 
 
+class Wanted:
+    """What workers are started for: a reranker with its weights, so many, the GPUs and cores of each, and this job of
+    Ray's. Equal for rerankers that differ in what goes along with each call.
+    """
+
+    def __init__(self, reranker: Reranker, workers: int, num_gpus: float, num_cpus: float, job: str):
+        self.reranker, self.workers = reranker, workers
+        self.each = {kind: n for kind, n in (("GPU", num_gpus), ("CPU", num_cpus)) if n}
+        heavy = [value for name, value in _arguments(reranker).items() if not _is_light(reranker, name, value)]
+        self.key = [job, workers, num_gpus, num_cpus, type(reranker), *heavy, *_weights(reranker)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Wanted) and len(self.key) == len(other.key) and all(map(_same, self.key, other.key))
+
+
 class Pool:
-    """The workers of a `Distributed` and its copies. They are replaced when they die and when the reranker changed."""
+    """The workers of a `Distributed` and its copies, for one reranker with its weights."""
 
     _make: Callable[[], Any]  # starts a worker
 
     def __init__(self) -> None:
         self.workers: list[Any] = []
-        self._lock = threading.RLock()
-        self._made_for: tuple[Any, ...] | None = None
+        self.wanted: Wanted | None = None  # what the workers are for, once they are started
+        self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Pool, ()  # a pickle starts workers of its own
 
-    def run(
-        self, reranker: Reranker, workers: tuple[int, float, float], asked: Sequence[Callable[[], tuple[Any, ...]]]
-    ) -> Iterator[tuple[int, Any]]:
-        """Yield (number, answer) of each call as it is done. The arguments of a call are made when a worker is free."""
+    def start(self, wanted: Wanted) -> None:
+        """Start the workers, as many as there is room for. ValueError or RuntimeError where there is none."""
         ray = _ray()
-        self._start(reranker, workers)
+        n = _placeable(ray, wanted)
+        quiet = copy.copy(wanted.reranker)
+        quiet.verbose = False
+        held = ray.put(quiet)
+        actor = ray.remote(Worker).options(num_gpus=wanted.each.get("GPU", 0), num_cpus=wanted.each.get("CPU", 0))
+        self._make = lambda: actor.remote(held)
+        self.workers, self.wanted = [self._make() for _ in range(n)], wanted
+
+    def run(self, asked: Sequence[Callable[[], tuple[Any, ...]]], wanted: Wanted) -> Iterator[tuple[int, Any]]:
+        """Yield (number, answer) of each call as it is done, by workers that were started for `wanted`. The arguments
+        of a call are made when a worker is free.
+        """
+        ray = _ray()
         waiting = deque(range(len(asked)))
         # Of each call its worker, and the number of what was asked: None while it loads the model
         pending: dict[Any, tuple[Any, int | None]] = {}
@@ -175,7 +229,7 @@ class Pool:
         known: list[Any] = []
 
         def admit() -> None:
-            for worker in self.workers:
+            for worker in self._living(wanted):
                 if not any(worker is other for other in known):
                     known.append(worker)
                     pending[worker.load.remote()] = worker, None
@@ -188,10 +242,12 @@ class Pool:
                 try:
                     answer = ray.get(done)
                 except ray.exceptions.RayTaskError as error:
+                    if number is None:
+                        self.stop()  # without a model they hold room for nothing
                     raise error.cause from error
                 except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                     deaths[number] += 1
-                    if deaths[number] == ATTEMPTS * (1 if number is not None else len(self.workers)):
+                    if deaths[number] == ATTEMPTS * (1 if number is not None else len(self._living(wanted))):
                         raise RuntimeError(
                             f"{deaths[number]} workers of Ray died"
                             f" {'as they loaded the model' if number is None else 'over the same queries'}; Ray says:"
@@ -199,7 +255,7 @@ class Pool:
                         ) from error
                     if number is not None:
                         waiting.appendleft(number)
-                    self._replace(worker)
+                    self._replace(worker, wanted)
                     admit()
                     continue
                 while waiting and sum(worker is other for other, _ in pending.values()) < IN_FLIGHT:
@@ -214,43 +270,21 @@ class Pool:
 
     def stop(self) -> None:
         """Kill all workers."""
-        with self._lock:
-            for worker in self.workers:
-                _ray().kill(worker)
-            self.workers, self._made_for = [], None
+        with self.lock:
+            workers, self.workers, self.wanted = self.workers, [], None
+        for worker in workers:
+            _ray().kill(worker)
 
-    def _start(self, reranker: Reranker, workers: tuple[int, float, float]) -> None:
-        ray = _ray()
-        if not ray.is_initialized():
-            ray.init()
-        n, num_gpus, num_cpus = workers
-        heavy = tuple(value for name, value in _arguments(reranker).items() if not _is_light(reranker, name, value))
-        wanted = ray.get_runtime_context().get_job_id(), workers, type(reranker), heavy, reranker.in_memory()
-        with self._lock:
-            if self._made_for is not None and all(
-                a is b or a == b for a, b in zip(wanted, self._made_for, strict=True)
-            ):
-                return
-            if self._made_for is not None and self._made_for[0] == wanted[0]:
-                self.stop()
-            there = ray.cluster_resources()
-            for kind, each in (("CPU", num_cpus), ("GPU", num_gpus)):
-                if n * each > there.get(kind, 0):
-                    warnings.warn(
-                        f"num_workers={n} want {n * each:g} {kind}s and Ray has {there.get(kind, 0):g}: some will not"
-                        " start",
-                        stacklevel=2,
-                    )
-            quiet = copy.copy(reranker)
-            quiet.verbose = False
-            held = ray.put(quiet)
-            actor = ray.remote(Worker).options(num_gpus=num_gpus, num_cpus=num_cpus)
-            self._make = lambda: actor.remote(held)
-            self.workers, self._made_for = [self._make() for _ in range(n)], wanted
+    def _living(self, wanted: Wanted) -> list[Any]:
+        """The workers. RuntimeError where those that were started for `wanted` are gone."""
+        with self.lock:
+            if self.wanted is not wanted:
+                raise RuntimeError("the workers were closed while they ranked; call again")
+            return self.workers
 
-    def _replace(self, dead: Any) -> None:
-        with self._lock:
-            self.workers = [self._make() if worker is dead else worker for worker in self.workers]
+    def _replace(self, dead: Any, wanted: Wanted) -> None:
+        with self.lock:
+            self.workers = [self._make() if worker is dead else worker for worker in self._living(wanted)]
         _ray().kill(dead)
 
 
@@ -260,6 +294,64 @@ def _ray() -> Any:
     except ImportError as error:
         raise ImportError("Distributed needs Ray: pip install 'pyterrier-lit[ray]'") from error
     return ray
+
+
+def _ray_started() -> Any:
+    """Ray, started here if it is not; a JVM in this process gets its signals back."""
+    ray = _ray()
+    if not ray.is_initialized():
+        ray.init()
+    if signals.jvm() and (not signals.back_to_java() or TAKES_SIGNALS):
+        warnings.warn(
+            "Java and Ray run in one process, and Ray takes signals that Java needs, in ray.shutdown() at the latest:"
+            " the process may die. Import pyterrier_lit.scale before ray, and let Distributed start it",
+            stacklevel=2,
+        )
+    return ray
+
+
+def _placeable(ray: Any, wanted: Wanted) -> int:
+    """How many of the workers find room, waiting a while where others hold all of it."""
+    machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+    each = _words(wanted.each)
+    room = [
+        min((int(there.get(kind, 0) / n + 1e-6) for kind, n in wanted.each.items()), default=wanted.workers)
+        for there in machines
+    ]
+    if not any(room):
+        there = "; ".join(_words({kind: machine.get(kind, 0) for kind in wanted.each}) for machine in machines)
+        raise ValueError(f"a worker wants {each}, and Ray's machines have {there}; give less as num_gpus or num_cpus")
+    until = time.monotonic() + PATIENCE
+    while any(ray.available_resources().get(kind, 0) < n for kind, n in wanted.each.items()):
+        gc.collect()  # workers of a Distributed that nobody can reach any more
+        if time.monotonic() > until:
+            raise RuntimeError(
+                f"a worker wants {each}, and others hold all that Ray has: {_words(ray.cluster_resources())}; close"
+                " another Distributed, or give num_workers, num_gpus and num_cpus that fit beside it"
+            )
+        time.sleep(0.5)
+    if sum(room) < wanted.workers:
+        warnings.warn(
+            f"num_workers={wanted.workers} want {each} each, and Ray has room for {sum(room)}: going on with these",
+            stacklevel=2,
+        )
+    return min(sum(room), wanted.workers)
+
+
+def _words(resources: dict[str, float]) -> str:
+    return " and ".join(f"{resources[kind]:g} {kind}" for kind in ("GPU", "CPU") if kind in resources)
+
+
+def _weights(reranker: Reranker) -> tuple[Any, int]:
+    """The weights that are in memory, and how often a training has changed them."""
+    checkpoint = reranker.in_memory()
+    network = getattr(checkpoint, "__dict__", {}).get("network")
+    tensors = [] if network is None else network.parameters()
+    return checkpoint, sum(tensor._version for tensor in tensors if not tensor.is_inference())
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, Hashable) and bool(a == b))
 
 
 def _of(columns: Columns, shard: list[int]) -> Columns:

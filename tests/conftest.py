@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
+import jars
 import pandas as pd
 import pyterrier as pt
 import pytest
@@ -39,6 +40,12 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:neither the name nor the config of:UserWarning")  # true of golden
+
+
+def pytest_runtest_setup(item):
+    """Tests of Terrier are run when they alone are asked for."""
+    if item.get_closest_marker("terrier") and item.config.option.markexpr != "terrier":
+        pytest.skip("Java stays in the process that it starts in: run pytest -m terrier")
 
 
 class Known(NamedTuple):
@@ -177,3 +184,12 @@ def shared():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def java(tmp_path_factory):
+    """Terrier in this process, without a network. Skips where there is no Java, or no jars."""
+    reason = jars.start(tmp_path_factory.mktemp("pyterrier"))
+    if reason is not None:
+        pytest.skip(reason)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as pt_docs/bad_input.rst tells

@@ -142,7 +142,9 @@ def names(electra, backbone, tmp_path_factory):
 @pytest.fixture
 def substitutes(monkeypatch, tmp_path, collection, names):
     """The working directory of a reader; hub, Terrier, TIRA and long trainings replaced by what is small and here."""
+    import encoders
     import pyterrier_dr
+    import pyterrier_splade
     from tira import third_party_integrations as tira
     from tira.rest_api_client import Client
 
@@ -161,6 +163,8 @@ def substitutes(monkeypatch, tmp_path, collection, names):
     monkeypatch.setattr(pt, "get_dataset", lambda name: get_dataset(f"irds:{collection}"))
     monkeypatch.setattr(ir_datasets, "load", lambda name: load(collection))
     monkeypatch.setattr(pt.terrier.Retriever, "from_dataset", lambda *_, **__: first_stage())
+    splade = encoders.splade("stand-in")
+    monkeypatch.setattr(pyterrier_splade, "Splade", lambda name: splade)
     monkeypatch.setattr(pyterrier_dr, "SBertBiEncoder", lambda name: encoder(str(names[name]), device="cpu"))
     monkeypatch.setattr(tira, "load_rerank_data", lambda name: rerank_data(str(tmp_path / "INPUT")))
     monkeypatch.setattr(Client, "__init__", lambda self: None)
@@ -197,7 +201,7 @@ def lay_out(folder):
         write_jsonl(folder / name, rows)
     for name in ("docs.jsonl.gz", "FOLDER/docs.jsonl.gz"):
         write_jsonl(folder / name, docs)
-    for name in ("bm25.txt", "rankzephyr.run", "FOLDER/run.txt"):
+    for name in ("bm25.txt", "run.txt", "rankzephyr.run", "FOLDER/run.txt"):
         (folder / name).write_text(run)
     for name in ("queries.tsv", "FOLDER/queries.tsv"):
         (folder / name).write_text("".join(f"{qid}\t{query}\n" for qid, query in QUERIES.items()))
@@ -231,9 +235,31 @@ def test_every_block_is_marked_as_a_language_that_is_run():
 
 @pytest.mark.filterwarnings("ignore:neither a 'doc_vec' column")
 @pytest.mark.parametrize("some", of("python"))
-def test_python_blocks_run_in_their_order(some, substitutes, monkeypatch):
-    (substitutes / "run.txt").write_text((substitutes / "bm25.txt").read_text())  # the published run of tirex.rst
+def test_python_blocks_run_in_their_order(some, substitutes):
     scope = reader(pt.get_dataset("irds:vaswani"))
+    run_python([block for block in some if not needs_java(block, some)], scope)
+
+
+def needs_java(block, page):
+    """Whether it makes or uses an index of Terrier's; `test_terrier.py` runs it."""
+    made = any("TerrierIndex(" in other.text for other in page)
+    return made and re.search(r"pt\.terrier|\bindex\b", block.text) is not None
+
+
+@pytest.mark.terrier
+@pytest.mark.parametrize(
+    "some", [page for page in of("python") if any("pt.terrier" in it.text for it in page.values[0])]
+)
+def test_blocks_that_name_terrier_run_with_it(some, java, substitutes, monkeypatch):
+    index, dataset = pt.terrier.TerrierIndex(str(substitutes / "ours")), pt.get_dataset("irds:vaswani")
+    index.indexer(meta={"docno": 20, "text": 4096}).index(dataset.get_corpus_iter())
+    ready = lambda *_, **options: pt.terrier.Retriever(index.index_ref(), **options)  # noqa: E731
+    monkeypatch.setattr(pt.terrier.Retriever, "from_dataset", ready)
+    run_python(some, reader(dataset) | dict.fromkeys(("bm25", "first"), index.bm25()))
+
+
+def run_python(some, scope):
+    """Run blocks in the names that a reader has, and search with the pipelines in them."""
     topics = scope["topics"]
     for block in some:
         for statement in ast.parse(block.text, str(block)).body:
@@ -264,9 +290,22 @@ def is_pipeline(value):
 
 @pytest.mark.parametrize("some", of("bash"))
 def test_shell_blocks_run_or_are_known(some, substitutes, monkeypatch):
+    run_shell(some, substitutes, monkeypatch)
+
+
+@pytest.mark.terrier
+@pytest.mark.parametrize("some", [page for page in of("bash") if any("terrier\n" in it.text for it in page.values[0])])
+def test_commands_that_name_terrier_run_with_it(some, java, substitutes, monkeypatch, capsys):
+    run_shell(some, substitutes, monkeypatch, with_java=True)
+    assert "BM25 (Terrier) >> CrossEncoder" in capsys.readouterr().out
+
+
+def run_shell(some, substitutes, monkeypatch, with_java=False):
     monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
     for block in some:
         for number, words in enumerate(commands(block)):
+            if ("terrier" in words) != with_java:
+                continue
             cwd = substitutes / f"{block.line}-{number}"
             cwd.mkdir()
             lay_out(cwd)

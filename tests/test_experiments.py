@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import corpora
+import first_stages
 import pandas as pd
 import pytest
 
@@ -128,3 +129,18 @@ def test_the_quickstart_names_a_folder_that_is_no_collection(tmp_path):
     done = quickstart("--collection", tmp_path, cwd=tmp_path)
     assert done.returncode != 0
     assert "is not a collection: it lacks queries.tsv, qrels.txt, docs.jsonl[.gz]" in done.stderr
+
+
+@pytest.mark.terrier
+def test_terriers_bm25_finds_what_pisas_does(java, folder, tmp_path):
+    pytest.importorskip("pyterrier_pisa", reason="needs the demo extra")
+    with gzip.open(folder / "docs.jsonl.gz", "at") as file:  # else half of the documents hold each word: no idf
+        file.writelines(json.dumps({"docno": f"other {i}", "text": f"plain words {i}"}) + "\n" for i in range(20))
+    collection = corpora.load(str(folder))
+    topics = collection.get_topics()
+    found = [
+        stage(collection, tmp_path / stage.__name__, 10, overwrite=True)(topics)
+        for stage in (first_stages.terrier, first_stages.bm25)
+    ]
+    ours, pisas = (frame.sort_values(["qid", "rank"])[["qid", "query", "docno"]].values.tolist() for frame in found)
+    assert ours == pisas and len(ours) > 3

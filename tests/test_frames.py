@@ -140,3 +140,13 @@ def test_a_read_only_frame_works():
     frame = pd.DataFrame({"qid": "1", "query": "q", "docno": list("ab"), "text": ["x", "yy"], "score": [1.0, 2.0]})
     frame["score"].to_numpy().flags.writeable = False
     assert rerank(frame, by_length)["rank"].tolist() == [1, 0]
+
+
+def test_a_query_in_terriers_language_is_told_of_once_and_two_of_them_name_the_cure():
+    expanded = ["applypipeline:off cat^0.6 dog^0.4", "applypipeline:off fish^0.9"]
+    frame = pd.DataFrame({"qid": ["1", "2"], "query": expanded, "docno": "d", "text": "t", "query_0": ["cat", "fish"]})
+    with pytest.warns(UserWarning, match=r"Terrier's query language .* put pt\.rewrite\.reset\(\)") as caught:
+        rerank(frame, by_length)
+    assert sum(issubclass(it.category, UserWarning) for it in caught) == 1
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"its own qid, or put pt\.rewrite\.reset\(\)"):
+        rerank(frame.assign(qid="1"), by_length)

@@ -29,6 +29,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     # Ground floor: one idea each
     "frames": set(),
     "order": set(),
+    "signals": set(),
     "windows": set(),
     "batching": set(),
     "decoding": set(),
@@ -77,7 +78,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
         for face in FACES
     },
     # Fourth floor
-    "scale": {"frames", "reranker"},
+    "scale": {"frames", "reranker", "signals"},
     "__main__": {"pyterrier_lit", "files.candidates", "files.rerankers", "files.runs", "files.tirex", "reranker"}
     | {"training", "training.data"},
     "__init__": set(FACES),

@@ -1,11 +1,15 @@
 """scale: the same results from Ray's workers, whatever dies; shards that keep all of them busy."""
 
 import copy
+import dataclasses
 import os
 import pickle
 import signal
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pyterrier as pt
@@ -17,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyterrier.measures import RR
 
-from pyterrier_lit import scale
+from pyterrier_lit import scale, signals
+from pyterrier_lit.reranker import Reranker
 from pyterrier_lit.scale import Distributed, costs, shards_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:num_workers=")
@@ -89,6 +94,140 @@ def one():
 def queries(n, passages=4):
     lists = [many(passages + i % 3, f"q{i}").assign(query=f"words {i}", rank=range(passages + i % 3)) for i in range(n)]
     return pd.concat(lists, ignore_index=True)
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class Mortal(Reranker):
+    """Scores by the letters of query and text; the first process that meets the query of `fatal` ends."""
+
+    fatal: str = ""
+    died: str = ""  # the file that tells of it
+    weight: float = 1.0
+
+    def load(self):
+        return None
+
+    def results(self, queries, columns):
+        if self.fatal in queries and not Path(self.died).exists():
+            Path(self.died).touch()
+            os._exit(1)
+        letters = zip(queries, columns["text"], strict=True)
+        return {"score": [[self.weight * hash_of(query + text) for text in texts] for query, texts in letters]}
+
+
+def hash_of(text):
+    return sum(i * ord(letter) for i, letter in enumerate(text, 1))
+
+
+def test_two_workers_return_what_one_process_does_though_one_dies(ray, shards_of_one_query, tmp_path):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    reranker = Mortal("none", fatal="words 7", died=str(tmp_path / "died"))
+    frame, distributed = queries(12), Distributed(reranker)
+    out = distributed(frame)
+    assert Path(reranker.died).exists() and out["score"].nunique() > 12
+    pd.testing.assert_frame_equal(out, reranker(frame))
+    workers = list(distributed.pool.workers)
+    reranker.weight = -2.0
+    pd.testing.assert_frame_equal(distributed(frame), reranker(frame))
+    assert all(a is b for a, b in zip(distributed.pool.workers, workers, strict=True))
+
+
+@pytest.fixture
+def unstarted(monkeypatch):
+    """Pools without Ray, which remember what they are for."""
+    job = SimpleNamespace(get_job_id=lambda: "job")
+    monkeypatch.setattr(scale, "_ray_started", lambda: SimpleNamespace(get_runtime_context=lambda: job))
+    monkeypatch.setattr(scale.Pool, "start", lambda pool, wanted: setattr(pool, "wanted", wanted))
+
+
+def test_workers_belong_to_one_reranker_and_its_weights(unstarted, one):
+    distributed = Distributed(one())
+    shorter, other = copy.copy(distributed), copy.copy(distributed)
+    shorter.reranker, other.reranker = one(doc_length=3), one(model=str(RERANKERS["CrossEncoder"].tiny))
+    pool = distributed.started()[0]
+    assert shorter.started()[0] is pool is distributed.started()[0]
+    assert other.started()[0] is not pool and other.started()[0] is other.pool
+    assert distributed.started()[0] is pool
+    distributed.reranker.dtype = "bfloat16"
+    assert distributed.started()[0] is not pool is shorter.started()[0]
+    assert pickle.loads(pickle.dumps(distributed)).started()[0] is not distributed.pool
+
+
+def test_weights_that_were_trained_further_get_new_workers(unstarted, small):
+    reranker = small(dtype="float32")
+    network = reranker.load().network
+    distributed = Distributed(reranker)
+    pool = distributed.started()[0]
+    reranker(queries(2))
+    assert distributed.started()[0] is pool
+    weight = next(network.parameters()).requires_grad_()
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight]).step()
+    assert distributed.started()[0] is not pool
+
+
+def machines(*resources, free=None):
+    """A Ray that has these machines."""
+    total = dict(sum(map(Counter, resources), Counter()))
+    nodes = [{"Alive": True, "Resources": there} for there in resources]
+    return SimpleNamespace(
+        nodes=lambda: nodes,
+        cluster_resources=lambda: total,
+        available_resources=lambda: total if free is None else free,
+    )
+
+
+def test_what_cannot_be_placed_is_refused_with_what_there_is(unstarted, one, monkeypatch):
+    def placed(ray, **arguments):
+        return scale._placeable(ray, Distributed(one(), **arguments).started()[1])
+
+    two = machines({"CPU": 2.0}, {"CPU": 4.0, "GPU": 1.0})
+    wants = "a worker wants 2 GPU and 1 CPU, and Ray's machines have 0 GPU and 2 CPU; 1 GPU and 4 CPU; give less as"
+    with pytest.raises(ValueError, match=wants):
+        placed(two, num_gpus=2)
+    with pytest.raises(ValueError, match="a worker wants 5 CPU"):
+        placed(two, num_cpus=5)  # six are there, on two machines
+    assert placed(two, num_workers=3) == 3
+    assert placed(two, num_workers=9, num_cpus=0) == 9
+    assert placed(two, num_workers=10, num_gpus=0.1) == 4  # as many as its machine has cores
+    with pytest.warns(UserWarning, match="num_workers=9 want 3 CPU each, and Ray has room for 1: going on with these"):
+        assert placed(two, num_workers=9, num_cpus=3) == 1
+    monkeypatch.setattr(scale, "PATIENCE", 0.2)
+    with pytest.raises(RuntimeError, match="a worker wants 1 CPU, and others hold all that Ray has: 6 CPU; close"):
+        placed(machines({"CPU": 2.0}, {"CPU": 4.0}, free={"memory": 1.0}))
+
+
+def test_the_handler_of_a_signal_and_its_library_are_found():
+    known = signals.library(signals.handler(signal.SIGINT))  # conftest.py gives it to Python
+    assert "python" in known
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert signals.library(signals.handler(signal.SIGUSR1)) == ""
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    assert signals.library(signals.handler(signal.SIGUSR1)) == known
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.slow
+def test_a_copy_with_another_model_ranks_beside_the_call_of_the_first(ray, one, after_ten, monkeypatch):
+    frame, distributed, found = queries(60), Distributed(one(), num_workers=1), []
+    distributed(queries(1))
+    other = copy.copy(distributed)
+    other.reranker = one(model=str(RERANKERS["CrossEncoder"].tiny))
+    monkeypatch.setattr(scale, "LARGEST", 1)
+    after_ten(distributed, lambda: found.append(other(frame)))
+    assert_same_scores(distributed(frame), one()(frame))
+    assert_same_scores(found[0], other.reranker(frame))
+
+
+@pytest.mark.slow
+def test_workers_that_are_closed_while_they_rank_are_an_error(ray, one, after_ten, monkeypatch):
+    frame, distributed = queries(60), Distributed(one())
+    distributed(queries(1))
+    monkeypatch.setattr(scale, "LARGEST", 1)
+    after_ten(distributed, distributed.close)
+    with pytest.raises(RuntimeError, match="the workers were closed while they ranked; call again"):
+        distributed(frame)
+    assert_same_scores(distributed(frame), one()(frame))
 
 
 @pytest.mark.slow
