@@ -7,6 +7,7 @@ import transformers
 
 from pyterrier_lit.models import attention
 from pyterrier_lit.models.attention import FEW, FEW_WITH_SHARED_KEYS, attend, attention_weights, use_for_few_queries
+from pyterrier_lit.models.vector_lm import _cache_argument
 
 
 @pytest.fixture
@@ -67,13 +68,13 @@ def test_a_language_model_reads_few_tokens_as_it_reads_them_all(fused, groups, p
     use_for_few_queries(model)
     assert model.config._attn_implementation == attention.NAME
     fused.clear()
-    cache, parts = None, []
+    name, cache, parts = _cache_argument(transformers.MistralModel), None, []
     for start, stop in ((0, 20), (20, 21), (21, 25), (25, 30)):
         read = model(
             input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
-            past_key_values=cache, use_cache=True,
+            use_cache=True, **{name: cache},
         )  # fmt: skip
-        cache = read.past_key_values
+        cache = read[name]
         parts.append(read.last_hidden_state)
     inside = mask.bool()
     torch.testing.assert_close(torch.cat(parts, 1)[inside], whole[inside], atol=1e-5, rtol=1e-4)
