@@ -442,6 +442,7 @@ def test_a_new_head_on_the_body_of_a_cross_encoder():
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items() if name.startswith("body."))
     assert not torch.equal(ours["linear.weight"], theirs["linear.weight"])
 
+
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_the_last_layer_computes_the_first_token_alone_where_it_alone_is_read(pooling):
     torch.manual_seed(0)

@@ -131,10 +131,9 @@ class LabelScorer(nn.Module):
 
 
 def end_at_first_token(body: Any) -> None:
-    """Let the last layer of a BERT or its like give the state of the first token alone: (B, 1, H) in place of (B, L, H).
+    """Let the last layer of a BERT or its like give the state of the first token alone: (B, 1, H), not (B, L, H).
 
-    The other tokens are still its keys and values, but the rest of the layer is computed for one row. Training is as it
-    was.
+    The other tokens are still its keys and values, but the rest of the layer is computed for one row. Not in training.
     """
     layer = body.encoder.layer[-1]
     layer.forward = functools.partial(_first_state, layer)
