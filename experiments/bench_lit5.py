@@ -83,6 +83,22 @@ def read(data: Path, n: int, folder: Path) -> tuple[list[str], list[list[str]]]:
     """The first n queries with a hundred passages, cut so that a prompt has WANTED_TOKENS on average."""
     from pyterrier_lit.models.t5 import SentencePieces
 
+    queries, lists = read_whole(data, n)
+    pieces, low, high = SentencePieces((folder / "spiece.model").read_bytes()), 0.0, 1.0
+    for _ in range(12):  # the share of each text that gives the wanted length
+        share = (low + high) / 2
+        cut = [[text[: int(len(text) * share)] for text in ranking] for ranking in lists]
+        lengths = [
+            min(len(ids) + 1, 150)
+            for query, ranking in zip(queries, cut, strict=True)
+            for ids in pieces([f"Search Query: {query} Passage: [1] {text} Relevance Ranking: " for text in ranking])
+        ]
+        low, high = (share, high) if sum(lengths) / len(lengths) < WANTED_TOKENS else (low, share)
+    return queries, cut
+
+
+def read_whole(data: Path, n: int) -> tuple[list[str], list[list[str]]]:
+    """The first n queries with a hundred passages."""
     with gzip.open(data / "docs.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = {doc["docno"]: doc["text"] for doc in map(json.loads, lines)}
     topics = dict(line.split("\t") for line in (data / "queries.tsv").read_text(encoding="utf-8").splitlines())
@@ -92,19 +108,7 @@ def read(data: Path, n: int, folder: Path) -> tuple[list[str], list[list[str]]]:
         if len(lists.setdefault(qid, [])) < 100:
             lists[qid].append(texts[docno])
     chosen = [qid for qid, passages in lists.items() if len(passages) == 100][:n]
-    pieces, low, high = SentencePieces(folder / "spiece.model"), 0.0, 1.0
-    for _ in range(12):  # the share of each text that gives the wanted length
-        share = (low + high) / 2
-        cut = [[text[: int(len(text) * share)] for text in lists[qid]] for qid in chosen]
-        lengths = [
-            min(len(ids) + 1, 150)
-            for qid, ranking in zip(chosen, cut, strict=True)
-            for ids in pieces(
-                [f"Search Query: {topics[qid]} Passage: [1] {text} Relevance Ranking: " for text in ranking]
-            )
-        ]
-        low, high = (share, high) if sum(lengths) / len(lengths) < WANTED_TOKENS else (low, share)
-    return [topics[qid] for qid in chosen], cut
+    return [topics[qid] for qid in chosen], [lists[qid] for qid in chosen]
 
 
 def measure(name: str, folder: str, queries: list[str], passages: list[list[str]], dtype: str, device: str) -> dict:

@@ -78,7 +78,7 @@ def inference() -> Iterator[None]:
 
 def encoder_tokens(device: torch.device) -> int:
     """How many tokens an encoder should read at once: on a CPU what stays in its caches, else what fills a GPU."""
-    return 4_096 if device.type == "cpu" else 16_384
+    return 1_024 if device.type == "cpu" else 16_384
 
 
 def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

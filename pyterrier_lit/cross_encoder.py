@@ -38,7 +38,7 @@ class CrossEncoder(Reranker):
         special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text"
             reads them as plain characters, for texts from strangers.
         text_field: the column with the passages.
-        max_tokens: tokens per batch with padding; None is 4,096 on a CPU and 16,384 on a GPU. When memory runs out the
+        max_tokens: tokens per batch with padding; None is 1,024 on a CPU and 16,384 on a GPU. When memory runs out the
             batch is halved and the run goes on.
         device: None is the first GPU, else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.

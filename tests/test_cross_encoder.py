@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import GOLDEN
 from contract import Contract, assert_same_scores, by_docno
@@ -20,6 +21,8 @@ from contract import Contract, assert_same_scores, by_docno
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.pair_encoder import read_pairs
+from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
+from pyterrier_lit.models.pooling import POOLING
 
 FOLDER = GOLDEN / "cross_encoder"
 NAMES = ["electra_bias", "electra_short_nobias_proj", "electra_default", "bert_bias", "bert_mean_pool"]
@@ -438,3 +441,43 @@ def test_a_new_head_on_the_body_of_a_cross_encoder():
     ours, theirs = (encoder.load().network.state_dict() for encoder in (new, trained))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items() if name.startswith("body."))
     assert not torch.equal(ours["linear.weight"], theirs["linear.weight"])
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_the_last_layer_computes_the_first_token_alone_where_it_alone_is_read(pooling):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    body = transformers.BertModel(config, add_pooling_layer=False).eval()
+    ids, mask = torch.randint(30, (3, 9)), (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    whole = body(**inputs).last_hidden_state
+    network = PooledScorer(body, pooling=pooling)
+    expected = F.linear(POOLING[pooling](whole, mask), network.linear.weight, network.linear.bias)[:, 0]
+    for copied in (network, pickle.loads(pickle.dumps(network)), copy.deepcopy(network)):
+        rows = []
+        copied.body.encoder.layer[-1].output.register_forward_hook(lambda *given, to=rows: to.append(given[-1].shape))
+        assert (copied(**inputs) - expected).abs().max() < 1e-6
+        copied.train()(**inputs)  # training is as it was
+        assert rows == [(3, 1 if pooling == "first" else 9, 16), (3, 9, 16)]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Camembert", "Electra", "Roberta", "XLMRoberta", "DistilBert"])
+@torch.inference_mode()
+def test_classifiers_that_read_the_first_token_compute_no_other_in_their_last_layer(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "num_labels": 1, "pad_token_id": 0}
+    sizes |= (
+        {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+        if kind == "DistilBert"
+        else {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    )
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+    ids, mask = torch.randint(1, 30, (3, 9)), (torch.arange(9) < torch.tensor([[9], [4], [6]])).long()
+    expected = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+    network = LabelScorer(model)
+    assert (network(ids, mask, torch.zeros_like(ids)) - expected).abs().max() < 1e-6
+    states = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert states.shape[1] == (9 if kind == "DistilBert" else 1)

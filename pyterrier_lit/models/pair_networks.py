@@ -1,5 +1,6 @@
 """The networks of cross-encoders: ids of pairs, laid out and padded -> a score for each. Knows no tokenizer."""
 
+import functools
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pyterrier_lit.models.attention import attend
 from pyterrier_lit.models.checkpoints import Folder, save_weights
 from pyterrier_lit.models.pooling import POOLING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# Classifiers of the library whose head reads the first token, and whose layers have the modules of BERT's
+READ_FIRST = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 class PooledScorer(nn.Module):
@@ -22,6 +28,8 @@ class PooledScorer(nn.Module):
         super().__init__()
         self.body = body
         self.pooling = pooling
+        if pooling == "first":
+            end_at_first_token(body)
         self.linear = nn.Linear(body.config.hidden_size, rows, bias=bias)
 
     @property
@@ -65,6 +73,8 @@ class LabelScorer(nn.Module):
     def __init__(self, model: "PreTrainedModel", *, reads_types: bool = True):
         super().__init__()
         self.model = model
+        if model.config.model_type in READ_FIRST:
+            end_at_first_token(model.base_model)
         self.reads_types = reads_types and "token_type_ids" in inspect.signature(model.forward).parameters
 
     @property
@@ -118,3 +128,29 @@ class LabelScorer(nn.Module):
         """Write the weights as transformers does; returns config.json's fields."""
         self.model.save_pretrained(folder)
         return Folder(folder).config
+
+
+def end_at_first_token(body: Any) -> None:
+    """Let the last layer of a BERT or its like give the state of the first token alone: (B, 1, H), not (B, L, H).
+
+    The other tokens are still its keys and values, but the rest of the layer is computed for one row. Not in training.
+    """
+    layer = body.encoder.layer[-1]
+    layer.forward = functools.partial(_first_state, layer)
+
+
+def _first_state(
+    layer: Any, states: torch.Tensor, mask: torch.Tensor | None = None, *others: Any, **named: Any
+) -> torch.Tensor:
+    """A layer's forward: states (B, L, H), mask (B, 1, L, L) or None -> (B, 1, H)."""
+    if layer.training:
+        whole: torch.Tensor = type(layer).forward(layer, states, mask, *others, **named)
+        return whole
+    attention, first = layer.attention.self, states[:, :1]
+    query, key, value = (
+        projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        for projected in (attention.query(first), attention.key(states), attention.value(states))
+    )
+    seen = attend(query, key, value, None if mask is None else mask[:, :, :1])
+    state: torch.Tensor = layer.feed_forward_chunk(layer.attention.output(seen.transpose(1, 2).flatten(2), first))
+    return state

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from pyterrier_lit.batching import encoder_tokens, map_batches, padded
+from pyterrier_lit.models.attention import attend, attention_weights, weighted_sum
 from pyterrier_lit.models.checkpoints import Folder, save_checkpoint
 from pyterrier_lit.models.errors import wrong_weights
 from pyterrier_lit.models.library import check_layers, library_config, load_strictly
@@ -146,9 +147,15 @@ class FiD:
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """n prompts of L_i ids -> n states (L_i, D). Padding is masked: the result does not depend on the batch."""
-        ids, inside = padded(prompts)
-        mask = None if bool(inside.all()) else inside.long().to(self.device)
-        states = self.network.encoder(input_ids=ids.to(self.device), attention_mask=mask).last_hidden_state
+        encoder = self.network.encoder
+        ids, inside = (tensor.to(self.device) for tensor in padded(prompts))
+        bias = encoder.block[0].layer[0].SelfAttention.compute_bias(*[ids.shape[1]] * 2)  # (1, H, L, L)
+        if len({len(prompt) for prompt in prompts}) > 1:  # hidden once for all layers, and not in each of them
+            bias = bias.masked_fill(~inside[:, None, None], torch.finfo(bias.dtype).min)
+        hidden = encoder.dropout(self.network.shared(ids))
+        for block in encoder.block:
+            hidden = block(hidden, None, bias)[0]
+        states = encoder.dropout(encoder.final_layer_norm(hidden))
         return [row[: len(prompt)] for row, prompt in zip(states, prompts, strict=True)]
 
     def read_prompts(self, windows: Sequence[Sequence[Sequence[int]]], steps: int, mass: bool = False) -> Memory:
@@ -203,18 +210,17 @@ class FiD:
             memory.own_keys[layer, :, :, start:stop] = key
             memory.own_values[layer, :, :, start:stop] = value
             own_keys, own_values = memory.own_keys[layer, :, :, :stop], memory.own_values[layer, :, :, :stop]
-            seen = F.scaled_dot_product_attention(query, own_keys, own_values, attn_mask=bias, scale=1.0)
+            seen = attend(query, own_keys, own_values, bias, scale=1.0)
             hidden = hidden + attention.o(seen.transpose(1, 2).flatten(2))
 
             attention = block.layer[1].EncDecAttention
             (query,) = self._projected(attention, block.layer[1].layer_norm(hidden), "q")
             keys, values = memory.keys[layer], memory.values[layer]
             if memory.norms is None:
-                seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=memory.mask, scale=1.0)
+                seen = attend(query, keys, values, memory.mask, scale=1.0)
             else:
-                logits = (query @ keys.mT).float()  # (B, H, m, S)
-                weights = (logits if memory.mask is None else logits + memory.mask).softmax(-1)
-                seen = weights.to(hidden.dtype) @ values
+                weights = attention_weights(query, keys, memory.mask, scale=1.0)  # (B, H, m, S)
+                seen = weighted_sum(weights, values)
                 mass.append((weights * memory.norms[layer][:, :, None]).mean(1))
             hidden = hidden + attention.o(seen.transpose(1, 2).flatten(2))
             hidden = block.layer[2](hidden)

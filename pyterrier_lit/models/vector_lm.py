@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from pyterrier_lit.models.attention import use_for_few_queries
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,6 +28,7 @@ class VectorLM(nn.Module):
 
     def __init__(self, body: "PreTrainedModel", projector: nn.Module, placeholder: int):
         super().__init__()
+        use_for_few_queries(body)
         self.body = body
         self.projector = projector
         self.placeholder = placeholder  # the id that stands for a vector

@@ -42,7 +42,7 @@ class PairRecipe(Recipe):
         loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse" or "list_mle"; see `training.losses`.
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
         n_passages, sampling: how many passages of a list an example has, and which; see `data.sample`.
-        max_tokens: tokens, with padding, that go through the network together; None is 4,096 on a CPU, 16,384 on a GPU.
+        max_tokens: tokens, with padding, that go through the network together; None is 1,024 on a CPU, 16,384 on a GPU.
     """
 
     loss: str = "ranknet"

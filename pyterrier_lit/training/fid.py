@@ -28,7 +28,7 @@ class FiDRecipe(Recipe):
 
     Args:
         dropout: of the T5.
-        max_tokens: tokens, with padding, that the encoder reads together; None is 4,096 on a CPU, 16,384 on a GPU.
+        max_tokens: tokens, with padding, that the encoder reads together; None is 1,024 on a CPU, 16,384 on a GPU.
     """
 
     dropout: float = 0.1
@@ -63,7 +63,7 @@ def answer_loss(
 ) -> torch.Tensor:
     """The mean cross-entropy of the answers' tokens, where token t of an answer weighs decay^t.
 
-    max_tokens: tokens, with padding, that the encoder reads together; None is 4,096 on a CPU, 16,384 on a GPU.
+    max_tokens: tokens, with padding, that the encoder reads together; None is 1,024 on a CPU, 16,384 on a GPU.
     """
     fid = FiD(t5.network)
     states, attention_mask = encode(fid, batch.prompts, max_tokens or encoder_tokens(fid.device), checkpointing)
