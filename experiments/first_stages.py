@@ -50,6 +50,13 @@ def stored(path: str | Path) -> "Ranking":
     return Ranking(pt.model.add_ranks(pt.io.read_results(str(path))), str(path))
 
 
+def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
+    """The topics that a teacher ranks: those of a run file, all of them for a transformer."""
+    if isinstance(teacher, pt.Transformer):
+        return topics
+    return topics[topics["qid"].isin(pt.io.read_results(teacher)["qid"].unique())].reset_index(drop=True)
+
+
 class Ranking(pt.Transformer):
     """Rows that are known: of a run file, or retrieved before. Topics -> their rows.
 

@@ -202,15 +202,15 @@ def paper() -> Profile:
         },
         distillation={
             "train": Collection("irds:msmarco-passage/train", {"first": f"{DATA}/runs/msmarco-train.colbertv2.txt"}),
-            "test": papers.trec_dl()[1].collections["dl19"],
+            "test": papers.trec_dl()[1].collections,
             "student": functools.partial(
                 CrossEncoder.from_backbone, "google/electra-base-discriminator", query_length=32, doc_length=256
             ),
-            "teacher": f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt",  # of hub dataset webis/rank-distillm
+            "teacher": f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt",  # of Zenodo's record 15131907
             "labels": {},  # settings besides the papers'
             "rankings": {},
-            "depths": [10, 25, 50],  # and all, as for the queries
-            "queries": [100, 1_000],
+            "depths": [10, 20, 50],  # and all, as for the queries
+            "queries": [1_000, 2_000, 5_000],
         },
     )
 
@@ -258,7 +258,7 @@ def small() -> Profile:
         },
         distillation={
             "train": Collection("python-docs/dev", {"first": "bm25"}),
-            "test": Collection("python-docs/test", {"bm25": "bm25"}),
+            "test": {"python-docs": Collection("python-docs/test", {"bm25": "bm25"})},
             "student": functools.partial(
                 CrossEncoder.from_backbone, f"{TINY}/cross-encoder", query_length=24, doc_length=64
             ),
@@ -279,7 +279,7 @@ def trec() -> Profile:
         verbose=True,
         distillation={
             "train": shared_runs("dl19", {"first": "run.bm25.txt"}),
-            "test": shared_runs("dl21", {"bm25": "run.bm25.txt"}),
+            "test": {"dl21": shared_runs("dl21", {"bm25": "run.bm25.txt"})},
             "student": functools.partial(CrossEncoder, "results/real_teachers/CrossEncoder, cosines", dtype="bfloat16"),
             "teacher": str(SHARED / "dl19" / "teachers" / "rankvicuna7b.bm25.k100.r1.txt.gz"),
             "labels": MINUTES,

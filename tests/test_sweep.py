@@ -178,6 +178,12 @@ def test_a_stored_run_is_the_same_in_another_process_and_another_with_other_cont
     assert repr(first_stages.stored(path) % 2) != here
 
 
+def test_a_student_is_asked_only_what_its_teacher_ranks(folder):
+    topics = pd.DataFrame({"qid": ["q3", "q9"], "query": "solar"})
+    assert first_stages.ranked(topics, str(folder / "a run.txt"))["qid"].tolist() == ["q3"]
+    assert first_stages.ranked(topics, Fixed("x")) is topics
+
+
 def test_what_is_missing_is_named_and_the_rest_goes_on(folder, tmp_path, capsys):
     stages = {"bm25": "bm25", "colbertv2": "data/runs/absent.txt"}
     collections = {"four": papers.Collection(str(folder), stages), "gone": papers.Collection("nowhere", stages)}
