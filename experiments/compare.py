@@ -1,7 +1,8 @@
 """Measured beside published: the difference, the test against a baseline, and whether a reproduction may differ by so
 much.
 
-Knows tables only: no model, no collection. `published.csv` holds every figure of the papers with its source and status.
+Knows tables only: no model, no collection. `published.csv` holds every figure of the papers' tables with its source and
+status, `claims.csv` what their texts say.
 """
 
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 PUBLISHED = Path(__file__).parent / "published.csv"
+CLAIMS = Path(__file__).parent / "claims.csv"
 KEY = ["paper", "collection", "first_stage", "depth", "model", "measure"]
 FIRST_STAGE = "first stage"  # the model of a ranking that is not reranked
 NOT_TO_BE_MATCHED = ("recalled", "erratum")  # statuses of figures that nobody should try to reach
@@ -40,6 +42,11 @@ def published(**where: str | Iterable[str]) -> pd.DataFrame:
     return figures.reset_index(drop=True)
 
 
+def claims() -> pd.DataFrame:
+    """What the papers claim in their texts, a row for each figure: paper, claim, value, unit, compares, where."""
+    return pd.read_csv(CLAIMS, keep_default_na=False)
+
+
 def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stage: str, depth: int) -> pd.DataFrame:
     """A frame of `pt.Experiment` (a row per name, a column per measure) as one row per model and measure.
 
@@ -59,6 +66,19 @@ def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stag
     return pd.DataFrame(rows, columns=[*KEY, "measured", "p"])
 
 
+def repeated(results: pd.DataFrame) -> pd.DataFrame:
+    """Runs of one system, "NAME #1", "NAME #2", ..., as one row: their mean, with `lowest` and `highest`, without p."""
+    names = results["model"].str.replace(r" #\d+$", "", regex=True)
+    groups = results.assign(model=names).groupby(KEY, sort=False)
+    rows = groups.agg(
+        measured=("measured", "mean"), p=("p", "first"), lowest=("measured", "min"), highest=("measured", "max")
+    )
+    once = groups.size() == 1
+    rows["p"] = rows["p"].where(once)
+    rows[["lowest", "highest"]] = rows[["lowest", "highest"]].mask(once)
+    return rows.reset_index()
+
+
 def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     """Measured beside published, one row per figure of `results` (frames of `results`, concatenated).
 
@@ -67,7 +87,8 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     The depth of a first stage is not looked at.
 
     Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced` ("within" or "outside"
-    the tolerance, empty where there is nothing to reach), `table`, `source`, `status`.
+    the tolerance, empty where there is nothing to reach; also within is what lies between the lowest and the highest of
+    several runs), `table`, `source`, `status`.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
@@ -83,9 +104,37 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     both["tolerance"] = [tolerance(*row) for row in both[["paper", "model", "measure"]].itertuples(index=False)]
     comparable = both["difference"].notna() & both["tolerance"].notna() & ~both["status"].isin(NOT_TO_BE_MATCHED)
     within = both["difference"].abs() <= both["tolerance"] + 1e-9
+    if "lowest" in both:
+        within |= both["published"].between(both["lowest"], both["highest"])
     both["reproduced"] = within.map({True: "within", False: "outside"}).where(comparable, "")
-    columns = [*KEY, "measured", "p", "published", "difference", "tolerance", "reproduced", "table", "source", "status"]
+    extremes = [column for column in ("lowest", "highest") if column in results]
+    columns = [
+        *KEY,
+        "measured",
+        *extremes,
+        "p",
+        "published",
+        "difference",
+        "tolerance",
+        "reproduced",
+        "table",
+        "source",
+        "status",
+    ]
     return both.reindex(columns=columns).fillna({"table": "", "source": "", "status": ""})
+
+
+def progress(table: pd.DataFrame) -> pd.DataFrame:
+    """Per paper and table of published.csv: how many cells it has, how many were measured, and how many of those are
+    within their tolerance; the others wait for a run."""
+    cells = table[table["published"].notna()].assign(
+        measured=lambda rows: rows["measured"].notna(),
+        within=lambda rows: rows["reproduced"] == "within",
+        outside=lambda rows: rows["reproduced"] == "outside",
+    )
+    counts = cells.groupby(["paper", "table"], sort=False)[["measured", "within", "outside"]].sum()
+    counts.insert(0, "cells", cells.groupby(["paper", "table"], sort=False).size())
+    return counts.assign(waiting=counts["cells"] - counts["measured"])
 
 
 def tolerance(paper: str, model: str, measure: str) -> float:

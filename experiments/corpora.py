@@ -75,22 +75,29 @@ class TextLoader(pt.Transformer):
 
 def load(name: str, text_of: TextOf | None = None) -> Collection:
     """`python-docs` (or `python-docs/dev`, `python-docs/test`: some of its topics), `irds:...` (an id of ir_datasets),
-    or a folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv, qrels.txt and perhaps run.txt (TREC
-    formats; tab between qid and query).
+    a folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv, qrels.txt and perhaps run.txt (TREC
+    formats; tab between qid and query), or a file NAME.qrels.txt[.gz]: judged queries without texts or documents.
 
-    text_of: makes the text of a document from its fields; None takes ir_datasets' default (title and text) or `text`.
+    text_of: makes the text of a document from its fields; None takes title and text, for ir_datasets its default.
     """
     if name.split("/")[0] == "python-docs":
         docs, topics = python_docs(), read_topics(PYTHON_DOCS)
         topics = topics[topics["qid"].str.startswith(name.partition("/")[2])].reset_index(drop=True)
         qrels = read_qrels(PYTHON_DOCS / "qrels.txt").query("docno in @docs.docno and qid in @topics.qid")
         return in_memory(name, docs, topics, qrels)
-    return from_ir_datasets(name, text_of) if name.startswith("irds:") else from_folder(Path(name), text_of)
+    if name.startswith("irds:"):
+        return from_ir_datasets(name, text_of)
+    return judged(Path(name)) if ".qrels." in Path(name).name else from_folder(Path(name), text_of)
 
 
 def text_alone(doc: dict[str, str]) -> str:
     """The text without a title."""
     return doc["text"]
+
+
+def title_and_text(doc: dict[str, str]) -> str:
+    """Title, if there is one, and text, as ir_datasets joins them."""
+    return f"{doc['title']} {doc['text']}" if doc.get("title") else doc["text"]
 
 
 def titled_text(doc: dict[str, str]) -> str:
@@ -131,6 +138,15 @@ def in_memory(
     return Collection(name, lambda: records, lambda docnos: texts, topics, qrels, run)
 
 
+def judged(qrels: Path) -> Collection:
+    """The queries of judgements, without texts: enough to evaluate runs."""
+    if not qrels.exists():
+        raise FileNotFoundError(f"{qrels} is not here; wanted judgements in TREC format (qid 0 docno label)")
+    labels = pt.io.read_qrels(str(qrels))
+    topics = pd.DataFrame({"qid": labels["qid"].unique()}).assign(query="")
+    return in_memory(qrels.name.split(".qrels.")[0], pd.DataFrame(columns=["docno", "text"]), topics, labels)
+
+
 def from_folder(folder: Path, text_of: TextOf | None = None) -> Collection:
     missing = [file for file in ("queries.tsv", "qrels.txt") if not (folder / file).exists()]
     documents = next((file for file in (folder / "docs.jsonl", folder / "docs.jsonl.gz") if file.exists()), None)
@@ -142,7 +158,7 @@ def from_folder(folder: Path, text_of: TextOf | None = None) -> Collection:
         )
     with (gzip.open if documents.suffix == ".gz" else open)(documents, "rt", encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines if line.strip()]
-    texts = [(text_of or text_alone)(record) for record in records]
+    texts = [(text_of or title_and_text)(record) for record in records]
     docs = pd.DataFrame({"docno": [record["docno"] for record in records], "text": texts})
     docs["docno"] = docs["docno"].astype(str)
     run = folder / "run.txt"

@@ -24,20 +24,21 @@ def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
     loaded.
 
     seconds and TFLOP are per query, FLOPs as the networks were run: with padding, without what caches saved. parameters
-    are millions, nan for a peer that does not say. MB is how much more memory the process held at its most than at its
-    least, of the GPU where it used one.
+    are millions, and MB is memory: that of the weights, and what the process held more at its most than at its least,
+    of the GPU where it used one; both nan for a peer that does not say.
     """
     reranker(candidates.groupby("qid").head(2))  # what only the first call pays
     with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
         begin = time.perf_counter()
         reranker(candidates)
         seconds = time.perf_counter() - begin
-    queries = candidates["qid"].nunique()
+    queries, known = candidates["qid"].nunique(), isinstance(reranker, Reranker)
+    working = max(_spread(tracked, measure) * unit for measure, unit in MEMORY.items())
     return {
         "seconds": seconds / queries,
         "TFLOP": flops(reranker, candidates) / queries / 1e12,
-        "parameters": parameters(reranker) / 1e6 if isinstance(reranker, Reranker) else float("nan"),
-        "MB": max(_spread(tracked, measure) * unit for measure, unit in MEMORY.items()),
+        "parameters": parameters(reranker) / 1e6 if known else float("nan"),
+        "MB": weights(reranker) + working if known else float("nan"),
     }
 
 
@@ -61,9 +62,12 @@ def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
 
 def parameters(reranker: Reranker) -> int:
     """Numbers in the networks that a reranker has loaded, the passages' encoder among them once it was used."""
-    loaded = reranker.load()
-    networks = [loaded.network, *([loaded.encoder.network] if getattr(loaded, "encoder", None) else [])]
-    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+    return sum(parameter.numel() for parameter in _parameters(reranker))
+
+
+def weights(reranker: Reranker) -> float:
+    """Their memory, in MB."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in _parameters(reranker)) / 2**20
 
 
 def prompt_tokens(reranker: PERank, candidates: pd.DataFrame) -> float:
@@ -76,6 +80,12 @@ def prompt_tokens(reranker: PERank, candidates: pd.DataFrame) -> float:
     ]
     tokens = sum(len(ids([query], [[]], [size])[0]) for query, size in windows)
     return tokens / candidates["qid"].nunique()
+
+
+def _parameters(reranker: Reranker) -> list[torch.nn.Parameter]:
+    loaded = reranker.load()
+    networks = [loaded.network, *([loaded.encoder.network] if getattr(loaded, "encoder", None) else [])]
+    return [parameter for network in networks for parameter in network.parameters()]
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:

@@ -4,24 +4,37 @@ import contextlib
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import corpora
+import pandas as pd
 import pyterrier as pt
 
 from pyterrier_lit.training.data import read_run
+
+# PISA's BM25 over Porter2's stems, by the name of a source: stop words, k1, b
+BM25 = {
+    "bm25": ("terrier", 0.9, 0.4),
+    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables, where a document that is the query is no result
+    "bm25:terrier": ("terrier", 1.2, 0.75),  # as in TIREx
+}
 
 
 def load(source: str, collection: corpora.Collection, folder: Path, depth: int) -> pt.Transformer:
     """Topics -> the best `depth` of each, without texts.
 
-    source: "bm25" (PISA over the collection, k1 = 0.9, b = 0.4, Porter2: Anserini's settings), "terrier:NAME" (BM25
-        over Terrier's ready-made index of that name; needs Java), or the path of a run file in TREC format.
+    source: a name in BM25 (PISA over the collection, with these settings), "terrier:NAME" (BM25 over Terrier's
+        ready-made index of that name; needs Java), or the path of a run file in TREC format.
     folder: keeps index and results; a second call, also of an interrupted sweep, asks nothing again.
     """
-    if source == "bm25":
-        return cached(bm25(collection, folder / "bm25.pisa", depth), folder / f"bm25.{depth}.cache")
+    if source in BM25:
+        stops, k1, b = BM25[source]
+        name = source.replace(":", "-")
+        itself = source == "bm25:anserini"
+        stage = bm25(collection, folder / f"{name}.pisa", depth + itself, stops=stops, k1=k1, b=b)
+        return cached(stage >> WithoutItself() % depth if itself else stage, folder / f"{name}.{depth}.cache")
     if source.startswith("terrier:"):
         terrier = pt.terrier.Retriever.from_dataset(
             source.removeprefix("terrier:"), "terrier_stemmed", wmodel="BM25", num_results=depth
@@ -30,26 +43,69 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
     return stored(source) % depth
 
 
-def stored(path: str | Path) -> pt.Transformer:
+def stored(path: str | Path) -> "Ranking":
     """The ranking of a run file, in the order of its scores (ties: in the order of its lines)."""
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
             " that the paper's authors publish, or another first stage in profiles.py"
         )
-    return pt.Transformer.from_df(read_run(path))
+    return Ranking(read_run(path), str(path))
 
 
-def bm25(collection: corpora.Collection, folder: Path, depth: int, overwrite: bool = False) -> pt.Transformer:
-    """PISA's BM25 (k1 = 0.9, b = 0.4, Porter2) over an index in `folder`, made where there is none or to overwrite
-    it."""
+def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
+    """The topics that a teacher ranks: those of a run file, all of them for a transformer."""
+    if isinstance(teacher, pt.Transformer):
+        return topics
+    return topics[topics["qid"].isin(read_run(teacher)["qid"])].reset_index(drop=True)
+
+
+class Ranking(pt.Transformer):
+    """Rows that are known: of a run file, or retrieved before. Topics -> their rows.
+
+    Its repr is the same in every process, and another one for other rows: a sweep finds by it what it has kept.
+    """
+
+    def __init__(self, rows: pd.DataFrame, name: str):
+        self.rows, self.name = pt.Transformer.from_df(rows), name
+        self.crc = zlib.crc32(pd.util.hash_pandas_object(rows, index=False).to_numpy().tobytes())
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        return self.rows(inp)
+
+    def __repr__(self) -> str:
+        return f"Ranking({self.name!r}, crc={self.crc:08x})"
+
+
+class WithoutItself(pt.Transformer):
+    """Leaves out a document whose id is that of the query, as Anserini's -removeQuery does: ArguAna's queries are
+    documents."""
+
+    def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
+        return pt.model.add_ranks(inp[inp["docno"] != inp["qid"]])
+
+    def __repr__(self) -> str:
+        return "WithoutItself()"
+
+
+def bm25(
+    collection: corpora.Collection,
+    folder: Path,
+    depth: int,
+    overwrite: bool = False,
+    *,
+    stops: str = "terrier",
+    k1: float = 0.9,
+    b: float = 0.4,
+) -> pt.Transformer:
+    """PISA's BM25 over Porter2's stems and an index in `folder`, made where there is none or to overwrite it."""
     from pyterrier_pisa import PisaIndex
 
-    index = PisaIndex(str(folder), text_field="text", stemmer="porter2", overwrite=overwrite)
+    index = PisaIndex(str(folder), text_field="text", stemmer="porter2", stops=stops, overwrite=overwrite)
     with silence():
         if overwrite or not index.built():
             index.index(collection.get_corpus_iter())
-        retriever = index.bm25(num_results=depth, k1=0.9, b=0.4)
+        retriever = index.bm25(num_results=depth, k1=k1, b=b)
         retriever.search("warm up")  # PISA computes its score bounds on first use, aloud
     return retriever
 

@@ -5,6 +5,7 @@ The names of checkpoints and collections are those of published.csv.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import corpora
@@ -15,6 +16,8 @@ from pyterrier_lit.reranker import Reranker
 
 HERE = Path(__file__).parent
 DATA = "data"  # the reader's own files: runs in TREC format, collections in folders (see experiments/README.md)
+SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # some machines have it; never needed
+RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the reader's own files, also those of fetch.py, come first
 
 LIT5_V2: dict[str, int] = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}  # window size
 LIT5_V1: dict[str, int] = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}  # stride 10
@@ -53,6 +56,7 @@ PE_RANK_BEIR: list[str] = [
     *("trec-covid", "nfcorpus", "webis-touche2020", "dbpedia-entity"),
     *("scifact", "signal1m", "trec-news", "robust04"),
 ]
+TASKS = pd.read_csv(HERE / "tirex_tasks.csv")
 TIREX = "tirex (bm25; chatnoir for clueweb)"
 CORPORA: dict[str, str] = {  # of TIREx's tasks, as published.csv spells them
     "Antique": "antique",
@@ -74,11 +78,15 @@ CORPORA: dict[str, str] = {  # of TIREx's tasks, as published.csv spells them
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """A collection, and by name the first stages over it, as `corpora.load` and `first_stages.load` read them."""
+    """A collection, and by name the first stages over it, as `corpora.load` and `first_stages.load` read them.
+
+    systems: runs of others over a first stage: first stage -> system -> file.
+    """
 
     source: str
     first_stages: dict[str, str]
     corpus: str = ""  # TIREx: the corpus that a task belongs to
+    systems: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +99,18 @@ class Comparison:
     rerankers: dict[str, Reranker] = dataclasses.field(default_factory=dict)  # none: the first stages alone
     text_of: corpora.TextOf | None = None  # the passages' text from their fields, None: ir_datasets' default
     topics: int | None = None  # the first so many, None: all
+    depth: int | None = None  # passages reranked, None: as many as the profile says
 
 
 def runs_of(collection: str, *names: str) -> dict[str, str]:
-    """The files in which the reader keeps a collection's first stages."""
-    return {name: f"{DATA}/runs/{collection}.{name}.txt" for name in names}
+    """The files of a collection's first stages."""
+    return {name: str(find(f"{collection}.{name}")) for name in names}
+
+
+def find(name: str) -> Path:
+    """The file NAME.txt or NAME.txt.gz of RUNS; where there is none, where it is looked for first."""
+    wanted = [folder / f"{name}.txt{packed}" for folder in RUNS for packed in ("", ".gz")]
+    return next((path for path in wanted if path.exists()), wanted[0])
 
 
 def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]:
@@ -170,14 +185,14 @@ def beir() -> list[Comparison]:
         Comparison(
             "LiT5",
             ("ecir_table2",),
-            {name: Collection(source, {"bm25": "bm25"}) for name, source in BEIR.items()},
+            {name: Collection(source, {"bm25": "bm25:anserini"}) for name, source in BEIR.items()},
             lit5_distill(LIT5_V2, 512),
             text_of=corpora.text_alone,  # the prompts have no title
         ),
         Comparison(
             "PE-Rank",
             ("paper_main",),
-            {f"beir/{name}": Collection(BEIR[f"beir/{name}"], {"bm25": "bm25"}) for name in PE_RANK_BEIR},
+            {f"beir/{name}": Collection(BEIR[f"beir/{name}"], {"bm25": "bm25:anserini"}) for name in PE_RANK_BEIR},
             pe_rankers(),
             text_of=corpora.titled_text,
         ),
@@ -186,9 +201,9 @@ def beir() -> list[Comparison]:
 
 def tirex() -> list[Comparison]:
     """Rank-DistiLLM's table 2, the 31 tasks; first stage: PyTerrier's BM25, ChatNoir's for ClueWeb (runs, top 100)."""
-    tasks = pd.read_csv(HERE / "tirex_tasks.csv")[["corpus", "ir_datasets_id"]].itertuples(index=False)
+    tasks = TASKS[["corpus", "ir_datasets_id"]].itertuples(index=False)
     collections = {
-        task: Collection(f"irds:{task}", {TIREX: f"{DATA}/runs/tirex/{task.replace('/', '-')}.txt"}, CORPORA[corpus])
+        task: Collection(f"irds:{task}", {TIREX: str(find(f"tirex/{task.replace('/', '-')}"))}, CORPORA[corpus])
         for corpus, task in tasks
     }
     return [Comparison("Rank-DistiLLM", ("arxiv_table2",), collections, cross_encoders())]

@@ -2,7 +2,9 @@
 
 import pandas as pd
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
@@ -32,3 +34,11 @@ def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
     figure.suptitle(f"{title}: nDCG@10")
     pyplot.close(figure)  # the notebook shows what the cell returns
     return figure
+
+
+def log_scale(panel: Axes) -> None:
+    """A logarithmic x-axis with few ticks, as plain numbers."""
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())

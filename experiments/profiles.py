@@ -1,7 +1,8 @@
 """What the notebooks run in each profile: which collections, first stages, checkpoints and lengths.
 
 "paper" is what the papers evaluated (`papers.py`) and wants a GPU, MS MARCO and checkpoints; "small" runs anywhere,
-offline. `distillation.ipynb` has a third between them, "trec", for two cores with ../shared/data. The notebooks' first
+offline. "runs" is without models: public runs beside the published figures, in `trec_dl`, `beir` and `tirex`.
+`distillation.ipynb` has one more, "trec", for two cores with ../shared/data. The notebooks' first
 cell chooses one by name; no other cell knows which it is. Nothing is built or looked for until a profile is asked for.
 """
 
@@ -12,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import papers
-from papers import DATA, TIREX, Collection, Comparison
+import public_runs
+from papers import DATA, SHARED, TIREX, Collection, Comparison
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 HERE = Path(__file__).parent
 TINY = os.path.relpath(HERE / "tiny")  # the project's own small checkpoints
-SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # collections that some machines have; never needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,70 +69,74 @@ PYTHON_DOCS = {"python-docs": Collection("python-docs/test", {"bm25": "bm25"})}
 
 
 def small_dl() -> list[Comparison]:
-    """The small checkpoints on a part of Python's documentation, and first stages that ../shared/data has."""
-    return [
-        dataclasses.replace(papers.trec_dl()[0], collections=PYTHON_DOCS, rerankers=tiny(), topics=6),
-        dataclasses.replace(
-            papers.trec_dl()[0],
-            collections=where_present(
-                {
-                    name: shared_runs(name, {"bm25": "run.bm25.txt", "splade++ed": "run.splade++ed.txt"})
-                    for name in ("dl19", "dl21")
-                }
-            ),
-            rerankers={},
-        ),
-        dataclasses.replace(
-            papers.trec_dl()[1],
-            collections=where_present(
-                {
-                    "dl19": shared_runs(
-                        "dl19", {"bm25": "runs/terrier-bm25.txt.gz", "colbertv2": "runs/colbertv2-webis.txt.gz"}
-                    )
-                }
-            ),
-            rerankers={},
-        ),
-        dataclasses.replace(papers.trec_dl()[2], collections={}, rerankers={}),
-    ]
+    """The small checkpoints on a part of Python's documentation, and the public runs that are at hand."""
+    first = dataclasses.replace(papers.trec_dl()[0], collections=PYTHON_DOCS, rerankers=tiny(), topics=6)
+    return [first, *map(at_hand, runs_dl())]
 
 
 def small_beir() -> list[Comparison]:
     """As `small_dl`, for BEIR."""
-    return [
-        dataclasses.replace(papers.beir()[0], collections=PYTHON_DOCS, rerankers=tiny(), topics=6),
-        dataclasses.replace(
-            papers.beir()[0],
-            collections=where_present({"beir/nfcorpus": Collection(str(SHARED / "nfcorpus"), {"bm25": "bm25"})}),
-            rerankers={},
-        ),
-        dataclasses.replace(papers.beir()[1], collections={}, rerankers={}),
-    ]
+    first = dataclasses.replace(papers.beir()[0], collections=PYTHON_DOCS, rerankers=tiny(), topics=6)
+    return [first, *map(at_hand, runs_beir())]
 
 
 def small_tirex() -> list[Comparison]:
     """As `small_dl`, for TIREx."""
+    first = dataclasses.replace(
+        papers.tirex()[0],
+        collections={
+            f"python-docs/{part}": Collection(f"python-docs/{part}", {TIREX: "bm25"}, "python-docs")
+            for part in ("dev", "test")
+        },
+        rerankers={"tiny CrossEncoder": tiny()["tiny CrossEncoder"]},
+        topics=6,
+    )
+    return [first, *map(at_hand, runs_tirex())]
+
+
+def at_hand(comparison: Comparison) -> Comparison:
+    """Without the collections whose files are not here."""
+    return dataclasses.replace(comparison, collections=where_present(comparison.collections))
+
+
+def runs_dl() -> list[Comparison]:
+    """Public runs of first stages and systems, over judgements alone."""
+    stages = [{"bm25": "bm25", "splade++ed": "splade++ed"}, {"bm25": "bm25-terrier", "colbertv2": "colbertv2"}]
     return [
         dataclasses.replace(
-            papers.tirex()[0],
-            collections={
-                f"python-docs/{part}": Collection(f"python-docs/{part}", {TIREX: "bm25"}, "python-docs")
-                for part in ("dev", "test")
-            },
-            rerankers={"tiny CrossEncoder": tiny()["tiny CrossEncoder"]},
-            topics=6,
-        ),
+            paper,
+            collections={name: public_runs.collection(name, names, paper.tables) for name in paper.collections},
+            rerankers={},
+            depth=100,
+        )
+        for paper, names in zip(papers.trec_dl(), [*stages, {"bm25": "bm25"}], strict=True)
+    ]
+
+
+def runs_beir() -> list[Comparison]:
+    """BM25 over NFCorpus, and the runs of one's own over any collection whose judgements are there."""
+    nfcorpus = Collection(str(SHARED / "nfcorpus"), {"bm25": "bm25:anserini"})
+    return [
         dataclasses.replace(
-            papers.tirex()[0],
-            collections=where_present(
+            paper,
+            collections=({"beir/nfcorpus": nfcorpus} if paper.paper == "LiT5" else {})
+            | where_present(
                 {
-                    name: Collection(str(SHARED / name), {TIREX: "bm25"}, name)
-                    for name in ("cranfield", "vaswani", "nfcorpus")
+                    name: public_runs.collection(name.replace("/", "-"), {"bm25": "bm25"}, paper.tables)
+                    for name in paper.collections
                 }
             ),
             rerankers={},
-        ),
+            depth=100,
+        )
+        for paper in papers.beir()
     ]
+
+
+def runs_tirex() -> list[Comparison]:
+    """BM25 with TIREx's settings over its corpora that are at hand."""
+    corpora = {name: Collection(str(SHARED / name), {TIREX: "bm25:terrier"}, name) for name in ("cranfield", "vaswani")}
+    return [dataclasses.replace(papers.tirex()[0], collections=corpora, rerankers={})]
 
 
 # A training of seconds
@@ -197,15 +202,15 @@ def paper() -> Profile:
         },
         distillation={
             "train": Collection("irds:msmarco-passage/train", {"first": f"{DATA}/runs/msmarco-train.colbertv2.txt"}),
-            "test": papers.trec_dl()[1].collections["dl19"],
+            "test": papers.trec_dl()[1].collections,
             "student": functools.partial(
                 CrossEncoder.from_backbone, "google/electra-base-discriminator", query_length=32, doc_length=256
             ),
-            "teacher": f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt",  # of hub dataset webis/rank-distillm
+            "teacher": f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt",  # of Zenodo's record 15131907
             "labels": {},  # settings besides the papers'
             "rankings": {},
-            "depths": [10, 25, 50],  # and all, as for the queries
-            "queries": [100, 1_000],
+            "depths": [10, 20, 50],  # and all, as for the queries
+            "queries": [1_000, 2_000, 5_000],
         },
     )
 
@@ -253,7 +258,7 @@ def small() -> Profile:
         },
         distillation={
             "train": Collection("python-docs/dev", {"first": "bm25"}),
-            "test": Collection("python-docs/test", {"bm25": "bm25"}),
+            "test": {"python-docs": Collection("python-docs/test", {"bm25": "bm25"})},
             "student": functools.partial(
                 CrossEncoder.from_backbone, f"{TINY}/cross-encoder", query_length=24, doc_length=64
             ),
@@ -274,7 +279,7 @@ def trec() -> Profile:
         verbose=True,
         distillation={
             "train": shared_runs("dl19", {"first": "run.bm25.txt"}),
-            "test": shared_runs("dl21", {"bm25": "run.bm25.txt"}),
+            "test": {"dl21": shared_runs("dl21", {"bm25": "run.bm25.txt"})},
             "student": functools.partial(CrossEncoder, "results/real_teachers/CrossEncoder, cosines", dtype="bfloat16"),
             "teacher": str(SHARED / "dl19" / "teachers" / "rankvicuna7b.bm25.k100.r1.txt.gz"),
             "labels": MINUTES,
@@ -285,4 +290,9 @@ def trec() -> Profile:
     )
 
 
-PROFILES: dict[str, Callable[[], Profile]] = {"paper": paper, "small": small, "trec": trec}
+def runs() -> Profile:
+    """No model: public runs and BM25 beside the published figures, in a minute. All else is as in "small"."""
+    return dataclasses.replace(small(), depth=100, trec_dl=runs_dl(), beir=runs_beir(), tirex=runs_tirex())
+
+
+PROFILES: dict[str, Callable[[], Profile]] = {"paper": paper, "small": small, "trec": trec, "runs": runs}

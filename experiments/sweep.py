@@ -1,8 +1,11 @@
 """Sweeps: every reranker of a comparison over every first stage. Runs are kept, so that a sweep goes on where it
 stopped."""
 
+import dataclasses
+import gc
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import compare
@@ -10,8 +13,36 @@ import corpora
 import first_stages
 import measured
 import pandas as pd
+import public_runs
 import pyterrier as pt
+import requests
+import torch
 from papers import Comparison
+from significance import adjusted
+
+from pyterrier_lit.reranker import Reranker
+
+MISSING = (FileNotFoundError, ConnectionError, requests.ConnectionError)  # a run, a licensed corpus, the network
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A first stage over a collection, where a comparison's rerankers and the systems of others stand side by side."""
+
+    collection: str
+    stage: str
+    corpus: str
+    topics: pd.DataFrame
+    qrels: pd.DataFrame
+    first: pt.Transformer
+    texts: pt.Transformer | None  # None: there is nothing to rerank
+    systems: dict[str, pt.Transformer]
+    folder: Path
+
+    def pipelines(self, rerankers: dict[str, Reranker]) -> dict[str, pt.Transformer]:
+        """The first stage, each reranker over it, and the systems."""
+        reranked = {name: self.first >> self.texts >> reranker for name, reranker in rerankers.items()}
+        return {compare.FIRST_STAGE: self.first} | reranked | self.systems
 
 
 def run(
@@ -20,37 +51,50 @@ def run(
     """The means as `compare.results` gives them, and the same per query: paper, collection, corpus, first_stage, model,
     qid, measure, value.
 
+    Reranker by reranker, each unloaded when it has been everywhere. What is missing, a run or a licensed corpus, leaves
+    its rows out and is named.
+
+    depth: passages reranked, where the comparison does not say.
     folder: keeps indexes, first stages and runs, and is asked before anything is computed. A qid begins with its
     collection and a slash, for topics of two collections may share a number. Fewer than all topics are another
     collection by name.
     """
+    depth = comparison.depth or depth
+    found = list(places(comparison, folder, depth, verbose))
+    for name, reranker in comparison.rerankers.items():
+        for place in pt.tqdm(found, desc=name, unit="first stage", disable=not verbose):
+            evaluate({name: place.pipelines({name: reranker})[name]}, place.topics, place.qrels, measures, place.folder)
+        unload(reranker)
+    part = "" if comparison.topics is None else f", first {comparison.topics} topics"
     means, queries = [], []
-    for name, where in pt.tqdm(
-        comparison.collections.items(), desc=comparison.paper, unit="collection", disable=not verbose
-    ):
-        collection = corpora.load(where.source)
-        passages = corpora.load(where.source, comparison.text_of) if comparison.text_of else collection
-        part = "" if comparison.topics is None else f", first {comparison.topics} topics"
-        for stage, source in where.first_stages.items():
-            here = folder / comparison.paper / name / stage
-            first = first_stages.load(source, collection, here, depth)
-            averages, each = experiment(
-                {compare.FIRST_STAGE: first}
-                | {
-                    model: first >> passages.text_loader() >> reranker
-                    for model, reranker in comparison.rerankers.items()
-                },
-                collection.get_topics().iloc[: comparison.topics],
-                collection.get_qrels(),
-                measures,
-                here,
-                verbose=verbose,
-            )
-            facts = {"paper": comparison.paper, "collection": name + part, "first_stage": stage}
-            means.append(compare.results(averages, **facts, depth=depth))
-            queries.append(each.assign(**facts, corpus=where.corpus + part, qid=f"{name}/" + each["qid"]))
+    for place in found:
+        averages, each = experiment(
+            place.pipelines(comparison.rerankers), place.topics, place.qrels, measures, place.folder
+        )
+        facts = {"paper": comparison.paper, "collection": place.collection + part, "first_stage": place.stage}
+        means.append(compare.results(averages, **facts, depth=depth))
+        queries.append(each.assign(**facts, corpus=place.corpus + part, qid=f"{place.collection}/" + each["qid"]))
     nothing = pd.DataFrame(columns=[*compare.KEY, "measured", "p"])
-    return pd.concat(means or [nothing], ignore_index=True), pd.concat(queries or [pd.DataFrame()], ignore_index=True)
+    nobody = pd.DataFrame(columns=["model", "qid", "measure", "value", *compare.KEY[:3], "corpus"])
+    return pd.concat(means or [nothing], ignore_index=True), pd.concat(queries or [nobody], ignore_index=True)
+
+
+def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = False) -> Iterator[Place]:
+    """Where a comparison's rerankers are tried; a line is printed for each place whose collection or first stage is
+    missing."""
+    for name in pt.tqdm(comparison.collections, desc=comparison.paper, unit="collection", disable=not verbose):
+        for stage in comparison.collections[name].first_stages:
+            try:
+                yield _place(comparison, name, stage, folder / comparison.paper / name / stage, depth)
+            except MISSING as error:
+                print(f"{name}, {stage}: left out. {error}; {public_runs.ADVICE}")
+
+
+def unload(reranker: Reranker) -> None:
+    """Give its memory back; it is read again where it is used again."""
+    reranker.hold(None)
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def experiment(
@@ -61,38 +105,79 @@ def experiment(
     folder: Path,
     *,
     baseline: str = compare.FIRST_STAGE,
+    correction: str = "holm",
     verbose: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`pt.Experiment` over pipelines by name: its table, and per query (model, qid, measure, value).
 
-    The table has paired t-tests against the pipeline named `baseline`, Holm-corrected over the others.
+    The table has paired t-tests against the pipeline named `baseline`, corrected over the others ("holm",
+    "bonferroni"). A pipeline whose values are all those of the baseline has no p-value: it is no rejection, and not one
+    of the others.
+
     folder: keeps each pipeline's run. A run is used again when the pipeline's repr and the topics are the same; delete
         it when a checkpoint behind a name has changed. verbose: a bar over the pipelines, with the time that is left.
     """
     if baseline not in pipelines:
         raise ValueError(f"baseline={baseline!r} is none of the pipelines {', '.join(map(repr, pipelines))}")
+    number = None if len(pipelines) == 1 else list(pipelines).index(baseline)
+    averages, queries = evaluate(pipelines, topics, qrels, measures, folder, baseline=number, verbose=verbose)
+    if number is not None:
+        averages = corrected(averages, measures, correction)
+    return measured.noted("/".join(folder.parts[-2:]), averages, len(topics), measures), queries
+
+
+def evaluate(
+    pipelines: dict[str, pt.Transformer],
+    topics: pd.DataFrame,
+    qrels: pd.DataFrame,
+    measures: list,
+    folder: Path,
+    *,
+    baseline: int | None = None,
+    verbose: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As `experiment`, with p-values that are not corrected."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = topics.to_csv(index=False)
     files = {
         f"{name.replace('/', '--')} {zlib.crc32((repr(pipeline) + asked).encode()):08x}": name
         for name, pipeline in pipelines.items()
     }
-    alone = len(pipelines) == 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There are shared pipeline components")  # plan="tree" would keep no runs
+        warnings.filterwarnings("ignore", "Evaluation measures differ between the existing")  # with or without tests
         averages = pt.Experiment(
             list(pipelines.values()),
             topics,
             qrels,
             measures,
             names=list(files),
-            baseline=None if alone else list(pipelines).index(baseline),
-            correction=None if alone else "holm",
+            baseline=baseline,
             save_dir=str(folder),
             save_mode="reuse",
             verbose=verbose,
         )
     queries = pd.read_csv(folder / "perquery.csv", dtype={"qid": str}).query("name in @files")
     queries = queries.assign(model=queries["name"].map(files)).drop(columns="name")
-    averages = averages.assign(name=averages["name"].map(files))
-    return measured.noted("/".join(folder.parts[-2:]), averages, len(topics), measures), queries
+    return averages.assign(name=averages["name"].map(files)), queries
+
+
+def corrected(averages: pd.DataFrame, measures: list, correction: str) -> pd.DataFrame:
+    """With "MEASURE p-value corrected" and "MEASURE reject" (at .05)."""
+    columns = {}
+    for measure in map(str, measures):
+        p = adjusted(averages[f"{measure} p-value"], correction)
+        columns |= {f"{measure} reject": p < 0.05, f"{measure} p-value corrected": p}
+    return averages.assign(**columns)
+
+
+def _place(comparison: Comparison, name: str, stage: str, folder: Path, depth: int) -> Place:
+    where = comparison.collections[name]
+    collection = corpora.load(where.source)
+    topics = collection.get_topics().iloc[: comparison.topics]
+    first = first_stages.load(where.first_stages[stage], collection, folder, depth)
+    texts = corpora.load(where.source, comparison.text_of).text_loader() if comparison.rerankers else None
+    if texts is not None:
+        (first >> texts)(topics.head(1))  # a corpus that is not here is missed now, and not after hours
+    systems = {system: first_stages.stored(path) % depth for system, path in where.systems.get(stage, {}).items()}
+    return Place(name, stage, where.corpus, topics, collection.get_qrels(), first, texts, systems, folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 import compare
 import pandas as pd
 import pytest
+import significance
 
 STATUSES = {"confirmed", "readme", "recalled", "erratum"}
 
@@ -27,6 +28,48 @@ def test_the_published_figures_are_those_of_the_reference_data(shared):
     for paper, file in (("LiT5", "lit5"), ("Rank-DistiLLM", "rank_distillm"), ("PE-Rank", "pe_rank")):
         theirs = pd.read_csv(reference / f"{file}.csv", dtype=str, keep_default_na=False).astype({"value": float})
         pd.testing.assert_frame_equal(compare.published(paper=paper).drop(columns="paper"), theirs)
+
+
+def test_every_table_has_all_its_cells():
+    """Systems x collections x first stages, as printed."""
+    cells = {
+        "ecir_table1": 2 * 4 * (1 + 3) + 2 * (2 + 1) + 8 + 8 + 4 + 8,  # first stage and LiT5; MonoT5, RankT5; LLMs
+        "ecir_table2": 5 * (17 + 1),
+        "arxiv_table1": 12 * 4,
+        "arxiv_table2": 7 * (14 + 2),
+        "ecir_ablation_depth": 2 * 4,
+        "ecir_ablation_queries": 2 * 4,
+        "ref_readme_2024": 9 * 4,
+        "paper_main": 2 * (2 + 8 + 1),
+    }
+    found = compare.published().groupby("table").size()
+    assert found[list(cells)].to_dict() == cells
+
+
+def test_every_claim_has_a_place_and_every_dagger_a_figure(shared):
+    claims = compare.claims()
+    assert {2.6, 7.4, 4.5, 173, 24, 0.002, 0.001, 89, 95} <= set(claims["value"]) and (claims["where"] != "").all()
+    daggers = pd.read_csv(significance.DAGGERS)
+    pd.testing.assert_frame_equal(daggers, pd.read_csv(Path(shared.ROOT).parent / "published/significance_lit5.csv"))
+    where = ["table", "collection", "first_stage", "model"]
+    assert len(daggers.merge(compare.published(measure="nDCG@10"), on=where)) == len(daggers) == 16
+
+
+def test_runs_of_one_system_are_one_row_with_their_extremes():
+    results = measured(("RankGPT 3.5 #1", 0.80), ("RankGPT 3.5 #2", 0.68), ("first stage", 0.5)).assign(
+        p=[0.1, 0.2, 0.3]
+    )
+    rows = compare.table(compare.repeated(results), ["ecir_table1"]).query("measured.notna()").set_index("model")
+    assert rows.loc["RankGPT 3.5", ["measured", "lowest", "highest"]].tolist() == pytest.approx([0.74, 0.68, 0.80])
+    assert rows.loc["RankGPT 3.5", "reproduced"] == "within" and pd.isna(rows.loc["RankGPT 3.5", "p"])
+    assert rows.loc["first stage", "p"] == 0.3 and pd.isna(rows.loc["first stage", "lowest"])
+
+
+def test_progress_counts_the_cells_of_a_table():
+    rows = compare.table(measured(("first stage", 0.5058), ("RankVicuna 7B", 0.5)), ["ecir_table1"])
+    assert compare.progress(rows).loc[("LiT5", "ecir_table1")].to_dict() == {
+        "cells": 66, "measured": 2, "within": 1, "outside": 1, "waiting": 64
+    }  # fmt: skip
 
 
 def test_figures_are_found_by_their_columns():

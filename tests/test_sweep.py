@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import subprocess
+import sys
 
 import corpora
 import costs
@@ -13,11 +15,13 @@ import pyterrier as pt
 import pytest
 import sweep
 import torch
+from conftest import ROOT
 from ir_measures import RR, P
 from scipy.stats import ttest_rel
 
 from pyterrier_lit import CrossEncoder
 
+HERE = ROOT / "experiments"
 TOPICS = pd.DataFrame({"qid": list("123"), "query": list("abc")})
 QRELS = pd.DataFrame({"qid": list("123"), "docno": ["x", "y", "x"], "label": 1})
 
@@ -136,7 +140,7 @@ def test_bm25_is_indexed_and_asked_once(folder, tmp_path, monkeypatch):
     collection = corpora.load(str(folder))
     first = first_stages.load("bm25", collection, tmp_path, 2)(collection.get_topics())
     assert first.groupby("qid")["docno"].first().to_dict() == {"q1": "d3", "q2": "d2", "q3": "d1"}
-    monkeypatch.setattr(first_stages, "bm25", lambda *_: Fixed("nothing"))  # asked, it would give another answer
+    monkeypatch.setattr(first_stages, "bm25", lambda *_, **__: Fixed("nothing"))  # asked, it would give another answer
     again = first_stages.load("bm25", collection, tmp_path, 2)(collection.get_topics())
     assert again.groupby("qid")["docno"].first().to_dict() == {"q1": "d3", "q2": "d2", "q3": "d1"}
 
@@ -149,11 +153,78 @@ def test_a_stored_run_is_cut_and_one_that_is_missing_is_named(folder, tmp_path):
         first_stages.load("data/runs/dl19.colbertv2.txt", collection, tmp_path, 1)
 
 
+def test_bm25_finds_a_document_by_its_title(folder, tmp_path):
+    (folder / "docs.jsonl.gz").unlink()
+    (folder / "docs.jsonl").write_text('{"docno": "d1", "title": "aspirin", "text": "lowers fever"}\n')
+    first = first_stages.load("bm25", corpora.load(str(folder)), tmp_path, 2)
+    assert first.search("aspirin").docno.tolist() == ["d1"]
+
+
+def test_a_query_that_is_a_document_does_not_find_itself_where_beir_says_so(folder, tmp_path):
+    collection = corpora.load(str(folder))
+    query = pd.DataFrame({"qid": ["d1"], "query": ["solar power water"]})
+    found = first_stages.load("bm25:anserini", collection, tmp_path, 2)(query).sort_values("rank")
+    assert found["docno"].tolist() == ["d3", "d2"] and found["rank"].tolist() == [0, 1]
+    assert first_stages.load("bm25:terrier", collection, tmp_path, 2)(query)["docno"].tolist()[0] == "d1"
+
+
+def test_a_stored_run_is_the_same_in_another_process_and_another_with_other_content(folder):
+    path = folder / "a run.txt"
+    here = repr(first_stages.stored(path) % 2)
+    code = f"import first_stages; print(first_stages.stored({str(path)!r}) % 2)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == here
+    path.write_text(path.read_text().replace("3.0", "1.0"))
+    assert repr(first_stages.stored(path) % 2) != here
+
+
+def test_a_student_is_asked_only_what_its_teacher_ranks(folder):
+    topics = pd.DataFrame({"qid": ["q3", "q9"], "query": "solar"})
+    assert first_stages.ranked(topics, str(folder / "a run.txt"))["qid"].tolist() == ["q3"]
+    assert first_stages.ranked(topics, Fixed("x")) is topics
+
+
+def test_what_is_missing_is_named_and_the_rest_goes_on(folder, tmp_path, capsys):
+    stages = {"bm25": "bm25", "colbertv2": "data/runs/absent.txt"}
+    collections = {"four": papers.Collection(str(folder), stages), "gone": papers.Collection("nowhere", stages)}
+    means, _ = sweep.run(papers.Comparison("mine", (), collections), [P @ 1], tmp_path / "kept", depth=3)
+    assert means[["collection", "first_stage"]].values.tolist() == [["four", "bm25"]]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": left out. ")[0] for line in said] == ["four, colbertv2", "gone, bm25", "gone, colbertv2"]
+    assert all("fetch.py" in line for line in said)
+
+
+def test_a_reranker_is_unloaded_when_its_rows_are_done(folder, cross_encoder_folder, tmp_path):
+    loaded = []
+
+    class Watched(CrossEncoder):
+        def results(self, queries, columns):
+            loaded.append([one.in_memory() is not None for one in (first, second)])
+            return super().results(queries, columns)
+
+    first, second = (Watched(str(cross_encoder_folder), device="cpu", max_tokens=n) for n in (500, 600))
+    comparison = papers.Comparison(
+        "mine", (), {"four": papers.Collection(str(folder), {"bm25": "bm25"})}, {"a": first, "b": second}
+    )
+    sweep.run(comparison, [P @ 1], tmp_path / "kept", depth=3)
+    assert [True, True] not in loaded and loaded and first.in_memory() is second.in_memory() is None
+
+
+def test_a_pipeline_that_equals_the_baseline_is_no_rejection_and_does_not_count(tmp_path):
+    stages = {"base": Fixed("x", "y", "z"), "same": Fixed("x", "y", "z"), "c": Fixed("z", "y", "x")}
+    table, queries = sweep.experiment(stages, TOPICS, QRELS, [RR @ 3], tmp_path, baseline="base")
+    values = queries.pivot(index="qid", columns="model", values="value")
+    found = table.set_index("name")
+    assert found["RR@3 p-value corrected"]["c"] == pytest.approx(ttest_rel(values["base"], values["c"]).pvalue)
+    assert not found["RR@3 reject"]["same"] and pd.isna(found["RR@3 p-value corrected"]["same"])
+
+
 def test_the_text_of_a_document_is_made_of_its_fields(folder):
     def text(**options):
         return corpora.load(str(folder), **options).text_loader()(pd.DataFrame({"docno": ["d1"]})).text[0]
 
-    assert text() == text(text_of=corpora.text_alone) == "solar power plants"
+    assert text() == "T  1 solar power plants"
+    assert text(text_of=corpora.text_alone) == "solar power plants"
     assert text(text_of=corpora.titled_text) == "Title: T 1 Content: solar power plants"
     assert corpora.titled_text({"title": "", "text": "a  b"}) == "a b"
 
@@ -177,7 +248,8 @@ def test_flops_are_those_of_the_network(cross_encoder_folder):
     assert costs.flops(reranker, frame) == pytest.approx(2 * body, rel=0.01)
     assert costs.parameters(reranker) == sum(p.numel() for p in network.parameters())
     paid = costs.of(reranker, frame)
-    assert paid["TFLOP"] * 1e12 == costs.flops(reranker, frame) and paid["seconds"] > 0 and paid["MB"] >= 0
+    assert paid["TFLOP"] * 1e12 == costs.flops(reranker, frame) and paid["seconds"] > 0
+    assert paid["MB"] >= costs.weights(reranker) == sum(p.nbytes for p in network.parameters()) / 2**20 > 0
 
 
 def test_costs_know_the_cpus_attention_kernel():

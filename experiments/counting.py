@@ -1,0 +1,168 @@
+"""Headline figures by counting: FLOPs and parameters of the papers' networks from their shapes. Nothing is measured: no
+weights, no texts, no time.
+
+Networks are built by transformers on torch's meta device, and run there under PyTorch's FLOP counter. A passage has as
+many tokens as the methods read (LiT5: padded to 150), or as DL19's first 100 of BM25 have on average.
+"""
+
+import functools
+from collections.abc import Callable
+
+import compare
+import pandas as pd
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+T5 = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 16, 24), "xl": (2048, 5120, 32, 24)}  # width, inner width,
+ELECTRA = {"base": (768, 3072, 12, 12), "large": (1024, 4096, 16, 24)}  # heads, layers
+PASSAGES, WINDOWS = 100, 9  # of 20 passages, stride 10
+PAIR_TOKENS = 95  # BERT's pieces of a query of 32 and a passage of 256 at most, DL19
+ORDER_PIECES = 132  # T5's pieces of the numbers 1 to 100, the end besides
+TEXT_TOKENS, TEXT_ANSWER = (
+    19_724,
+    90,
+)  # Mistral's v1 pieces of rank_llm's prompts of a query, DL19; of an answer, "[1] > [2] ..."
+VECTOR_TOKENS, VECTOR_ANSWER = 2_942, 20  # of PE-Rank's prompts; of an answer
+QUERIES = {"dl19": 43, "dl20": 54, "dl21": 53, "dl22": 76}
+
+
+@functools.cache
+def t5(size: str) -> PreTrainedModel:
+    """A T5 v1.1, as in LiT5."""
+    width, inner, heads, layers = T5[size]
+    config = T5Config(
+        vocab_size=32_128,
+        d_model=width,
+        d_ff=inner,
+        num_heads=heads,
+        num_layers=layers,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    model = _built(T5ForConditionalGeneration, config)
+    model.lm_head = torch.nn.Linear(width, config.vocab_size, bias=False, device="meta")  # transformers 5 ties it
+    return model
+
+
+@functools.cache
+def electra(size: str) -> PreTrainedModel:
+    """An ELECTRA discriminator with a score, as monoELECTRA."""
+    width, inner, heads, layers = ELECTRA[size]
+    return _built(
+        ElectraForSequenceClassification,
+        ElectraConfig(
+            embedding_size=width,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            num_hidden_layers=layers,
+            num_labels=1,
+        ),
+    )
+
+
+@functools.cache
+def mistral() -> PreTrainedModel:
+    """Mistral 7B, as in RankZephyr and PE-Rank."""
+    return _built(MistralForCausalLM, MistralConfig(sliding_window=None))
+
+
+def parameters(model: PreTrainedModel) -> int:
+    """Numbers in a network."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@functools.cache
+def lit5(size: str, tokens: int = 150) -> float:
+    """TFLOP of LiT5-Distill-v2 for 100 passages of so many tokens: each encoded alone, then one decoder over all."""
+    model, width = t5(size), T5[size][0]
+    texts, order = _ids(PASSAGES, tokens), _ids(1, ORDER_PIECES + 3)  # with the start and the end
+    states = BaseModelOutput(torch.zeros(1, PASSAGES * tokens, width, device="meta"))
+    return tflop(lambda: model.encoder(input_ids=texts)) + tflop(
+        lambda: model(encoder_outputs=states, decoder_input_ids=order, use_cache=False)
+    )
+
+
+@functools.cache
+def cross_encoder(size: str, tokens: int = PAIR_TOKENS) -> float:
+    """TFLOP of monoELECTRA for 100 pairs of so many tokens."""
+    mask = torch.zeros(PASSAGES, 1, tokens, tokens, device="meta")
+    return tflop(lambda: electra(size)(_ids(PASSAGES, tokens), attention_mask=mask))
+
+
+@functools.cache
+def language_model(prompts: int, answer: int) -> tuple[float, float]:
+    """TFLOP of Mistral 7B over 9 windows of a query, each token once (with a cache): fewest and most.
+
+    prompts: tokens of the nine prompts together. answer: tokens of one answer. Most: attention of each token to all of
+    its window. Fewest: to those before it.
+    """
+    length = round(prompts / WINDOWS) + answer
+    mask = torch.zeros(1, 1, length, length, device="meta")
+    most = tflop(lambda: mistral()(_ids(1, length), attention_mask=mask, logits_to_keep=answer, use_cache=False))
+    config = mistral().config
+    attention = 4 * length**2 * config.hidden_size * config.num_hidden_layers / 1e12
+    return WINDOWS * (most - attention / 2), WINDOWS * most
+
+
+def headlines() -> pd.DataFrame:
+    """The papers' ratios, and what counting says of them: paper, claim, value, compares, counted, by."""
+    few, most = language_model(TEXT_TOKENS, TEXT_ANSWER)
+    vectors, _ = language_model(VECTOR_TOKENS, VECTOR_ANSWER)
+    large, base = cross_encoder("large"), cross_encoder("base")
+    seven, xl = parameters(mistral()), parameters(t5("xl"))
+    electras = [parameters(electra(size)) for size in ("large", "base")]
+    counted = {
+        ("LiT5", "parameters"): (f"{seven / xl:.2f}", f"{seven / 1e9:.2f} and {xl / 1e9:.2f} billion"),
+        ("LiT5", "FLOPs a query"): (f"{few / lit5('xl'):.1f} to {most / lit5('xl'):.1f}", "padded to 150 tokens"),
+        ("Rank-DistiLLM", "latency"): (f"{most / large:.0f} (large), {most / base:.0f} (base)", "FLOPs"),
+        ("Rank-DistiLLM", "memory"): (
+            ", ".join(f"{seven / n:.1f} ({size})" for n, size in zip(electras, ("large", "base"), strict=True)),
+            "weights in 16 bits",
+        ),
+        ("Rank-DistiLLM", "parameters, monoT5-3B"): (f"{1 - electras[0] / xl:.0%}", "large; monoT5-3B as T5 v1.1 XL"),
+        ("Rank-DistiLLM", "parameters, RankZephyr"): (f"{1 - electras[0] / seven:.0%}", "large"),
+        ("PE-Rank", "latency"): (f"{few / vectors:.1f}", "FLOPs of the language model, vectors at hand"),
+    }
+    rows = [(paper, claim, *found) for (paper, claim), found in counted.items()]
+    found = pd.DataFrame(rows, columns=["paper", "claim", "counted", "by"])
+    return compare.claims()[["paper", "claim", "value", "unit", "compares"]].merge(found, on=["paper", "claim"])
+
+
+def figure2() -> pd.DataFrame:
+    """LiT5's figure 2: nDCG@10 over BM25, the mean of DL19 to DL22 weighted by queries, with TFLOP and parameters."""
+    names = {f"castorini/LiT5-Distill-{size}-v2": size for size in T5}
+    printed = compare.published(table="ecir_table1", first_stage="bm25", model=[*names, "RankZephyr 7B"])
+    weights = printed["collection"].map(QUERIES)
+    means = (printed["value"] * weights).groupby(printed["model"], sort=False).sum() / sum(QUERIES.values())
+    costs = {name: (lit5(size), parameters(t5(size))) for name, size in names.items()}
+    costs["RankZephyr 7B"] = (language_model(TEXT_TOKENS, TEXT_ANSWER)[1], parameters(mistral()))
+    rows = [(name, mean, costs[name][0], costs[name][1] / 1e6) for name, mean in means.items()]
+    return pd.DataFrame(rows, columns=["model", "nDCG@10", "TFLOP", "million parameters"])
+
+
+def tflop(run: Callable[[], object]) -> float:
+    """Multiplications and additions of a call, in 10^12."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops() / 1e12
+
+
+def _built(kind: type, config: object) -> PreTrainedModel:
+    config._attn_implementation = "eager"  # whose products the counter sees
+    with torch.device("meta"):
+        return kind(config).eval()
+
+
+def _ids(rows: int, length: int) -> torch.Tensor:
+    return torch.zeros(rows, length, dtype=torch.long, device="meta")

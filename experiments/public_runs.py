@@ -1,0 +1,75 @@
+"""Public runs: files of rankings that others made, and of one's own beside them, by the names that published.csv has.
+
+COLLECTION.qrels.txt, COLLECTION.STAGE.txt (a first stage) and COLLECTION.STAGE.SYSTEM.txt (reranked), gzipped or not,
+in TREC format. In a system's name "--" stands for a slash. Knows files and names: nothing is ranked or measured here.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import compare
+import pandas as pd
+from papers import CORPORA, RUNS, TASKS, Collection, find
+
+ADVICE = "python experiments/fetch.py lists what can be fetched for which notebook"
+
+SYSTEMS = {"rankvicuna": "RankVicuna 7B"} | {f"rankgpt3.5-{n}": f"RankGPT 3.5 #{n}" for n in range(1, 6)}
+TIREX_SYSTEMS = {
+    "MonoT5 Base (tira-ir-starter-gygaggle)": "monoT5-base",
+    "MonoT5 Large (tira-ir-starter-gygaggle)": "monoT5-large",
+    "latent-wetland": "monoT5-3B",  # by its figures: TIREx does not say what it is
+}
+
+
+def collection(name: str, stages: Mapping[str, str], tables: Iterable[str]) -> Collection:
+    """Judgements, first stages and systems of a collection, without its documents.
+
+    stages: a first stage as published.csv names it -> as the files do. tables: of published.csv. A system that is
+    printed in other tables alone is left out.
+    """
+    figures = compare.published()
+    printed = figures["table"].isin(list(tables))
+    elsewhere = set(figures["model"]) - set(figures.loc[printed, "model"])
+    systems = {
+        stage: {
+            system: str(path)
+            for system, path in systems_over(f"{name}.{file}").items()
+            if re.sub(r" #\d+$", "", system) not in elsewhere
+        }
+        for stage, file in stages.items()
+    }
+    first_stages = {stage: str(find(f"{name}.{file}")) for stage, file in stages.items()}
+    return Collection(str(find(f"{name}.qrels")), first_stages, systems=systems)
+
+
+def systems_over(first_stage: str) -> dict[str, Path]:
+    """The systems whose runs over "COLLECTION.STAGE" are at hand, by the names of published.csv, sorted."""
+    found = {}
+    for folder in reversed(RUNS):
+        for path in folder.glob(f"{first_stage}.*.txt*"):
+            system = re.sub(r"\.txt(\.gz)?$", "", path.name).removeprefix(f"{first_stage}.")
+            found[SYSTEMS.get(system, system.replace("--", "/"))] = path
+    return dict(sorted(found.items()))
+
+
+def tirex() -> pd.DataFrame:
+    """nDCG@10 of monoT5's rows of Rank-DistiLLM's table 2 as TIREx publishes it, a row for each task: task, corpus,
+    model, value.
+
+    monoT5-3B is known by its figures alone. Without the file it has no rows, and says what to fetch.
+    """
+    path = next((path for folder in RUNS if (path := folder / "tirex.all_evaluations.json").exists()), None)
+    if path is None:
+        print(f"{RUNS[0] / 'tirex.all_evaluations.json'} is not here; {ADVICE}")
+    evaluations = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    tasks = {re.sub(r"/\d{4}-\d\d-\d\d", "", task).replace("/", "-"): task for task in TASKS["ir_datasets_id"]}
+    corpus = dict(zip(TASKS["ir_datasets_id"], TASKS["corpus"].map(CORPORA), strict=True))
+    rows = [
+        (task := tasks[re.sub(r"-\d{8}-training$", "", name)], corpus[task], TIREX_SYSTEMS[system], figures["ndcg@10"])
+        for name, systems in evaluations.items()
+        for system, figures in systems.items()
+        if system in TIREX_SYSTEMS and figures
+    ]
+    return pd.DataFrame(rows, columns=["task", "corpus", "model", "value"])

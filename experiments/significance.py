@@ -1,0 +1,61 @@
+"""The papers' tests: p-values of rerankers against a baseline, corrected for their number. Knows values per query
+alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import ttest_1samp, ttest_rel
+from statsmodels.stats.multitest import multipletests
+
+DAGGERS = Path(__file__).with_name("significance.csv")  # LiT5's table 1: which differences from XL are significant
+XL = "castorini/LiT5-Distill-xl-v2"
+
+
+def adjusted(p: pd.Series, correction: str) -> pd.Series:
+    """The p-values corrected for their number, "holm" or "bonferroni". nan stays nan and is not one of them: a
+    pipeline that equals the baseline on every query."""
+    known = p.dropna()
+    corrected = multipletests(known, method=correction)[1] if len(known) else known
+    return pd.Series(corrected, known.index, dtype=float).reindex(p.index)
+
+
+def against_means(values: pd.Series, means: Mapping[str, float], correction: str = "holm") -> pd.Series:
+    """LiT5's test: do these values per query have another mean than each of the others, of which only means are known?
+
+    One sample, one-sided towards the side on which the mean lies; Holm-Bonferroni. Returns the p-value of each.
+    """
+    p = {
+        name: ttest_1samp(values, mean, alternative="greater" if values.mean() > mean else "less").pvalue
+        for name, mean in means.items()
+    }
+    return adjusted(pd.Series(p, dtype=float), correction)
+
+
+def paired(values: pd.DataFrame, baseline: str, correction: str = "bonferroni") -> pd.Series:
+    """Rank-DistiLLM's test: a paired t-test of each column (a reranker) with the baseline's, over the rows (queries).
+    Returns the p-value of each other column."""
+    others = values.columns.drop(baseline)
+    p = {name: ttest_rel(values[name], values[baseline]).pvalue for name in others}
+    return adjusted(pd.Series(p, dtype=float), correction)
+
+
+def daggers(queries: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """LiT5's table 1 against LiT5-XL over the same first stage: what is printed (`dagger`), and `p` and `significant`
+    by the same test where the values of XL per query are in `queries` (of `sweep.run`), from the published means.
+
+    table: of `compare.table`, with the published means.
+    """
+    printed = pd.read_csv(DAGGERS).rename(columns={"significant": "dagger"})
+    means = table.query("table == 'ecir_table1' and model != @XL").set_index(["collection", "first_stage"])
+    found = []
+    for place, values in queries.query("model == @XL").groupby(["collection", "first_stage"])["value"]:
+        others = means.loc[[place]].set_index("model")["published"].dropna()
+        p = against_means(values, others)
+        found.append(
+            pd.DataFrame({"model": p.index, "p": p.to_numpy()}).assign(collection=place[0], first_stage=place[1])
+        )
+    ours = pd.concat(found or [pd.DataFrame(columns=["collection", "first_stage", "model", "p"])])
+    both = printed.drop(columns="table").merge(ours, how="outer", on=["collection", "first_stage", "model"], sort=False)
+    significant = (both["p"] < 0.05).map({True: "yes", False: "no"}).where(both["p"].notna(), "")
+    return both.assign(significant=significant).fillna({"dagger": "no"})
