@@ -8,12 +8,15 @@ monoELECTRA (arXiv 2405.07920) learned its scores from the rankings of large lan
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from pyterrier_lit.batching import encoder_tokens, inference, map_batches
 from pyterrier_lit.frames import Columns
+from pyterrier_lit.models.checkpoints import write
+from pyterrier_lit.models.export import as_classifier
 from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, new_pairs, read_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
@@ -113,6 +116,20 @@ class CrossEncoder(Reranker):
             if length is not None and (not isinstance(length, int) or length < 1):
                 raise ValueError(f"{name}={length!r}; wanted a whole number of pieces from 1 on")
         return lengths
+
+    def save(self, path: str | Path, layout: str | None = None) -> None:
+        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays.
+
+        layout: None keeps lightning-ir's, or the classifier that was read. "transformers" writes a sequence classifier
+            of BERT (of ELECTRA where it has smaller embeddings) with the same scores, which sentence-transformers, Text
+            Embeddings Inference, vLLM and ONNX exporters read. ValueError for a score that such a one cannot give.
+        """
+        if layout not in (None, "transformers"):
+            raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")
+        checkpoint, lengths = self.load(), self.saved_settings()
+        if layout == "transformers":
+            checkpoint = as_classifier(checkpoint, lengths)
+        write(path, lambda folder: checkpoint.save(folder, **lengths))
 
     def saved_settings(self) -> dict[str, Any]:
         """The lengths, so that the saved checkpoint is read with them."""
