@@ -9,12 +9,15 @@ from pathlib import Path
 import corpora
 import pyterrier as pt
 
+from pyterrier_lit.training import data
+
 
 def load(source: str, collection: corpora.Collection, folder: Path, depth: int) -> pt.Transformer:
     """Topics -> the best `depth` of each, without texts.
 
     source: "bm25" (PISA over the collection, k1 = 0.9, b = 0.4, Porter2: Anserini's settings), "terrier:NAME" (BM25
-        over Terrier's ready-made index of that name; needs Java), or the path of a run file in TREC format.
+        over Terrier's ready-made index of that name; needs Java), the path of a run file in TREC format, or that of a
+        file of candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
     folder: keeps index and results; a second call, also of an interrupted sweep, asks nothing again.
     """
     if source == "bm25":
@@ -28,12 +31,15 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
 
 
 def stored(path: str | Path) -> pt.Transformer:
-    """The ranking of a run file, in the order of its scores (ties: in the order of its lines)."""
+    """The ranking of a run file, in the order of its scores (ties: in the order of its lines), or of a file of
+    candidates, whose texts come with it."""
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
             " that the paper's authors publish, or another first stage in profiles.py"
         )
+    if {".json", ".jsonl"} & set(Path(path).suffixes):
+        return pt.Transformer.from_df(data.read_run(path).drop(columns="query"))
     return pt.Transformer.from_df(pt.model.add_ranks(pt.io.read_results(str(path))))
 
 

@@ -195,6 +195,9 @@ def lay_out(folder):
         (folder / name).mkdir()
     for name in ("rerank.jsonl.gz", "candidates.jsonl.gz", "INPUT/rerank.jsonl.gz"):
         write_jsonl(folder / name, rows)
+    hits = [{"docid": docno, "doc": {"contents": text}} for docno, text in DOCS.items()]
+    asked = [{"query": {"qid": qid, "text": query}, "candidates": hits} for qid, query in QUERIES.items()]
+    write_jsonl(folder / "retrieve_results_dl19_top100.jsonl", asked)
     for name in ("docs.jsonl.gz", "FOLDER/docs.jsonl.gz"):
         write_jsonl(folder / name, docs)
     for name in ("bm25.txt", "rankzephyr.run", "FOLDER/run.txt"):

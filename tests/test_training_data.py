@@ -130,17 +130,29 @@ def test_a_run_without_scores_has_those_of_its_ranks(tmp_path):
         data.read_run(path)
 
 
+def test_a_ranking_of_rank_llm_is_a_teacher(tmp_path):
+    candidates = [{"docid": docid, "score": 1.0, "doc": {"text": "x"}} for docid in ("b", "a")]
+    path = tmp_path / "rank_zephyr.json"
+    path.write_text(json.dumps([{"query": {"qid": "1", "text": "who?"}, "candidates": candidates}], indent=2))
+    run = data.read_run(path)
+    assert run[["qid", "query", "docno", "text", "rank"]].values.tolist() == [
+        ["1", "who?", "b", "x", 0],
+        ["1", "who?", "a", "x", 1],
+    ]
+
+
 def test_questions_are_read_with_their_answers(tmp_path):
     record = {
         "question": "who?",
         "answers": ["he", "she"],
-        "ctxs": [{"id": 5, "title": "T", "text": "x"}, {"text": "y"}],
+        "ctxs": [{"id": 5, "title": "T", "text": "x"}, {"text": "y"}, {"docid": "d", "text": "z"}],
     }
     (tmp_path / "qa.jsonl").write_text(json.dumps(record) + "\n")
     frame = data.read_qa(tmp_path / "qa.jsonl")
     assert frame.to_dict("records") == [
         {"qid": "0", "query": "who?", "docno": "5", "text": "T x", "answers": ["he", "she"], "rank": 0},
         {"qid": "0", "query": "who?", "docno": "0-1", "text": "y", "answers": ["he", "she"], "rank": 1},
+        {"qid": "0", "query": "who?", "docno": "d", "text": "z", "answers": ["he", "she"], "rank": 2},
     ]
     (tmp_path / "qa.json").write_text(json.dumps([record, record | {"answers": []}]))
     with pytest.raises(ValueError, match="question 1: it has no answers"):

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_lit.files.candidates import Candidates
+from pyterrier_lit.files.candidates import LISTS, Candidates, read_rerank_file
 from pyterrier_lit.frames import Ranking
 
 KEY = ["qid", "docno"]
@@ -134,7 +134,7 @@ def uneven(lists: Sequence[Ranking]) -> list[Ranking]:
 
 def read_run(path: str | Path) -> pd.DataFrame:
     """A run from a TREC file, a parquet file or JSON lines, perhaps compressed (.gz): Rank-DistiLLM's files, TIREx's
-    re-ranking input, and what `pt.io.write_results` writes.
+    re-ranking input, the rankings that rank_llm writes, and what `pt.io.write_results` writes.
 
     Returns qid, docno, score, rank (from 0) and, where the file has them, query and text. Ranks follow from the scores;
     a file without scores gets them from its ranks. Of a passage that stands twice under a query the first is kept.
@@ -146,6 +146,8 @@ def read_run(path: str | Path) -> pd.DataFrame:
         run = pd.read_parquet(path)
     elif kind.endswith((".jsonl", ".json")):
         run = pd.DataFrame(_json_lines(path))
+        if set(LISTS) & set(run):
+            run = as_frame(read_rerank_file(path))
     else:
         run = pt.io.read_results(str(path))
     run = run.rename(columns={"query_id": "qid", "doc_id": "docno"})
@@ -168,7 +170,7 @@ def read_qa(path: str | Path) -> pd.DataFrame:
     answers and rank.
 
     path: JSON lines or one JSON array of records with question, answers, and ctxs, which have text and perhaps title
-    and id. Raises ValueError, with the number of the question, where one of these is missing.
+    and docid (or id). Raises ValueError, with the number of the question, where one of these is missing.
     """
     rows = []
     for number, record in enumerate(_json_lines(Path(path).expanduser())):
@@ -181,7 +183,8 @@ def read_qa(path: str | Path) -> pd.DataFrame:
         answers = [answers] if isinstance(answers, str) else list(answers)
         for rank, passage in enumerate(record["ctxs"]):
             text = f"{passage['title']} {passage['text']}" if passage.get("title") else passage["text"]
-            docno = str(passage.get("id", passage.get("docno", f"{number}-{rank}")))
+            names = (passage[name] for name in ("docid", "id", "docno") if name in passage)
+            docno = str(next(names, f"{number}-{rank}"))
             rows.append((str(record.get("id", number)), record["question"], docno, text, answers, rank))
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "answers", "rank"])
 
