@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -88,6 +88,18 @@ class CrossEncoder(Reranker):
             computed = map_batches(scores, inputs, lengths, max_tokens, bar.update)
         score_of = dict(zip(distinct, computed, strict=True))
         return {"score": [[score_of[pair] for pair in pairs] for pairs in asked]}
+
+    def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> Any:
+        """The scores of P (query, passage) pairs, as sentence-transformers' CrossEncoder.predict gives them: an array
+        (P,) of float32, and of one pair alone a number. The logit, before any sigmoid. Raises what `score` does.
+
+        Listwise rerankers have no such thing: their score of a pair depends on the other passages of its query.
+        """
+        if pairs and isinstance(pairs[0], str):
+            return self.predict([cast(tuple[str, str], pairs)])[0]
+        queries, passages = zip(*pairs, strict=True) if pairs else ((), ())
+        scores = self.score(list(queries), [[passage] for passage in passages])
+        return torch.tensor(scores, dtype=torch.float32).reshape(-1).numpy()
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
         """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once."""

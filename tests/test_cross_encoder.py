@@ -438,3 +438,15 @@ def test_a_new_head_on_the_body_of_a_cross_encoder():
     ours, theirs = (encoder.load().network.state_dict() for encoder in (new, trained))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items() if name.startswith("body."))
     assert not torch.equal(ours["linear.weight"], theirs["linear.weight"])
+
+
+def test_predict_gives_what_sentence_transformers_gives(make):
+    pairs = [("a cat", "cats"), ("red fox", "a fox is red"), ("a cat", "dogs bark")]
+    reranker = make()
+    scores = reranker.predict(pairs)
+    assert (type(scores).__name__, scores.dtype, scores.shape) == ("ndarray", "float32", (3,))
+    assert scores.tolist() == pytest.approx(
+        [reranker.score([query], [[text]])[0][0] for query, text in pairs], abs=2e-5
+    )
+    assert float(reranker.predict(pairs[1])) == pytest.approx(float(scores[1]), abs=2e-5)
+    assert reranker.predict([]).shape == (0,)

@@ -38,6 +38,8 @@ CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in 
     "liuqi6777/pe-rank-mistral-jina": CHECKPOINTS["pe-rank"],
 }  # `names` adds those that are made: "my-pe-rank", "google/electra-base-discriminator", MiniLM
 NOT_RUN = {  # first word of a command: why it is not run
+    "curl": "asks a server (test_serve.py does)",
+    "serve": "answers until it is stopped (test_serve.py)",
     "hf": "fetches from the hub",
     "tira-cli": "asks TIRA's server",
 }
