@@ -48,8 +48,9 @@ class CrossEncoder(Reranker):
         verbose: show a progress bar.
 
     `CrossEncoder.from_backbone("google/electra-base-discriminator")` is an untrained one, over the body of an ELECTRA
-    or BERT. A pair's score depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe; equal scores are ties
-    and keep their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
+    or BERT; over ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and others it is transformers' own classifier. A
+    pair's score depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe; equal scores are ties and keep
+    their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
     """
 
     model: str = "webis/monoelectra-base"

@@ -60,8 +60,8 @@ class LiT5Score(Reranker):
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Score.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 as it was pre-trained. Although each
-    passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe. Source:
+    `LiT5Score.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 (or mT5) as it was pre-trained. Although
+    each passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe. Source:
     arXiv 2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists that are full.
     """
 

@@ -135,7 +135,7 @@ def names(electra, backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("names")
     PERank.from_backbone(backbone("mistral"), embedding_size=384, device="cpu").save(folder / "my-pe-rank")
     return CHECKPOINTS_OF | {
-        "google/electra-base-discriminator": electra,
+        **dict.fromkeys(("google/electra-base-discriminator", "jhu-clsp/ettin-encoder-32m"), electra),
         "my-pe-rank": folder / "my-pe-rank",
         "sentence-transformers/all-MiniLM-L6-v2": Path(minilm.__file__).parent / "model",
     }

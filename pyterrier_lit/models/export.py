@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from pyterrier_lit.models.library import NO_SHAPE, Weights, library_model
-from pyterrier_lit.models.pair_encoder import PairCheckpoint
+from pyterrier_lit.models.pair_encoder import IDENTITY, PairCheckpoint
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
 
 SCALE = 2.0**-13  # e: a score of 20 changes by 4e-5; a power of two, by which a weight is multiplied exactly
-# Else sentence-transformers puts a sigmoid on a single label, and high scores would tie
-IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
 READS = ["input_ids", "token_type_ids", "attention_mask"]
 NAMED = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
