@@ -43,7 +43,7 @@ class CrossEncoder(Reranker):
         text_field: the column with the passages.
         max_tokens: tokens per batch with padding; None is 4,096 on a CPU and 16,384 on a GPU. When memory runs out the
             batch is halved and the run goes on.
-        device: None is the first GPU, else the CPU.
+        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 

@@ -56,7 +56,7 @@ class LiT5Score(Reranker):
         answer_field: a column for the answer that was written, the same in all rows of a query; None adds none.
         text_field: the column with the passages.
         max_tokens: prompt tokens of the queries that are read and answered together. When memory runs out it is halved.
-        device: None is the first GPU, else the CPU.
+        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
