@@ -26,7 +26,8 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
     """Topics -> the best `depth` of each, without texts.
 
     source: a name in BM25 (PISA over the collection, with these settings), "terrier:NAME" (BM25 over Terrier's
-        ready-made index of that name; needs Java), or the path of a run file in TREC format.
+        ready-made index of that name; needs Java), the path of a run file in TREC format, or that of a file of
+        candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
     folder: keeps index and results; a second call, also of an interrupted sweep, asks nothing again.
     """
     if source in BM25:
@@ -44,13 +45,14 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
 
 
 def stored(path: str | Path) -> "Ranking":
-    """The ranking of a run file, in the order of its scores (ties: in the order of its lines)."""
+    """The ranking of a run file, in the order of its scores (ties: in the order of its lines), or of a file of
+    candidates, whose texts come with it."""
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
             " that the paper's authors publish, or another first stage in profiles.py"
         )
-    return Ranking(read_run(path), str(path))
+    return Ranking(read_run(path).drop(columns="query", errors="ignore"), str(path))
 
 
 def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:

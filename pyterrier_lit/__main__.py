@@ -117,9 +117,8 @@ COMMANDS = (rerank, train, tirex)  # each adds its options to a parser and retur
 
 def add_candidates(parser: argparse.ArgumentParser) -> None:
     """The options that say where candidates are."""
-    parser.add_argument(
-        "--input", type=Path, required=True, help="rerank.jsonl[.gz], or a TREC run[.gz] to go with the next two"
-    )
+    meaning = "rerank.jsonl[.gz], candidates of rank_llm, PE-Rank or LiT5 in JSON, or a TREC run[.gz] with the next two"
+    parser.add_argument("--input", type=Path, required=True, help=meaning)
     parser.add_argument("--topics", help="qid and query: .jsonl[.gz], tab-separated, or irds:ID")
     parser.add_argument("--documents", help="docno and text: .jsonl[.gz], tab-separated, or irds:ID")
 
@@ -130,8 +129,8 @@ def candidates(
     """How the candidates in a file are read, each time from the start."""
     if (arguments.topics is None) != (arguments.documents is None):
         parser.error("--topics and --documents go together, with a run as --input")
-    if arguments.topics is None and ".jsonl" not in path.suffixes:
-        parser.error(f"--input {path} is no .jsonl[.gz]; a run wants --topics and --documents with it")
+    if arguments.topics is None and not {".jsonl", ".json"} & set(path.suffixes):
+        parser.error(f"--input {path} is no .jsonl[.gz] or .json; a run wants --topics and --documents with it")
     if arguments.topics is None:
         return partial(read_rerank_file, path, arguments.depth)
     lookups = cache(lambda: (topics(arguments.topics), documents(arguments.documents)))

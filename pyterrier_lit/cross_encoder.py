@@ -8,12 +8,15 @@ monoELECTRA (arXiv 2405.07920) learned its scores from the rankings of large lan
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 
 from pyterrier_lit.batching import encoder_tokens, inference, map_batches
 from pyterrier_lit.frames import Columns
+from pyterrier_lit.models.checkpoints import write
+from pyterrier_lit.models.export import as_classifier
 from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, new_pairs, read_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
@@ -40,13 +43,14 @@ class CrossEncoder(Reranker):
         text_field: the column with the passages.
         max_tokens: tokens per batch with padding; None is 1,024 on a CPU and 16,384 on a GPU. When memory runs out the
             batch is halved and the run goes on.
-        device: None is the first GPU, else the CPU.
+        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
     `CrossEncoder.from_backbone("google/electra-base-discriminator")` is an untrained one, over the body of an ELECTRA
-    or BERT. A pair's score depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe; equal scores are ties
-    and keep their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
+    or BERT; over ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and others it is transformers' own classifier. A
+    pair's score depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe; equal scores are ties and keep
+    their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
     """
 
     model: str = "webis/monoelectra-base"
@@ -86,6 +90,18 @@ class CrossEncoder(Reranker):
         score_of = dict(zip(distinct, computed, strict=True))
         return {"score": [[score_of[pair] for pair in pairs] for pairs in asked]}
 
+    def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> Any:
+        """The scores of P (query, passage) pairs, as sentence-transformers' CrossEncoder.predict gives them: an array
+        (P,) of float32, and of one pair alone a number. The logit, before any sigmoid. Raises what `score` does.
+
+        Listwise rerankers have no such thing: their score of a pair depends on the other passages of its query.
+        """
+        if pairs and isinstance(pairs[0], str):
+            return self.predict([cast(tuple[str, str], pairs)])[0]
+        queries, passages = zip(*pairs, strict=True) if pairs else ((), ())
+        scores = self.score(list(queries), [[passage] for passage in passages])
+        return torch.tensor(scores, dtype=torch.float32).reshape(-1).numpy()
+
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
         """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once."""
         layout, pairs, _ = self.cut_pairs(texts)
@@ -113,6 +129,20 @@ class CrossEncoder(Reranker):
             if length is not None and (not isinstance(length, int) or length < 1):
                 raise ValueError(f"{name}={length!r}; wanted a whole number of pieces from 1 on")
         return lengths
+
+    def save(self, path: str | Path, layout: str | None = None) -> None:
+        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays.
+
+        layout: None keeps lightning-ir's, or the classifier that was read. "transformers" writes a sequence classifier
+            of BERT (of ELECTRA where it has smaller embeddings) with the same scores, which sentence-transformers, Text
+            Embeddings Inference, vLLM and ONNX exporters read. ValueError for a score that such a one cannot give.
+        """
+        if layout not in (None, "transformers"):
+            raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")
+        checkpoint, lengths = self.load(), self.saved_settings()
+        if layout == "transformers":
+            checkpoint = as_classifier(checkpoint, lengths)
+        write(path, lambda folder: checkpoint.save(folder, **lengths))
 
     def saved_settings(self) -> dict[str, Any]:
         """The lengths, so that the saved checkpoint is read with them."""

@@ -199,10 +199,10 @@ def _strings(rows: pd.DataFrame, column: str) -> list[str]:
             raise TypeError(
                 f"{column!r} of {_name(rows, row)} is {cell!r}, not a string; load or fill it before reranking"
             )
-    return [_whole(cell) for cell in cells]
+    return [whole(cell) for cell in cells]
 
 
-def _whole(text: str) -> str:
+def whole(text: str) -> str:
     """The text as UTF-8 can hold it: half a surrogate pair becomes U+FFFD, two halves become their character."""
     try:
         text.encode()

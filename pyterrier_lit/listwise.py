@@ -98,6 +98,14 @@ class ListwiseReranker(Reranker):
         with inference(), self.progress(total, "window") as bar:
             return slide(counts, size, stride, order_windows, passes=self.passes, k=self.top_k)
 
+    def rank(
+        self, query: str, passages: Sequence[str], top_k: int | None = None, return_documents: bool = False
+    ) -> list[dict[str, Any]]:
+        """`Reranker.rank`; only the first top_k are decoded."""
+        shorter = copy.copy(self)
+        shorter.top_k = min((k for k in (self.top_k, top_k) if k is not None), default=None)
+        return super(ListwiseReranker, shorter).rank(query, passages, top_k, return_documents)
+
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
         """What `compile` puts in place of `self >> RankCutoff(k)`: the same top k in fewer steps."""
         if k < 1 or (self.top_k is not None and self.top_k <= k):

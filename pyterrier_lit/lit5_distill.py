@@ -47,14 +47,14 @@ class LiT5Distill(ListwiseReranker):
         text_field: the column with the passages.
         max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and
             values (37 kB a token for base in bfloat16). When memory runs out it is halved and the run goes on.
-        device: None is the first GPU, else the CPU.
+        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Distill.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 as it was pre-trained. The scores of n
-    passages are n, n - 1, ... 1 in the order written. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR 2025 (v2). In
-    float32 equal to castorini/LiT5 for lists that fill their windows; where that one pads a short list with empty
-    passages, this one does not.
+    `LiT5Distill.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 or mT5 as it was pre-trained. The
+    scores of n passages are n, n - 1, ... 1 in the order written. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR
+    2025 (v2). In float32 equal to castorini/LiT5 for lists that fill their windows; where that one pads a short list
+    with empty passages, this one does not.
     """
 
     model: str = "castorini/LiT5-Distill-base-v2"

@@ -56,12 +56,12 @@ class LiT5Score(Reranker):
         answer_field: a column for the answer that was written, the same in all rows of a query; None adds none.
         text_field: the column with the passages.
         max_tokens: prompt tokens of the queries that are read and answered together. When memory runs out it is halved.
-        device: None is the first GPU, else the CPU.
+        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Score.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 as it was pre-trained. Although each
-    passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe. Source:
+    `LiT5Score.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 (or mT5) as it was pre-trained. Although
+    each passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe. Source:
     arXiv 2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists that are full.
     """
 

@@ -49,7 +49,7 @@ class PERank(ListwiseReranker):
         text_field: the column with the passages.
         max_tokens: prompt tokens of the windows that are decoded together; they cost memory for keys and values (131 kB
             a token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes on.
-        device: None is the first GPU, else the CPU.
+        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import threading
 import uuid
@@ -17,11 +18,11 @@ import pyterrier as pt
 import torch
 from tqdm import tqdm
 
-from pyterrier_lit.frames import Columns, ColumnSets, rerank
+from pyterrier_lit.frames import Columns, ColumnSets, not_finite, rerank, whole
 from pyterrier_lit.models.checkpoints import fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype, converted
 
-Passages = list[list[str]] | Columns  # the texts of each query's passages, or more about them, column by column
+Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or more about them, column by column
 Loaded = TypeVar("Loaded")
 Named = TypeVar("Named")
 
@@ -66,11 +67,34 @@ class Reranker(pt.Transformer):
     def score(self, queries: list[str], passages: Passages) -> list[list[float]]:
         """The score of every passage, higher is better: Q queries, Q lists of passages -> Q lists of scores.
 
-        TypeError where a string stands in place of a list.
+        TypeError where a string stands in place of a list, or something else in place of a string; ValueError where the
+        model gave NaN.
         """
         if isinstance(queries, str):
             raise TypeError(f"queries={queries[:80]!r}; wanted a list of queries, and for each a list of its passages")
-        return self.results(queries, self.columns(passages))["score"]
+        columns = self.columns(passages)
+        scores = self.results(texts("queries", queries), columns)["score"]
+        for query, docnos, found in zip(queries, columns["docno"], scores, strict=True):
+            wrong = [number for number, score in enumerate(found) if not math.isfinite(score)]
+            if wrong:
+                raise not_finite(found[wrong[0]], query, [docnos[number] for number in wrong])
+        return scores
+
+    def rank(
+        self, query: str, passages: Sequence[str], top_k: int | None = None, return_documents: bool = False
+    ) -> list[dict[str, Any]]:
+        """The passages of one query, best first, as sentence-transformers' CrossEncoder.rank gives them.
+
+        A dict for each of the first top_k passages (all of them without a top_k): `corpus_id`, its position in
+        `passages`; `score`; and with return_documents `text`. Equal scores keep the order of `passages`. Raises what
+        `score` does.
+        """
+        if not passages:
+            return []
+        (scores,) = self.score([query], [passages])
+        best = sorted(range(len(scores)), key=lambda number: -scores[number])[:top_k]
+        shown = [{"text": passages[number]} if return_documents else {} for number in best]
+        return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Q queries and the columns of their passages -> `score`, Q lists, and `query_columns`, Q values each."""
@@ -97,12 +121,13 @@ class Reranker(pt.Transformer):
         """Passages as columns; those that come as texts alone have their positions as docnos."""
         if isinstance(passages, dict):
             return passages
-        for number, texts in enumerate(passages):
-            if isinstance(texts, str):
+        for number, given in enumerate(passages):
+            if isinstance(given, str):
                 raise TypeError(
-                    f"passages[{number}] is a string, {texts[:80]!r}; wanted for each query a list of its passages"
+                    f"passages[{number}] is a string, {given[:80]!r}; wanted for each query a list of its passages"
                 )
-        return {"docno": [list(map(str, range(len(texts)))) for texts in passages], self.text_field: passages}
+        shown = [texts(f"passages[{number}]", given) for number, given in enumerate(passages)]
+        return {"docno": [list(map(str, range(len(given)))) for given in shown], self.text_field: shown}
 
     def load(self) -> Any:
         """The checkpoint, read on first use and kept. Call it to have the weights in memory before the first query.
@@ -287,6 +312,14 @@ def _mind_forks() -> None:
     """Prepare forks of this process, from the first checkpoint on."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=Held.after_fork)
+
+
+def texts(name: str, given: Sequence[str]) -> list[str]:
+    """The texts as a tokenizer takes them. TypeError names what is no string."""
+    wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise TypeError(f"{name}[{wrong}] is {given[wrong]!r}; wanted a string")
+    return list(map(whole, given))
 
 
 def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str:

@@ -156,6 +156,8 @@ class Contract:
         broken.hold(held)
         with pytest.raises(ValueError, match=r"gave nan for (qid|query) '(q1|q2|what is a cat\?|red fox)'"):
             broken(frame)
+        with pytest.raises(ValueError, match="gave nan for query 'a cat', docno '0'"):
+            broken.rank("a cat", ["x", "y"])
 
     def test_autocast_around_a_call_changes_nothing(self, reranker, frame):
         expected = reranker(frame)
@@ -180,6 +182,28 @@ class Contract:
         for queries, passages in (("a cat", [["x"]]), (["a cat"], ["a passage"])):
             with pytest.raises(TypeError, match=r"(queries|passages\[0\])( is a string|=).*wanted"):
                 reranker.score(queries, passages)
+
+    def test_rank_gives_the_passages_as_sentence_transformers_does(self, reranker, frame):
+        passages = frame[frame.qid == "q1"].sort_values("rank").text.tolist()
+        ranked = reranker.rank("what is a cat?", passages, return_documents=True)
+        out = reranker(frame[frame.qid == "q1"]).sort_values("rank")
+        assert [row["text"] for row in ranked] == out.text.tolist()
+        assert [row["score"] for row in ranked] == pytest.approx(out.score.tolist(), abs=TOLERANCE)
+        assert [passages[row["corpus_id"]] for row in ranked] == out.text.tolist()
+        shorter = reranker.rank("what is a cat?", passages, top_k=2)
+        assert [(row["corpus_id"], set(row)) for row in shorter] == [
+            (row["corpus_id"], {"corpus_id", "score"}) for row in ranked[:2]
+        ]
+        assert reranker.rank("what is a cat?", []) == []
+
+    def test_rank_names_what_is_no_string_and_reads_half_a_surrogate_pair(self, reranker):
+        with pytest.raises(TypeError, match=r"passages\[0\]\[1\] is None; wanted a string"):
+            reranker.rank("a cat", ["a", None])
+        with pytest.raises(TypeError, match=r"queries\[0\] is 3; wanted a string"):
+            reranker.rank(3, ["a"])
+        with pytest.raises(TypeError, match=r"passages\[0\] is a string"):
+            reranker.rank("a cat", "a passage")
+        assert len(reranker.rank("a \ud83d cat", ["\udc00", "b"])) == 2
 
     def test_arguments_of_other_libraries_are_answered_in_words(self, make, frame):
         with pytest.raises(TypeError, match=r"has no batch_size.*max_tokens"):

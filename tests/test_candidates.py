@@ -102,8 +102,10 @@ def test_a_query_that_comes_again_after_another_is_an_error(tmp_path):
         (b"", "holds no candidates"),
         (b"\n\n", "holds no candidates"),
         (json.dumps(GOOD).encode()[:-9], "line 1 is no JSON, or is cut short"),
-        (b"[1, 2]\n", "line 1 holds a list, wanted an object"),
-        (100_000 * b"[", "line 1 is no JSON, or is cut short"),
+        (b"[1, 2]\n", "item 1 holds a int, wanted an object"),
+        (json.dumps([GOOD]).encode()[:-9], "is no JSON, or is cut short"),
+        (b"{}\n[1]".replace(b"{}", json.dumps(GOOD).encode()), "line 2 holds a list, wanted an object"),
+        (100_000 * b"[", "is no JSON, or is cut short"),
         (bytes(100), "line 1 is no JSON, or is cut short"),
         (
             json.dumps(GOOD | {"docno": "d\ud83d"}).encode(),
@@ -208,3 +210,75 @@ def test_topics_and_documents_that_are_wrong_are_named(tmp_path):
         file.write('{"docno": "d1"}\n')
     with pytest.raises(ValueError, match=r"docs.jsonl.gz, line 1 has no text; wanted a string"):
         documents(str(tmp_path / "docs.jsonl.gz"))
+
+
+RANK_LLM = {
+    "query": {"qid": 7, "text": "red fox"},
+    "candidates": [
+        {"docid": "d2", "score": 1.5, "doc": {"contents": "a fox"}},
+        {"docid": 9, "score": 2.5, "doc": {"title": "Cats", "text": "a cat", "url": "x"}},
+        {"docid": "d1", "score": 0.5, "doc": {"segment": "fur"}},
+    ],
+}
+PE_RANK = {
+    "query": "red fox",
+    "hits": [
+        {"content": "a fox", "qid": 7, "docid": "d2", "rank": 2, "score": 1.5},
+        {"content": "a cat", "qid": 7, "docid": 9, "rank": 1, "score": 2.5},
+    ],
+}
+LIT5 = {
+    "question": "red fox",
+    "answers": [""],
+    "id": "7",
+    "ctxs": [{"docid": "d2", "text": "a fox"}, {"docid": "9", "title": "Cats", "text": "a cat"}],
+}
+
+
+@pytest.mark.parametrize(
+    "record, docnos, texts",
+    [
+        (RANK_LLM, ["d2", "9", "d1"], ["a fox", "Title: Cats Content: a cat", "fur"]),
+        (PE_RANK, ["d2", "9"], ["a fox", "a cat"]),
+        (LIT5, ["d2", "9"], ["a fox", "Cats a cat"]),
+    ],
+    ids=["rank_llm", "PE-Rank", "LiT5"],
+)
+def test_the_files_that_the_papers_authors_published_are_read_by_their_keys(tmp_path, record, docnos, texts):
+    other = json.loads(json.dumps(record).replace("7", "8"))
+    expected = [Candidates(qid, "red fox", docnos, texts) for qid in ("7", "8")]
+    assert read(tmp_path, record, other) == expected  # the order is that of the list
+    assert read(tmp_path, record, depth=1) == [Candidates("7", "red fox", docnos[:1], texts[:1])]
+    (tmp_path / "array.json").write_text(json.dumps([record, other], indent=2))
+    assert list(read_rerank_file(tmp_path / "array.json")) == expected
+    empty = {name: [] if name in ("candidates", "hits", "ctxs") else value for name, value in record.items()}
+    assert read(tmp_path, empty, record) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (RANK_LLM | {"query": "red fox"}, "line 1, query has no qid; wanted a string or a whole number"),
+        (RANK_LLM | {"query": {"qid": "7"}}, "line 1, query has no text; wanted a string"),
+        (
+            RANK_LLM | {"candidates": [{"docid": "d", "doc": {"body": 3}}]},
+            "line 1, candidates 1 has body 3; wanted a s",
+        ),
+        (
+            RANK_LLM | {"candidates": [{"docid": "d", "doc": None}]},
+            "line 1, candidates 1 has doc None; wanted a string",
+        ),
+        (
+            RANK_LLM | {"candidates": {"d": 1}},
+            "line 1 has no list of passages under candidates; wanted an object for each",
+        ),
+        (PE_RANK | {"hits": [{"qid": 1, "content": "x"}]}, "line 1, hits 1 has no docid; wanted a string"),
+        (PE_RANK | {"hits": [{"docid": 1, "content": "x"}]}, "line 1, hits 1 has no qid; wanted a string"),
+        (LIT5 | {"ctxs": [LIT5["ctxs"][0]] * 2}, "line 1, ctxs 2: qid '7' has docno 'd2' twice; keep one of them"),
+        ({name: value for name, value in LIT5.items() if name != "id"}, "line 1 has no id; wanted a string"),
+    ],
+)
+def test_what_is_wrong_in_such_a_file_is_named_with_its_place(tmp_path, record, message):
+    with pytest.raises(ValueError) as raised:
+        read(tmp_path, record)
+    assert message in str(raised.value)

@@ -97,9 +97,13 @@ def test_every_weight_that_does_not_fit_is_named():
         load_strictly(module, {"weight": torch.zeros(2, 3), "extra": torch.zeros(1)}, "here")
 
 
-def test_devices_and_dtypes():
+def test_devices_and_dtypes(monkeypatch):
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(None) == torch.device("mps")
+    assert choose_dtype(None, torch.device("mps")) == torch.float32
     assert choose_dtype(None, torch.device("cpu")) is torch.float32
     assert (
         choose_dtype("bfloat16", torch.device("cpu"))

@@ -117,6 +117,17 @@ def test_a_run_with_topics_and_documents_gives_the_same_as_a_rerank_file(tmp_pat
     assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes()
 
 
+def test_candidates_of_rank_llm_give_the_same_as_a_rerank_file(tmp_path, file):
+    queries = {}
+    for row in golden_rows()[::-1]:
+        query = queries.setdefault(row["qid"], {"query": {"qid": row["qid"], "text": row["query"]}, "candidates": []})
+        query["candidates"].append({"docid": row["docno"], "score": row["score"], "doc": {"contents": row["text"]}})
+    (tmp_path / "top100.json").write_text(json.dumps(list(queries.values())[::-1], indent=2))
+    assert main(words(file, tmp_path / "a.txt")) == 0
+    assert main(words(tmp_path / "top100.json", tmp_path / "b.txt")) == 0
+    assert (tmp_path / "a.txt").read_bytes() == (tmp_path / "b.txt").read_bytes()
+
+
 def test_a_killed_run_that_is_resumed_is_the_uninterrupted_run_byte_by_byte(tmp_path):
     rows = [row | {"qid": f"{copy}{row['qid']}"} for copy in range(12) for row in golden_rows()]
     file = write_jsonl(tmp_path / "rerank.jsonl", rows)

@@ -481,3 +481,15 @@ def test_classifiers_that_read_the_first_token_compute_no_other_in_their_last_la
     assert (network(ids, mask, torch.zeros_like(ids)) - expected).abs().max() < 1e-6
     states = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     assert states.shape[1] == (9 if kind == "DistilBert" else 1)
+
+
+def test_predict_gives_what_sentence_transformers_gives(make):
+    pairs = [("a cat", "cats"), ("red fox", "a fox is red"), ("a cat", "dogs bark")]
+    reranker = make()
+    scores = reranker.predict(pairs)
+    assert (type(scores).__name__, scores.dtype, scores.shape) == ("ndarray", "float32", (3,))
+    assert scores.tolist() == pytest.approx(
+        [reranker.score([query], [[text]])[0][0] for query, text in pairs], abs=2e-5
+    )
+    assert float(reranker.predict(pairs[1])) == pytest.approx(float(scores[1]), abs=2e-5)
+    assert reranker.predict([]).shape == (0,)

@@ -38,6 +38,8 @@ CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in 
     "liuqi6777/pe-rank-mistral-jina": CHECKPOINTS["pe-rank"],
 }  # `names` adds those that are made: "my-pe-rank", "google/electra-base-discriminator", MiniLM
 NOT_RUN = {  # first word of a command: why it is not run
+    "curl": "asks a server (test_serve.py does)",
+    "serve": "answers until it is stopped (test_serve.py)",
     "hf": "fetches from the hub",
     "tira-cli": "asks TIRA's server",
 }
@@ -133,7 +135,7 @@ def names(electra, backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("names")
     PERank.from_backbone(backbone("mistral"), embedding_size=384, device="cpu").save(folder / "my-pe-rank")
     return CHECKPOINTS_OF | {
-        "google/electra-base-discriminator": electra,
+        **dict.fromkeys(("google/electra-base-discriminator", "jhu-clsp/ettin-encoder-32m"), electra),
         "my-pe-rank": folder / "my-pe-rank",
         "sentence-transformers/all-MiniLM-L6-v2": Path(minilm.__file__).parent / "model",
     }
@@ -199,6 +201,9 @@ def lay_out(folder):
         (folder / name).mkdir()
     for name in ("rerank.jsonl.gz", "candidates.jsonl.gz", "INPUT/rerank.jsonl.gz"):
         write_jsonl(folder / name, rows)
+    hits = [{"docid": docno, "doc": {"contents": text}} for docno, text in DOCS.items()]
+    asked = [{"query": {"qid": qid, "text": query}, "candidates": hits} for qid, query in QUERIES.items()]
+    write_jsonl(folder / "retrieve_results_dl19_top100.jsonl", asked)
     for name in ("docs.jsonl.gz", "FOLDER/docs.jsonl.gz"):
         write_jsonl(folder / name, docs)
     for name in ("bm25.txt", "run.txt", "rankzephyr.run", "FOLDER/run.txt"):

@@ -57,6 +57,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "models.text_encoder": {"batching", "models.pooling"} | READING,
     "models.pair_networks": {"models.attention", "models.checkpoints", "models.pooling"},
     "models.pair_encoder": {"models.pair_networks", "models.pairs", "models.sentence_files"} | READING,
+    "models.export": {"models.library", "models.pair_encoder", "models.pair_networks"},
     "models.pe_checkpoint": {"models.pe_prompts", "models.text_encoder", "models.vector_lm"} | READING,
     "training.losses": set(),
     "training.data": {"files.candidates", "files.lines", "frames"},

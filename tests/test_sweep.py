@@ -219,6 +219,19 @@ def test_a_pipeline_that_equals_the_baseline_is_no_rejection_and_does_not_count(
     assert not found["RR@3 reject"]["same"] and pd.isna(found["RR@3 p-value corrected"]["same"])
 
 
+def test_candidates_of_the_papers_authors_are_a_first_stage_with_its_own_texts(folder, tmp_path):
+    collection = corpora.load(str(folder))
+    hits = [{"qid": "q1", "docid": docid, "content": f"own {docid}"} for docid in ("d2", "d1")]
+    (tmp_path / "dl19_top100.jsonl").write_text(json.dumps({"query": "solar power", "hits": hits}) + "\n")
+    first = first_stages.load(str(tmp_path / "dl19_top100.jsonl"), collection, tmp_path, 100)
+    out = (first >> collection.text_loader())(collection.get_topics())
+    assert out[["qid", "docno", "text", "rank"]].values.tolist() == [
+        ["q1", "d2", "own d2", 0],
+        ["q1", "d1", "own d1", 1],
+    ]
+    assert "query" in out
+
+
 def test_the_text_of_a_document_is_made_of_its_fields(folder):
     def text(**options):
         return corpora.load(str(folder), **options).text_loader()(pd.DataFrame({"docno": ["d1"]})).text[0]

@@ -158,7 +158,7 @@ def test_ids_of_labels_and_questions_are_text(tmp_path):
         ("run.jsonl", '{"qid": 1.5, "docno": "d", "score": 1}\n', r"run.jsonl, line 1 has qid 1.5; wanted a string"),
         ("run.jsonl", '{"qid": 1, "docno": "d", "score": NaN}\n', r"run.jsonl, line 1 has score nan; wanted a number"),
         ("run.jsonl", '{"qid": 1, "docno": "d", "score": 1}\n{"qid": 1, "docno": "e"}', "line 1 has no score or rank"),
-        ("run.json", '[{"qid": 1, "docno": "d", "score": 1}, 7]', r"run.json, record 2 is a int; wanted an object"),
+        ("run.json", '[{"qid": 1, "docno": "d", "score": 1}, 7]', r"run.json, item 2 holds a int, wanted an object"),
         ("run.json", '[{"qid": 1', r"run.json is no JSON, or is cut short"),
         ("run.txt", "", r"run.txt has no score or rank"),
         ("run.jsonl", "", r"run.jsonl has no score or rank"),
@@ -250,20 +250,32 @@ def test_a_run_without_scores_has_those_of_its_ranks(tmp_path):
         data.read_run(path)
 
 
+def test_a_ranking_of_rank_llm_is_a_teacher(tmp_path):
+    candidates = [{"docid": docid, "score": 1.0, "doc": {"text": "x"}} for docid in ("b", "a")]
+    path = tmp_path / "rank_zephyr.json"
+    path.write_text(json.dumps([{"query": {"qid": "1", "text": "who?"}, "candidates": candidates}], indent=2))
+    run = data.read_run(path)
+    assert run[["qid", "query", "docno", "text", "rank"]].values.tolist() == [
+        ["1", "who?", "b", "x", 0],
+        ["1", "who?", "a", "x", 1],
+    ]
+
+
 def test_questions_are_read_with_their_answers(tmp_path):
     record = {
         "question": "who?",
         "answers": ["he", "she"],
-        "ctxs": [{"id": 5, "title": "T", "text": "x"}, {"text": "y"}],
+        "ctxs": [{"id": 5, "title": "T", "text": "x"}, {"text": "y"}, {"docid": "d", "text": "z"}],
     }
     (tmp_path / "qa.jsonl").write_text(json.dumps(record) + "\n")
     frame = data.read_qa(tmp_path / "qa.jsonl")
     assert frame.to_dict("records") == [
         {"qid": "0", "query": "who?", "docno": "5", "text": "T x", "answers": ["he", "she"], "rank": 0},
         {"qid": "0", "query": "who?", "docno": "0-1", "text": "y", "answers": ["he", "she"], "rank": 1},
+        {"qid": "0", "query": "who?", "docno": "d", "text": "z", "answers": ["he", "she"], "rank": 2},
     ]
     (tmp_path / "qa.json").write_text(json.dumps([record, record | {"answers": []}]))
-    with pytest.raises(ValueError, match=r"qa\.json, record 2: it has no answers"):
+    with pytest.raises(ValueError, match=r"qa\.json, item 2: it has no answers"):
         data.read_qa(tmp_path / "qa.json")
 
 

@@ -1,6 +1,7 @@
 """Candidates in files, a query at a time: a re-ranking file, or a run with topics and documents. Knows no model.
 
-Whatever the size of the files, what is held is one query with its passages, and the qids that went by.
+Whatever the size of the files, what is held is one query with its passages, and the qids that went by; of a file that
+is one JSON array all of it.
 """
 
 import json
@@ -8,7 +9,7 @@ import math
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,22 +27,29 @@ class Candidates(NamedTuple):
 
 
 Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> the texts of those that are known
+LISTS = {"candidates", "hits", "ctxs"}  # the passages of a query in a record of rank_llm, PE-Rank and LiT5
+TEXTS = ("text", "segment", "contents", "content", "body", "passage")  # what rank_llm's documents call their text
 ID = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query of rerank.jsonl[.gz], TIRA's format, in the order of the file.
+    """The first `depth` candidates of each query of JSON lines, or of one JSON array, in the order of the file.
 
-    A line is an object with qid, query, docno and text, and perhaps rank and score; other fields, such as
-    original_document, are not read. qid and docno may be numbers. The lines of a query stand together. Best is the
-    lowest rank, whatever the first is called, and among equal ranks the highest score; where lines of a query have no
-    rank the highest score; else the first line.
+    In TIRA's format (rerank.jsonl) a line is an object with qid, query, docno and text, and perhaps rank and score;
+    other fields, such as original_document, are not read. qid and docno may be numbers. The lines of a query stand
+    together. Best is the lowest rank, whatever the first is called, and among equal ranks the highest score; where
+    lines of a query have no rank the highest score; else the first line.
+
+    Where an object has a list it is a query with all of its passages, best first, as the papers' authors publish them:
+    rank_llm's {query: {qid, text}, candidates: [{docid, doc}]}, whose doc has a text and perhaps a title, read as
+    "Title: ... Content: ..."; PE-Rank's {query, hits: [{qid, docid, content}]}; and LiT5's {id, question, ctxs:
+    [{docid, text}]}, where a title stands before the text. A query without passages is left out.
 
     Raises OSError when the file cannot be read, and ValueError naming the line for anything else that is wrong: a
     missing field, a (qid, docno) that comes twice, a query that comes again after another, a file that is empty, a
     pipe, or what `numbered_lines` refuses.
     """
-    for rows in _queries(path, map(_rerank_row, objects(numbered_lines(path)))):
+    for rows in _queries(path, _rerank_rows(path)):
         differing = next((row for row in rows if row.query != rows[0].query), None)
         if differing is not None:
             raise ValueError(
@@ -148,8 +156,49 @@ def _best_first(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _rerank_row(line: tuple[str, dict[str, Any]]) -> Row:
-    where, record = line
+def _rerank_rows(path: Path) -> Iterator[Row]:
+    for where, record in objects(path):
+        name = next((name for name in LISTS if name in record), None)
+        if name is None:
+            yield _rerank_row(where, record)
+        else:
+            yield from _listed(where, record, name)
+
+
+def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
+    """The rows of a query that stands with all of its passages in one record, in the list of that name."""
+    passages = record[name]
+    if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
+        raise ValueError(f"{where} has no list of passages under {name}; wanted an object for each")
+    if not passages:
+        return
+    if name == "candidates":
+        head = record["query"] if isinstance(record.get("query"), dict) else {}
+        qid, query = key(head, "qid", f"{where}, query"), _text(head, "text", f"{where}, query")
+    elif name == "hits":
+        qid, query = key(passages[0], "qid", f"{where}, {name} 1"), _text(record, "query", where)
+    else:
+        qid, query = key(record, "id", where), _text(record, "question", where)
+    qid = _id(qid, "qid", where)
+    for position, passage in enumerate(passages, 1):
+        place = f"{where}, {name} {position}"
+        docno = _id(key(passage, "docid", place), "docid", place)
+        yield Row(place, qid, docno, position, None, query, _composed(passage, name, place))
+
+
+def _composed(passage: dict[str, Any], name: str, where: str) -> str:
+    """The text of a passage with its title, as the readers of its format put them together."""
+    doc = passage.get("doc", passage) if name == "candidates" else passage
+    if not isinstance(doc, dict):
+        return _text(passage, "doc", where)
+    text = _text(doc, next((field for field in TEXTS if field in doc), TEXTS[0]), where)
+    if not doc.get("title"):
+        return text
+    title = _text(doc, "title", where)
+    return f"Title: {title} Content: {text}" if name == "candidates" else f"{title} {text}"
+
+
+def _rerank_row(where: str, record: dict[str, Any]) -> Row:
     return Row(
         where,
         _id(key(record, "qid", where), "qid", where),
@@ -180,7 +229,7 @@ def run_rows(path: Path) -> Iterator[Row]:
 
 def _texts(path: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
     if ".jsonl" in path.suffixes:
-        for where, record in objects(numbered_lines(path)):
+        for where, record in objects(path):
             yield _id(key(record, name, where), name, where), _text(record, field, where)
         return
     for where, line in numbered_lines(path):
@@ -192,16 +241,28 @@ def _texts(path: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
         yield id.strip(), text
 
 
-def objects(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The JSON objects in lines, each with its place. ValueError names the line that holds none."""
-    for where, line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is no JSON, or is cut short ({error})") from error
+def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of JSON lines or of one JSON array, each with its place."""
+    lines = numbered_lines(path)
+    first = next(lines, None)
+    if first is None:
+        return
+    if first[1].lstrip().startswith("["):
+        items = _json(str(path), "".join([first[1], *(line for _, line in lines)]))
+        records = ((f"{path}, item {number}", item) for number, item in enumerate(items, 1))
+    else:
+        records = ((where, _json(where, line)) for where, line in chain([first], lines))
+    for where, record in records:
         if not isinstance(record, dict):
             raise ValueError(f"{where} holds a {type(record).__name__}, wanted an object of named fields")
         yield where, record
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON, or is cut short ({error})") from error
 
 
 def key(record: dict[str, Any], name: str, where: str) -> str:

@@ -13,9 +13,13 @@ DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # othe
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; None is the first GPU, else the CPU. ValueError when it is unknown or not there."""
+    """The device asked for; None is the first GPU (CUDA's, else Apple's mps), else the CPU.
+
+    ValueError when it is unknown or not there.
+    """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        return torch.device(next(kind for kind, found in there.items() if found))
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

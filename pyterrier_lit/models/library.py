@@ -127,6 +127,26 @@ def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: t
     return model
 
 
+def library_student(config: dict[str, Any], weights: Weights, source: str) -> "PreTrainedModel":
+    """The library's sequence classifier over a pre-trained body; what the weights lack above it is drawn at random.
+
+    Raises as `library_model`, for the weights of the body.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    kind, mapping = str(config.get("model_type")), MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    model, found = _library_model(mapping, config, kind, weights, source, torch.float32)
+    body = f"{model.base_model_prefix}."
+    of_body = {
+        f"{problem}_keys": [
+            name for name in found[f"{problem}_keys"] if (name if isinstance(name, str) else name[0]).startswith(body)
+        ]
+        for problem in ("missing", "mismatched")
+    }
+    _refuse(of_body, ("missing", "mismatched"), source)
+    return model
+
+
 def _library_model(
     mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
 ) -> tuple["PreTrainedModel", dict[str, Any]]:

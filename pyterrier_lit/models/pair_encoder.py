@@ -15,7 +15,16 @@ from torch import nn
 
 from pyterrier_lit.models.checkpoints import Folder, save_json
 from pyterrier_lit.models.errors import wrong_weights
-from pyterrier_lit.models.library import Weights, build, library_config, library_model, load_strictly, positions, today
+from pyterrier_lit.models.library import (
+    Weights,
+    build,
+    library_config,
+    library_model,
+    library_student,
+    load_strictly,
+    positions,
+    today,
+)
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
 from pyterrier_lit.models.pairs import PairLayout, Pieces, Reading
 from pyterrier_lit.models.sentence_files import SentenceFiles, read_sentence_files
@@ -26,6 +35,9 @@ if TYPE_CHECKING:
 
 # The model_type that lightning-ir gave a cross-encoder: in 2024-05, 2024-06, and since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
+BODIES = {"electra": "Electra", "bert": "Bert"}  # of lightning-ir's cross-encoders, as the library calls them
+# Else sentence-transformers puts a sigmoid on a single label, and high scores would tie
+IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
 POOLINGS = ("first", "mean", "sum", "max")  # by lightning-ir's names
 UNLIMITED = 10**9  # what transformers writes where a tokenizer has no longest input is more
 LENGTHS = {"query_length": 32, "doc_length": 256}  # pieces that Rank-DistiLLM keeps of a query and of a passage
@@ -110,11 +122,14 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """The body of an ELECTRA or BERT, or of a cross-encoder over one, under a new head.
+    """The body of an ELECTRA or BERT, or of a cross-encoder over one, under a new head: lightning-ir's.
 
-    w ~ N(0, initializer_range) from torch's generator, and no bias.
+    w ~ N(0, initializer_range) from torch's generator, and no bias. Over another encoder the library's classifier with
+    one label, whose head is pre-trained as far as the checkpoint has it.
     """
     backbone = _backbone(folder.config)
+    if backbone not in BODIES:
+        return _new_classifier(folder, device, dtype)
     config = folder.config | {"backbone_model_type": backbone}
     weights = folder.weights()
     network = PooledScorer(_body(folder, config, weights), bias=False)
@@ -123,6 +138,21 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
     bare = {name: tensor for name, tensor in _bare(weights, backbone).items() if name in own}
     load_strictly(network.body, bare, str(folder))
     return _lightning_ir(folder, network, config, device, dtype)
+
+
+def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
+    """A classifier of the library with a new head, and Rank-DistiLLM's lengths."""
+    kept = {name: value for name, value in folder.config.items() if name not in ("id2label", "label2id")}
+    config = kept | {"num_labels": 1} | IDENTITY | LENGTHS
+    try:
+        model = library_student(config, today(folder.weights()), str(folder))
+    except KeyError as error:
+        raise ValueError(
+            f"{folder} has a body of type {config.get('model_type')!r}; wanted an encoder of which transformers has a"
+            " sequence classifier, without code of its own"
+        ) from error
+    checkpoint = _classifier(folder, LabelScorer(model), SentenceFiles(), device, dtype)
+    return dataclasses.replace(checkpoint, config=config)
 
 
 def _lightning_ir(
@@ -254,13 +284,9 @@ def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrain
     import transformers
 
     backbone = config["backbone_model_type"]
-    classes = {
-        "electra": (transformers.ElectraConfig, transformers.ElectraModel),
-        "bert": (transformers.BertConfig, transformers.BertModel),
-    }
-    if backbone not in classes:
-        raise ValueError(f"{folder} has a body of type {backbone!r}; wanted one of {', '.join(classes)}")
-    config_class, model_class = classes[backbone]
+    if backbone not in BODIES:
+        raise ValueError(f"{folder} has a body of type {backbone!r}; wanted one of {', '.join(BODIES)}")
+    config_class, model_class = (getattr(transformers, f"{BODIES[backbone]}{part}") for part in ("Config", "Model"))
     options = {"add_pooling_layer": False} if backbone == "bert" else {}
     shape = library_config(config, config_class)
     body: PreTrainedModel = build(lambda: model_class(shape, **options), config, weights, str(folder))

@@ -65,9 +65,10 @@ def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Check
     Raises FileNotFoundError for a missing file, and ValueError for another architecture, other weights and float16.
     """
     config = folder.config
-    if config.get("model_type") != "t5":
+    if config.get("model_type") not in ("t5", "mt5"):  # of one architecture
         raise ValueError(
-            f"{folder} holds a {config.get('model_type')!r} checkpoint ({config.get('architectures')}); wanted a T5"
+            f"{folder} holds a {config.get('model_type')!r} checkpoint ({config.get('architectures')}); wanted a T5 or"
+            " mT5"
         )
     if dtype == torch.float16:
         raise ValueError("dtype='float16' overflows in T5; wanted 'bfloat16' or 'float32'")

@@ -10,15 +10,14 @@ import math
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyterrier as pt
 
-from pyterrier_lit.files.candidates import Candidates, key, number, objects, run_rows
+from pyterrier_lit.files.candidates import LISTS, Candidates, key, number, objects, read_rerank_file, run_rows
 from pyterrier_lit.files.lines import numbered_lines
 from pyterrier_lit.frames import Ranking, numbers, places
 
@@ -166,7 +165,7 @@ def uneven(lists: Sequence[Ranking]) -> list[Ranking]:
 
 def read_run(path: str | Path) -> pd.DataFrame:
     """A run from a TREC file, a parquet file or JSON lines, perhaps compressed (.gz): Rank-DistiLLM's files, TIREx's
-    re-ranking input, and what `pt.io.write_results` writes.
+    re-ranking input, the rankings that rank_llm writes, and what `pt.io.write_results` writes.
 
     Returns qid, docno, score, rank (from 0) and, where the file has them, query and text. Ranks follow from the scores;
     a file without scores gets them from its ranks. Of a passage that stands twice under a query the first is kept.
@@ -178,7 +177,14 @@ def read_run(path: str | Path) -> pd.DataFrame:
         records = table.where(table.notna(), None).to_dict("records")
         rows = [_ranked(f"{path}, row {i}", {str(k): v for k, v in row.items()}) for i, row in enumerate(records, 1)]
     elif {".jsonl", ".json"} & set(path.suffixes):
-        rows = [_ranked(where, record) for where, record in _records(path)]
+        _, first = next(objects(path), ("", {}))
+        if LISTS & first.keys():
+            listed = as_frame(read_rerank_file(path)).to_dict("records")
+            rows = [
+                {"where": path, "score": None} | {str(name): value for name, value in row.items()} for row in listed
+            ]
+        else:
+            rows = [_ranked(where, record) for where, record in objects(path)]
     else:
         rows = [{**row._asdict(), "query": None, "text": None} for row in run_rows(path)]
     basis = "score" if all(row["score"] is not None for row in rows) else "rank"
@@ -207,10 +213,10 @@ def read_qa(path: str | Path) -> pd.DataFrame:
     answers and rank.
 
     path: JSON lines or one JSON array of records with question, answers, and ctxs, which have text and perhaps title
-    and id. Raises ValueError, with the question's place, where one of these is missing.
+    and docid (or id). Raises ValueError, with the number of the question, where one of these is missing.
     """
     rows = []
-    for position, (where, record) in enumerate(_records(Path(path).expanduser())):
+    for position, (where, record) in enumerate(objects(Path(path).expanduser())):
         lacking = [field for field in ("question", "ctxs") if field not in record]
         answers = record.get("answers", record.get("answer"))
         if lacking or not answers:
@@ -221,7 +227,7 @@ def read_qa(path: str | Path) -> pd.DataFrame:
             if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
                 raise ValueError(f"{where}: passage {rank} of ctxs has no text; wanted objects with a text")
             text = f"{passage['title']} {passage['text']}" if passage.get("title") else passage["text"]
-            docno = _key_or(passage, ("id", "docno"), f"{position}-{rank}", where)
+            docno = _key_or(passage, ("docid", "id", "docno"), f"{position}-{rank}", where)
             rows.append((qid, record["question"], docno, text, answers, rank))
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "answers", "rank"])
 
@@ -281,22 +287,3 @@ def _joined(frame: pd.DataFrame, given: pd.DataFrame, column: str, who: str) -> 
         value_of.setdefault((str(qid), str(docno)), float(target))
     found = [value_of.get((str(qid), str(docno))) for qid, docno in zip(frame["qid"], frame["docno"], strict=True)]
     return frame.assign(target=pd.Series(found, index=frame.index, dtype="float64"))
-
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of JSON lines, or of one JSON array, each with its place."""
-    lines = numbered_lines(path)
-    first = next(lines, ("", ""))
-    if not first[1].lstrip().startswith("["):
-        yield from objects(chain([first], lines) if first[1] else [])
-        return
-    try:
-        records = json.loads("".join(line for _, line in chain([first], lines)))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON, or is cut short ({error})") from error
-    for position, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, record {position} is a {type(record).__name__}; wanted an object of named fields"
-            )
-        yield f"{path}, record {position}", record

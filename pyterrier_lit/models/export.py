@@ -1,0 +1,82 @@
+"""A cross-encoder of lightning-ir as a sequence classifier of the library, with the same scores. Knows no rankings.
+
+The library's classifiers have two layers above the state of the first token, which lightning-ir's head, w . h + b, has
+not. Both are made linear: GELU(x) - GELU(-x) = x for ELECTRA's, and tanh(e x) / e = x - e^2 x^3 / 3 + ... for BERT's.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from pyterrier_lit.models.library import NO_SHAPE, Weights, library_model
+from pyterrier_lit.models.pair_encoder import IDENTITY, PairCheckpoint
+from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
+
+SCALE = 2.0**-13  # e: a score of 20 changes by 4e-5; a power of two, by which a weight is multiplied exactly
+READS = ["input_ids", "token_type_ids", "attention_mask"]
+NAMED = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+
+
+def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) -> PairCheckpoint:
+    """The checkpoint as a classifier with one label: a BERT's, or an ELECTRA's where embeddings are projected.
+
+    lengths: the pieces kept of a query and of a passage, whose sum limits the pair. A checkpoint that is a classifier
+    comes back as it is. ValueError for one whose score is not a linear function of the first token's state.
+    """
+    network = checkpoint.network
+    if isinstance(network, LabelScorer):
+        return checkpoint
+    if network.pooling != "first" or network.linear.out_features != 1:
+        raise ValueError(
+            f"layout='transformers' writes w . h of the first token as a classifier; this checkpoint pools by"
+            f" {network.pooling!r} into {network.linear.out_features} numbers, which no classifier of transformers"
+            " does; save it without a layout"
+        )
+    classifier = LabelScorer(_classifier(network))
+    sides = [length for length in lengths.values() if length is not None]
+    room = sum(sides) + checkpoint.layout().length(([], [])) if len(sides) == 2 else None
+    limits = [limit for limit in (checkpoint.reading.limit, room) if limit is not None]
+    kept = {name: checkpoint.tokenizer_config[name] for name in NAMED if name in checkpoint.tokenizer_config}
+    tokenizer_config = kept | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": checkpoint.tokenizer.id_to_token(checkpoint.pad_id),
+        "model_input_names": READS,
+        **({"model_max_length": min(limits)} if limits else {}),
+    }
+    reading = dataclasses.replace(checkpoint.reading, clean_up=False)
+    return dataclasses.replace(
+        checkpoint, network=classifier, tokenizer_config=tokenizer_config, reading=reading, _layouts={}
+    )
+
+
+def _classifier(network: PooledScorer) -> Any:
+    import transformers
+
+    own = network.body.config.to_dict()
+    kind = "bert" if own.get("embedding_size", own["hidden_size"]) == own["hidden_size"] else "electra"
+    known = transformers.CONFIG_MAPPING[kind]().to_dict().keys() - {*NO_SHAPE, "id2label", "label2id"}
+    config = {name: own[name] for name in sorted(known & own.keys())} | {"num_labels": 1} | IDENTITY
+    weights = {f"{kind}.{name}": tensor.cpu() for name, tensor in network.body.state_dict().items()}
+    weights |= _head(kind, network.linear.weight.detach().cpu(), network.linear.bias)
+    mapping = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    return library_model(mapping, config, kind, weights, "the exported checkpoint", network.linear.weight.dtype)
+
+
+def _head(kind: str, row: torch.Tensor, bias: torch.Tensor | None) -> Weights:
+    """The two layers above the body that give w . h + b; row: w, (1, H)."""
+    size = row.shape[1]
+    inner, outer = row.new_zeros(size, size), row.new_zeros(1, size)
+    inner[0] = row[0] * SCALE if kind == "bert" else row[0]
+    outer[0, 0] = 1 / SCALE if kind == "bert" else 1
+    if kind == "electra":
+        inner[1], outer[0, 1] = -row[0], -1
+    first, second = (
+        ("bert.pooler.dense", "classifier") if kind == "bert" else ("classifier.dense", "classifier.out_proj")
+    )
+    return {
+        f"{first}.weight": inner,
+        f"{first}.bias": row.new_zeros(size),
+        f"{second}.weight": outer,
+        f"{second}.bias": row.new_zeros(1) if bias is None else bias.detach().cpu(),
+    }
