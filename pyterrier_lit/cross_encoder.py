@@ -15,7 +15,6 @@ import torch
 
 from pyterrier_lit.batching import encoder_tokens, inference, map_batches
 from pyterrier_lit.frames import Columns
-from pyterrier_lit.models.checkpoints import write
 from pyterrier_lit.models.export import as_classifier
 from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, new_pairs, read_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
@@ -139,10 +138,8 @@ class CrossEncoder(Reranker):
         """
         if layout not in (None, "transformers"):
             raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")
-        checkpoint, lengths = self.load(), self.saved_settings()
-        if layout == "transformers":
-            checkpoint = as_classifier(checkpoint, lengths)
-        write(path, lambda folder: checkpoint.save(folder, **lengths))
+        checkpoint = self.load()
+        self.write(path, as_classifier(checkpoint, self.lengths()) if layout == "transformers" else checkpoint)
 
     def saved_settings(self) -> dict[str, Any]:
         """The lengths, so that the saved checkpoint is read with them."""

@@ -178,7 +178,11 @@ class Reranker(pt.Transformer):
 
     def save(self, path: str | Path) -> None:
         """Write a folder that the constructor loads again. OSError where that fails; an older one then stays."""
-        checkpoint, settings = self.load(), self.saved_settings()
+        self.write(path, self.load())
+
+    def write(self, path: str | Path, checkpoint: Any) -> None:
+        """Save this checkpoint, which gives the scores of the one that is loaded, and remember where."""
+        settings = self.saved_settings()
         write(path, lambda folder: checkpoint.save(folder, **settings))
         self._held.saved = str(path)
 

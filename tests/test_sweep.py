@@ -256,10 +256,13 @@ def test_flops_are_those_of_the_network(cross_encoder_folder):
     frame = pd.DataFrame({"qid": "1", "query": "a", "docno": list("xy"), "text": ["b c", "d e"], "score": [2.0, 1.0]})
     network = reranker.load().network
     length, width, wide = 6, 32, 64  # [CLS] a [SEP] b c [SEP]
-    layer = 4 * 2 * length * width * width + 2 * 2 * length * width * wide + 2 * 2 * length * length * width
-    # The last layer: keys and values of all tokens, the rest for the first alone
-    last = 2 * 2 * length * width * width + 2 * 2 * width * width + 2 * 2 * width * wide + 2 * 2 * length * width
-    body = 2 * length * 16 * width + layer + last + 2 * width  # projection of embeddings, layers, the score
+
+    def layer(rows):  # keys and values of all tokens; queries, output and feed-forward network of so many rows
+        projections = 2 * 2 * (length + rows) * width * width
+        return projections + 2 * 2 * rows * width * wide + 2 * 2 * rows * length * width
+
+    # The projection of embeddings, a layer, the last layer for [CLS] alone, the score
+    body = 2 * length * 16 * width + layer(length) + layer(1) + 2 * width
     assert costs.flops(reranker, frame) == pytest.approx(2 * body, rel=0.01)
     assert costs.parameters(reranker) == sum(p.numel() for p in network.parameters())
     paid = costs.of(reranker, frame)
