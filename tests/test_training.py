@@ -444,6 +444,12 @@ def test_a_warm_up_below_one_is_a_share_of_the_steps(warmup, steps):
     assert arguments["warmup_steps"] == steps
 
 
+def test_a_warm_up_that_outlasts_the_training_is_a_warning():
+    recipe = Recipe(5e-5, steps=40, warmup=100, batch_size=8)
+    with pytest.warns(UserWarning, match="rises for 100 steps, and the training has 40: it never reaches 5e-05"):
+        training_arguments(8, recipe, Settings(), torch.device("cpu"), validated=False)
+
+
 def test_accumulated_batches_give_the_gradient_of_one(electra, candidates, qrels):
     found = []
     for micro_batch in (2, 8):

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -195,6 +196,13 @@ def training_arguments(
     steps = _steps(n_lists, recipe)
     every = settings.every or max(steps // 10, 1)
     precision = choose_dtype(recipe.precision, device)
+    warmup = int(recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps)
+    if warmup >= steps:
+        warnings.warn(
+            f"the learning rate rises for {warmup} steps, and the training has {steps}: it never reaches"
+            f" {recipe.learning_rate}. Give more steps, or a smaller warmup",
+            stacklevel=2,
+        )
     return {
         "max_steps": steps,
         "per_device_train_batch_size": micro_batch,
@@ -202,7 +210,7 @@ def training_arguments(
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
         "lr_scheduler_type": "constant_with_warmup" if recipe.schedule == "constant" else recipe.schedule,
-        "warmup_steps": int(recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps),
+        "warmup_steps": warmup,
         "max_grad_norm": recipe.clip,
         "bf16": precision == torch.bfloat16,
         "fp16": precision == torch.float16,
