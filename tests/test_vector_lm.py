@@ -1,5 +1,9 @@
 """models.vector_lm: the logits of the reference, alone and in padded batches, in every dtype."""
 
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +76,17 @@ def test_positions_are_counted_from_the_first_real_token(ranker):
 
 
 @torch.inference_mode()
+def test_another_process_reads_on_with_a_pickled_network(ranker, tmp_path):
+    (tmp_path / "network").write_bytes(pickle.dumps(ranker.network))
+    code = f"""
+import pathlib, pickle, torch
+network = pickle.loads(pathlib.Path({str(tmp_path / "network")!r}).read_bytes())
+ones = torch.ones(1, 1, dtype=torch.long)
+network(network.body.get_input_embeddings()(ones), ones, ones - 1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_cache_that_the_library_does_not_use_is_an_error(ranker, monkeypatch):
     """As with a transformers that renamed its cache: the old name would be ignored, and each step forget the prompt."""
     reader = ranker.network.read([ids_of(ranker, WINDOWS[0])], [vectors_of(WINDOWS[0])])

@@ -33,6 +33,10 @@ class VectorLM(nn.Module):
         self.projector = projector
         self.placeholder = placeholder  # the id that stands for a vector
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        use_for_few_queries(self.body)  # the process that unpickles it may be another
+
     def forward(
         self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None
     ) -> tuple[torch.Tensor, Any]:
