@@ -1,8 +1,8 @@
 """Decoding of an order: each candidate is chosen once, best first. Knows no text and no model.
 
 A model is seen as a `Reader`, which gives logits over symbols and reads the symbols that are chosen. A candidate is
-spelt
-in one or more symbols: LiT5's are identifiers of one or two pieces, PE-Rank's are passages, each a symbol of its own.
+spelt in one or more symbols: LiT5's are identifiers of one or two pieces, PE-Rank's are passages, each a symbol of its
+own.
 """
 
 from collections.abc import Sequence

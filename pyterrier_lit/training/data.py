@@ -213,7 +213,7 @@ def read_qa(path: str | Path) -> pd.DataFrame:
     answers and rank.
 
     path: JSON lines or one JSON array of records with question, answers, and ctxs, which have text and perhaps title
-    and docid (or id). Raises ValueError, with the number of the question, where one of these is missing.
+    and docid (or id). Raises ValueError, with the place in the file, where one of these is missing.
     """
     rows = []
     for position, (where, record) in enumerate(objects(Path(path).expanduser())):

@@ -421,6 +421,8 @@ def _loop(
         callbacks=[_keeper(), *([transformers.EarlyStoppingCallback(patience)] if patience and validate else [])],
     )
     loop.remove_callback(transformers.PrinterCallback)
+    if loop.accelerator.state.deepspeed_plugin is None:
+        loop.accelerator.gradient_accumulation_steps = 1  # the Trainer of 5.4 divides by them too
     return loop
 
 
