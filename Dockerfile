@@ -1,7 +1,7 @@
 # A reranker as a system for TIREx: finds its input and output by TIRA's variables, needs no network once it is built.
 #
-#   docker build .                                              torch as on the package index: with CUDA, and works without a GPU
-#   docker build --build-arg TORCH_INDEX=URL .                  torch from PyTorch's index of CPU wheels: a smaller image
+#   docker build --build-arg TORCH_INDEX=URL .                  torch from PyTorch's index of CPU wheels: 1.9 GB
+#   docker build .                                              torch as on the package index, with CUDA: 5.9 GB; works without a GPU
 #   docker build --build-arg MODEL=webis/monoelectra-base .     a model inside; else mount the hub's cache at ~/.cache/huggingface/hub
 #   docker build --build-arg RUN_AS=root .                      where only root may write to the output directory
 ARG BASE=python:3.12-slim

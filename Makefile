@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-lowest slow fuzz notebooks tiny tree docs style types wheel image clean
+.PHONY: demo test test-lowest slow fuzz notebooks tiny tree docs style types wheel image container clean
 
 demo: $(VENV)/ready  ## BM25, and the four rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
@@ -52,6 +52,9 @@ image:  ## the Dockerfile's steps in a new environment, from the files that git 
 	build/image/source/.ci/image install $(CURDIR)/build/image/environment
 	build/image/source/.ci/image bake $(CURDIR)/build/image/environment
 	build/image/source/.ci/image check $(CURDIR)/build/image/environment
+
+container: $(VENV)/ready  ## the Dockerfile's image: built, run without a network, compared with runs outside; Docker, Podman, or buildah as root
+	$(BIN)/python .ci/container
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

@@ -9,6 +9,7 @@ import ast
 import csv
 import dataclasses
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -31,6 +32,7 @@ from pyterrier_lit.training import Distil, FineTune, distil
 
 PT_DOCS = ROOT / "pyterrier_lit" / "pt_docs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("**/README.md")), *sorted(PT_DOCS.glob("*.rst"))]
+PIPELINES = ROOT / "experiments" / "pipelines.ipynb"  # its text has a block for Terrier
 CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in its place
     "webis/monoelectra-base": CHECKPOINTS["cross-encoder"],
     "castorini/LiT5-Distill-base-v2": CHECKPOINTS["lit5-distill"],
@@ -72,10 +74,14 @@ class Block:
 
 
 def blocks(page):
-    """All code blocks of a page: ``` fences in Markdown; in reStructuredText `::`, which is Python, and `..
-    code-block:: LANGUAGE`."""
-    lines = page.read_text(encoding="utf-8").split("\n")
-    if page.suffix == ".md":
+    """All code blocks of a page: ``` fences in Markdown, a notebook's too; in reStructuredText `::`, which is Python,
+    and `.. code-block:: LANGUAGE`."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n".join("".join(cell["source"]) for cell in cells)
+    lines = text.split("\n")
+    if page.suffix in (".md", ".ipynb"):
         fences = [i for i, line in enumerate(lines) if line.lstrip().startswith("```")]
         assert len(fences) % 2 == 0, f"{page.name}: a fence is not closed"
         for start, end in zip(fences[::2], fences[1::2], strict=True):
@@ -92,9 +98,9 @@ def blocks(page):
         yield Block(page, i + 3, marked[1] if marked else "python", text)
 
 
-def of(language):
+def of(language, pages=PAGES):
     """The pages that have such blocks, with them."""
-    found = {page: [block for block in blocks(page) if block.language == language] for page in PAGES}
+    found = {page: [block for block in blocks(page) if block.language == language] for page in pages}
     return [pytest.param(some, id=page.relative_to(ROOT).as_posix()) for page, some in found.items() if some]
 
 
@@ -102,6 +108,8 @@ def commands(block):
     """The words of each command in a shell block."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        while words and re.match(r"[A-Z_]+=", words[0]):  # a variable for this command alone
+            words.pop(0)
         if words:
             yield words
 
@@ -220,7 +228,7 @@ def reader(dataset):
         **{kind.__name__: kind for kind in (CrossEncoder, LiT5Distill, LiT5Score, PERank, FineTune, Distil)},
         "pt": pt,
         "dataset": dataset,
-        "loader": dataset.text_loader(),
+        **dict.fromkeys(("loader", "text"), dataset.text_loader()),
         **dict.fromkeys(("bm25", "colbert", "first"), first_stage()),
         **dict.fromkeys(("topics", "valid_topics"), topics),
         **dict.fromkeys(("qrels", "valid_qrels"), qrels),
@@ -254,7 +262,8 @@ def needs_java(block, page):
 
 @pytest.mark.terrier
 @pytest.mark.parametrize(
-    "some", [page for page in of("python") if any("pt.terrier" in it.text for it in page.values[0])]
+    "some",
+    [page for page in of("python", [*PAGES, PIPELINES]) if any("pt.terrier" in it.text for it in page.values[0])],
 )
 def test_blocks_that_name_terrier_run_with_it(some, java, substitutes, monkeypatch):
     index, dataset = pt.terrier.TerrierIndex(str(substitutes / "ours")), pt.get_dataset("irds:vaswani")

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
+import pandas as pd
 import pyterrier as pt
 import pytest
 from conftest import CHECKPOINTS, ROOT, write_jsonl
@@ -282,3 +284,13 @@ def test_the_dockerfile_and_make_image_take_every_step_of_the_script():
     assert steps == ["install", "bake", "check"]
     for file in ("Dockerfile", "Makefile"):
         assert re.findall(r"\.ci/image (\w+)", (ROOT / file).read_text()) == steps
+
+
+def test_make_container_tells_another_score_another_order_and_missing_rows():
+    compare = runpy.run_path(str(ROOT / ".ci" / "container"))["compare"]
+    rows = [("1", "d1", 0, 2.0), ("1", "d2", 1, 1.0), ("2", "d1", 0, 3.0)]
+    outside = pd.DataFrame(rows, columns=["qid", "docno", "rank", "score"])
+    assert compare(outside, outside.sample(frac=1, random_state=0)) == ""
+    assert compare(outside, outside.assign(score=[2.0, 1.001, 3.0])) == "scores differ by 0.001"
+    assert compare(outside, outside.assign(rank=[1, 0, 0])) == "docno d1 of qid 1 has rank 0 outside, 1 inside"
+    assert compare(outside, outside[:2]) == "3 rows outside, 2 inside"
