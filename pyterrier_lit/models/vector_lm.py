@@ -8,7 +8,9 @@ width of the model. Source: PE-Rank (arXiv 2406.14848), section 3.
 
 import functools
 import inspect
+import math
 import re
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +126,13 @@ class VectorReader:
     def device(self) -> torch.device:
         return self.passages.device
 
+    @property
+    def cost(self) -> float:
+        """As measured by bench_drafts.py; where a model minds gaps, nothing can be taken back."""
+        if not _minds_no_gaps(self.network.body) or not hasattr(self.cache, "crop"):
+            return math.inf
+        return 0.17 if self.network.body.dtype == torch.bfloat16 else 0.3
+
     def start(self) -> torch.Tensor:
         """Logits (B, N) after the prompt: the dot products of the last state with each vector, float32."""
         return self._logits(last=1)[:, 0]
@@ -135,6 +144,21 @@ class VectorReader:
         self.mask = F.pad(self.mask, (0, symbols.shape[1]), value=1)
         self.positions = self.positions[:, -1:] + torch.arange(1, symbols.shape[1] + 1, device=symbols.device)
         return self._logits(last=symbols.shape[1])
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Take back what the last pass read, but for the first counts[b] symbols of each row.
+
+        What no row keeps is cut off the cache. What some row keeps is hidden from the others, whose positions go on as
+        if they had not read it.
+        """
+        kept, most = torch.tensor(counts, device=self.device)[:, None], max(counts)
+        read = self.inputs.shape[1]
+        if most < read:
+            self.cache.crop(most - read)  # a negative number is how many to remove
+        hidden = torch.arange(most, device=self.device) >= kept
+        self.mask = self.mask[:, : self.mask.shape[1] - read + most].clone()
+        self.mask[:, self.mask.shape[1] - most :].masked_fill_(hidden, 0)
+        self.positions = self.positions[:, :1] + kept - 1
 
     def _logits(self, last: int) -> torch.Tensor:
         states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
