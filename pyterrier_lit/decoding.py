@@ -14,7 +14,7 @@ import torch
 # For each row the candidates that were chosen, best first, and 0, or the nan or inf that stood among their logits
 Choices = tuple[list[list[int]], list[float]]
 
-LONGEST = 7  # symbols of a draft
+LONGEST = 3  # symbols of a draft: with the last choice as many as `attention.FEW`
 
 
 class Reader(Protocol):
@@ -26,7 +26,8 @@ class Reader(Protocol):
 
     @property
     def cost(self) -> float:
-        """What each further symbol adds to a pass, in passes over one symbol; inf where none can be taken back."""
+        """What each further symbol adds to a pass, in passes over one symbol; inf where none can be taken back. Asked
+        after `start`."""
 
     def start(self) -> torch.Tensor:
         """Read the prompts: logits (B, S) of the first symbol."""
@@ -58,9 +59,9 @@ def in_turn(
     choose. The last candidate that is left is not asked for.
     """
     needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
-    speller, pace = Speller(words, counts, needed), Pace(reader.cost, longest)
+    speller = Speller(words, counts, needed)
     last, candidates = speller.step(reader.start().cpu())
-    chosen = [candidates]
+    chosen, pace = [candidates], Pace(reader.cost, longest)
     while speller.going.any():
         most = int(speller.left.max()) * speller.depth  # symbols that may be left to choose
         draft = speller.draft(1 + pace.length(most - 1))  # the last of them is not read: it only tells how drafts fit

@@ -202,3 +202,11 @@ def test_a_model_that_minds_gaps_is_asked_for_one_symbol_a_pass(monkeypatch):
     monkeypatch.setattr(reader, "read", lambda symbols: widths.append(symbols.shape[1]) or read(symbols))
     orders, _ = in_turn(reader, [[i] for i in range(4)], [4, 3], [4, 4])
     assert reader.cost == math.inf and widths == [1, 1] and [len(order) for order in orders] == [3, 2]
+
+
+@torch.inference_mode()
+def test_one_prompt_alone_is_drafted_for_too():
+    network = random_network("llama")
+    reader = network.read([[1, 2, 59, 59, 4]], [torch.randn(2, 32)])
+    reader.start()
+    assert reader.cost == 0.25
