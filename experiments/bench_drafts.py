@@ -25,7 +25,7 @@ import measured
 import torch
 
 from pyterrier_lit import LiT5Distill, PERank, decoding, lit5_distill, pe_rank
-from pyterrier_lit.decoding import LONGEST, Choices
+from pyterrier_lit.decoding import Choices
 from pyterrier_lit.models.t5 import FiD, PieceReader
 
 TINY = Path(__file__).parent / "tiny"
@@ -36,10 +36,10 @@ SMALL = {
     "tiny/pe-rank, windows of 20": lambda: PERank(str(TINY / "pe-rank")),
     "tiny/pe-rank, windows of 20, top_k=10": lambda: PERank(str(TINY / "pe-rank"), top_k=10),
 }
-WAYS = {  # the longest draft, and whether it is taken at each pass
-    "one symbol a pass": (0, False),
-    "draft and verify": (LONGEST, False),
-    "the longest draft at each pass": (LONGEST, True),
+WAYS: dict[str, tuple[float, ...] | None] = {  # by what passes are said to cost
+    "one symbol a pass": (1.0,),
+    "draft and verify": None,
+    "drafts of three at each pass": (1.0,) * 4,
 }
 TOKENS = {100: 12_363, 20: 2_400}  # of a window's prompts
 Window = tuple[list[torch.Tensor], Any, int, int]  # the logits of each step, the identifiers, n and how many are asked
@@ -83,16 +83,16 @@ def candidates(n: int) -> tuple[list[str], list[list[str]]]:
 class Counted:
     """A reader, how often and how long it read, and the logits that it gave (each of them (B, S)).
 
-    free: further symbols in a pass are said to cost nothing, so that each draft is as long as it may be.
+    costs: of passes, for how long drafts are; None leaves the reader's own.
     """
 
-    def __init__(self, reader: decoding.Reader, free: bool = False):
-        self.reader, self.free, self.device = reader, free, reader.device
+    def __init__(self, reader: decoding.Reader, costs: tuple[float, ...] | None = None):
+        self.reader, self.said, self.device = reader, costs, reader.device
         self.passes, self.seconds, self.logits = 0, 0.0, []
 
     @property
-    def cost(self) -> float:
-        return 0.0 if self.free else self.reader.cost
+    def costs(self) -> tuple[float, ...]:
+        return self.reader.costs if self.said is None else self.said
 
     def start(self) -> torch.Tensor:
         self.logits.append(self.reader.start())
@@ -110,13 +110,13 @@ class Counted:
 
 
 @contextlib.contextmanager
-def counted(longest: int = LONGEST, free: bool = False) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
-    """Inside, all decoding drafts at most `longest` symbols; yields its readers, with words, counts and tops."""
+def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
+    """Inside, all decoding is counted; yields its readers, each with words, counts and tops."""
     readers: list[tuple[Counted, Any, Any, Any]] = []
 
     def in_turn(reader, words, counts, tops) -> Choices:
-        readers.append((Counted(reader, free), words, counts, tops))
-        return decoding.in_turn(*readers[-1], longest)
+        readers.append((Counted(reader, costs), words, counts, tops))
+        return decoding.in_turn(*readers[-1])
 
     for module in (lit5_distill, pe_rank):
         module.in_turn = in_turn
@@ -131,8 +131,8 @@ def small(name: str, queries: list[str], passages: list[list[str]], repeat: int 
     """The rows of a small checkpoint."""
     reranker = SMALL[name]()
 
-    def decode(longest, free):
-        with counted(longest, free) as readers:
+    def decode(costs):
+        with counted(costs) as readers:
             orders = [reranker.order([query], [texts])[0] for query, texts in zip(queries, passages, strict=True)]
         return orders, [reader for reader, *_ in readers]
 
@@ -142,7 +142,7 @@ def small(name: str, queries: list[str], passages: list[list[str]], repeat: int 
 def of_base_size(fid: FiD, size: int, query: str, passages: list[str], dtype: str, repeat: int) -> list[dict]:
     """The rows of T5-base's decoder over one window: its own answer, and that of the small checkpoint."""
     reranker = LiT5Distill(str(TINY / "lit5-distill"), window_size=size)
-    with counted(longest=0) as readers:
+    with counted(WAYS["one symbol a pass"]) as readers:
         reranker.order([query], [passages[:size]])
     ((reader, words, counts, tops),) = readers
     rows = []
@@ -150,9 +150,9 @@ def of_base_size(fid: FiD, size: int, query: str, passages: list[str], dtype: st
     for name, logits in answers.items():
         for top, asked in ((tops, ""), ([10], ", top_k=10")):
 
-            def decode(longest, free, logits=logits, top=top):
-                reader = Counted(Replayed(fid, TOKENS[size], words, logits), free)
-                return decoding.in_turn(reader, words, counts, top, longest)[0], [reader]
+            def decode(costs, logits=logits, top=top):
+                reader = Counted(Replayed(fid, TOKENS[size], words, logits), costs)
+                return decoding.in_turn(reader, words, counts, top)[0], [reader]
 
             setting = f"T5-base's decoder, a window of {size}{asked}, {name}, {dtype}"
             rows += compared(setting, 1, decode, list(WAYS)[:2], repeat)
@@ -165,7 +165,7 @@ class Replayed(PieceReader):
     def __init__(self, fid: FiD, tokens: int, words: Any, logits: list[torch.Tensor] | None):
         states = torch.randn(tokens, fid.network.config.d_model, generator=torch.Generator().manual_seed(0))
         self.fid, self.rows, self.pieces = fid, 1, torch.arange(1 + max(map(max, words)))
-        self.memory = fid.memory([[states.to(fid.network.dtype)]], sum(map(len, words)) + 1 + LONGEST)
+        self.memory = fid.memory([[states.to(fid.network.dtype)]], sum(map(len, words)) + 8)
         self.logits = logits
 
     def _after(self, ids):
@@ -179,9 +179,9 @@ class Replayed(PieceReader):
 
 
 def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int) -> list[dict]:
-    """Rows of passes and seconds of each way, in turns. decode: longest draft, whether always -> orders, readers."""
+    """Rows of passes and seconds of each way, in turns. decode: costs -> orders, readers."""
     with torch.inference_mode():
-        turns = [{way: decode(*WAYS[way]) for way in ways} for _ in range(repeat)]
+        turns = [{way: decode(WAYS[way]) for way in ways} for _ in range(repeat)]
     values: dict[str, float] = {}
     plain, *_ = turns[0].values()
     for way, (orders, readers) in turns[0].items():

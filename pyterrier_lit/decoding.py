@@ -5,7 +5,6 @@ spelt in one or more symbols: LiT5's are identifiers of one or two pieces, PE-Ra
 own. In the shapes B is the number of rows, N that of candidates, S that of symbols.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,8 +12,6 @@ import torch
 
 # For each row the candidates that were chosen, best first, and 0, or the nan or inf that stood among their logits
 Choices = tuple[list[list[int]], list[float]]
-
-LONGEST = 3  # symbols of a draft: with the last choice as many as `attention.FEW`
 
 
 class Reader(Protocol):
@@ -25,9 +22,9 @@ class Reader(Protocol):
         """Where it computes."""
 
     @property
-    def cost(self) -> float:
-        """What each further symbol adds to a pass, in passes over one symbol; inf where none can be taken back. Asked
-        after `start`."""
+    def costs(self) -> tuple[float, ...]:
+        """What a pass over 1, 2, ... symbols costs, in passes over one; after `start`. There are no longer passes: with
+        one number there is nothing to take back."""
 
     def start(self) -> torch.Tensor:
         """Read the prompts: logits (B, S) of the first symbol."""
@@ -36,24 +33,18 @@ class Reader(Protocol):
         """Read the next m symbols of each row, (B, m), in one pass: logits (B, m, S) after each of them."""
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Take back what the last pass read, but for the first counts[b] symbols of row b. Not asked at a cost of inf.
+        """Take back what the last pass read, but for the first counts[b] symbols of row b.
 
         A row that keeps none has ended: its further logits have no meaning.
         """
 
 
-def in_turn(
-    reader: Reader,
-    words: Sequence[Sequence[int]],
-    counts: Sequence[int],
-    tops: Sequence[int],
-    longest: int = LONGEST,
-) -> Choices:
+def in_turn(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
     """Constrained greedy decoding: at each step the best symbol that some candidate not yet chosen goes on with.
 
     The logits of a step rank all that is left, and so guess what the next steps will choose. A pass therefore reads the
-    last choice and behind it a draft of at most `longest` symbols, of which each row keeps those that are its choices
-    too: the order of one symbol a pass, in fewer passes. Drafts are as long as the `Pace` says.
+    last choice and behind it a draft, of which each row keeps the symbols that are its choices too: the order of one
+    symbol a pass, in fewer passes. Drafts are as long as the `Pace` says.
 
     words: the symbols of N candidates, of which row b has the first counts[b]. tops: how many of them a row must
     choose. The last candidate that is left is not asked for.
@@ -61,7 +52,7 @@ def in_turn(
     needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
     speller = Speller(words, counts, needed)
     last, candidates = speller.step(reader.start().cpu())
-    chosen, pace = [candidates], Pace(reader.cost, longest)
+    chosen, pace = [candidates], Pace(reader.costs)
     while speller.going.any():
         most = int(speller.left.max()) * speller.depth  # symbols that may be left to choose
         draft = speller.draft(1 + pace.length(most - 1))  # the last of them is not read: it only tells how drafts fit
@@ -75,7 +66,7 @@ def in_turn(
             agreed += int(agreeing.sum())
             agreeing = agreeing & speller.going
         pace.saw(agreed, int(kept.sum()))
-        if pace.longest:
+        if len(pace.costs) > 1:
             reader.keep(kept.tolist())
     rows = zip(torch.stack(chosen, 1).tolist(), needed, strict=True)
     return [
@@ -84,28 +75,24 @@ def in_turn(
 
 
 class Pace:
-    """How long a draft pays: as long as the symbols that a pass is expected to give grow faster than its cost.
+    """How long a draft is: so that a pass is expected to give the most symbols for its cost.
 
     A drafted symbol is expected to be right as often as those of the last passes were, whether they were read or not.
     """
 
-    HITS, TRIALS = 1.0, 2.0  # what is believed before anything was seen
-    MEMORY = 0.9  # what the earlier passes weigh, from one pass to the next
+    HITS, TRIALS = 1.0, 2.5  # as if seen before: drafts that pay from the start only where they cost little
+    MEMORY = 0.9  # what earlier passes weigh, from each pass to the next
 
-    def __init__(self, cost: float, longest: int):
-        self.cost = cost  # of each further symbol, in passes over one symbol
-        self.longest = 0 if math.isinf(cost) else longest
+    def __init__(self, costs: Sequence[float]):
+        self.costs = costs  # of a pass over 1, 2, ... symbols
         self.hits, self.trials = self.HITS, self.TRIALS
 
     def length(self, most: int) -> int:
         """The number of symbols of the next draft, at most `most`."""
         share = self.hits / self.trials
-        best, gain, expected = 0, 1.0, 1.0
-        for length in range(1, min(self.longest, most) + 1):
-            expected += share**length
-            if expected / (1 + self.cost * length) > gain:
-                best, gain = length, expected / (1 + self.cost * length)
-        return best
+        expected = [sum(share**place for place in range(length + 1)) for length in range(len(self.costs))]
+        gains = [symbols / cost for symbols, cost in zip(expected, self.costs, strict=True)][: most + 1]
+        return gains.index(max(gains))
 
     def saw(self, hits: int, trials: int) -> None:
         """Of so many drafted symbols so many were right."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pyterrier_lit.decoding import LONGEST, Choices, at_once, in_turn
+from pyterrier_lit.decoding import Choices, at_once, in_turn
 from pyterrier_lit.frames import Columns
 from pyterrier_lit.listwise import ListwiseReranker, Prompt, of_windows
 from pyterrier_lit.models.lit5 import WINDOWS, came_from, family, reader, warn_of_full_prompts
@@ -142,8 +142,7 @@ def _head(query: str, number: int) -> str:
 def constrained(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
     """Greedily, at each step the likeliest piece that goes on with an identifier not yet written."""
     words, pieces = _identifiers(checkpoint, batch)
-    steps = sum(map(len, words)) + 1 + LONGEST
-    reader = PieceReader(FiD(checkpoint.network), [prompt.content for prompt in batch], pieces, steps)
+    reader = PieceReader(FiD(checkpoint.network), [prompt.content for prompt in batch], pieces, sum(map(len, words)))
     return in_turn(reader, words, [prompt.n for prompt in batch], [prompt.top for prompt in batch])
 
 

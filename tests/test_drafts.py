@@ -15,6 +15,7 @@ from pyterrier_lit.models.vector_lm import VectorReader
 
 # How near to each other, relative to their range, two logits are that another kernel may put in another order
 NEAR = {"float32": 1e-5, "bfloat16": 2e-2}
+FREE = (1.0,) * 4  # costs of passes: further symbols for nothing
 LINES = (ROOT / "experiments" / "python_docs" / "queries.tsv").read_text(encoding="utf-8").splitlines()
 QUERIES = [line.split("\t")[1] for line in LINES]
 
@@ -22,13 +23,13 @@ QUERIES = [line.split("\t")[1] for line in LINES]
 class Watched:
     """A reader, the logits that it gave and the widths of its passes."""
 
-    def __init__(self, reader, cost):
-        self.reader, self.device, self.fixed = reader, reader.device, cost
+    def __init__(self, reader, costs):
+        self.reader, self.device, self.fixed = reader, reader.device, costs
         self.logits, self.widths, self.kept = [], [], []
 
     @property
-    def cost(self):
-        return self.reader.cost if self.fixed is None else self.fixed
+    def costs(self):
+        return self.reader.costs if self.fixed is None else self.fixed
 
     def start(self):
         self.logits.append(self.reader.start())
@@ -48,16 +49,16 @@ class Watched:
 class Twice:
     """`in_turn` with drafts, after a comparison with one symbol a pass from the same start.
 
-    cost: None leaves the reader's own; with 0 each draft is as long as can be.
+    costs: None leaves the reader's own; with FREE each draft is as long as can be.
     """
 
-    def __init__(self, dtype, cost):
-        self.near, self.cost = NEAR[dtype], cost
+    def __init__(self, dtype, costs):
+        self.near, self.costs = NEAR[dtype], costs
         self.passes, self.alone, self.rows, self.differ, self.uneven = 0, 0, 0, 0, False
 
     def __call__(self, reader, words, counts, tops):
-        alone, drafted = Watched(copy.deepcopy(reader), self.cost), Watched(reader, self.cost)
-        expected, _ = in_turn(alone, words, counts, tops, longest=0)
+        alone, drafted = Watched(copy.deepcopy(reader), FREE[:1]), Watched(reader, self.costs)
+        expected, _ = in_turn(alone, words, counts, tops)
         orders, broken = in_turn(drafted, words, counts, tops)
         assert not any(broken) and set(alone.widths) <= {1}
         for row, (left, right) in enumerate(zip(expected, orders, strict=True)):
@@ -88,18 +89,18 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", NEAR)
 @pytest.mark.parametrize(
-    "case, cost", [*((case, 0.0) for case in CASES), *((case, None) for case in CASES if "tiny" in case)]
+    "case, costs", [*((case, FREE) for case in CASES), *((case, None) for case in CASES if "tiny" in case)]
 )
-def test_drafts_give_the_order_of_one_symbol_a_pass(case, dtype, cost, monkeypatch):
+def test_drafts_give_the_order_of_one_symbol_a_pass(case, dtype, costs, monkeypatch):
     """Three queries of 100, 45 and 7 passages in one batch."""
-    twice = Twice(dtype, cost)
+    twice = Twice(dtype, costs)
     for module in (lit5_distill, pe_rank):
         monkeypatch.setattr(module, "in_turn", twice)
     chance = random.Random(0)
     lists = [[" ".join(chance.sample(QUERIES, 2)) for _ in range(n)] for n in (100, 45, 7)]
     quietly(CASES[case](device="cpu", dtype=dtype, max_tokens=10**6).order, QUERIES[:3], lists)
     assert twice.rows == 3 and twice.uneven
-    assert twice.passes * (1.1 if "random" in case or cost is None else 1.3) < twice.alone
+    assert twice.passes * (1.1 if "random" in case or costs is None else 1.3) < twice.alone
     assert twice.differ == 0 if dtype == "float32" else twice.differ <= 3
 
 
@@ -108,7 +109,7 @@ def test_a_pass_that_took_nothing_back_would_change_orders(network, monkeypatch)
     """So the test above would see it."""
     case = "T5 random, one window" if network is PieceReader else "PE-Rank random"
     monkeypatch.setattr(network, "keep", lambda self, counts: None)
-    monkeypatch.setattr(lit5_distill, "in_turn", Twice("float32", 0.0))
-    monkeypatch.setattr(pe_rank, "in_turn", Twice("float32", 0.0))
+    monkeypatch.setattr(lit5_distill, "in_turn", Twice("float32", FREE))
+    monkeypatch.setattr(pe_rank, "in_turn", Twice("float32", FREE))
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         quietly(CASES[case](device="cpu").order, QUERIES[:1], [QUERIES[:20]])

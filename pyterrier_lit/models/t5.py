@@ -26,6 +26,9 @@ from pyterrier_lit.models.library import check_layers, library_config, load_stri
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
+# Of passes over 1 to 4 pieces, beside one, at T5-base's size on two cores: bench_drafts.py. A fifth would take another
+# kernel (`attention.FEW`).
+COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 START, EOS = 0, 1  # the first input of T5's decoder (its pad token), and its end of sequence
 
 
@@ -276,13 +279,13 @@ class FiD:
 class PieceReader:
     """A `decoding.Reader` over B windows of prompts. Symbol i is the id pieces[i] of the vocabulary.
 
-    steps: how many symbols a window may have read at once, with those that are taken back.
+    steps: how many symbols a window reads; what is taken back is room besides.
     """
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
         self.fid = fid
         self.pieces = torch.tensor(pieces, device=fid.device)  # (S,)
-        self.memory = fid.read_prompts(windows, steps)
+        self.memory = fid.read_prompts(windows, steps + len(self.costs))
         self.rows = len(windows)
 
     @property
@@ -290,9 +293,9 @@ class PieceReader:
         return self.fid.device
 
     @property
-    def cost(self) -> float:
-        """As measured at T5-base's size on a CPU, with up to three further symbols: bench_drafts.py."""
-        return 0.3 if self.fid.network.shared.weight.dtype == torch.float32 else 0.1
+    def costs(self) -> tuple[float, ...]:
+        """What a pass over 1, 2, ... pieces costs, in passes over one; there are no longer ones."""
+        return COSTS.get(self.fid.network.shared.weight.dtype, COSTS[torch.bfloat16])
 
     def start(self) -> torch.Tensor:
         """Logits (B, S) of the first piece."""

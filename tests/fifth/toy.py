@@ -56,7 +56,7 @@ def new_toy(folder: Folder, device: torch.device, dtype: torch.dtype, *, scale: 
 class ToyReader:
     """Logits that do not depend on what was named: likeness to the query."""
 
-    cost = 0.0
+    costs = (1.0,) * 4
 
     def __init__(self, checkpoint: ToyCheckpoint, batch: list[Prompt]):
         rows = [checkpoint.vectors([query, *texts]) for query, texts in (prompt.content for prompt in batch)]
