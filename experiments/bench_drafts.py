@@ -22,10 +22,12 @@ from typing import Any
 import corpora
 import first_stages
 import measured
+import pandas as pd
 import torch
 
 from pyterrier_lit import LiT5Distill, PERank, decoding, lit5_distill, pe_rank
 from pyterrier_lit.decoding import Choices
+from pyterrier_lit.listwise import ListwiseReranker
 from pyterrier_lit.models.t5 import FiD, PieceReader
 
 TINY = Path(__file__).parent / "tiny"
@@ -42,7 +44,6 @@ WAYS: dict[str, tuple[float, ...] | None] = {  # by what passes are said to cost
     "drafts of three at each pass": (1.0,) * 4,
 }
 TOKENS = {100: 12_363, 20: 2_400}  # of a window's prompts
-Window = tuple[list[torch.Tensor], Any, int, int]  # the logits of each step, the identifiers, n and how many are asked
 
 
 def main():
@@ -53,15 +54,16 @@ def main():
     parser.add_argument("--only", nargs="+", choices=["small", "base", "costs"], default=["small", "base", "costs"])
     measured.add_option(parser)
     arguments = parser.parse_args()
-    queries, passages = candidates(arguments.queries)
+    frame = candidates(arguments.queries)
     rows = []
     if "small" in arguments.only:
-        rows += [row for name in SMALL for row in small(name, queries, passages, arguments.repeat)]
+        for name, make in SMALL.items():
+            rows += of_reranker(f"{name}, float32", make(), frame, arguments.repeat)
     for dtype in arguments.dtype:
         fid = base(dtype)
         if "base" in arguments.only:
             for size in TOKENS:
-                rows += of_base_size(fid, size, queries[0], passages[0], dtype, arguments.repeat)
+                rows += of_base_size(fid, size, frame, dtype, arguments.repeat)
         if "costs" in arguments.only:
             rows += [row for size in TOKENS for row in costs(fid, size, dtype)]
     for row in rows:
@@ -70,14 +72,12 @@ def main():
         measured.record(QUESTION, rows)
 
 
-def candidates(n: int) -> tuple[list[str], list[list[str]]]:
-    """The first n queries on Python's documentation and the texts of BM25's first hundred."""
+def candidates(n: int) -> pd.DataFrame:
+    """The first n queries on Python's documentation with the texts of BM25's first hundred."""
     collection = corpora.load("python-docs")
     with tempfile.TemporaryDirectory() as folder:
         bm25 = first_stages.bm25(collection, Path(folder) / "index.pisa", 100, overwrite=True)
-        found = (bm25 % 100 >> collection.text_loader())(collection.get_topics().iloc[:n])
-    groups = [group.sort_values("rank") for _, group in found.groupby("qid", sort=False)]
-    return [group["query"].iloc[0] for group in groups], [group["text"].tolist() for group in groups]
+        return (bm25 % 100 >> collection.text_loader())(collection.get_topics().iloc[:n])
 
 
 class Counted:
@@ -127,23 +127,23 @@ def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Count
             module.in_turn = decoding.in_turn
 
 
-def small(name: str, queries: list[str], passages: list[list[str]], repeat: int = 1) -> list[dict]:
-    """The rows of a small checkpoint."""
-    reranker = SMALL[name]()
+def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, repeat: int = 1) -> list[dict]:
+    """The rows of a reranker, one query at a time."""
+    lists = [ranking for _, ranking in frame.groupby("qid")]
 
     def decode(costs):
         with counted(costs) as readers:
-            orders = [reranker.order([query], [texts])[0] for query, texts in zip(queries, passages, strict=True)]
+            orders = [reranker(ranking).sort_values("rank")["docno"].tolist() for ranking in lists]
         return orders, [reader for reader, *_ in readers]
 
-    return compared(f"{name}, float32", len(queries), decode, WAYS, repeat)
+    return compared(setting, len(lists), decode, WAYS, repeat)
 
 
-def of_base_size(fid: FiD, size: int, query: str, passages: list[str], dtype: str, repeat: int) -> list[dict]:
+def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: int) -> list[dict]:
     """The rows of T5-base's decoder over one window: its own answer, and that of the small checkpoint."""
     reranker = LiT5Distill(str(TINY / "lit5-distill"), window_size=size)
     with counted(WAYS["one symbol a pass"]) as readers:
-        reranker.order([query], [passages[:size]])
+        reranker(frame[(frame["qid"] == frame["qid"].iloc[0]) & (frame["rank"] < size)])
     ((reader, words, counts, tops),) = readers
     rows = []
     answers = {"an answer of random weights": None, "an answer of tiny/lit5-distill": reader.logits}
@@ -155,7 +155,8 @@ def of_base_size(fid: FiD, size: int, query: str, passages: list[str], dtype: st
                 return decoding.in_turn(reader, words, counts, top)[0], [reader]
 
             setting = f"T5-base's decoder, a window of {size}{asked}, {name}, {dtype}"
-            rows += compared(setting, 1, decode, list(WAYS)[:2], repeat)
+            turns = repeat if size == 100 and not asked else 3 * repeat  # the short ones would drown in noise
+            rows += compared(setting, 1, decode, list(WAYS)[:2], turns)
     return rows
 
 
