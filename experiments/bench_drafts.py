@@ -59,7 +59,7 @@ def main():
     if "small" in arguments.only:
         for name, make in SMALL.items():
             rows += of_reranker(f"{name}, float32", make(), frame, arguments.repeat)
-    for dtype in arguments.dtype:
+    for dtype in arguments.dtype if set(arguments.only) != {"small"} else []:
         fid = base(dtype)
         if "base" in arguments.only:
             for size in TOKENS:

@@ -65,6 +65,8 @@ def in_turn(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
             agreeing = agreeing & (symbols == drafted)
             agreed += int(agreeing.sum())
             agreeing = agreeing & speller.going
+            if not agreeing.any():
+                break
         pace.saw(agreed, int(kept.sum()))
         if len(pace.costs) > 1:
             reader.keep(kept.tolist())
@@ -190,7 +192,7 @@ class Speller:
         A candidate of several symbols is as likely as the product of their probabilities. Logits that were not seen
         yet are equal, and equal candidates keep their order.
         """
-        likelihood = torch.zeros(self.unused.shape)
+        likelihood = torch.zeros(self.unused.shape, device="cpu")
         for place, logits in enumerate(self.seen):
             goes_on = self.unused & (self.lengths > place)
             if logits is not None:
