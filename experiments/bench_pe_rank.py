@@ -10,8 +10,8 @@ tokenizers are used, which cut texts into more pieces.
 naive           one window at a time: its passages are encoded anew, n + 1 forward passes with a cache, each of which
                 makes the logits of the whole vocabulary at every position it reads, as transformers 4.37 did for the
                 published code, on `--naive` queries
-ours            PERank on all queries at once, vectors from an index; besides with top_k=10, with the encoder, and with
-                decoding="first"
+ours            PERank on all queries at once, vectors from an index; besides with top_k=10, that at one passage a pass,
+                with the encoder, and with decoding="first", which reads the prompts and little else: the floor
 text            the uncompressed listwise baseline: the same windows of texts, an answer of identifiers, on `--naive`
                 queries
 """
@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import bench_drafts
 import measured
 import torch
 import transformers
@@ -119,6 +120,8 @@ def measure(reranker, queries, docnos, texts, arguments):
     ])  # fmt: skip
     timed("ours", tokens, len(queries), lambda: ours().order(queries, columns))
     timed("ours, top_k=10", tokens, len(queries), lambda: ours(top_k=TOP).order(queries, columns))
+    with bench_drafts.counted(bench_drafts.WAYS["one symbol a pass"]):
+        timed("ours, top_k=10, undrafted", tokens, len(queries), lambda: ours(top_k=TOP).order(queries, columns))
     timed(
         "ours, top_k=10, encoding",
         tokens,

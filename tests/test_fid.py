@@ -76,6 +76,21 @@ def test_several_tokens_in_one_pass_give_the_states_and_the_mass_of_one_at_a_tim
 
 
 @torch.inference_mode()
+def test_what_a_window_takes_back_is_as_if_it_had_not_been_read(fid):
+    """Each window keeps its own number of tokens of each pass, and reads on behind them."""
+    alone, together = (fid.read_prompts(WINDOWS, steps=30) for _ in range(2))
+    expected = torch.cat([fid.read(alone, WRITTEN[:, t : t + 1])[0] for t in range(20)], 1)
+    for width, kept in ((4, [4, 1, 3]), (2, [1, 2, 1]), (5, [5, 2, 2]), (1, [1, 1, 1]), (3, [0, 3, 1]), (4, [2, 2, 4])):
+        read = list(together.read)
+        ids = torch.stack([row[at : at + width] for row, at in zip(WRITTEN, read, strict=True)])
+        wrong = torch.arange(width) >= torch.tensor(kept)[:, None]
+        states, _ = fid.read(together, torch.where(wrong, 49, ids))
+        for row, (at, count) in enumerate(zip(read, kept, strict=True)):
+            close(states[row, :count], expected[row, at : at + count])
+        together.read = [at + count for at, count in zip(read, kept, strict=True)]
+
+
+@torch.inference_mode()
 def test_rows_of_the_vocabulary_alone_give_their_logits(fid):
     states, rows = torch.randn(3, 24), torch.tensor([4, 4, 49])
     close(fid.logits(states, rows), fid.logits(states)[:, rows])

@@ -11,6 +11,7 @@ import transformers
 from pe import ARRAYS, FOLDER, WINDOWS, ids_of, prompt, vectors_of
 
 from pyterrier_lit import PERank
+from pyterrier_lit.decoding import in_turn
 from pyterrier_lit.models.vector_lm import VectorLM, _cache_argument
 from pyterrier_lit.pe_rank import constrained
 
@@ -139,10 +140,8 @@ WINDOWED = {
 }
 
 
-@pytest.mark.parametrize("kind", WINDOWED)
-@torch.inference_mode()
-def test_a_prompt_is_read_alike_alone_and_in_company_whatever_its_model_attends_to(kind):
-    """A window of attention counts padding that stands among the words: then nothing is shared."""
+def random_network(kind):
+    """A VectorLM over a small causal language model of the library, with random weights."""
     torch.manual_seed(0)
     size = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     more = {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}
@@ -151,10 +150,62 @@ def test_a_prompt_is_read_alike_alone_and_in_company_whatever_its_model_attends_
     for parameter in body.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    network = VectorLM(body, torch.nn.Identity(), 59)
+    return VectorLM(body, torch.nn.Identity(), 59)
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+@torch.inference_mode()
+def test_a_prompt_is_read_alike_alone_and_in_company_whatever_its_model_attends_to(kind):
+    """A window of attention counts padding that stands among the words: then nothing is shared."""
+    network = random_network(kind)
     prompts = [[*range(1, 10), 59, 7, 59, *range(20, 20 + n), 4] for n in (3, 25, 14)]
     vectors = list(torch.nn.functional.normalize(torch.randn(3, 2, 32), dim=2))
     together = read_from(network, prompts, vectors)
     for prompt_ids, vector, logits in zip(prompts, vectors, together, strict=True):
         torch.testing.assert_close(read_from(network, [prompt_ids], [vector])[0], logits, atol=1e-3, rtol=1e-3)
     assert (network.read(prompts, vectors).cache is None) == (kind not in ("llama", "gpt2", "opt"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+@torch.inference_mode()
+def test_what_a_row_takes_back_is_as_if_it_had_not_been_read(kind):
+    """Each row keeps its own number of vectors of each pass, and reads on behind them."""
+    network = random_network(kind)
+    prompts = [[*range(1, 10), *[59] * 9, *range(20, 20 + n), 4] for n in (3, 25, 14)]
+    vectors = list(torch.nn.functional.normalize(torch.randn(3, 9, 32), dim=2))
+    named = torch.randint(9, (3, 20), generator=torch.Generator().manual_seed(0))
+    alone, together = (network.read(prompts, vectors) for _ in range(2))
+    first = alone.start(), together.start()
+    torch.testing.assert_close(*first)
+    expected = torch.cat([alone.read(named[:, t : t + 1]) for t in range(20)], 1)
+    assert len(together.costs) == 4
+    length, at = together.cache.get_seq_length(), [0, 0, 0]
+    for width, kept in ((4, [3, 1, 3]), (2, [1, 2, 1]), (5, [5, 2, 2]), (1, [1, 1, 1]), (3, [0, 3, 1]), (4, [2, 2, 4])):
+        symbols = torch.stack([row[start : start + width] for row, start in zip(named, at, strict=True)])
+        wrong = torch.arange(width) >= torch.tensor(kept)[:, None]
+        logits = together.read(torch.where(wrong, 8 - symbols, symbols))
+        for row, (start, count) in enumerate(zip(at, kept, strict=True)):
+            close = {"atol": 1e-3, "rtol": 1e-3}
+            torch.testing.assert_close(logits[row, :count], expected[row, start : start + count], **close)
+        together.keep(kept)
+        at = [start + count for start, count in zip(at, kept, strict=True)]
+        length += max(kept)
+        assert together.cache.get_seq_length() == together.mask.shape[1] == length
+
+
+@torch.inference_mode()
+def test_a_model_that_minds_gaps_is_asked_for_one_symbol_a_pass(monkeypatch):
+    network = random_network("mistral")
+    reader = network.read([[1, 2, 59, 59, 59, 59, 4]] * 2, list(torch.randn(2, 4, 32)))
+    widths, read = [], reader.read
+    monkeypatch.setattr(reader, "read", lambda symbols: widths.append(symbols.shape[1]) or read(symbols))
+    orders, _ = in_turn(reader, [[i] for i in range(4)], [4, 3], [4, 4])
+    assert reader.costs == (1.0,) and widths == [1, 1] and [len(order) for order in orders] == [3, 2]
+
+
+@torch.inference_mode()
+def test_one_prompt_alone_is_drafted_for_too():
+    network = random_network("llama")
+    reader = network.read([[1, 2, 59, 59, 4]], [torch.randn(2, 32)])
+    reader.start()
+    assert len(reader.costs) == 4

@@ -26,6 +26,9 @@ from pyterrier_lit.models.library import check_layers, library_config, load_stri
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
+# Of passes over 1 to 4 pieces, beside one, at T5-base's size on two cores: bench_drafts.py. A fifth would take another
+# kernel (`attention.FEW`).
+COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 START, EOS = 0, 1  # the first input of T5's decoder (its pad token), and its end of sequence
 
 
@@ -124,7 +127,7 @@ class Memory:
     own_keys: torch.Tensor  # (layers, B, H, steps, d), of the decoder's own tokens
     own_values: torch.Tensor
     distance_bias: torch.Tensor  # (H, steps): for a token so many positions back
-    step: int = 0  # tokens read so far
+    read: list[int]  # tokens that each window's decoder has read so far
 
 
 class FiD:
@@ -189,27 +192,30 @@ class FiD:
         values = [_heads(attention.v(states), config) for attention in attentions]
         norms = [value.float().norm(dim=-1) for value in values] if mass else None
         own = (len(decoder.block), len(windows), config.num_heads, steps, config.d_kv)
-        own_keys, own_values = states.new_empty(own), states.new_empty(own)
-        return Memory(keys, values, mask, norms, own_keys, own_values, self._distance_bias(steps).to(states.dtype))
+        own_keys, own_values = states.new_zeros(own), states.new_zeros(own)
+        bias = self._distance_bias(steps).to(states.dtype)
+        return Memory(keys, values, mask, norms, own_keys, own_values, bias, [0] * len(windows))
 
     def read(self, memory: Memory, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """One decoder pass over the next m tokens of each window: ids (B, m) -> states (B, m, D) after the final norm.
 
-        A token sees those before it. With them, where the memory has norms, the attention mass of each token, per layer
-        (B, m, S): the mean over heads of attention weight times value length; otherwise an empty list.
+        A token sees those before it. What a window takes back, by a smaller number in `memory.read`, is written over.
+        With the states, where the memory has norms, comes the attention mass of each token, per layer (B, m, S): the
+        mean over heads of attention weight times value length; otherwise an empty list.
         """
         decoder, mass = self.network.decoder, []
-        start, stop = memory.step, memory.step + ids.shape[1]
+        places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        rows, stop = torch.arange(len(ids), device=ids.device)[:, None], max(memory.read) + ids.shape[1]
         hidden = self.network.shared(ids)
-        back = torch.arange(start, stop, device=ids.device)[:, None] - torch.arange(stop, device=ids.device)
-        bias = memory.distance_bias[:, back.clamp_min(0)]  # (H, m, stop)
-        if ids.shape[1] > 1:
-            bias = bias.masked_fill(back < 0, float("-inf"))
+        back = places[:, :, None] - torch.arange(stop, device=ids.device)  # (B, m, stop)
+        bias = memory.distance_bias[:, back.clamp_min(0)].transpose(0, 1)  # (B, H, m, stop)
+        if ids.shape[1] > 1 or len(set(memory.read)) > 1:
+            bias = bias.masked_fill(back[:, None] < 0, float("-inf"))
         for layer, block in enumerate(decoder.block):
             attention = block.layer[0].SelfAttention
             query, key, value = self._projected(attention, block.layer[0].layer_norm(hidden), "qkv")
-            memory.own_keys[layer, :, :, start:stop] = key
-            memory.own_values[layer, :, :, start:stop] = value
+            memory.own_keys[layer][rows, :, places] = key.transpose(1, 2)
+            memory.own_values[layer][rows, :, places] = value.transpose(1, 2)
             own_keys, own_values = memory.own_keys[layer, :, :, :stop], memory.own_values[layer, :, :, :stop]
             seen = attend(query, own_keys, own_values, bias, scale=1.0)
             hidden = hidden + attention.o(seen.transpose(1, 2).flatten(2))
@@ -225,7 +231,7 @@ class FiD:
                 mass.append((weights * memory.norms[layer][:, :, None]).mean(1))
             hidden = hidden + attention.o(seen.transpose(1, 2).flatten(2))
             hidden = block.layer[2](hidden)
-        memory.step = stop
+        memory.read = [read + ids.shape[1] for read in memory.read]
         return decoder.final_layer_norm(hidden), mass
 
     def logits(self, states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -271,17 +277,25 @@ class FiD:
 
 
 class PieceReader:
-    """A `decoding.Reader` over B windows of prompts. Symbol i is the id pieces[i] of the vocabulary."""
+    """A `decoding.Reader` over B windows of prompts. Symbol i is the id pieces[i] of the vocabulary.
+
+    steps: how many symbols a window reads; what is taken back is room besides.
+    """
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
         self.fid = fid
         self.pieces = torch.tensor(pieces, device=fid.device)  # (S,)
-        self.memory = fid.read_prompts(windows, steps)
+        self.memory = fid.read_prompts(windows, steps + len(self.costs))
         self.rows = len(windows)
 
     @property
     def device(self) -> torch.device:
         return self.fid.device
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """What a pass over 1, 2, ... pieces costs, in passes over one; there are no longer ones."""
+        return COSTS.get(self.fid.network.shared.weight.dtype, COSTS[torch.bfloat16])
 
     def start(self) -> torch.Tensor:
         """Logits (B, S) of the first piece."""
@@ -289,7 +303,12 @@ class PieceReader:
 
     def read(self, symbols: torch.Tensor) -> torch.Tensor:
         """symbols (B, m) -> logits (B, m, S) of the piece after each."""
+        self.last = symbols.shape[1]
         return self._after(self.pieces[symbols])
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Take back what the last pass read, but for the first counts[b] symbols of each window."""
+        self.memory.read = [read - self.last + count for read, count in zip(self.memory.read, counts, strict=True)]
 
     def _after(self, ids: torch.Tensor) -> torch.Tensor:
         return self.fid.logits(self.fid.read(self.memory, ids)[0], self.pieces)

@@ -56,6 +56,8 @@ def new_toy(folder: Folder, device: torch.device, dtype: torch.dtype, *, scale: 
 class ToyReader:
     """Logits that do not depend on what was named: likeness to the query."""
 
+    costs = (1.0,) * 4
+
     def __init__(self, checkpoint: ToyCheckpoint, batch: list[Prompt]):
         rows = [checkpoint.vectors([query, *texts]) for query, texts in (prompt.content for prompt in batch)]
         self.logits = nn.utils.rnn.pad_sequence([row[1:] @ row[0] for row in rows], batch_first=True)
@@ -68,6 +70,9 @@ class ToyReader:
     def read(self, symbols: torch.Tensor) -> torch.Tensor:
         """(B, m) -> (B, m, N)"""
         return self.logits[:, None].expand(-1, symbols.shape[1], -1)
+
+    def keep(self, counts: list[int]) -> None:
+        """What was read is forgotten anyway."""
 
 
 def constrained(checkpoint: ToyCheckpoint, batch: list[Prompt]) -> Choices:
