@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from pyterrier_lit.frames import Columns, ColumnSets, not_finite, rerank, whole
-from pyterrier_lit.models.checkpoints import fetch, write
+from pyterrier_lit.models.checkpoints import Folder, fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype, converted
 
 Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or more about them, column by column
@@ -38,13 +38,14 @@ class Reranker(pt.Transformer):
 
     model: str
     _: dataclasses.KW_ONLY
+    revision: str | None = None
     text_field: str = "text"
     max_tokens: int | None = None
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
     verbose: bool = False
 
-    loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")  # what `read` depends on, the model first
+    loads_from: ClassVar[tuple[str, ...]] = ("model", "revision", "device", "dtype")  # what `read` depends on
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
     begin: ClassVar[Callable[..., Any]]  # the same for a pre-trained model, perhaps with keyword arguments of its own
 
@@ -202,7 +203,7 @@ class Reranker(pt.Transformer):
         reranker = cls(name, **arguments)
         device = choose_device(reranker.device)
         with torch.inference_mode(False):
-            reranker.hold(cls.begin(fetch(name), device, choose_dtype(reranker.dtype, device), **options))
+            reranker.hold(cls.begin(reranker.folder(), device, choose_dtype(reranker.dtype, device), **options))
         return reranker
 
     def apply_attributes(self, **changes: Any) -> Self:
@@ -222,6 +223,10 @@ class Reranker(pt.Transformer):
         parameters = inspect.signature(cls.begin).parameters
         return {name: parameter for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
 
+    def folder(self) -> Folder:
+        """The files of the model, brought from the hub where they are not here. Raises what `fetch` does."""
+        return fetch(self.model, revision=self.revision)
+
     def option(self, argument: str, known: Mapping[str, Named]) -> Named:
         """What an argument names. ValueError lists what it may name."""
         name = getattr(self, argument)
@@ -237,7 +242,7 @@ class Reranker(pt.Transformer):
     def _read(self) -> Any:
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        return type(self).read(fetch(self.model), device, dtype)
+        return type(self).read(self.folder(), device, dtype)
 
     def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
         """What `build` returns, whose tensors can learn wherever the call stands. Whatever a library raises for a field
@@ -263,7 +268,7 @@ class Reranker(pt.Transformer):
 
     def _is_of(self, held: "Held") -> bool:
         """Whether what is held came from the model that is now asked for."""
-        return held.source is not None and held.source[0] == self.model
+        return held.source is not None and held.source[:2] == (self.model, self.revision)
 
     def call(self) -> str:
         """The constructor's call with these arguments, whatever became of the weights."""

@@ -68,8 +68,8 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     # Second floor: the faces
     **{face: {"batching", "decoding", "frames", "listwise", "order", "reranker", "windows"} | MODELS for face in FACES},
     # Third floor: what works with a reranker
-    "files.rerankers": {"models.checkpoints", "models.devices", "reranker"},
-    "files.tirex": {"files.candidates", "files.runs", "models.checkpoints", "models.devices", "reranker"},
+    "files.rerankers": {"models.devices", "reranker"},
+    "files.tirex": {"files.candidates", "files.runs", "models.devices", "reranker"},
     "training": {"training.distil"},
     "training.distil": {"frames", "reranker", "training.data", "training.trainer"},
     "training.fid": {"batching", "models.t5", "training.losses", "training.trainer"},
