@@ -7,9 +7,6 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import huggingface_hub
-import pytest
-
 
 class Hub(ThreadingHTTPServer):
     """Repositories: {id: {"refs": {branch: commit}, "commits": {commit: {path: bytes}}, "messages", "private"}}."""
@@ -123,21 +120,3 @@ class Answers(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The stand-in, in place of the hub, with an empty cache."""
-    constants = huggingface_hub.constants
-    server = Hub()
-    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    huggingface_hub.close_session()  # the session refuses to speak where it was opened offline
-    yield server
-    server.shutdown()
-    server.server_close()
-    huggingface_hub.close_session()

@@ -2,7 +2,6 @@
 
 import pytest
 from conftest import RERANKERS
-from hub import hub  # noqa: F401 (a fixture)
 
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.files.rerankers import fingerprint
