@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import os
+import tempfile
 import threading
 import uuid
 import weakref
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from pyterrier_lit.frames import Columns, ColumnSets, not_finite, rerank, whole
 from pyterrier_lit.models.checkpoints import Folder, fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype, converted
+from pyterrier_lit.models.hub import CARD, MARK, again, base_of, card, is_hub_id, push, read_card
 
 Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or more about them, column by column
 Loaded = TypeVar("Loaded")
@@ -158,6 +160,10 @@ class Reranker(pt.Transformer):
         self.load()
         self._held.given, self._held.trained, self._held.saved = True, uuid.uuid4().hex[:8], ""
 
+    def note_training(self, training: dict[str, str]) -> None:
+        """Remember for the card what a training was, by name."""
+        self._held.trainings = (*self._held.trainings, training)
+
     def in_its_dtype(self) -> Self:
         """This, or where its weights are in another dtype, as while they are trained, a copy with them in its own."""
         checkpoint, device = self.load(), choose_device(self.device)
@@ -178,18 +184,76 @@ class Reranker(pt.Transformer):
             return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays."""
+        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays.
+
+        With a model card, README.md, in place of one that `save` wrote there before; one that is yours stays.
+        """
         self.write(path, self.load())
 
     def write(self, path: str | Path, checkpoint: Any) -> None:
         """Save this checkpoint, which gives the scores of the one that is loaded, and remember where."""
-        settings = self.saved_settings()
-        write(path, lambda folder: checkpoint.save(folder, **settings))
+        settings, place = self.saved_settings(), Path(path).expanduser()
+        there = read_card(place)
+        text = self._card(place.absolute().name, checkpoint, settings) if there is None or MARK in there else None
+
+        def fill(folder: Path) -> None:
+            checkpoint.save(folder, **settings)
+            if text is not None:
+                (folder / CARD).write_text(text, encoding="utf-8")
+
+        write(path, fill)
         self._held.saved = str(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+        **layout: Any,
+    ) -> str:
+        """Save into a repository on the hub, made if it is not there, and return the commit, which `revision` reads.
+
+        private: None is the account's default; it counts where the repository is made. revision: the branch, made if
+        need be; None is main. token: None is HF_TOKEN's, or that of `hf auth login`. layout: what `save` takes beside
+        the path. A README.md there that `save` did not write stays. OSError where the hub does not take it.
+        """
+        held = self._held
+        saved = held.saved
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
+            try:
+                self.save(folder, **layout)
+                if text := read_card(folder):
+                    (folder / CARD).write_text(again(text, folder.name, repo_id), encoding="utf-8")
+                message = commit_message or f"{type(self).__name__} of pyterrier_lit"
+                commit = push(folder, repo_id, private=private, revision=revision, message=message, token=token)
+                saved = repo_id
+            finally:
+                held.saved = saved
+        return commit
 
     def saved_settings(self) -> dict[str, Any]:
         """What `save` records beside the weights: arguments that belong to the checkpoint, such as lengths."""
         return {}
+
+    def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
+        """The card of what is loaded: that of the folder it was read from, else a new one."""
+        held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
+        before = read_card(model) if model.is_dir() else None
+        if before is not None and not held.given:
+            return again(before, model.absolute().name, name, classifier=stock)
+        base = str(self.model) if is_hub_id(self.model) else None
+        facts = {"begun with" if held.given else "model": f"`{base or model.name}`"}
+        if self.revision:
+            facts["revision"] = f"`{self.revision}`"
+        for key, value in settings.items():
+            facts |= value if isinstance(value, dict) else {key: value}
+        about = (inspect.getdoc(type(self)) or "").partition("\n")[0]
+        base = base_of(before) if base is None and before is not None else base
+        return card(name, type(self).__name__, about, base, facts, held.trainings, classifier=stock)
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:
@@ -261,7 +325,7 @@ class Reranker(pt.Transformer):
     def _converted(self, held: "Held") -> "Held":
         device = choose_device(self.device)
         checkpoint = self._in_words(lambda: converted(held.checkpoint, device, choose_dtype(self.dtype, device)))
-        return Held(checkpoint, self._source(), given=True, trained=held.trained, saved=held.saved)
+        return Held(checkpoint, self._source(), True, held.trained, held.saved, held.trainings)
 
     def _source(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.loads_from)
@@ -286,7 +350,8 @@ class Held:
     """A checkpoint in memory, the arguments it was read for, and the lock that is held while it is read.
 
     given: whether it was not read from the model. trained: what tells it from all others if it was trained in memory.
-    saved: the folder where `save` has written it. Copies of a reranker share one. A pickle leaves the lock out.
+    saved: the folder where `save` has written it. trainings: what is known of each. Copies of a reranker share one. A
+    pickle leaves the lock out.
     """
 
     _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
@@ -298,15 +363,16 @@ class Held:
         given: bool = False,
         trained: str = "",
         saved: str = "",
+        trainings: tuple[dict[str, str], ...] = (),
     ):
         self.checkpoint = checkpoint
         self.source = source
-        self.given, self.trained, self.saved = given, trained, saved
+        self.given, self.trained, self.saved, self.trainings = given, trained, saved, trainings
         self.lock = threading.RLock()
         self._all.add(self)
 
     def __reduce__(self) -> tuple[type["Held"], tuple[Any, ...]]:
-        return Held, (self.checkpoint, self.source, self.given, self.trained, self.saved)
+        return Held, (self.checkpoint, self.source, self.given, self.trained, self.saved, self.trainings)
 
     @classmethod
     def after_fork(cls) -> None:
