@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pyterrier_lit.frames import Columns, ColumnSets, not_finite, rerank, whole
 from pyterrier_lit.models.checkpoints import Folder, fetch, write
-from pyterrier_lit.models.devices import choose_device, choose_dtype, converted
+from pyterrier_lit.models.devices import choose_device, choose_dtype, converted, dtype_name
 from pyterrier_lit.models.hub import CARD, MARK, again, base_of, card, is_hub_id, push, read_card
 
 Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or more about them, column by column
@@ -55,7 +55,8 @@ class Reranker(pt.Transformer):
         """TypeError for batch_size, which other libraries have."""
         if "batch_size" in arguments:
             raise TypeError(
-                f"{cls.__name__} has no batch_size: a batch holds as many inputs as fit into max_tokens; set that"
+                f"{cls.__name__} has no batch_size: a batch holds as many inputs as fit into max_tokens; set that, to"
+                " batch_size times the tokens of a long input (32 of 256 are max_tokens=8192)"
             )
         instance: Self = super().__new__(cls)  # type: ignore[no-untyped-call]
         return instance
@@ -405,8 +406,10 @@ def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str
     shown = []
     for argument in sorted(pt.inspect.transformer_attributes(transformer), key=lambda argument: argument.name in last):
         value = argument.value
-        if isinstance(value, torch.dtype | torch.device | Path):
-            value = str(value).removeprefix("torch.")
+        if isinstance(value, torch.dtype) or (argument.name == "dtype" and isinstance(value, str)):
+            value = dtype_name(value)
+        elif isinstance(value, torch.device | Path):
+            value = str(value)
         if argument.init_parameter_kind == inspect.Parameter.POSITIONAL_OR_KEYWORD:
             shown.append(_in_one_line(value))
         elif argument.init_parameter_kind == inspect.Parameter.VAR_KEYWORD:

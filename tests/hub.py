@@ -43,7 +43,7 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path).strip("/").split("/")
         if path[:2] == ["api", "models"]:
-            name, what, revision = "/".join(path[2:4]), *path[4:6]
+            name, what, revision = "/".join(path[2:4]), *(path[4:6] or ("revision", "main"))
             commit, files = self.server.at(name, revision)
             if commit is None:
                 return self.missing(name)
@@ -54,6 +54,8 @@ class Answers(BaseHTTPRequestHandler):
                 for path, data in files.items()
             ]
             return self.answer(listed)
+        if path[0] == "api":  # of something else
+            return self.answer({}, status=404)
         name, revision, file = "/".join(path[:2]), path[3], "/".join(path[4:])
         commit, files = self.server.at(name, revision)
         if commit is None or file not in files:
