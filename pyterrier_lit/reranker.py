@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pyterrier_lit.frames import Columns, ColumnSets, not_finite, rerank, whole
 from pyterrier_lit.models.checkpoints import Folder, fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype, converted, dtype_name
-from pyterrier_lit.models.hub import CARD, MARK, again, base_of, card, is_hub_id, push, read_card
+from pyterrier_lit.models.hub import CARD, again, base_of, card, in_place_of, is_hub_id, push, read_card
 
 Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or more about them, column by column
 Loaded = TypeVar("Loaded")
@@ -187,20 +187,21 @@ class Reranker(pt.Transformer):
     def save(self, path: str | Path) -> None:
         """Write a folder that the constructor loads again. OSError where that fails; an older one then stays.
 
-        With a model card, README.md, in place of one that `save` wrote there before; one that is yours stays.
+        With a model card, README.md, in place of one that `save` wrote there before, whose license it keeps; one that
+        is yours stays.
         """
         self.write(path, self.load())
 
     def write(self, path: str | Path, checkpoint: Any) -> None:
         """Save this checkpoint, which gives the scores of the one that is loaded, and remember where."""
         settings, place = self.saved_settings(), Path(path).expanduser()
-        there = read_card(place)
-        text = self._card(place.absolute().name, checkpoint, settings) if there is None or MARK in there else None
+        there, text = read_card(place), self._card(place.absolute().name, checkpoint, settings)
+        new = text if there is None else in_place_of(text, there)
 
         def fill(folder: Path) -> None:
             checkpoint.save(folder, **settings)
-            if text is not None:
-                (folder / CARD).write_text(text, encoding="utf-8")
+            if new is not None:
+                (folder / CARD).write_text(new, encoding="utf-8")
 
         write(path, fill)
         self._held.saved = str(path)

@@ -86,3 +86,18 @@ def test_the_card_of_a_checkpoint_of_the_hub_names_it(hub, cross_encoder_folder,
     head, text = parts(tmp_path)
     assert head["base_model"] == "someone/reranker"
     assert f"- model: `someone/reranker`\n- revision: `{commit}`" in text
+
+
+def test_license_and_language_of_an_earlier_card_stay_here_and_on_the_hub(hub, cross_encoder_folder, tmp_path):
+    reranker = CrossEncoder(str(cross_encoder_folder), device="cpu")
+    reranker.save(tmp_path / "mine")
+    card = tmp_path / "mine" / CARD
+    card.write_text(card.read_text().replace("---\n", "---\nlicense: mit\nlanguage: en\nbase_model: a/b\n", 1) + "old")
+    reranker.save(tmp_path / "mine")
+    head, text = parts(tmp_path / "mine")
+    assert (head["license"], head["language"]) == ("mit", "en") and "base_model" not in head and "old" not in text
+    hub.create("me/mine")
+    hub.commit("me/mine", "main", {CARD: card.read_bytes() + b"old"}, "mine")
+    reranker.push_to_hub("me/mine")
+    pushed = hub.at("me/mine")[1][CARD].decode()
+    assert "license: mit" in pushed and "old" not in pushed

@@ -8,6 +8,7 @@ from pyterrier_lit.models.checkpoints import FILES, HUB_ID
 from pyterrier_lit.models.errors import first_line
 
 CARD = "README.md"
+KEPT = ("license", "language")  # what of a card's head is the user's to say
 MARK = (
     "<!-- Written by `save` of pyterrier_lit, which writes it anew when it saves here again, unless this line is gone."
     " Give your license above, as `license: ...` -->"
@@ -81,6 +82,19 @@ def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
     return text
 
 
+def in_place_of(text: str, before: str) -> str | None:
+    """The card that is written over an earlier one: with its license and language, or None where that is the user's."""
+    from huggingface_hub import ModelCard
+
+    if MARK not in before:
+        return None
+    held, new = ModelCard(before, ignore_metadata_errors=True), ModelCard(text, ignore_metadata_errors=True)
+    kept = {name: value for name, value in vars(held.data).items() if name.startswith(KEPT)}
+    for name in kept:
+        new.data[name] = kept[name]
+    return str(new) if kept else text
+
+
 def read_card(folder: Path) -> str | None:
     """The card in a folder."""
     file = folder / CARD
@@ -120,6 +134,9 @@ def push(
             there = read_card(Path(api.hf_hub_download(repo_id, CARD, revision=revision)).parent)
         except EntryNotFoundError:
             there = None
+        text = read_card(folder)
+        if there is not None and text is not None and (kept := in_place_of(text, there)):
+            (folder / CARD).write_text(kept, encoding="utf-8")
         done = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -141,4 +158,4 @@ def _library(classifier: bool) -> str:
 
 
 def _listed(facts: Mapping[str, object]) -> str:
-    return "".join(f"- {name}: {value}\n" for name, value in facts.items())
+    return "".join(f"- {name}: {value}\n" for name, value in facts.items() if value is not None)
