@@ -170,8 +170,8 @@ def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | 
     return (next(iter(owners)) if named else by_owner).replace("%", "%%")
 
 
-def documented(kind: type[Reranker]) -> dict[str, str]:
-    """What the docstring of a class says of each of its arguments, under Args."""
+def documented(kind: Callable[..., Any]) -> dict[str, str]:
+    """What the docstring of a class or function says of each of its arguments, under Args."""
     _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
     entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
     return {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
@@ -199,7 +199,8 @@ def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
     parser.add_argument("--backbone", help="hub id or folder to begin from, untrained; else --model is trained further")
     for name, kind in RERANKERS.items():
         for option, parameter in kind.begin_options().items():
-            meaning = f"of {name} with --backbone (default {parameter.default})"
+            said = documented(kind.begin).get(option, "").removesuffix(".")
+            meaning = f"{name} with --backbone: {said} (default {parameter.default})".replace("%", "%%")
             meaning = meaning if named in (None, name) else argparse.SUPPRESS
             parser.add_argument(flag(option), type=value_types(parameter)[0], default=argparse.SUPPRESS, help=meaning)
 

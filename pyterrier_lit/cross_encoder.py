@@ -39,6 +39,7 @@ class CrossEncoder(Reranker):
             the passages of a call were truncated a warning says so; `verbose` shows how many.
         special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text"
             reads them as plain characters, for texts from strangers.
+        revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
         max_tokens: tokens per batch with padding; None is 1,024 on a CPU and 16,384 on a GPU. When memory runs out the
             batch is halved and the run goes on.

@@ -44,6 +44,7 @@ class LiT5Distill(ListwiseReranker):
             greedy text, repaired: first mention wins, what is missing follows in incoming order; where that text is
             already a permutation both agree. "first" orders by the probabilities of the first identifier alone (FIRST,
             arXiv 2406.15657): one step, or two above 56 identifiers, an approximation that LiT5 was not trained for.
+        revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
         max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and
             values (37 kB a token for base in bfloat16). When memory runs out it is halved and the run goes on.

@@ -54,6 +54,7 @@ class LiT5Score(Reranker):
         aggregation: "mean" is the paper's, as above; "max" takes the largest sum over layers among a passage's tokens
             in place of their sum; "late" weighs layer l of n (from 1) by 2 l / (n + 1). The latter two are ours.
         answer_field: a column for the answer that was written, the same in all rows of a query; None adds none.
+        revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
         max_tokens: prompt tokens of the queries that are read and answered together. When memory runs out it is halved.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.

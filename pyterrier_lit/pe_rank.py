@@ -46,6 +46,7 @@ class PERank(ListwiseReranker):
         decoding: "constrained" is the paper's: the passages are named one after the other. "first" orders them by the
             logits of the first step: one forward pass a window, an approximation that the checkpoints were not trained
             for.
+        revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
         max_tokens: prompt tokens of the windows that are decoded together; they cost memory for keys and values (131 kB
             a token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes on.

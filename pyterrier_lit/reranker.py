@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import os
+import tempfile
 import threading
 import uuid
 import weakref
@@ -19,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from pyterrier_lit.frames import Columns, ColumnSets, not_finite, rerank, whole
-from pyterrier_lit.models.checkpoints import fetch, write
-from pyterrier_lit.models.devices import choose_device, choose_dtype, converted
+from pyterrier_lit.models.checkpoints import Folder, fetch, write
+from pyterrier_lit.models.devices import choose_device, choose_dtype, converted, dtype_name
+from pyterrier_lit.models.hub import CARD, again, base_of, card, in_place_of, is_hub_id, push, read_card
 
 Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or more about them, column by column
 Loaded = TypeVar("Loaded")
@@ -38,13 +40,14 @@ class Reranker(pt.Transformer):
 
     model: str
     _: dataclasses.KW_ONLY
+    revision: str | None = None
     text_field: str = "text"
     max_tokens: int | None = None
     device: str | torch.device | None = None
     dtype: str | torch.dtype | None = None
     verbose: bool = False
 
-    loads_from: ClassVar[tuple[str, ...]] = ("model", "device", "dtype")  # what `read` depends on, the model first
+    loads_from: ClassVar[tuple[str, ...]] = ("model", "revision", "device", "dtype")  # what `read` depends on
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
     begin: ClassVar[Callable[..., Any]]  # the same for a pre-trained model, perhaps with keyword arguments of its own
 
@@ -52,7 +55,8 @@ class Reranker(pt.Transformer):
         """TypeError for batch_size, which other libraries have."""
         if "batch_size" in arguments:
             raise TypeError(
-                f"{cls.__name__} has no batch_size: a batch holds as many inputs as fit into max_tokens; set that"
+                f"{cls.__name__} has no batch_size: a batch holds as many inputs as fit into max_tokens; set that, to"
+                " batch_size times the tokens of a long input (32 of 256 are max_tokens=8192)"
             )
         instance: Self = super().__new__(cls)  # type: ignore[no-untyped-call]
         return instance
@@ -157,6 +161,10 @@ class Reranker(pt.Transformer):
         self.load()
         self._held.given, self._held.trained, self._held.saved = True, uuid.uuid4().hex[:8], ""
 
+    def note_training(self, training: dict[str, str]) -> None:
+        """Remember for the card what a training was, by name."""
+        self._held.trainings = (*self._held.trainings, training)
+
     def in_its_dtype(self) -> Self:
         """This, or where its weights are in another dtype, as while they are trained, a copy with them in its own."""
         checkpoint, device = self.load(), choose_device(self.device)
@@ -177,18 +185,77 @@ class Reranker(pt.Transformer):
             return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays."""
+        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays.
+
+        With a model card, README.md, in place of one that `save` wrote there before, whose license it keeps; one that
+        is yours stays.
+        """
         self.write(path, self.load())
 
     def write(self, path: str | Path, checkpoint: Any) -> None:
         """Save this checkpoint, which gives the scores of the one that is loaded, and remember where."""
-        settings = self.saved_settings()
-        write(path, lambda folder: checkpoint.save(folder, **settings))
+        settings, place = self.saved_settings(), Path(path).expanduser()
+        there, text = read_card(place), self._card(place.absolute().name, checkpoint, settings)
+        new = text if there is None else in_place_of(text, there)
+
+        def fill(folder: Path) -> None:
+            checkpoint.save(folder, **settings)
+            if new is not None:
+                (folder / CARD).write_text(new, encoding="utf-8")
+
+        write(path, fill)
         self._held.saved = str(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+        **layout: Any,
+    ) -> str:
+        """Save into a repository on the hub, made if it is not there, and return the commit, which `revision` reads.
+
+        private: None is the account's default; it counts where the repository is made. revision: the branch, made if
+        need be; None is main. token: None is HF_TOKEN's, or that of `hf auth login`. layout: what `save` takes beside
+        the path. A README.md there that `save` did not write stays. OSError where the hub does not take it.
+        """
+        held = self._held
+        saved = held.saved
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
+            try:
+                self.save(folder, **layout)
+                if text := read_card(folder):
+                    (folder / CARD).write_text(again(text, folder.name, repo_id), encoding="utf-8")
+                message = commit_message or f"{type(self).__name__} of pyterrier_lit"
+                commit = push(folder, repo_id, private=private, revision=revision, message=message, token=token)
+                saved = repo_id
+            finally:
+                held.saved = saved
+        return commit
 
     def saved_settings(self) -> dict[str, Any]:
         """What `save` records beside the weights: arguments that belong to the checkpoint, such as lengths."""
         return {}
+
+    def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
+        """The card of what is loaded: that of the folder it was read from, else a new one."""
+        held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
+        before = read_card(model) if model.is_dir() else None
+        if before is not None and not held.given:
+            return again(before, model.absolute().name, name, classifier=stock)
+        base = str(self.model) if is_hub_id(self.model) else None
+        facts = {"begun with" if held.given else "model": f"`{base or model.name}`"}
+        if self.revision:
+            facts["revision"] = f"`{self.revision}`"
+        for key, value in settings.items():
+            facts |= value if isinstance(value, dict) else {key: value}
+        about = (inspect.getdoc(type(self)) or "").partition("\n")[0]
+        base = base_of(before) if base is None and before is not None else base
+        return card(name, type(self).__name__, about, base, facts, held.trainings, classifier=stock)
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:
@@ -202,7 +269,7 @@ class Reranker(pt.Transformer):
         reranker = cls(name, **arguments)
         device = choose_device(reranker.device)
         with torch.inference_mode(False):
-            reranker.hold(cls.begin(fetch(name), device, choose_dtype(reranker.dtype, device), **options))
+            reranker.hold(cls.begin(reranker.folder(), device, choose_dtype(reranker.dtype, device), **options))
         return reranker
 
     def apply_attributes(self, **changes: Any) -> Self:
@@ -222,6 +289,10 @@ class Reranker(pt.Transformer):
         parameters = inspect.signature(cls.begin).parameters
         return {name: parameter for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
 
+    def folder(self) -> Folder:
+        """The files of the model, brought from the hub where they are not here. Raises what `fetch` does."""
+        return fetch(self.model, revision=self.revision)
+
     def option(self, argument: str, known: Mapping[str, Named]) -> Named:
         """What an argument names. ValueError lists what it may name."""
         name = getattr(self, argument)
@@ -237,7 +308,7 @@ class Reranker(pt.Transformer):
     def _read(self) -> Any:
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        return type(self).read(fetch(self.model), device, dtype)
+        return type(self).read(self.folder(), device, dtype)
 
     def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
         """What `build` returns, whose tensors can learn wherever the call stands. Whatever a library raises for a field
@@ -256,14 +327,14 @@ class Reranker(pt.Transformer):
     def _converted(self, held: "Held") -> "Held":
         device = choose_device(self.device)
         checkpoint = self._in_words(lambda: converted(held.checkpoint, device, choose_dtype(self.dtype, device)))
-        return Held(checkpoint, self._source(), given=True, trained=held.trained, saved=held.saved)
+        return Held(checkpoint, self._source(), True, held.trained, held.saved, held.trainings)
 
     def _source(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.loads_from)
 
     def _is_of(self, held: "Held") -> bool:
         """Whether what is held came from the model that is now asked for."""
-        return held.source is not None and held.source[0] == self.model
+        return held.source is not None and held.source[:2] == (self.model, self.revision)
 
     def call(self) -> str:
         """The constructor's call with these arguments, whatever became of the weights."""
@@ -281,7 +352,8 @@ class Held:
     """A checkpoint in memory, the arguments it was read for, and the lock that is held while it is read.
 
     given: whether it was not read from the model. trained: what tells it from all others if it was trained in memory.
-    saved: the folder where `save` has written it. Copies of a reranker share one. A pickle leaves the lock out.
+    saved: the folder where `save` has written it. trainings: what is known of each. Copies of a reranker share one. A
+    pickle leaves the lock out.
     """
 
     _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
@@ -293,15 +365,16 @@ class Held:
         given: bool = False,
         trained: str = "",
         saved: str = "",
+        trainings: tuple[dict[str, str], ...] = (),
     ):
         self.checkpoint = checkpoint
         self.source = source
-        self.given, self.trained, self.saved = given, trained, saved
+        self.given, self.trained, self.saved, self.trainings = given, trained, saved, trainings
         self.lock = threading.RLock()
         self._all.add(self)
 
     def __reduce__(self) -> tuple[type["Held"], tuple[Any, ...]]:
-        return Held, (self.checkpoint, self.source, self.given, self.trained, self.saved)
+        return Held, (self.checkpoint, self.source, self.given, self.trained, self.saved, self.trainings)
 
     @classmethod
     def after_fork(cls) -> None:
@@ -334,8 +407,10 @@ def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str
     shown = []
     for argument in sorted(pt.inspect.transformer_attributes(transformer), key=lambda argument: argument.name in last):
         value = argument.value
-        if isinstance(value, torch.dtype | torch.device | Path):
-            value = str(value).removeprefix("torch.")
+        if isinstance(value, torch.dtype) or (argument.name == "dtype" and isinstance(value, str)):
+            value = dtype_name(value)
+        elif isinstance(value, torch.device | Path):
+            value = str(value)
         if argument.init_parameter_kind == inspect.Parameter.POSITIONAL_OR_KEYWORD:
             shown.append(_in_one_line(value))
         elif argument.init_parameter_kind == inspect.Parameter.VAR_KEYWORD:

@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import hypothesis
 import jars
 import pandas as pd
@@ -20,6 +21,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from hub import Hub
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank, __main__
 from pyterrier_lit.reranker import Reranker
@@ -193,3 +195,21 @@ def java(tmp_path_factory):
     if reason is not None:
         pytest.skip(reason)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as pt_docs/bad_input.rst tells
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The stand-in, in place of the hub, with an empty cache."""
+    constants = huggingface_hub.constants
+    server = Hub()
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    huggingface_hub.close_session()  # the session refuses to speak where it was opened offline
+    yield server
+    server.shutdown()
+    server.server_close()
+    huggingface_hub.close_session()

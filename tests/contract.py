@@ -206,7 +206,7 @@ class Contract:
         assert len(reranker.rank("a \ud83d cat", ["\udc00", "b"])) == 2
 
     def test_arguments_of_other_libraries_are_answered_in_words(self, make, frame):
-        with pytest.raises(TypeError, match=r"has no batch_size.*max_tokens"):
+        with pytest.raises(TypeError, match=r"has no batch_size.*32 of 256 are max_tokens=8192"):
             make(batch_size=8)
         with pytest.raises(TypeError, match=r"text_field=\['title', 'text'\]; wanted the name of one column"):
             make(text_field=["title", "text"])(frame)

@@ -11,6 +11,7 @@ import torch
 from conftest import ELECTRA
 from transformers import BertConfig
 
+from pyterrier_lit import CrossEncoder
 from pyterrier_lit.models.checkpoints import Folder, fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.models.library import auto_config, build, library_config, load_strictly
@@ -110,9 +111,24 @@ def test_devices_and_dtypes(monkeypatch):
         is choose_dtype(torch.bfloat16, torch.device("cpu"))
         is torch.bfloat16
     )
-    for wrong in ("int8", "float", "nn", torch.int8):
+    for wrong in ("int8", "long", "nn", torch.int8):
         with pytest.raises(ValueError, match="wanted None, 'auto', 'float32'"):
-            choose_dtype("long" if wrong == "float" else wrong, torch.device("cpu"))
+            choose_dtype(wrong, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "names, dtype",
+    [
+        (("float32", "fp32", "float", "torch.float32", torch.float32), torch.float32),
+        (("bfloat16", "bf16", torch.bfloat16), torch.bfloat16),
+        (("float16", "fp16", "half", "torch.half", torch.half), torch.float16),
+        (("float64", "fp64", "double"), torch.float64),
+    ],
+)
+def test_a_dtype_has_several_names_and_one_in_repr(names, dtype):
+    for name in names:
+        assert choose_dtype(name, torch.device("cpu")) is dtype
+        assert repr(CrossEncoder(dtype=name)) == f"CrossEncoder('webis/monoelectra-base', dtype={names[0]!r})"
 
 
 def test_write_replaces_a_checkpoint_only_when_the_new_one_is_complete(tmp_path):

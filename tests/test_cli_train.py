@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN, write_jsonl
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
-from pyterrier_lit.__main__ import main
+from pyterrier_lit.__main__ import RERANKERS, documented, main
 from pyterrier_lit.training import FineTune
 
 LIT5 = GOLDEN / "lit5" / "tiny-random"
@@ -188,3 +188,14 @@ def test_a_model_and_a_backbone_are_not_both_trained(file, labels, capsys):
     with pytest.raises(SystemExit):
         train(*both, "--input", file, "--labels", labels, "--output", "out")
     assert "--model is trained further, --backbone from its beginning; give one" in capsys.readouterr().err
+
+
+def test_the_help_of_a_backbones_options_is_what_the_docstring_says_and_of_that_reranker_alone(capsys):
+    for reranker, kind in RERANKERS.items():
+        with pytest.raises(SystemExit):
+            train("--reranker", reranker, "--help")
+        said = "".join(capsys.readouterr().out.split())  # argparse breaks lines at hyphens
+        for other in RERANKERS.values():
+            for option in other.begin_options():
+                words = documented(other.begin)[option].removesuffix(".").replace(" ", "")
+                assert (words in said) == (f"[--{option.replace('_', '-')}" in said) == (other is kind)

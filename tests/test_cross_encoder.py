@@ -309,6 +309,7 @@ def test_save_writes_what_the_constructor_loads(cross_encoder_folder, frame, tmp
     reranker.save(tmp_path / "saved")
     assert_same_scores(CrossEncoder(str(tmp_path / "saved"), device="cpu")(frame), reranker(frame))
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -164,7 +164,7 @@ def substitutes(monkeypatch, tmp_path, collection, names):
     def fetch(model, **options):
         return checkpoints.fetch(names.get(str(model), model), **options)
 
-    for module in ("reranker", "models.pe_checkpoint", "files.rerankers", "files.tirex"):
+    for module in ("reranker", "models.pe_checkpoint"):
         monkeypatch.setattr(f"pyterrier_lit.{module}.fetch", fetch)
 
     get_dataset, load, encoder, rerank_data, learn = (

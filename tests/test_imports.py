@@ -48,6 +48,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "models.library": {"models.errors"},
     "models.tokenization": {"models.errors"},
     "models.checkpoints": READING - {"models.checkpoints"},
+    "models.hub": {"models.checkpoints", "models.errors"},
     "models.sentence_files": READING,
     "models.pairs": {"batching"} | READING,
     "models.pe_prompts": READING,
@@ -63,13 +64,13 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "training.data": {"files.candidates", "files.lines", "frames"},
     "training.trainer": {"models.devices"},
     # First floor: what every reranker is
-    "reranker": {"frames", "models.checkpoints", "models.devices"},
+    "reranker": {"frames", "models.checkpoints", "models.devices", "models.hub"},
     "listwise": {"batching", "decoding", "frames", "order", "reranker", "windows"},
     # Second floor: the faces
     **{face: {"batching", "decoding", "frames", "listwise", "order", "reranker", "windows"} | MODELS for face in FACES},
     # Third floor: what works with a reranker
-    "files.rerankers": {"models.checkpoints", "models.devices", "reranker"},
-    "files.tirex": {"files.candidates", "files.runs", "models.checkpoints", "models.devices", "reranker"},
+    "files.rerankers": {"models.devices", "reranker"},
+    "files.tirex": {"files.candidates", "files.runs", "models.devices", "reranker"},
     "training": {"training.distil"},
     "training.distil": {"frames", "reranker", "training.data", "training.trainer"},
     "training.fid": {"batching", "models.t5", "training.losses", "training.trainer"},

@@ -304,7 +304,8 @@ def test_save_writes_what_the_constructor_loads(make, frame, tmp_path):
     reranker = make(model=str(FOLDER / "tiny-trained"), window_size=4)
     reranker.save(tmp_path)
     pd.testing.assert_frame_equal(make(model=str(tmp_path))(frame), reranker(frame))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "spiece.model"]
+    written = ["README.md", "config.json", "model.safetensors", "spiece.model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 
 def changed(tmp_path, change):

@@ -13,7 +13,7 @@ import pyterrier as pt
 import pytest
 from conftest import CHECKPOINTS, ROOT, write_jsonl
 
-from pyterrier_lit import CrossEncoder
+from pyterrier_lit import CrossEncoder, reranker
 from pyterrier_lit.__main__ import RERANKERS, main
 from pyterrier_lit.files import tirex
 from pyterrier_lit.models.checkpoints import Folder
@@ -273,7 +273,7 @@ def test_the_tirex_extra_is_asked_for_where_it_is_missing(tira_input, tmp_path, 
 def test_a_model_from_the_hub_is_described_with_its_revision(tmp_path, monkeypatch):
     snapshot = tmp_path / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
-    monkeypatch.setattr(tirex, "fetch", lambda model: Folder(snapshot))
+    monkeypatch.setattr(reranker, "fetch", lambda model, revision: Folder(snapshot))
     described = tirex.describe(CrossEncoder("webis/monoelectra-base", device="cpu"), 100)
     assert "model='webis/monoelectra-base'" in described and "revision 0123abcd" in described
     assert "over the first 100 candidates" in described

@@ -321,6 +321,16 @@ def test_a_trained_student_says_so_and_is_like_no_other(encoder, candidates, qre
     assert repr(one) == "CrossEncoder('a/b', device='cpu')"
 
 
+def test_a_fit_that_is_refused_leaves_the_student_as_it_was(encoder, candidates, qrels, tmp_path):
+    student = encoder()
+    learning(student, steps=1).fit(candidates, qrels)
+    student.save(tmp_path)
+    trained = repr(student)
+    with pytest.raises(ValueError, match="a multiple of micro_batch"):
+        learning(student, steps=1, batch_size=3, micro_batch=2).fit(candidates, qrels)
+    assert repr(student) == trained
+
+
 # In pipelines
 
 

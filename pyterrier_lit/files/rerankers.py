@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-from pyterrier_lit.models.checkpoints import fetch
 from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.reranker import Reranker
 
@@ -43,7 +42,7 @@ def fingerprint(reranker: Reranker) -> str:
     A file in the hub's cache is called by its content; others are read, at about a gigabyte a second.
     """
     device = choose_device(reranker.device)
-    folder = fetch(reranker.model).path
+    folder = reranker.folder().path
     files = sorted({file for pattern in READ for file in folder.rglob(pattern) if file.is_file()})
     contents = {file.relative_to(folder).as_posix(): _content(file) for file in files}
     return json.dumps([device.type, str(choose_dtype(reranker.dtype, device)), contents])

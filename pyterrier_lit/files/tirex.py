@@ -15,7 +15,6 @@ import pyterrier as pt
 
 from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
 from pyterrier_lit.files.runs import Summary, write_run
-from pyterrier_lit.models.checkpoints import fetch
 from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.reranker import Reranker
 
@@ -97,7 +96,7 @@ def describe(reranker: Reranker, depth: int | None) -> str:
     values = {argument.name: argument.value for argument in pt.inspect.transformer_attributes(reranker)}
     device = choose_device(reranker.device)
     values |= {"device": device.type, "dtype": str(choose_dtype(reranker.dtype, device)).removeprefix("torch.")}
-    folder = fetch(reranker.model).path
+    folder = reranker.folder().path
     revision = f"revision {folder.name}" if folder.parent.name == "snapshots" else "a local folder"
     listed = ", ".join(f"{name}={value!r}" for name, value in values.items() if name != "verbose")
     over = "all candidates" if depth is None else f"the first {depth} candidates"

@@ -157,14 +157,23 @@ class Folder:
         )
 
 
-def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path as model=") -> Folder:
-    """The folder of a checkpoint: the path itself, or the hub's files in the local cache, with or without the weights.
+def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
+    """The folder of a checkpoint: the path itself, or the hub's files in the local cache.
 
-    Raises FileNotFoundError when it is neither here nor on the hub. The message says how to bring it to a machine
-    without a network, and what to do with it there: `use`.
+    revision: a branch, tag or commit on the hub; None is its main branch.
+
+    Raises FileNotFoundError when it is neither here nor on the hub, saying how to bring it to a machine without a
+    network, and ValueError for a revision of a folder.
     """
+    if revision is not None and not (isinstance(revision, str) and revision):
+        raise ValueError(f"revision={revision!r}; wanted the name of a branch, a tag or a commit on the hub")
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is of a checkpoint on the hub, and model={str(model)!r} is a folder here, which"
+                " is read as it is; leave revision= out, or give a hub id that is no folder's name"
+            )
         return _whole(Folder(folder))
     if folder.exists():
         raise FileNotFoundError(
@@ -172,23 +181,29 @@ def fetch(model: str | Path, *, weights: bool = True, use: str = "pass its path 
         )
     if not HUB_ID.fullmatch(str(model)):
         raise FileNotFoundError(f"there is no folder {str(model)!r}, and it is no hub id (owner/name) either")
-    return fetch_from_hub(str(model), weights=weights, use=use)
+    return fetch_from_hub(str(model), revision=revision)
 
 
-def fetch_from_hub(model: str, *, weights: bool = True, use: str = "pass its path as model=") -> Folder:
-    """`fetch` for a hub id alone, whatever folders of that name lie here."""
+def fetch_from_hub(
+    model: str, *, revision: str | None = None, weights: bool = True, use: str = "pass its path as model="
+) -> Folder:
+    """`fetch` for a hub id alone, whatever folders of that name lie here.
+
+    weights: whether they are brought too. use: what to do with a copy on a machine without a network.
+    """
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
-        folder = Path(snapshot_download(model, allow_patterns=wanted))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model, allow_patterns=[*wanted, "pytorch_model*.bin"]))
+            wanted.append("pytorch_model*.bin")
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise FileNotFoundError(
             f"there is no folder {model!r} here, and the hub did not give that checkpoint"
-            f" ({type(error).__name__}: {first_line(error)})."
-            f" Check the name; without a network, {how_to_fetch(model, use)}"
+            f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}: {first_line(error)})."
+            f" Check the name; without a network, {how_to_fetch(model, use, revision)}"
         ) from error
     return _whole(Folder(folder))
 
@@ -204,9 +219,10 @@ def _whole(folder: Folder) -> Folder:
     return folder
 
 
-def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=") -> str:
+def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=", revision: str | None = None) -> str:
     """How a checkpoint comes to a machine without a network: a part of a sentence for errors."""
-    return f"run `hf download {name} --local-dir FOLDER` on a machine that has one, copy FOLDER here and {use}"
+    which = f"{name} --revision {revision}" if revision else name
+    return f"run `hf download {which} --local-dir FOLDER` on a machine that has one, copy FOLDER here and {use}"
 
 
 def save_checkpoint(folder: Path, config: dict[str, Any], weights: Weights) -> None:

@@ -9,7 +9,10 @@ from torch import nn
 from pyterrier_lit.models.errors import first_line
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # other names that people use
+OTHER_NAMES = {  # that people use
+    **{"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"},
+    **{"fp64": "float64", "double": "float64"},
+}
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
@@ -39,13 +42,19 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         native = _computes_in_bfloat16(device) and (device.type == "cuda" or dtype == "auto")
         return torch.bfloat16 if native else torch.float32
-    named = getattr(torch, DTYPE_NAMES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    named = getattr(torch, dtype_name(dtype), None) if isinstance(dtype, str) else dtype
     if named not in DTYPES:
         raise ValueError(
-            f"dtype={dtype!r}; wanted None, 'auto', 'float32', 'bfloat16' or 'float16' (or 'fp32', 'bf16', 'fp16')"
+            f"dtype={dtype!r}; wanted None, 'auto', 'float32', 'bfloat16' or 'float16', or a short name such as 'bf16'"
         )
     chosen: torch.dtype = named
     return chosen
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """The name by which torch has it: "bfloat16" for "bf16", torch.bfloat16 and "torch.bfloat16"."""
+    name = str(dtype).removeprefix("torch.")
+    return OTHER_NAMES.get(name, name)
 
 
 def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:

@@ -62,6 +62,11 @@ class PairCheckpoint:
         return {name: self.config.get(name) or length for name, length in default.items()}
 
     @property
+    def stock(self) -> bool:
+        """Whether it is a classifier of transformers, which other libraries read too."""
+        return isinstance(self.network, LabelScorer)
+
+    @property
     def pad_id(self) -> int:
         return max(self.network.pad_id or 0, 0)
 

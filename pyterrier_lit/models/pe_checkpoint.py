@@ -159,7 +159,14 @@ def new_pe_rank(
     embedding_size: int | None = None,
     projector_type: str = "mlp2x_gelu",
 ) -> PERankCheckpoint:
-    """A causal language model under an untrained projector. Arguments by name: see `PERank`."""
+    """A causal language model under an untrained projector.
+
+    Args:
+        encoder_name: hub id or folder of the encoder that goes inside, such as sentence-transformers/all-MiniLM-L6-v2.
+        encoder_pooling: how its states become a vector: "mean", "cls" or "last_token".
+        embedding_size: how long the vectors are, where no encoder says it.
+        projector_type: "linear", "mlp2x_gelu" (any number of layers) or "identity".
+    """
     encoder, encoder_weights = None, {}
     if encoder_name:
         encoder = read_text_encoder(fetch(encoder_name), encoder_pooling)

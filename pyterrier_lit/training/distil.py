@@ -7,10 +7,12 @@ the student's recipe says. How a student learns stands in the module of this fol
 
 import copy
 import dataclasses
+import re
 import warnings
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +23,7 @@ import pyterrier as pt
 from pyterrier_lit.frames import Ranking, rankings
 from pyterrier_lit.reranker import Reranker, representation
 from pyterrier_lit.training.data import Teacher, digest, judgements, with_labels, with_teacher
-from pyterrier_lit.training.trainer import Recipe, Settings, train
+from pyterrier_lit.training.trainer import MEASURE, Log, Objective, Recipe, Settings, train
 
 FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings))
 
@@ -121,9 +123,38 @@ class Training(pt.Estimator):
             raise ValueError(f"there is nothing to learn from in {len(given)} queries; {objective.wanted}")
         described = self.described(given, measured_on) if settings.folder else {}
         validate = partial(ndcg_at_10, self.student, *measured_on) if measured_on else None
-        self.student.hold_trained()
-        log = train(objective, lists, recipe, settings, described=described, validate=validate)
+        log = train(
+            objective,
+            lists,
+            recipe,
+            settings,
+            described=described,
+            validate=validate,
+            begins=self.student.hold_trained,
+        )
         self._logs.append(pd.DataFrame(log))
+        self.student.note_training(self.told(recipe, objective, len(lists), log))
+
+    def told(self, recipe: Recipe, objective: Objective, n_lists: int, log: Log) -> dict[str, str]:
+        """What the student's card says of a `fit`."""
+        name = self.default_recipe(training_module(self.student)) if self.recipe is None else self.recipe
+        name = type(name).__name__ if isinstance(name, Recipe) else name
+        fields = [f"{name}={value!r}" for name, value in vars(recipe).items() if value is not None and value != {}]
+        told = {
+            "learned from": f"{self.learned_from(set().union(*objective.column_sets))}, {n_lists} lists",
+            "recipe": _without_folders(f"{name} ({', '.join(fields)})"),
+        }
+        losses, measured = ([row for row in log if name in row] for name in ("loss", MEASURE))
+        if losses:
+            told["loss"] = f"{losses[-1]['loss']:.4f} at step {losses[-1]['step']:.0f}, the last"
+        if measured:
+            best = max(measured, key=lambda row: row[MEASURE])
+            told[MEASURE] = f"{best[MEASURE]:.4f} on validation queries, at step {best['step']:.0f}, which is kept"
+        return told
+
+    def learned_from(self, columns: set[str]) -> str:
+        """What the student learns from, in words. columns: those that are read."""
+        raise NotImplementedError
 
     def validation(
         self, frame: pd.DataFrame | None, qrels: pd.DataFrame | None
@@ -180,6 +211,10 @@ class FineTune(Training):
         """The student's recipe for labels."""
         return str(module.FINE_TUNE)
 
+    def learned_from(self, columns: set[str]) -> str:
+        """Labels, or what else the recipe reads."""
+        return "labels" if "target" in columns else "answers" if "answers" in columns else "the passages alone"
+
     def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
         """The frame with its labels."""
         return with_labels(frame, qrels)
@@ -218,6 +253,16 @@ class Distil(Training):
             )
         return str(module.DISTIL)
 
+    def learned_from(self, columns: set[str]) -> str:
+        """The teacher. Of files and folders on this machine the last part of their path."""
+        if self.teacher is None:
+            return "the order of the candidates"
+        if isinstance(self.teacher, str | Path):
+            return f"the run {Path(self.teacher).name}"
+        if isinstance(self.teacher, pd.DataFrame):
+            return "the order of a run"
+        return f"the ranking of {_without_folders(repr(self.teacher))}"
+
     def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
         """The frame with the teacher's scores."""
         return with_teacher(frame, self.teacher)
@@ -244,3 +289,8 @@ def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> 
     run = student.in_its_dtype().transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
     run = run[["query_id", "doc_id", "score"]].astype({"query_id": "str", "doc_id": "str"})
     return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])
+
+
+def _without_folders(call: str) -> str:
+    """The same with the last part alone of each path of this machine that is quoted in it."""
+    return re.sub(r"(?<=['\"])[/~][^'\"]*/", "", call)

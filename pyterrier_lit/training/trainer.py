@@ -149,6 +149,7 @@ def train(
     *,
     described: Mapping[str, str] | None = None,
     validate: Callable[[], float] | None = None,
+    begins: Callable[[], None] | None = None,
 ) -> Log:
     """Train the objective's network in place, and return what was measured on the way.
 
@@ -159,6 +160,7 @@ def train(
             data.
         validate: measures the network, higher is better. It is called every `settings.every` steps, and the network
             ends with the weights of the best measurement.
+        begins: called once all is checked, before the first step.
 
     Raises ValueError for no lists, for a batch_size that is no multiple of micro_batch times the devices, for less than
     one step, and for a folder that holds a training with another recipe, seed, `described` or starting weights.
@@ -181,6 +183,8 @@ def train(
             _claim(folder, started | {WEIGHTS: _starting_weights(objective.network, folder)})
         one_gpu = _one_gpu(TrainingArguments(output_dir=str(folder), **arguments))
         loop = _loop(objective, examples, one_gpu, validate, settings.patience)
+        if begins is not None:
+            begins()
         loop.train(resume_from_checkpoint=_last_whole(folder))
     return _log(loop.state.log_history)
 

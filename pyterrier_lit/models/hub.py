@@ -1,0 +1,161 @@
+"""What goes to the hub with a checkpoint, its card, and how a folder becomes a commit there. Knows no networks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pyterrier_lit.models.checkpoints import FILES, HUB_ID
+from pyterrier_lit.models.errors import first_line
+
+CARD = "README.md"
+KEPT = ("license", "language")  # what of a card's head is the user's to say
+MARK = (
+    "<!-- Written by `save` of pyterrier_lit, which writes it anew when it saves here again, unless this line is gone."
+    " Give your license above, as `license: ...` -->"
+)
+ELSEWHERE = """
+## In other libraries
+
+It is a sequence classifier of transformers with one score. sentence-transformers reads it as it is:
+
+```python
+from sentence_transformers import CrossEncoder as SentenceCrossEncoder
+
+SentenceCrossEncoder("NAME").rank("a query", ["a passage", "another"])
+```
+
+Text Embeddings Inference serves it under `/rerank`.
+"""
+
+
+def card(
+    name: str,
+    kind: str,
+    about: str,
+    base_model: str | None,
+    facts: Mapping[str, object],
+    trainings: Sequence[Mapping[str, str]] = (),
+    *,
+    classifier: bool = False,
+) -> str:
+    """The card of a checkpoint.
+
+    name: of its folder. kind: its class here. about: a sentence on that. base_model: a hub id, or None.
+    facts: what is recorded of it. trainings: of each, what it was. classifier: whether transformers reads it.
+    """
+    from huggingface_hub import ModelCardData
+
+    head = ModelCardData(
+        library_name=_library(classifier),
+        pipeline_tag="text-ranking",
+        base_model=base_model,
+        tags=["pyterrier", "reranking", kind.lower()],
+    )
+    parts = [f"---\n{head.to_yaml()}\n---\n\n{MARK}\n\n# {name}\n\nA `{kind}` of pyterrier_lit. {about}\n"]
+    parts += [_listed(facts)]
+    parts += [f"## Training\n\n{_listed(each)}" for each in trainings[:1]]
+    parts += [f"And then\n\n{_listed(each)}" for each in trainings[1:]]
+    parts += [
+        f"""## Use
+
+```python
+from pyterrier_lit import {kind}
+
+pipeline = first_stage % 100 >> {kind}("{name}")  # after any first stage of PyTerrier
+```
+"""
+    ]
+    text = "\n".join(parts)
+    return text + ELSEWHERE.replace("NAME", name) if classifier else text
+
+
+def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
+    """A card for the same checkpoint by another name, and perhaps in the layout of transformers."""
+    from huggingface_hub import ModelCard
+
+    if MARK in text:
+        text = text.replace(f"# {old}\n", f"# {new}\n").replace(json.dumps(old), json.dumps(new))
+        if classifier and ELSEWHERE.splitlines()[1] not in text:
+            held = ModelCard(text, ignore_metadata_errors=True)
+            held.data["library_name"] = _library(classifier)
+            text = str(held) + ELSEWHERE.replace("NAME", new)
+    return text
+
+
+def in_place_of(text: str, before: str) -> str | None:
+    """The card that is written over an earlier one: with its license and language, or None where that is the user's."""
+    from huggingface_hub import ModelCard
+
+    if MARK not in before:
+        return None
+    held, new = ModelCard(before, ignore_metadata_errors=True), ModelCard(text, ignore_metadata_errors=True)
+    kept = {name: value for name, value in vars(held.data).items() if name.startswith(KEPT)}
+    for name in kept:
+        new.data[name] = kept[name]
+    return str(new) if kept else text
+
+
+def read_card(folder: Path) -> str | None:
+    """The card in a folder."""
+    file = folder / CARD
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+def base_of(text: str) -> str | None:
+    """The base model that a card names."""
+    from huggingface_hub import ModelCard
+
+    named = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
+    return named if isinstance(named, str) else None
+
+
+def is_hub_id(model: object) -> bool:
+    """Whether this is the name of a repository, and of no folder here."""
+    return bool(HUB_ID.fullmatch(str(model))) and not Path(str(model)).exists()
+
+
+def push(
+    folder: Path, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
+) -> str:
+    """Make the files of a checkpoint's folder those of a repository on the hub, made if need be; the commit's id.
+
+    revision: the branch, made if need be; None is main. A card that stands there and is not ours stays, and so do
+    files that are no checkpoint's. Raises OSError with what the hub's client said.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        try:
+            there = read_card(Path(api.hf_hub_download(repo_id, CARD, revision=revision)).parent)
+        except EntryNotFoundError:
+            there = None
+        text = read_card(folder)
+        if there is not None and text is not None and (kept := in_place_of(text, there)):
+            (folder / CARD).write_text(kept, encoding="utf-8")
+        done = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            ignore_patterns=[CARD] if there is not None and MARK not in there else None,
+            delete_patterns=list(FILES),
+        )
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise OSError(
+            f"{repo_id!r} could not be pushed to the hub ({type(error).__name__}: {first_line(error)}). `hf auth login`"
+            " or HF_TOKEN says who you are, with a token that may write; `save` writes the same files into a folder"
+        ) from error
+    return str(done.oid)
+
+
+def _library(classifier: bool) -> str:
+    return "sentence-transformers" if classifier else "pyterrier-lit"
+
+
+def _listed(facts: Mapping[str, object]) -> str:
+    return "".join(f"- {name}: {value}\n" for name, value in facts.items() if value is not None)
