@@ -15,6 +15,7 @@ import pyterrier_lit
 from pyterrier_lit.files.candidates import Candidates, documents, read_rerank_file, read_run, topics
 from pyterrier_lit.files.rerankers import CHUNKS, check_values, chunk_for, fingerprint
 from pyterrier_lit.files.runs import check_new, check_settings, write_run
+from pyterrier_lit.files.teachers import is_taught
 from pyterrier_lit.files.tirex import About, candidates_in, describe, run_in, write_submission
 from pyterrier_lit.reranker import Reranker
 
@@ -91,7 +92,7 @@ def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained checkpoint")
 
     def run(arguments: argparse.Namespace) -> None:
-        from pyterrier_lit.training.data import as_frame, read_qa, read_qrels
+        from pyterrier_lit.training.data import as_frame, read_qa, read_qrels, read_teacher
 
         if (arguments.valid is None) != (arguments.valid_labels is None):
             parser.error("--valid and --valid-labels go together")
@@ -100,6 +101,14 @@ def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
         check_training(parser, arguments)
         if arguments.answers:
             frame = read_qa(arguments.input)
+        elif (
+            arguments.topics is None
+            and {".jsonl", ".json"} & set(arguments.input.suffixes)
+            and is_taught(arguments.input)
+        ):
+            taught = read_teacher(arguments.input, arguments.teacher)
+            frame = taught.assign(rank=taught["shown"])[taught["shown"] < (arguments.depth or len(taught))]
+            arguments.teacher = None if arguments.labels or arguments.passages else taught
         else:
             frame = as_frame(candidates(parser, arguments, arguments.input)())
         validation = as_frame(candidates(parser, arguments, arguments.valid)()) if arguments.valid else None
@@ -209,8 +218,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     """The options that say what is learned from, and how."""
     taught = parser.add_mutually_exclusive_group(required=True)
     taught.add_argument("--labels", type=Path, help="learn from these qrels")
-    taught.add_argument("--teacher", type=Path, help="learn from this ranking: TREC run[.gz], .jsonl[.gz] or .parquet")
-    taught.add_argument("--order", action="store_true", help="learn the order of the candidates")
+    meaning = "learn from this ranking: TREC run[.gz], .jsonl[.gz] or .parquet; or RankGPT's permutations of --input"
+    taught.add_argument("--teacher", type=Path, help=meaning)
+    meaning = (
+        "learn the order of the candidates, or that of the teacher in --input: RankZephyr's, PE-Rank's, TWOLAR's data"
+    )
+    taught.add_argument("--order", action="store_true", help=meaning)
     taught.add_argument("--answers", action="store_true", help="learn to answer: --input holds question, answers, ctxs")
     taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, first stage)")
     parser.add_argument("--depth", type=positive, help="candidates per query; default: all")
@@ -231,7 +244,7 @@ def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
 
     settings = {name: getattr(arguments, name) for name in ("recipe", "every", "patience", "seed")}
     settings |= {"folder": arguments.state, **dict(arguments.set)}
-    if arguments.teacher or arguments.order:
+    if arguments.teacher is not None or arguments.order:
         return Distil(student, arguments.teacher, **settings)
     return FineTune(student, **settings)
 

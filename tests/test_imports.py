@@ -36,6 +36,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "files": set(),
     "files.lines": set(),
     "files.candidates": {"files.lines"},
+    "files.teachers": {"files.candidates", "files.lines", "order"},
     "files.locks": set(),
     "files.runs": {"batching", "files.candidates", "files.locks"},
     "models": set(),
@@ -61,7 +62,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "models.export": {"models.library", "models.pair_encoder", "models.pair_networks"},
     "models.pe_checkpoint": {"models.pe_prompts", "models.text_encoder", "models.vector_lm"} | READING,
     "training.losses": set(),
-    "training.data": {"files.candidates", "files.lines", "frames"},
+    "training.data": {"files.candidates", "files.lines", "files.teachers", "frames"},
     "training.trainer": {"models.devices"},
     # First floor: what every reranker is
     "reranker": {"frames", "models.checkpoints", "models.devices", "models.hub"},
@@ -71,7 +72,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     # Third floor: what works with a reranker
     "files.rerankers": {"models.devices", "reranker"},
     "files.tirex": {"files.candidates", "files.runs", "models.devices", "reranker"},
-    "training": {"training.distil"},
+    "training": {"training.data", "training.distil"},
     "training.distil": {"frames", "reranker", "training.data", "training.trainer"},
     "training.fid": {"batching", "models.t5", "training.losses", "training.trainer"},
     **{
@@ -83,7 +84,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     # Fourth floor
     "scale": {"frames", "reranker", "signals"},
     "__main__": {"pyterrier_lit", "files.candidates", "files.rerankers", "files.runs", "files.tirex", "reranker"}
-    | {"training", "training.data"},
+    | {"files.teachers", "training", "training.data"},
     "__init__": set(FACES),
 }
 HEAVY = (

@@ -222,7 +222,6 @@ def test_runs_of_all_formats_are_one_run(tmp_path, name):
     ]
     path = tmp_path / name
     if name.endswith("parquet"):
-        pytest.importorskip("pyarrow")
         pd.DataFrame(rows, columns=["query_id", "docno", "score", "rank"]).to_parquet(path)
     else:
         lines = [json.dumps({"qid": int(q), "docno": d, "score": s, "rank": r}) for q, d, s, r in rows]

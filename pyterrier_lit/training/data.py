@@ -19,6 +19,7 @@ import pyterrier as pt
 
 from pyterrier_lit.files.candidates import LISTS, Candidates, key, number, objects, read_rerank_file, run_rows
 from pyterrier_lit.files.lines import numbered_lines
+from pyterrier_lit.files.teachers import SHAPES, read_taught
 from pyterrier_lit.frames import Ranking, numbers, places
 
 KEY = ["qid", "docno"]
@@ -165,7 +166,8 @@ def uneven(lists: Sequence[Ranking]) -> list[Ranking]:
 
 def read_run(path: str | Path) -> pd.DataFrame:
     """A run from a TREC file, a parquet file or JSON lines, perhaps compressed (.gz): Rank-DistiLLM's files, TIREx's
-    re-ranking input, the rankings that rank_llm writes, and what `pt.io.write_results` writes.
+    re-ranking input, the rankings that rank_llm writes, permutations {qid, final_list: [docno, ...]}, and what
+    `pt.io.write_results` writes.
 
     Returns qid, docno, score, rank (from 0) and, where the file has them, query and text. Ranks follow from the scores;
     a file without scores gets them from its ranks. Of a passage that stands twice under a query the first is kept.
@@ -178,7 +180,13 @@ def read_run(path: str | Path) -> pd.DataFrame:
         rows = [_ranked(f"{path}, row {i}", {str(k): v for k, v in row.items()}) for i, row in enumerate(records, 1)]
     elif {".jsonl", ".json"} & set(path.suffixes):
         _, first = next(objects(path), ("", {}))
-        if LISTS & first.keys():
+        if SHAPES & first.keys():
+            raise ValueError(
+                f"{path} is teacher data with its passages; read it by read_teacher, and fit on that frame"
+            )
+        if "final_list" in first:
+            rows = [row for where, record in objects(path) for row in _permuted(where, record)]
+        elif LISTS & first.keys():
             listed = as_frame(read_rerank_file(path)).to_dict("records")
             rows = [
                 {"where": path, "score": None} | {str(name): value for name, value in row.items()} for row in listed
@@ -206,6 +214,41 @@ def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
     ids = {name: key(record, name, where) for name in KEY}
     values = {name: number(record, name, where) for name in ("score", "rank")}
     return {"where": where} | ids | values | {name: record.get(name) for name in ("query", "text")}
+
+
+def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The passages of a permutation of ids, best first."""
+    docnos = record.get("final_list")
+    if not isinstance(docnos, list) or not all(isinstance(docno, str | int) for docno in docnos):
+        raise ValueError(f"{where} has no list of docnos in final_list")
+    row = {"where": where, "qid": key(record, "qid", where), "score": None, "query": None, "text": None}
+    return [row | {"docno": str(docno), "rank": rank} for rank, docno in enumerate(docnos)]
+
+
+def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataFrame:
+    """Public teacher data whose passages travel inside, for `Distil`: RankZephyr's conversations, PE-Rank's
+    train.jsonl, RankGPT's and TWOLAR's permutations, as JSON lines or one array, perhaps gzipped.
+
+    orders: RankGPT's second file, one JSON array of the teacher's answers. Without it retrieved_passages count as
+        ranked by the teacher already, as TWOLAR's are.
+
+    Returns qid, query, docno, text, rank (the teacher's, from 0) and shown (the position at which the teacher was shown
+    the passage). How records become rows, and what is raised, says `files.teachers.read_taught`; a warning counts the
+    orders that had to be completed.
+    """
+    names = ["qid", "query", "docno", "text", "rank", "shown"]
+    rows, repaired, lists = [], 0, 0
+    for given in read_taught(Path(path).expanduser(), None if orders is None else Path(orders).expanduser()):
+        lists, repaired = lists + 1, repaired + given.repaired
+        for rank, shown in enumerate(given.order):
+            rows.append((given.qid, given.query, given.docnos[shown], given.texts[shown], rank, shown))
+    if repaired:
+        warnings.warn(
+            f"{path}: {repaired} of {lists} orders do not name each passage once; first mentions count, and the rest"
+            " follows as it was shown",
+            stacklevel=2,
+        )
+    return pd.DataFrame(rows, columns=names)
 
 
 def read_qa(path: str | Path) -> pd.DataFrame:
