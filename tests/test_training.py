@@ -602,7 +602,7 @@ def test_recipes_are_the_papers():
             ValueError,
             "recipe='best'; CrossEncoder has 'rank-distillm-labels', 'rank-distillm-rankings'",
         ),
-        (lambda s: FineTune(s, loss="mse"), ValueError, "loss='mse'; wanted one of 'lce', 'ranknet'"),
+        (lambda s: FineTune(s, loss="hinge"), ValueError, "loss='hinge'; wanted one of 'lce', 'ranknet'"),
         (lambda s: FineTune(s, sampling="best"), ValueError, "sampling='best'"),
         (lambda s: FineTune(s, batch_size=3, micro_batch=2), ValueError, "multiple of micro_batch"),
         (lambda s: FineTune(s, steps=0), ValueError, "steps=0, epochs=1.0: that is no step"),

@@ -29,6 +29,16 @@ def margin_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -
     return _mean(differences.square(), _better(targets, mask))
 
 
+def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
+    """Mean over all passages of the batch of (s_i - t_i)^2: the student learns a teacher's scores themselves.
+
+    Unlike the others it asks for the teacher's scale too. Source: Hinton et al., arXiv 1503.02531, section 2.1, where
+    matching the logits is the limit of high temperatures.
+    """
+    inside = _inside(scores, mask)
+    return _mean((_filled(scores, mask) - _filled(targets, mask)).square(), inside)
+
+
 def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
     """Approximate discounted rank MSE: mean over all passages of the batch of (p_i - r_i)^2 / log2(r_i + 1), with::
 
