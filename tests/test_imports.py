@@ -74,7 +74,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "training.distil": {"frames", "reranker", "training.data", "training.trainer"},
     "training.fid": {"batching", "models.t5", "training.losses", "training.trainer"},
     **{
-        f"training.{face}": {face, "batching", "frames", "training.data", "training.fid", "training.losses"}
+        f"training.{face}": {face, "batching", "decoding", "frames", "training.data", "training.fid", "training.losses"}
         | {"training.trainer"}
         | MODELS
         for face in FACES

@@ -22,7 +22,15 @@ REFERENCE = {  # lightning-ir's name: ours
     "KLDivergence": losses.kl,
     "SupervisedMarginMSE": losses.margin_mse,
 }
-OVER_LISTS = [losses.ranknet, losses.margin_mse, losses.adr_mse, losses.lce, losses.kl, losses.list_mle]
+OVER_LISTS = [
+    losses.ranknet,
+    losses.weighted_ranknet,
+    losses.margin_mse,
+    losses.adr_mse,
+    losses.lce,
+    losses.kl,
+    losses.list_mle,
+]
 
 
 def log(x):
@@ -57,6 +65,12 @@ def test_list_mle_is_pe_ranks(k):
     [
         (losses.ranknet, [[1.0, 3.0]], [[1, 0]], log(1 + math.exp(2))),
         (losses.ranknet, [[1.0, 3.0, 0.0]], [[1, 0, 0]], (log(1 + math.exp(2)) + log(1 + math.exp(-1))) / 2),
+        (
+            losses.weighted_ranknet,
+            [[1.0, 3.0, 0.0]],
+            [[3, 2, 1]],
+            (log(1 + math.exp(2)) / 3 + log(1 + math.exp(-1)) / 4 + log(1 + math.exp(-3)) / 5) / 3,
+        ),
         (losses.margin_mse, [[1.0, 3.0]], [[5, 2]], (1 - 3 - (5 - 2)) ** 2),
         (losses.mse, [[1.0, 3.0]], [[5, 2]], ((1 - 5) ** 2 + (3 - 2) ** 2) / 2),
         # equal scores: both at rank 1.5, half a rank off at ranks 1 and 2
@@ -123,7 +137,7 @@ def test_a_single_passage_has_nothing_to_learn_from(loss):
     assert value.item() == pytest.approx(0) and scores.grad.tolist() == [[0]]
 
 
-@pytest.mark.parametrize("loss", [losses.ranknet, losses.margin_mse])
+@pytest.mark.parametrize("loss", [losses.ranknet, losses.weighted_ranknet, losses.margin_mse])
 def test_ties_make_no_pair(loss):
     scores = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
     value = loss(scores, torch.tensor([[1.0, 1.0, 1.0]]))

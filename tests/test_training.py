@@ -21,9 +21,13 @@ import torch
 from conftest import GOLDEN, RERANKERS
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit.decoding import first_scores
 from pyterrier_lit.frames import Ranking, rankings
+from pyterrier_lit.lit5_distill import identifiers
+from pyterrier_lit.models.t5 import FiD, PieceReader
 from pyterrier_lit.training import Distil, FineTune, cross_encoder, distil, lit5_distill, lit5_score, pe_rank
 from pyterrier_lit.training.data import judgements
+from pyterrier_lit.training.losses import weighted_ranknet
 from pyterrier_lit.training.trainer import Recipe, Samples, Settings, train, training_arguments
 
 LIT5, PE_RANK = GOLDEN / "lit5" / "tiny-random", GOLDEN / "pe_rank"
@@ -212,6 +216,50 @@ def test_a_lit5_distill_learns_the_order(candidates, tmp_path):
     loaded = LiT5Distill(str(tmp_path), device="cpu")
     assert loaded.window() == (6, 3)
     pd.testing.assert_frame_equal(loaded(candidates), pipeline(candidates))
+
+
+def test_the_loss_of_the_first_step_is_that_of_the_scores_that_first_orders_by():
+    """Also where identifiers have two pieces, from 57 on, beside a window that has none of them."""
+    model = LiT5Distill(str(LIT5), window_size=70, device="cpu")
+    chance, checkpoint = random.Random(1), model.load()
+    windows = [[f"passage {i} {chance.random()}" for i in range(n)] for n in (70, 9)]
+    orders = [chance.sample(range(n), n) for n in (70, 9)]
+    recipe = lit5_distill.RECIPES["lit5-distill-first"].replace(dropout=0.0)
+    objective = recipe.objective(model)
+    examples = [lit5_distill.OrderExample("q", *both) for both in zip(windows, orders, strict=True)]
+    batch = objective.collate(examples)
+    total = objective.loss(batch)
+    total.backward()
+    text = recipe.replace(first_weight=0.0).objective(model).loss(batch)
+    words, pieces = identifiers(checkpoint, 70)
+    with torch.inference_mode():
+        scores, inside = first_scores(PieceReader(FiD(checkpoint.network), batch.prompts, pieces, 2), words, [70, 9])
+        targets = torch.tensor([[-(o.index(i) if i < len(o) else 99) for i in range(70)] for o in orders])
+        expected = weighted_ranknet(scores, targets, inside)
+    assert ((total - text) / recipe.first_weight).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(parameter.grad.isfinite().all() for parameter in objective.network.parameters())
+
+
+def test_a_lit5_distill_learns_to_order_by_its_first_step(candidates):
+    model = LiT5Distill(str(LIT5), window_size=6, decoding="first", device="cpu")
+    backwards = pt.apply.doc_score(lambda row: int(row["docno"][1:]))
+    training = Distil(
+        model,
+        backwards,
+        recipe="lit5-distill-first",
+        steps=25,
+        batch_size=8,
+        micro_batch=8,
+        warmup=0,
+        learning_rate=1e-2,
+        smallest=6,
+        shuffle=0.0,
+        dropout=0.0,
+        **QUIET,
+    )
+    training.fit(candidates, None)
+    ranked = training(candidates).sort_values("rank").groupby("qid").docno.agg(lambda ids: "".join(d[1] for d in ids))
+    assert set(ranked) == {"543210"}
 
 
 def test_a_lit5_score_learns_the_answer(candidates):

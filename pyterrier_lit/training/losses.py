@@ -20,6 +20,20 @@ def ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
     return _mean(F.softplus(-temperature * _differences(_filled(scores, mask))), _better(targets, mask))
 
 
+def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
+    """RankNet whose pairs weigh more the higher they stand: mean over all pairs of the batch with t_i > t_j of::
+
+        log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
+        r_i = 1, 2, ... in the order of the targets                  the teacher's rank; ties by their positions
+
+    Source: FIRST, arXiv 2406.15657, section 3.2; a mean, where the paper prints a sum.
+    """
+    inside = _inside(scores, mask)
+    rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)
+    weights = 1 / (rank[:, :, None] + rank[:, None])
+    return _mean(F.softplus(-_differences(_filled(scores, mask))) * weights, _better(targets, mask))
+
+
 def margin_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
     """Mean over all pairs of the batch with t_i > t_j of ((s_i - s_j) - (t_i - t_j))^2.
 
