@@ -28,6 +28,7 @@ from pyterrier_lit.models.t5 import FiD, PieceReader
 from pyterrier_lit.training import Distil, FineTune, cross_encoder, distil, lit5_distill, lit5_score, pe_rank
 from pyterrier_lit.training.data import judgements
 from pyterrier_lit.training.losses import weighted_ranknet
+from pyterrier_lit.training.pe_rank import RankingRecipe
 from pyterrier_lit.training.trainer import Recipe, Samples, Settings, train, training_arguments
 
 LIT5, PE_RANK = GOLDEN / "lit5" / "tiny-random", GOLDEN / "pe_rank"
@@ -159,6 +160,56 @@ def test_pe_ranks_first_stage_is_the_references_and_only_the_projector_learns():
 
 
 # Students learn
+
+
+@pytest.fixture
+def pe_rank_of(backbone):
+    """A small PE-Rank, equal each time."""
+
+    def build():
+        torch.manual_seed(0)
+        return PERank.from_backbone(
+            backbone("mistral"), embedding_size=8, device="cpu", window_size=6, stride=3, projector_type="linear"
+        )
+
+    return build
+
+
+@pytest.fixture
+def with_vectors(candidates):
+    vectors = np.random.default_rng(0).normal(size=(len(candidates), 8)).astype("float32")
+    return candidates.assign(doc_vec=list(vectors))
+
+
+LORA = {"lora": 4, "text_weight": 0.0, "steps": 6, "batch_size": 4, "warmup": 0, "learning_rate": 1e-2, **QUIET}
+
+
+def test_of_a_pe_rank_with_lora_adapters_and_projector_alone_learn_and_are_merged(pe_rank_of, with_vectors):
+    pytest.importorskip("peft", reason="needs peft, of the extra lora")
+    model, unmerged, learned = pe_rank_of(), [], []
+    before = {name: tensor.clone() for name, tensor in model.load().network.state_dict().items()}
+    objective = model_objective = RankingRecipe(**{k: v for k, v in LORA.items() if k not in QUIET}).objective(model)
+    lists = objective.prepare(rankings(with_vectors.assign(target=-with_vectors["score"]), objective.column_sets))
+
+    def look():
+        network = model_objective.network
+        learned.append({name for name, parameter in network.named_parameters() if parameter.requires_grad})
+        for name, tensor in network.state_dict().items():
+            plain = name.replace(".base_layer", "")
+            if name.startswith("body.") and "lora_" not in name:
+                assert torch.equal(tensor, before[plain]), name
+        unmerged.append(model(with_vectors)["score"].tolist())
+        model.load().network.train()
+        return float(len(unmerged))
+
+    recipe = RankingRecipe(**{k: v for k, v in LORA.items() if k not in QUIET})
+    train(objective, lists, recipe, Settings(seed=1, every=3, verbose=False), validate=look)
+    assert all("lora_" in name or name.startswith("projector.") for name in learned[0])
+    assert any("lora_A" in name for name in learned[0]) and any("projector" in name for name in learned[0])
+    assert model(with_vectors)["score"].tolist() == pytest.approx(unmerged[-1], abs=1e-5)
+    after = model.load().network.state_dict()
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in after if "q_proj" in name)
 
 
 @pytest.mark.parametrize("loss", cross_encoder.LOSSES)
