@@ -9,7 +9,6 @@ be nearest to the vector of that passage, among those not yet ranked (ListMLE). 
 that also holds the texts, and to rank without the texts as it does with them (KL divergence).
 """
 
-import contextlib
 import dataclasses
 import random
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from pyterrier_lit.pe_rank import PERank
 from pyterrier_lit.training.data import uneven, window
 from pyterrier_lit.training.lora import adapted
 from pyterrier_lit.training.losses import list_kl, list_mle
-from pyterrier_lit.training.trainer import Objective, Recipe, device_of, enable_gradient_checkpointing
+from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_of, enable_gradient_checkpointing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +261,7 @@ def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
         sample=partial(sample_window, checkpoint.prompter, recipe, student.window_size),
         collate=collate_windows,
         loss=partial(ranking_loss, checkpoint, recipe),
-        around=partial(adapted, checkpoint.network.body, recipe.lora) if recipe.lora else contextlib.nullcontext,
+        around=partial(adapted, checkpoint.network.body, recipe.lora) if recipe.lora else as_it_is,
     )
 
 

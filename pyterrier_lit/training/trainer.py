@@ -118,6 +118,11 @@ class Recipe:
         raise NotImplementedError(f"{type(self).__name__} names no objective; use one of a reranker's recipes")
 
 
+def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
+    """Learning that changes nothing of a network but its weights."""
+    return contextlib.nullcontext()
+
+
 class Objective(NamedTuple):
     """What a student learns: its network, and the functions that lead from training lists to a loss.
 
@@ -139,7 +144,7 @@ class Objective(NamedTuple):
     """A batch -> the mean loss of its examples, a scalar with a gradient."""
     wanted: str = "wanted queries with passages that are not all worth the same"
     """What the error says when `prepare` leaves nothing."""
-    around: Callable[[int], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    around: Callable[[int], contextlib.AbstractContextManager[None]] = as_it_is
     """What the network is while it learns, by the seed, such as one with adapters."""
 
 
