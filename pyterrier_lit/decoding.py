@@ -103,10 +103,23 @@ class Pace:
 
 
 def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]) -> Choices:
-    """All candidates by the probability of each to come first: p(symbol), or p(first symbol) p(second | first).
+    """All candidates by the probability of each to come first. One pass, or two where candidates have two symbols.
 
-    One pass, or two where candidates have two symbols. ValueError for longer ones, or for several first symbols of
-    those with two. Source: FIRST, arXiv 2406.15657, section 3.
+    Raises what `first_scores` raises. Source: FIRST, arXiv 2406.15657, section 3.
+    """
+    likelihood, usable = first_scores(reader, words, counts)
+    broken = not_finite(likelihood, usable).tolist()
+    best = likelihood.masked_fill(~usable, float("-inf")).argsort(dim=1, descending=True, stable=True).tolist()
+    return [order[:count] for order, count in zip(best, counts, strict=True)], broken
+
+
+def first_scores(
+    reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How likely each candidate is to come first: log p(symbol) or log p(first symbol) p(second | first), up to a
+    constant of each row, (B, N); and which candidates a row has, (B, N).
+
+    ValueError for candidates of more than two symbols, or for several first symbols of those with two.
     """
     begins = {word[0] for word in words if len(word) > 1}
     if len(begins) > 1 or max(map(len, words)) > 2:
@@ -121,10 +134,9 @@ def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
         two = torch.tensor([len(word) > 1 for word in words], device=device) & usable
         begin = torch.full((len(counts), 1), begins.pop(), device=device)
         second = reader.read(begin)[:, 0].float()[:, torch.tensor([word[-1] for word in words], device=device)]
-        likelihood = likelihood + second.masked_fill(~two, float("-inf")).log_softmax(1).where(two, 0.0)
-    broken = not_finite(likelihood, usable).tolist()
-    best = likelihood.masked_fill(~usable, float("-inf")).argsort(dim=1, descending=True, stable=True).tolist()
-    return [order[:count] for order, count in zip(best, counts, strict=True)], broken
+        least = torch.finfo(second.dtype).min  # no infinity, of which the gradient is none in rows without such words
+        likelihood = likelihood + second.masked_fill(~two, least).log_softmax(1).where(two, 0.0)
+    return likelihood, usable
 
 
 class Speller:

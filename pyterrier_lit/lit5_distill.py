@@ -43,7 +43,8 @@ class LiT5Distill(ListwiseReranker):
         decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's
             greedy text, repaired: first mention wins, what is missing follows in incoming order; where that text is
             already a permutation both agree. "first" orders by the probabilities of the first identifier alone (FIRST,
-            arXiv 2406.15657): one step, or two above 56 identifiers, an approximation that LiT5 was not trained for.
+            arXiv 2406.15657): one step, or two above 56 identifiers; published checkpoints were not trained for it, the
+            recipe `lit5-distill-first` does so.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
         max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and
@@ -142,14 +143,14 @@ def _head(query: str, number: int) -> str:
 
 def constrained(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
     """Greedily, at each step the likeliest piece that goes on with an identifier not yet written."""
-    words, pieces = _identifiers(checkpoint, batch)
+    words, pieces = identifiers(checkpoint, max(prompt.n for prompt in batch))
     reader = PieceReader(FiD(checkpoint.network), [prompt.content for prompt in batch], pieces, sum(map(len, words)))
     return in_turn(reader, words, [prompt.n for prompt in batch], [prompt.top for prompt in batch])
 
 
 def first(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
     """By the probability of each identifier to come first."""
-    words, pieces = _identifiers(checkpoint, batch)
+    words, pieces = identifiers(checkpoint, max(prompt.n for prompt in batch))
     reader = PieceReader(FiD(checkpoint.network), [prompt.content for prompt in batch], pieces, max(map(len, words)))
     return at_once(reader, words, [prompt.n for prompt in batch])
 
@@ -173,8 +174,8 @@ def greedy(checkpoint: T5Checkpoint, batch: list[Prompt], max_length: int) -> tu
 DECODINGS = {"constrained": constrained, "free": free, "first": first}
 
 
-def _identifiers(checkpoint: T5Checkpoint, batch: list[Prompt]) -> tuple[list[list[int]], list[int]]:
-    """How the identifiers 1..n of the largest window are spelt, in symbols, and the piece that each symbol is."""
-    spelt = checkpoint.pieces([str(i) for i in range(1, max(prompt.n for prompt in batch) + 1)])
+def identifiers(checkpoint: T5Checkpoint, n: int) -> tuple[list[list[int]], list[int]]:
+    """How the identifiers 1..n are spelt, in symbols, and the piece that each symbol is."""
+    spelt = checkpoint.pieces([str(i) for i in range(1, n + 1)])
     pieces = sorted(set(chain.from_iterable(spelt)))
     return [[pieces.index(piece) for piece in word] for word in spelt], pieces

@@ -168,7 +168,8 @@ class Reranker(pt.Transformer):
     def in_its_dtype(self) -> Self:
         """This, or where its weights are in another dtype, as while they are trained, a copy with them in its own."""
         checkpoint, device = self.load(), choose_device(self.device)
-        if next(checkpoint.network.parameters()).dtype == (dtype := choose_dtype(self.dtype, device)):
+        dtype = choose_dtype(self.dtype, device)
+        if all(parameter.dtype == dtype for parameter in checkpoint.network.parameters()):
             return self
         ready = copy.copy(self)
         ready.hold(converted(checkpoint, device, dtype))

@@ -16,6 +16,7 @@ import shlex
 import sys
 import textwrap
 import tomllib
+import types
 from pathlib import Path
 
 import ir_datasets
@@ -177,6 +178,8 @@ def substitutes(monkeypatch, tmp_path, collection, names):
     monkeypatch.setattr(pyterrier_splade, "Splade", lambda name: splade)
     monkeypatch.setattr(pyterrier_dr, "SBertBiEncoder", lambda name: encoder(str(names[name]), device="cpu"))
     monkeypatch.setattr(tira, "load_rerank_data", lambda name: rerank_data(str(tmp_path / "INPUT")))
+    zephyr = types.SimpleNamespace(v1=lambda window_size: pt.apply.doc_score(lambda row: len(row["text"])))
+    monkeypatch.setitem(sys.modules, "pyterrier_generative", types.SimpleNamespace(RankZephyr=zephyr))
     monkeypatch.setattr(Client, "__init__", lambda self: None)
     monkeypatch.setattr(Client, "get_run_output", lambda self, approach, data: tmp_path)
 

@@ -62,6 +62,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "models.export": {"models.library", "models.pair_encoder", "models.pair_networks"},
     "models.pe_checkpoint": {"models.pe_prompts", "models.text_encoder", "models.vector_lm"} | READING,
     "training.losses": set(),
+    "training.lora": set(),
     "training.data": {"files.candidates", "files.lines", "files.teachers", "frames"},
     "training.trainer": {"models.devices"},
     # First floor: what every reranker is
@@ -76,8 +77,8 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "training.distil": {"frames", "reranker", "training.data", "training.trainer"},
     "training.fid": {"batching", "models.t5", "training.losses", "training.trainer"},
     **{
-        f"training.{face}": {face, "batching", "frames", "training.data", "training.fid", "training.losses"}
-        | {"training.trainer"}
+        f"training.{face}": {face, "batching", "decoding", "frames", "training.data", "training.fid", "training.losses"}
+        | {"training.lora", "training.trainer"}
         | MODELS
         for face in FACES
     },

@@ -22,7 +22,15 @@ REFERENCE = {  # lightning-ir's name: ours
     "KLDivergence": losses.kl,
     "SupervisedMarginMSE": losses.margin_mse,
 }
-OVER_LISTS = [losses.ranknet, losses.margin_mse, losses.adr_mse, losses.lce, losses.kl, losses.list_mle]
+OVER_LISTS = [
+    losses.ranknet,
+    losses.weighted_ranknet,
+    losses.margin_mse,
+    losses.adr_mse,
+    losses.lce,
+    losses.kl,
+    losses.list_mle,
+]
 
 
 def log(x):
@@ -57,7 +65,14 @@ def test_list_mle_is_pe_ranks(k):
     [
         (losses.ranknet, [[1.0, 3.0]], [[1, 0]], log(1 + math.exp(2))),
         (losses.ranknet, [[1.0, 3.0, 0.0]], [[1, 0, 0]], (log(1 + math.exp(2)) + log(1 + math.exp(-1))) / 2),
+        (
+            losses.weighted_ranknet,
+            [[1.0, 3.0, 0.0]],
+            [[3, 2, 1]],
+            (log(1 + math.exp(2)) / 3 + log(1 + math.exp(-1)) / 4 + log(1 + math.exp(-3)) / 5) / 3,
+        ),
         (losses.margin_mse, [[1.0, 3.0]], [[5, 2]], (1 - 3 - (5 - 2)) ** 2),
+        (losses.mse, [[1.0, 3.0]], [[5, 2]], ((1 - 5) ** 2 + (3 - 2) ** 2) / 2),
         # equal scores: both at rank 1.5, half a rank off at ranks 1 and 2
         (losses.adr_mse, [[0.0, 0.0]], [[2, 1]], (0.25 / 1 + 0.25 / math.log2(3)) / 2),
         (losses.lce, [[0.0, log(3)]], [[0, 1]], -log(3 / 4)),
@@ -78,7 +93,7 @@ def test_the_better_passage_pulls_up():
         assert scores.grad[0, 0] < 0 < scores.grad[0, 2], loss
 
 
-@pytest.mark.parametrize("loss", OVER_LISTS)
+@pytest.mark.parametrize("loss", [*OVER_LISTS, losses.mse])
 def test_what_stands_outside_the_mask_changes_nothing(loss):
     torch.manual_seed(0)
     scores, targets = torch.randn(2, 5, dtype=torch.float64), torch.tensor([[5.0, 1, 3, 2, 4], [2, 1, 3, 0, 0]])
@@ -91,6 +106,17 @@ def test_what_stands_outside_the_mask_changes_nothing(loss):
         results.append((value.item(), asked.grad.tolist()))
         assert asked.grad[~mask].tolist() == [0, 0]
     assert results[0] == results[1] == results[2]
+
+
+def test_mse_is_numpys_with_its_gradient_and_each_passage_weighs_the_same():
+    chance = np.random.default_rng(3)
+    s, t, n = chance.normal(size=(4, 7)), chance.normal(size=(4, 7)) * 9, np.array([7, 1, 4, 6])
+    mask = np.arange(7) < n[:, None]
+    scores = torch.tensor(s, requires_grad=True)
+    loss = losses.mse(scores, torch.tensor(t), torch.tensor(mask))
+    loss.backward()
+    assert loss.item() == pytest.approx(((s - t)[mask] ** 2).mean(), rel=1e-12)
+    assert np.abs(scores.grad.numpy() - np.where(mask, 2 * (s - t) / n.sum(), 0)).max() < 1e-12
 
 
 @pytest.mark.parametrize("loss", [losses.lce, losses.kl, losses.list_mle])
@@ -111,7 +137,7 @@ def test_a_single_passage_has_nothing_to_learn_from(loss):
     assert value.item() == pytest.approx(0) and scores.grad.tolist() == [[0]]
 
 
-@pytest.mark.parametrize("loss", [losses.ranknet, losses.margin_mse])
+@pytest.mark.parametrize("loss", [losses.ranknet, losses.weighted_ranknet, losses.margin_mse])
 def test_ties_make_no_pair(loss):
     scores = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
     value = loss(scores, torch.tensor([[1.0, 1.0, 1.0]]))

@@ -21,9 +21,14 @@ import torch
 from conftest import GOLDEN, RERANKERS
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit.decoding import first_scores
 from pyterrier_lit.frames import Ranking, rankings
+from pyterrier_lit.lit5_distill import identifiers
+from pyterrier_lit.models.t5 import FiD, PieceReader
 from pyterrier_lit.training import Distil, FineTune, cross_encoder, distil, lit5_distill, lit5_score, pe_rank
 from pyterrier_lit.training.data import judgements
+from pyterrier_lit.training.losses import weighted_ranknet
+from pyterrier_lit.training.pe_rank import RankingRecipe
 from pyterrier_lit.training.trainer import Recipe, Samples, Settings, train, training_arguments
 
 LIT5, PE_RANK = GOLDEN / "lit5" / "tiny-random", GOLDEN / "pe_rank"
@@ -157,6 +162,56 @@ def test_pe_ranks_first_stage_is_the_references_and_only_the_projector_learns():
 # Students learn
 
 
+@pytest.fixture
+def pe_rank_of(backbone):
+    """A small PE-Rank, equal each time."""
+
+    def build():
+        torch.manual_seed(0)
+        return PERank.from_backbone(
+            backbone("mistral"), embedding_size=8, device="cpu", window_size=6, stride=3, projector_type="linear"
+        )
+
+    return build
+
+
+@pytest.fixture
+def with_vectors(candidates):
+    vectors = np.random.default_rng(0).normal(size=(len(candidates), 8)).astype("float32")
+    return candidates.assign(doc_vec=list(vectors))
+
+
+LORA = {"lora": 4, "text_weight": 0.0, "steps": 6, "batch_size": 4, "warmup": 0, "learning_rate": 1e-2, **QUIET}
+
+
+def test_of_a_pe_rank_with_lora_adapters_and_projector_alone_learn_and_are_merged(pe_rank_of, with_vectors):
+    pytest.importorskip("peft", reason="needs peft, of the extra lora")
+    model, unmerged, learned = pe_rank_of(), [], []
+    before = {name: tensor.clone() for name, tensor in model.load().network.state_dict().items()}
+    objective = model_objective = RankingRecipe(**{k: v for k, v in LORA.items() if k not in QUIET}).objective(model)
+    lists = objective.prepare(rankings(with_vectors.assign(target=-with_vectors["score"]), objective.column_sets))
+
+    def look():
+        network = model_objective.network
+        learned.append({name for name, parameter in network.named_parameters() if parameter.requires_grad})
+        for name, tensor in network.state_dict().items():
+            plain = name.replace(".base_layer", "")
+            if name.startswith("body.") and "lora_" not in name:
+                assert torch.equal(tensor, before[plain]), name
+        unmerged.append(model(with_vectors)["score"].tolist())
+        model.load().network.train()
+        return float(len(unmerged))
+
+    recipe = RankingRecipe(**{k: v for k, v in LORA.items() if k not in QUIET})
+    train(objective, lists, recipe, Settings(seed=1, every=3, verbose=False), validate=look)
+    assert all("lora_" in name or name.startswith("projector.") for name in learned[0])
+    assert any("lora_A" in name for name in learned[0]) and any("projector" in name for name in learned[0])
+    assert model(with_vectors)["score"].tolist() == pytest.approx(unmerged[-1], abs=1e-5)
+    after = model.load().network.state_dict()
+    assert after.keys() == before.keys()
+    assert any(not torch.equal(after[name], before[name]) for name in after if "q_proj" in name)
+
+
 @pytest.mark.parametrize("loss", cross_encoder.LOSSES)
 def test_a_cross_encoder_learns_by_every_loss(student, candidates, qrels, loss):
     training = FineTune(
@@ -212,6 +267,50 @@ def test_a_lit5_distill_learns_the_order(candidates, tmp_path):
     loaded = LiT5Distill(str(tmp_path), device="cpu")
     assert loaded.window() == (6, 3)
     pd.testing.assert_frame_equal(loaded(candidates), pipeline(candidates))
+
+
+def test_the_loss_of_the_first_step_is_that_of_the_scores_that_first_orders_by():
+    """Also where identifiers have two pieces, from 57 on, beside a window that has none of them."""
+    model = LiT5Distill(str(LIT5), window_size=70, device="cpu")
+    chance, checkpoint = random.Random(1), model.load()
+    windows = [[f"passage {i} {chance.random()}" for i in range(n)] for n in (70, 9)]
+    orders = [chance.sample(range(n), n) for n in (70, 9)]
+    recipe = lit5_distill.RECIPES["lit5-distill-first"].replace(dropout=0.0)
+    objective = recipe.objective(model)
+    examples = [lit5_distill.OrderExample("q", *both) for both in zip(windows, orders, strict=True)]
+    batch = objective.collate(examples)
+    total = objective.loss(batch)
+    total.backward()
+    text = recipe.replace(first_weight=0.0).objective(model).loss(batch)
+    words, pieces = identifiers(checkpoint, 70)
+    with torch.inference_mode():
+        scores, inside = first_scores(PieceReader(FiD(checkpoint.network), batch.prompts, pieces, 2), words, [70, 9])
+        targets = torch.tensor([[-(o.index(i) if i < len(o) else 99) for i in range(70)] for o in orders])
+        expected = weighted_ranknet(scores, targets, inside)
+    assert ((total - text) / recipe.first_weight).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(parameter.grad.isfinite().all() for parameter in objective.network.parameters())
+
+
+def test_a_lit5_distill_learns_to_order_by_its_first_step(candidates):
+    model = LiT5Distill(str(LIT5), window_size=6, decoding="first", device="cpu")
+    backwards = pt.apply.doc_score(lambda row: int(row["docno"][1:]))
+    training = Distil(
+        model,
+        backwards,
+        recipe="lit5-distill-first",
+        steps=25,
+        batch_size=8,
+        micro_batch=8,
+        warmup=0,
+        learning_rate=1e-2,
+        smallest=6,
+        shuffle=0.0,
+        dropout=0.0,
+        **QUIET,
+    )
+    training.fit(candidates, None)
+    ranked = training(candidates).sort_values("rank").groupby("qid").docno.agg(lambda ids: "".join(d[1] for d in ids))
+    assert set(ranked) == {"543210"}
 
 
 def test_a_lit5_score_learns_the_answer(candidates):
@@ -602,7 +701,7 @@ def test_recipes_are_the_papers():
             ValueError,
             "recipe='best'; CrossEncoder has 'rank-distillm-labels', 'rank-distillm-rankings'",
         ),
-        (lambda s: FineTune(s, loss="mse"), ValueError, "loss='mse'; wanted one of 'lce', 'ranknet'"),
+        (lambda s: FineTune(s, loss="hinge"), ValueError, "loss='hinge'; wanted one of 'lce', 'ranknet'"),
         (lambda s: FineTune(s, sampling="best"), ValueError, "sampling='best'"),
         (lambda s: FineTune(s, batch_size=3, micro_batch=2), ValueError, "multiple of micro_batch"),
         (lambda s: FineTune(s, steps=0), ValueError, "steps=0, epochs=1.0: that is no step"),

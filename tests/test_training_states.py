@@ -9,6 +9,7 @@ from itertools import pairwise
 import pandas as pd
 import pyterrier as pt
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import RERANKERS, T5
@@ -257,6 +258,41 @@ def test_the_last_whole_state_is_taken(encoder, candidates, qrels, tmp_path):
     assert _last_whole(tmp_path / "state") == str(last)
     shutil.rmtree(last), shutil.rmtree(before)
     assert _last_whole(tmp_path / "state") is None and _last_whole(tmp_path / "nowhere") is None
+
+
+def test_a_folder_that_was_moved_keeps_its_best_state(encoder, candidates, qrels, tmp_path, monkeypatch):
+    measured = iter([0.9, 0.1])
+    monkeypatch.setattr(distil, "ndcg_at_10", lambda *_: next(measured))
+    frames, settings = (candidates, qrels, candidates, qrels), {"steps": 2, "every": 1}
+    first, moved = encoder(), encoder()
+    learning(first, **settings, folder=tmp_path / "here").fit(*frames)
+    (tmp_path / "here").rename(tmp_path / "there")
+    learning(moved, **settings, folder=tmp_path / "there").fit(*frames)
+    assert equal(weights(moved), weights(first))
+
+
+def test_lora_resumes_to_the_same_end_and_what_failed_leaves_no_trace(backbone, candidates, killed, tmp_path):
+    pytest.importorskip("peft", reason="needs peft, of the extra lora")
+
+    folder = backbone("mistral")
+
+    def build():
+        torch.manual_seed(0)
+        return PERank.from_backbone(folder, embedding_size=8, device="cpu", window_size=6, stride=3)
+
+    given = candidates.assign(doc_vec=list(torch.randn(len(candidates), 8).numpy()))
+    settings = {"lora": 2, "text_weight": 0.0, "steps": 4, "every": 1, "batch_size": 2, "learning_rate": 1e-2}
+    settings |= {"verbose": False, "micro_batch": 2}
+    whole, stopped, other = build(), build(), build()
+    Distil(whole, **settings).fit(given)
+    before = weights(stopped)
+    killed(Distil(stopped, folder=tmp_path, **settings), 3, given)
+    kept = safetensors.torch.load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all("lora_" in name or "projector" in name for name in kept)
+    assert weights(stopped).keys() == before.keys()
+    assert equal(*({k: v for k, v in w.items() if k.startswith("body.")} for w in (weights(stopped), before)))
+    Distil(other, folder=tmp_path, **settings).fit(given)
+    assert equal(weights(other), weights(whole)) and not equal(weights(other), before)
 
 
 # What was learned is kept

@@ -30,6 +30,7 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "adr_mse": losses.adr_mse,
     "kl": losses.kl,
     "margin_mse": losses.margin_mse,
+    "mse": losses.mse,
     "list_mle": losses.list_mle,
 }
 
@@ -39,7 +40,7 @@ class PairRecipe(Recipe):
     """A CrossEncoder's recipe: an example is a query with some of its passages.
 
     Args:
-        loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse" or "list_mle"; see `training.losses`.
+        loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse", "mse" or "list_mle"; see `training.losses`.
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
         n_passages, sampling: how many passages of a list an example has, and which; see `data.sample`.
         max_tokens: tokens, with padding, that go through the network together; None is 1,024 on a CPU, 16,384 on a GPU.

@@ -66,21 +66,35 @@ def answer_loss(
     max_tokens: tokens, with padding, that the encoder reads together; None is 1,024 on a CPU, 16,384 on a GPU.
     """
     fid = FiD(t5.network)
-    states, attention_mask = encode(fid, batch.prompts, max_tokens or encoder_tokens(fid.device), checkpointing)
-    labels, inside = (tensor.to(fid.device) for tensor in padded(batch.answers, EOS))
+    states, attention_mask = encode(fid, batch.prompts, max_tokens, checkpointing)
+    return text_loss(fid, states, attention_mask, batch.answers, decay)
+
+
+def text_loss(
+    fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, answers: Sequence[Sequence[int]], decay: float
+) -> torch.Tensor:
+    """The loss of B answers, from the states (B, S, D) of their passages and the mask (B, S)."""
+    labels, inside = (tensor.to(fid.device) for tensor in padded(answers, EOS))
     written = torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1]], 1)  # what the decoder has before it
-    decoded = t5.network.decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=attention_mask)
-    return decayed_cross_entropy(fid.logits(decoded.last_hidden_state), labels, inside, decay)
+    return decayed_cross_entropy(fid.logits(decode(fid, states, attention_mask, written)), labels, inside, decay)
+
+
+def decode(fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """The decoder's states (B, T, D) after each of the ids (B, T) that were written."""
+    decoder = fid.network.decoder
+    read = decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=attention_mask)
+    decoded: torch.Tensor = read.last_hidden_state
+    return decoded
 
 
 def encode(
-    fid: FiD, windows: Sequence[Sequence[Sequence[int]]], max_tokens: int, checkpointing: bool
+    fid: FiD, windows: Sequence[Sequence[Sequence[int]]], max_tokens: int | None, checkpointing: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompts of B queries -> states (B, S, D) and their mask (B, S): a query's passages one behind the other, S
     tokens at most."""
     prompts = [prompt for window in windows for prompt in window]
     encoded: list[Any] = [None] * len(prompts)
-    for part in like_lengths([len(prompt) for prompt in prompts], max_tokens):
+    for part in like_lengths([len(prompt) for prompt in prompts], max_tokens or encoder_tokens(fid.device)):
         together = [prompts[i] for i in part]
         states = checkpoint(fid.encode, together, use_reentrant=False) if checkpointing else fid.encode(together)
         for i, state in zip(part, states, strict=True):

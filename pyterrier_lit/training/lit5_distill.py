@@ -4,6 +4,9 @@ An example is a window of passages from a teacher's ranking. The student reads t
 learns to write the identifiers best first, such as "3 1 2". So that it neither counts on a certain number of passages
 nor on the order in which they come, the windows vary in size and, some of them, have their passages shuffled. Early
 tokens weigh more in the loss, as they name the best passages. Source: LiT and Lean, ECIR 2025; arXiv 2312.16098.
+
+For `decoding="first"` the student also learns that the probabilities of the first identifier order all passages (FIRST,
+arXiv 2406.15657).
 """
 
 import dataclasses
@@ -11,11 +14,16 @@ import random
 from functools import partial
 from typing import NamedTuple
 
+import torch
+
+from pyterrier_lit.batching import padded
+from pyterrier_lit.decoding import first_scores
 from pyterrier_lit.frames import Ranking
-from pyterrier_lit.lit5_distill import LiT5Distill
-from pyterrier_lit.models.t5 import EOS, T5Checkpoint
+from pyterrier_lit.lit5_distill import LiT5Distill, identifiers
+from pyterrier_lit.models.t5 import EOS, START, FiD, T5Checkpoint
 from pyterrier_lit.training.data import uneven, window
-from pyterrier_lit.training.fid import FiDRecipe, PromptsAndAnswer, answer_loss, collate, set_dropout
+from pyterrier_lit.training.fid import FiDRecipe, decode, encode, set_dropout, text_loss
+from pyterrier_lit.training.losses import weighted_ranknet
 from pyterrier_lit.training.trainer import Objective, Recipe
 
 
@@ -28,6 +36,7 @@ class WindowRecipe(FiDRecipe):
         smallest, largest: passages of a window; None for largest is the student's window size.
         shuffle: the probability that the passages of a window are shuffled; else they keep the first stage's order.
         decay: how much a token weighs in the loss relative to the token before it.
+        first_weight: of the loss on the first step, for decoding="first"; 0 leaves it out.
         dropout, max_tokens: see `training.fid.FiDRecipe`.
     """
 
@@ -35,15 +44,19 @@ class WindowRecipe(FiDRecipe):
     largest: int | None = None
     shuffle: float = 0.5
     decay: float = 0.95
+    first_weight: float = 0.0
 
     def objective(self, student: LiT5Distill) -> Objective:
-        """The cross-entropy of the order as text. Raises ValueError for sizes of windows that cannot be."""
+        """The cross-entropy of the order as text, and RankNet on the first step. Raises ValueError for sizes of windows
+        that cannot be."""
         return objective(student, self)
 
 
+# LiT and Lean, section 3, which does not give the number of epochs: the best on development queries was taken
+V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
-    # LiT and Lean, section 3, which does not give the number of epochs: the best on development queries was taken
-    "lit5-distill-v2": WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0),
+    "lit5-distill-v2": V2,
+    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first"
 }
 FINE_TUNE = DISTIL = "lit5-distill-v2"  # the recipe taken when none is named
 
@@ -68,8 +81,8 @@ def objective(student: LiT5Distill, recipe: WindowRecipe) -> Objective:
         column_sets=[{student.text_field: str, "target": float}],
         prepare=uneven,
         sample=partial(sample_window, student.text_field, recipe, largest),
-        collate=partial(collate, partial(read, student)),
-        loss=partial(answer_loss, t5, recipe.decay, recipe.max_tokens, recipe.checkpointing),
+        collate=partial(collate, student),
+        loss=partial(loss, t5, recipe),
     )
 
 
@@ -81,7 +94,63 @@ def sample_window(
     return OrderExample(given.query, [given.columns[text_field][i] for i in shown], order)
 
 
-def read(student: LiT5Distill, example: OrderExample) -> PromptsAndAnswer:
-    """The prompts of a window's passages, and its order as text, in ids."""
-    identifiers = " ".join(str(position + 1) for position in example.order)
-    return student.prompts(example.query, example.passages), [*student.load().pieces([identifiers])[0], EOS]
+class WindowBatch(NamedTuple):
+    """B windows: the prompts of their passages and the orders as text with EOS, in ids, and the orders themselves."""
+
+    prompts: list[list[list[int]]]
+    answers: list[list[int]]
+    orders: list[list[int]]
+
+
+def collate(student: LiT5Distill, examples: list[OrderExample]) -> WindowBatch:
+    """B examples in ids."""
+    texts = [" ".join(str(position + 1) for position in example.order) for example in examples]
+    return WindowBatch(
+        prompts=[student.prompts(example.query, example.passages) for example in examples],
+        answers=[[*ids, EOS] for ids in student.load().pieces(texts)],
+        orders=[example.order for example in examples],
+    )
+
+
+def loss(t5: T5Checkpoint, recipe: WindowRecipe, batch: WindowBatch) -> torch.Tensor:
+    """L = cross-entropy of the order as text + a RankNet(first step), a mean over B windows; a is first_weight."""
+    fid = FiD(t5.network)
+    memory = encode(fid, batch.prompts, recipe.max_tokens, recipe.checkpointing)
+    total = text_loss(fid, *memory, batch.answers, recipe.decay)
+    if recipe.first_weight:
+        total = total + recipe.first_weight * first_step_loss(t5, *memory, batch.orders)
+    return total
+
+
+def first_step_loss(
+    t5: T5Checkpoint, states: torch.Tensor, attention_mask: torch.Tensor, orders: list[list[int]]
+) -> torch.Tensor:
+    """Weighted RankNet over how likely each identifier is to come first: what decoding="first" orders by."""
+    counts = [len(order) for order in orders]
+    words, pieces = identifiers(t5, max(counts))
+    scores, inside = first_scores(Beginning(FiD(t5.network), states, attention_mask, pieces), words, counts)
+    worth = [[-order.index(position) for position in range(len(order))] for order in orders]
+    return weighted_ranknet(scores, padded(worth)[0].to(scores.device), inside)
+
+
+class Beginning:
+    """A `decoding.Reader` of an answer's first symbols, with a gradient. Symbol i is pieces[i] of the vocabulary."""
+
+    def __init__(self, fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, pieces: list[int]):
+        self.fid, self.memory = fid, (states, attention_mask)
+        self.pieces = torch.tensor(pieces, device=fid.device)  # (S,)
+        self.begin = self.pieces.new_full((len(states), 1), START)
+
+    @property
+    def device(self) -> torch.device:
+        return self.fid.device
+
+    def start(self) -> torch.Tensor:
+        """Logits (B, S) of the first symbol."""
+        return self.read(self.pieces.new_empty((len(self.begin), 0)))[:, -1]
+
+    def read(self, symbols: torch.Tensor) -> torch.Tensor:
+        """symbols (B, m), which follow the start -> logits (B, m, S) after each; after the start where m is 0."""
+        written = torch.cat([self.begin, self.pieces[symbols]], 1)
+        states = decode(self.fid, *self.memory, written)
+        return self.fid.logits(states[:, min(symbols.shape[1], 1) :], self.pieces)

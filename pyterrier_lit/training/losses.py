@@ -20,6 +20,20 @@ def ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
     return _mean(F.softplus(-temperature * _differences(_filled(scores, mask))), _better(targets, mask))
 
 
+def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
+    """RankNet whose pairs weigh more the higher they stand: mean over all pairs of the batch with t_i > t_j of::
+
+        log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
+        r_i = 1, 2, ... in the order of the targets                  the teacher's rank; ties by their positions
+
+    Source: FIRST, arXiv 2406.15657, section 3.2; a mean, where the paper prints a sum.
+    """
+    inside = _inside(scores, mask)
+    rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)
+    weights = 1 / (rank[:, :, None] + rank[:, None])
+    return _mean(F.softplus(-_differences(_filled(scores, mask))) * weights, _better(targets, mask))
+
+
 def margin_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
     """Mean over all pairs of the batch with t_i > t_j of ((s_i - s_j) - (t_i - t_j))^2.
 
@@ -27,6 +41,16 @@ def margin_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -
     """
     differences = _differences(_filled(scores, mask)) - _differences(_filled(targets, mask))
     return _mean(differences.square(), _better(targets, mask))
+
+
+def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
+    """Mean over all passages of the batch of (s_i - t_i)^2: the student learns a teacher's scores themselves.
+
+    Unlike the others it asks for the teacher's scale too. Source: Hinton et al., arXiv 1503.02531, section 2.1, where
+    matching the logits is the limit of high temperatures.
+    """
+    inside = _inside(scores, mask)
+    return _mean((_filled(scores, mask) - _filled(targets, mask)).square(), inside)
 
 
 def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:

@@ -27,8 +27,9 @@ from pyterrier_lit.models.pe_checkpoint import PERankCheckpoint
 from pyterrier_lit.models.pe_prompts import RANK, Prompter
 from pyterrier_lit.pe_rank import PERank
 from pyterrier_lit.training.data import uneven, window
+from pyterrier_lit.training.lora import adapted
 from pyterrier_lit.training.losses import list_kl, list_mle
-from pyterrier_lit.training.trainer import Objective, Recipe, device_of, enable_gradient_checkpointing
+from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_of, enable_gradient_checkpointing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,8 @@ class RankingRecipe(Recipe):
             "mean", as since then; the divergence is a sum in both, so that with "mean" it weighs n times as much. With
             "mean" a retraining is reported to be far worse (the code's issue tracker: .6355 for .7046).
         max_length: the most tokens of a prompt with its answer.
+        lora: the rank of adapters by which the language model learns, in place of all its weights: for one GPU. They
+            are merged when it has learned. None trains all weights. The projector learns in either case.
     """
 
     smallest: int | None = None
@@ -69,6 +72,7 @@ class RankingRecipe(Recipe):
     kl_weight: float = 0.2
     reduction: str = "sum"
     max_length: int = 4096
+    lora: int | None = None
 
     def objective(self, student: PERank) -> Objective:
         """ListMLE over the passages' vectors, with and without texts in the prompt, and the divergence of the two."""
@@ -244,6 +248,8 @@ def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
     """What a PERank learns in stage 2."""
     checkpoint: PERankCheckpoint = student.load()
     checkpoint.network.requires_grad_(True)
+    if recipe.lora:
+        checkpoint.network.body.requires_grad_(False)
     if recipe.checkpointing:
         enable_gradient_checkpointing(checkpoint.network)
     text: dict[str, type] = {student.text_field: str}
@@ -255,6 +261,7 @@ def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
         sample=partial(sample_window, checkpoint.prompter, recipe, student.window_size),
         collate=collate_windows,
         loss=partial(ranking_loss, checkpoint, recipe),
+        around=partial(adapted, checkpoint.network.body, recipe.lora) if recipe.lora else as_it_is,
     )
 
 

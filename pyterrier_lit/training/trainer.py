@@ -118,6 +118,11 @@ class Recipe:
         raise NotImplementedError(f"{type(self).__name__} names no objective; use one of a reranker's recipes")
 
 
+def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
+    """Learning that changes nothing of a network but its weights."""
+    return contextlib.nullcontext()
+
+
 class Objective(NamedTuple):
     """What a student learns: its network, and the functions that lead from training lists to a loss.
 
@@ -139,6 +144,8 @@ class Objective(NamedTuple):
     """A batch -> the mean loss of its examples, a scalar with a gradient."""
     wanted: str = "wanted queries with passages that are not all worth the same"
     """What the error says when `prepare` leaves nothing."""
+    around: Callable[[int], contextlib.AbstractContextManager[None]] = as_it_is
+    """What the network is while it learns, by the seed, such as one with adapters."""
 
 
 def train(
@@ -173,7 +180,8 @@ def train(
     examples = Samples(objective.sample, lists, arguments["max_steps"] * recipe.batch_size, settings.seed)
     with (
         tempfile.TemporaryDirectory() as temporary,
-        _float32_in_training_mode(objective.network),
+        objective.around(settings.seed),
+        _float32_in_training_mode(objective.network, autocast=arguments["bf16"] or arguments["fp16"]),
         _eager_attention_on_cpu(objective.network),
     ):
         folder = Path(temporary)
@@ -185,7 +193,10 @@ def train(
         loop = _loop(objective, examples, one_gpu, validate, settings.patience)
         if begins is not None:
             begins()
-        loop.train(resume_from_checkpoint=_last_whole(folder))
+        last = _last_whole(folder)
+        if last:
+            _find_best(Path(last))
+        loop.train(resume_from_checkpoint=last)
     return _log(loop.state.log_history)
 
 
@@ -306,6 +317,17 @@ def _last_whole(folder: Path) -> str | None:
     return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
+def _find_best(state: Path) -> None:
+    """Let a saved state know the best one in the folder where both are now, which may have been moved."""
+    file, whole = state / "trainer_state.json", state / WHOLE
+    held = json.loads(file.read_text(encoding="utf-8"))
+    best = held.get("best_model_checkpoint")
+    if best is not None and (here := state.with_name(Path(best).name)) != Path(best):
+        file.write_text(json.dumps(held | {"best_model_checkpoint": str(here)}, indent=2) + "\n", encoding="utf-8")
+        sizes = json.loads(whole.read_text(encoding="utf-8"))
+        whole.write_text(json.dumps(sizes | {file.name: file.stat().st_size}), encoding="utf-8")
+
+
 def _is_whole(state: Path) -> bool:
     try:
         sizes = json.loads((state / WHOLE).read_text(encoding="utf-8"))
@@ -369,15 +391,18 @@ class NetworkWithLoss(nn.Module):
         return {"loss": self.loss(batch.examples)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """Each tensor once, also where a network shares some: safetensors refuses two names for one tensor."""
+        """What may change: no frozen parameter; and each tensor once, also where a network shares some, since
+        safetensors refuses two names for one tensor."""
         found = super().state_dict(*args, **kwargs)
-        return {name: found[name] for name in _first_names(found).values()}
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {name: found[name] for name in _first_names(found).values() if name not in frozen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """What `state_dict` gave, for all names."""
-        first = _first_names(super().state_dict())
+        """What `state_dict` gave, for all names; the rest stays as it is."""
+        own = super().state_dict()
+        first = _first_names(own)
         given = {name: state_dict[first[name]] for name in first if first[name] in state_dict}
-        return super().load_state_dict({**state_dict, **given}, *args, **kwargs)
+        return super().load_state_dict({**own, **state_dict, **given}, *args, **kwargs)
 
 
 def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -468,13 +493,19 @@ def _disable_gradient_checkpointing(network: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _float32_in_training_mode(network: nn.Module) -> Iterator[None]:
-    """All in float32 and dropout on; afterwards the network has its device and each tensor its dtype again, dropout is
-    off, and nothing is left of gradient checkpointing."""
+def _float32_in_training_mode(network: nn.Module, autocast: bool) -> Iterator[None]:
+    """All in float32 and dropout on; under autocast what is frozen keeps its dtype, for less memory. Afterwards the
+    network has its device and each tensor its dtype again, dropout is off, and nothing is left of gradient
+    checkpointing."""
     device = device_of(network)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(network)}
     try:
-        network.float().train()
+        for _, tensor in _tensors(network):
+            if tensor.is_floating_point() and not (
+                autocast and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+            ):
+                tensor.data = tensor.data.float()
+        network.train()
         yield
     finally:
         network.to(device).eval()
