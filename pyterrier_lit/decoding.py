@@ -21,16 +21,20 @@ class Reader(Protocol):
     def device(self) -> torch.device:
         """Where it computes."""
 
-    @property
-    def costs(self) -> tuple[float, ...]:
-        """What a pass over 1, 2, ... symbols costs, in passes over one; after `start`. There are no longer passes: with
-        one number there is nothing to take back."""
-
     def start(self) -> torch.Tensor:
         """Read the prompts: logits (B, S) of the first symbol."""
 
     def read(self, symbols: torch.Tensor) -> torch.Tensor:
         """Read the next m symbols of each row, (B, m), in one pass: logits (B, m, S) after each of them."""
+
+
+class Drafting(Reader, Protocol):
+    """A reader that reads several symbols in a pass, and takes back what it should not have read."""
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """What a pass over 1, 2, ... symbols costs, in passes over one; after `start`. There are no longer passes: with
+        one number there is nothing to take back."""
 
     def keep(self, counts: Sequence[int]) -> None:
         """Take back what the last pass read, but for the first counts[b] symbols of row b.
@@ -39,7 +43,7 @@ class Reader(Protocol):
         """
 
 
-def in_turn(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
+def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
     """Constrained greedy decoding: at each step the best symbol that some candidate not yet chosen goes on with.
 
     The logits of a step rank all that is left, and so guess what the next steps will choose. A pass therefore reads the
