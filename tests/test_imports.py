@@ -59,6 +59,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "models.text_encoder": {"batching", "models.pooling"} | READING,
     "models.pair_networks": {"models.attention", "models.checkpoints", "models.pooling"},
     "models.pair_encoder": {"models.pair_networks", "models.pairs", "models.sentence_files"} | READING,
+    "models.text_lm": {"models.pe_prompts", "models.vector_lm"} | READING,
     "models.export": {"models.library", "models.pair_encoder", "models.pair_networks"},
     "models.pe_checkpoint": {"models.pe_prompts", "models.text_encoder", "models.vector_lm"} | READING,
     "training.losses": set(),
@@ -70,6 +71,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "listwise": {"batching", "decoding", "frames", "order", "reranker", "windows"},
     # Second floor: the faces
     **{face: {"batching", "decoding", "frames", "listwise", "order", "reranker", "windows"} | MODELS for face in FACES},
+    "rank_mistral": {"decoding", "frames", "listwise", "models.text_lm", "order", "windows"},  # PE-Rank's baseline
     # Third floor: what works with a reranker
     "files.rerankers": {"models.devices", "reranker"},
     "files.tirex": {"files.candidates", "files.runs", "models.devices", "reranker"},
@@ -82,6 +84,8 @@ MAP = {  # module: the modules that it may import; the faces and their training 
         | MODELS
         for face in FACES
     },
+    "training.rank_mistral": {"batching", "frames", "models.pe_prompts", "models.text_lm", "rank_mistral"}
+    | {"training.data", "training.trainer"},
     # Fourth floor
     "scale": {"frames", "reranker", "signals"},
     "__main__": {"pyterrier_lit", "files.candidates", "files.rerankers", "files.runs", "files.tirex", "reranker"}

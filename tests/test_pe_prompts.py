@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pe import FOLDER, HOSTILE, quietly, with_vectors
 
 from pyterrier_lit import PERank
+from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.pe_prompts import read_prompter
 
 
@@ -78,7 +79,7 @@ def test_prompts_with_mistrals_tokenizer_have_the_length_that_the_authors_print(
     fields = (FOLDER / "checkpoint" / "tokenizer_config.json").read_text()
     fields = fields.replace('"700"', '"32000"').replace('"701"', '"32001"')
     (tmp_path / "tokenizer_config.json").write_text(fields)
-    prompter = read_prompter(tmp_path, "LlamaTokenizer", 32_002)
+    prompter = read_prompter(Folder(tmp_path), 32_002)
     topics = shared.topics("dl19")
     queries = topics[topics.qid.isin(shared.qrels("dl19").qid)]["query"].tolist()
     lengths = [len(ids) for ids in prompter.ids(queries, [[]] * 43, [20] * 43)]

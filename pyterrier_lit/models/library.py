@@ -184,6 +184,20 @@ def positions(network: nn.Module) -> int | None:
     return min(counts, default=None)
 
 
+def position_limit(config: Any) -> float:
+    """Tokens of the longest input of a language model, by its library config.
+
+    Rotary positions that change beyond some length change for the whole batch: such lengths are left out, so that an
+    order does not depend on company.
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for fields in [rope, *rope.values()]:
+        if isinstance(fields, dict) and fields.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(fields.get("original_max_position_embeddings"))
+    return min((limit for limit in limits if limit), default=float("inf"))
+
+
 def today(weights: Weights) -> Weights:
     """Weights by today's names: layer norms were called gamma and beta, and positions were saved as a buffer."""
     kept = [name for name in weights if not name.endswith("embeddings.position_ids")]

@@ -11,7 +11,15 @@ import tokenizers
 import torch
 
 from pyterrier_lit.models.checkpoints import HUB_ID, Folder, fetch, fetch_from_hub, save_checkpoint
-from pyterrier_lit.models.library import Weights, below, build, library_body, library_model, load_strictly
+from pyterrier_lit.models.library import (
+    Weights,
+    below,
+    build,
+    library_body,
+    library_model,
+    load_strictly,
+    position_limit,
+)
 from pyterrier_lit.models.pe_prompts import Prompter, read_prompter
 from pyterrier_lit.models.text_encoder import TextEncoder, bare, read_text_encoder, text_encoder
 from pyterrier_lit.models.tokenization import no_panic
@@ -69,17 +77,8 @@ class PERankCheckpoint:
         return prompts
 
     def limit(self) -> float:
-        """Tokens of the longest prompt and its answer.
-
-        Rotary positions that change beyond some length change for the whole batch: such lengths are left out, so that
-        an order does not depend on company.
-        """
-        limits = [self.config.get("max_position_embeddings")]
-        rope = getattr(self.network.body.config, "rope_parameters", None) or {}
-        for fields in [rope, *rope.values()]:
-            if isinstance(fields, dict) and fields.get("rope_type") in ("dynamic", "longrope"):
-                limits.append(fields.get("original_max_position_embeddings"))
-        return min((limit for limit in limits if limit), default=float("inf"))
+        """Tokens of the longest prompt and its answer."""
+        return position_limit(self.network.body.config)
 
     def text_encoder(self) -> TextEncoder:
         """The encoder inside the checkpoint, built on first use, since given vectors need none."""

@@ -1,7 +1,11 @@
-"""PE-Rank's prompt: a query and a placeholder per passage, in a checkpoint's chat template, as ids. Knows no model."""
+"""PE-Rank's prompts: a query and its passages, in a checkpoint's chat template, as ids. Knows no model.
+
+A passage is shown as a placeholder, as a placeholder and its text, or in the baseline of its paper as its text alone.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +24,48 @@ PROMPT = (
     "Rank the {n} relatively ordered passages above based on their relevance to the search query, output the ranking in"
     " descending order. Only output the {n} unique special token in the ranking.\n\n"
 )
+TEXT_PROMPT = (
+    "I will provide you with {n} passages.\n"
+    "Rank the passages based on their relevance to the search query: {query}.\n"
+    "{passages}"
+    "Search Query: {query}.\n"
+    "Rank the {n} relatively ordered passages above based on their relevance to the search query, output the ranking in"
+    " descending order. The output format should be [] > [] > ..., e.g., [4] > [2] > ..., Only respond with the ranking"
+    " results with {n} unique numbers, do not say anything else or explain.\n\n"
+)
 
 
-class Prompter:
-    """Writes prompts for one tokenizer of transformers, which has a chat template and the token <PLACEHOLDER>."""
+class ChatPrompter:
+    """What the prompts share: a tokenizer of transformers with a chat template, one user turn, clean texts."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        special = tokenizer.get_added_vocab()
-        self.placeholder = special[PLACEHOLDER]
-        self.rank = special.get(RANK)
-        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     @property
     def n_ids(self) -> int:
         """The highest id in the tokenizer, + 1."""
         return 1 + int(max(self.tokenizer.get_vocab().values()))
 
-    def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
-        """The ids of a prompt for each query and its n passages. texts: of all its passages, or none.
-
-        Raises ValueError where a prompt has not one placeholder for each passage.
-        """
-        rendered = [
-            self.render(query, shown or [None] * n) for query, shown, n in zip(queries, texts, counts, strict=True)
-        ]
-        with no_panic(f"a prompt, such as that for query {queries[:1]}"):
-            prompts = self.tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
-        for ids, query, n in zip(prompts, queries, counts, strict=True):
-            if ids.count(self.placeholder) != n:
-                raise ValueError(
-                    f"the prompt for query {query!r} has {ids.count(self.placeholder)} placeholders for {n} passages;"
-                    " check the chat template"
-                )
-        return prompts
-
-    def render(self, query: str, texts: Sequence[str | None]) -> str:
-        """The prompt for n passages, each shown as its placeholder, or as that and its text, in the chat template."""
+    def render(self, query: str, texts: Sequence[Any]) -> str:
+        """The prompt for n passages in the chat template."""
         return str(
             self.tokenizer.apply_chat_template(self.messages(query, texts), tokenize=False, add_generation_prompt=True)
         )
 
-    def messages(self, query: str, texts: Sequence[str | None]) -> list[dict[str, str]]:
+    def messages(self, query: str, texts: Sequence[Any]) -> list[dict[str, str]]:
         """The prompt as one user turn."""
-        passages = "".join(
-            f"Passage {i}: [{PLACEHOLDER}]{'' if text is None else ' ' + self._cleaned(text)}\n\n"
-            for i, text in enumerate(texts, 1)
-        )
-        content = PROMPT.format(n=len(texts), query=self._neutral(query), passages=passages)
-        return [{"role": "user", "content": content}]
+        raise NotImplementedError
+
+    def tokenized(self, queries: Sequence[str], texts: Sequence[Sequence[Any]]) -> list[list[int]]:
+        """The ids of a prompt for each query and its passages."""
+        rendered = [self.render(query, shown) for query, shown in zip(queries, texts, strict=True)]
+        with no_panic(f"a prompt, such as that for query {queries[:1]}"):
+            prompts: list[list[int]] = (
+                self.tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+            )
+        return prompts
 
     def answered(self, messages: list[dict[str, str]], answer: str) -> tuple[list[int], int]:
         """The ids of a conversation with its answer, to learn from, and where the answer begins."""
@@ -81,11 +78,6 @@ class Prompter:
         )
         return whole, len(asked)
 
-    def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
-        """A question that shows a passage as its placeholder, and the answer, its text. The wording is ours."""
-        content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
-        return [{"role": "user", "content": content}], self._neutral(text.strip())
-
     def _cleaned(self, text: str) -> str:
         """A passage as the reference writes it: single blanks, and no [12] that could be taken for an identifier."""
         return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
@@ -93,6 +85,86 @@ class Prompter:
     def _neutral(self, text: str) -> str:
         """The text with a blank inside what the tokenizer would read as one of its special tokens: `< PLACEHOLDER>`."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+class Prompter(ChatPrompter):
+    """Writes prompts with vectors for one tokenizer, which has the token <PLACEHOLDER>."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer)
+        special = tokenizer.get_added_vocab()
+        self.placeholder = special[PLACEHOLDER]
+        self.rank = special.get(RANK)
+
+    def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
+        """The ids of a prompt for each query and its n passages. texts: of all its passages, or none.
+
+        Raises ValueError where a prompt has not one placeholder for each passage.
+        """
+        prompts = self.tokenized(queries, [shown or [None] * n for shown, n in zip(texts, counts, strict=True)])
+        for ids, query, n in zip(prompts, queries, counts, strict=True):
+            if ids.count(self.placeholder) != n:
+                raise ValueError(
+                    f"the prompt for query {query!r} has {ids.count(self.placeholder)} placeholders for {n} passages;"
+                    " check the chat template"
+                )
+        return prompts
+
+    def messages(self, query: str, texts: Sequence[str | None]) -> list[dict[str, str]]:
+        """The prompt for n passages as one user turn, each shown as its placeholder, or as that and its text."""
+        passages = "".join(
+            f"Passage {i}: [{PLACEHOLDER}]{'' if text is None else ' ' + self._cleaned(text)}\n\n"
+            for i, text in enumerate(texts, 1)
+        )
+        content = PROMPT.format(n=len(texts), query=self._neutral(query), passages=passages)
+        return [{"role": "user", "content": content}]
+
+    def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
+        """A question that shows a passage as its placeholder, and the answer, its text. The wording is ours."""
+        content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
+        return [{"role": "user", "content": content}], self._neutral(text.strip())
+
+
+class TextPrompter(ChatPrompter):
+    """Writes prompts with texts alone, and the answers to them: "[4] > [2] > ..."."""
+
+    def messages(self, query: str, texts: Sequence[str]) -> list[dict[str, str]]:
+        """The prompt for n passages as one user turn."""
+        passages = "".join(f"Passage {i}: {self._cleaned(text)}\n\n" for i, text in enumerate(texts, 1))
+        content = TEXT_PROMPT.format(n=len(texts), query=self._neutral(query), passages=passages)
+        return [{"role": "user", "content": content}]
+
+    @staticmethod
+    def answer(order: Sequence[int]) -> str:
+        """The text that names positions, best first."""
+        return " > ".join(f"[{position + 1}]" for position in order)
+
+    def identifiers(self, n: int) -> tuple[list[int], list[list[int]]]:
+        """How an answer begins, and how each of n identifiers is written from there to where the next one may follow:
+        the ids of "[", and of "1] > [", "2] > [", ...
+
+        ValueError for a tokenizer that cuts an answer otherwise.
+        """
+        numbers = range(1, n + 1)
+        with no_panic("identifiers"):
+            ones = self._plain([f"[{i}]" for i in numbers])
+            twos = self._plain([f"[{i}] > [{i}]" for i in numbers])
+            (written,) = self._plain([self.answer(range(n))])
+        words = [two[1 : 1 + len(two) - len(one)] for one, two in zip(ones, twos, strict=True)]
+        (asked,) = self.tokenized(["a query"], [["a passage"]])
+        whole, _ = self.answered(self.messages("a query", ["a passage"]), self.answer([0]))
+        opened = whole[len(asked) :]
+        begins_so = whole[: len(asked)] == asked and words[0][0] in opened
+        if not begins_so or [*written[:1], *chain(*words)][: len(written)] != written:
+            raise ValueError(
+                "the tokenizer cuts an identifier, such as [12] in '[12] > [4]', otherwise from place to place:"
+                " decoding='constrained' cannot be used with it; decoding='free' can"
+            )
+        return opened[: opened.index(words[0][0])], words
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
 
 
 def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prompter:
@@ -103,23 +175,41 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
     tokenizer = _read_tokenizer(folder)
     if add:
         tokenizer.add_tokens([PLACEHOLDER, RANK], special_tokens=True)
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {folder} has no chat template; wanted that of an instruction-tuned model, in"
-            " tokenizer_config.json or chat_template.jinja"
-        )
+    _check_template(folder, tokenizer)
     if PLACEHOLDER not in tokenizer.get_added_vocab():
         raise ValueError(f"the tokenizer of {folder} is not that of a PE-Rank model: it has no {PLACEHOLDER}")
     prompter = Prompter(tokenizer)
     if not add:
         check_pieces(prompter.n_ids, vocab_size, str(folder))
+    _try(folder, lambda: prompter.render("a query", [None]))
+    return prompter
+
+
+def read_text_prompter(folder: Folder, vocab_size: int) -> TextPrompter:
+    """The same for prompts with texts alone, of any model with a chat template."""
+    tokenizer = _read_tokenizer(folder)
+    _check_template(folder, tokenizer)
+    prompter = TextPrompter(tokenizer)
+    check_pieces(prompter.n_ids, vocab_size, str(folder))
+    _try(folder, lambda: prompter.render("a query", ["a passage"]))
+    return prompter
+
+
+def _check_template(folder: Folder, tokenizer: Any) -> None:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer of {folder} has no chat template; wanted that of an instruction-tuned model, in"
+            " tokenizer_config.json or chat_template.jinja"
+        )
+
+
+def _try(folder: Folder, render: Callable[[], str]) -> None:
     try:
-        prompter.render("a query", [None])
+        render()
     except Exception as error:  # whatever Jinja raises, and what a template raises itself
         raise ValueError(
             f"the chat template of {folder} cannot be used ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
-    return prompter
 
 
 def _read_tokenizer(folder: Folder) -> Any:

@@ -1,0 +1,127 @@
+"""A causal language model that reads prompts of words and goes on with words, as transformers has it; and its files.
+
+The reader is PE-Rank's (`vector_lm`) without vectors: prompts are padded on the left, and what they begin with in
+common is read once. In the shapes B is the number of prompts, S that of symbols, H the width of the model.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyterrier_lit.models.checkpoints import Folder, save_checkpoint
+from pyterrier_lit.models.library import library_model, position_limit
+from pyterrier_lit.models.pe_prompts import TextPrompter, read_text_prompter
+from pyterrier_lit.models.vector_lm import VectorLM, VectorReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NO_PLACEHOLDER = -1  # no id: these prompts have words alone
+LONGEST_IDENTIFIER = 6  # tokens of "100] > [" where every character is one of them
+
+
+class TextLM(VectorLM):
+    """A causal language model of the library: its body, and the output layer with which it writes words."""
+
+    def __init__(self, model: "PreTrainedModel"):
+        body: Any = model.base_model
+        super().__init__(body, nn.Identity(), NO_PLACEHOLDER)
+        self.model = model
+
+    def begin(self, prompts: list[list[int]], pieces: Sequence[int] | None = None) -> "TextReader":
+        """Begin with B prompts. pieces: the ids that may follow, in the order of their symbols; None is all."""
+        embeddings: Any = self.body.get_input_embeddings()
+        begun = self.read(prompts, [torch.empty(0, self.body.config.hidden_size)] * len(prompts))
+        ids = torch.arange(embeddings.num_embeddings) if pieces is None else torch.tensor(pieces, device="cpu")
+        embedded = embeddings(ids.to(begun.device)).expand(len(prompts), -1, -1)
+        return TextReader(self, begun.inputs, begun.mask, embedded, begun.cache, ids.to(begun.device))
+
+
+class TextReader(VectorReader):
+    """A `decoding.Reader` over B prompts whose symbols are words: `passages` holds their embeddings, (B, S, H).
+
+    ids: (S,), of the symbols in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        network: TextLM,
+        inputs: torch.Tensor,
+        mask: torch.Tensor,
+        embedded: torch.Tensor,
+        cache: Any,
+        ids: torch.Tensor,
+    ):
+        super().__init__(network, inputs, mask, embedded, cache)
+        head: Any = network.model.get_output_embeddings()
+        self.weight = head.weight[ids]
+        self.bias = None if getattr(head, "bias", None) is None else head.bias[ids]
+
+    def _logits(self, last: int) -> torch.Tensor:
+        """Logits (B, last, S), float32. What a model does to all of them alike, such as dividing them, is left out: it
+        changes no order."""
+        states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
+        return F.linear(states[:, -last:], self.weight, self.bias).float()
+
+
+@dataclasses.dataclass(eq=False)
+class TextCheckpoint:
+    """A causal language model in memory, and how it is spoken to."""
+
+    network: TextLM
+    prompter: TextPrompter
+    config: dict[str, Any]  # config.json
+
+    def prompts(self, queries: list[str], texts: list[list[str]]) -> list[list[int]]:
+        """The ids of the prompt for each query and its passages. ValueError for one that leaves no room to answer."""
+        prompts, limit = self.prompter.tokenized(queries, texts), position_limit(self.network.body.config)
+        for ids, query, shown in zip(prompts, queries, texts, strict=True):
+            answer = LONGEST_IDENTIFIER * len(shown)
+            if len(ids) + answer > limit:
+                raise ValueError(
+                    f"the prompt for query {query!r} with {len(shown)} passages has {len(ids)} tokens, its answer up to"
+                    f" {answer}, and the model {limit} positions; use a smaller window_size, or shorter texts"
+                )
+        return prompts
+
+    def ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        said = self.config.get("eos_token_id")
+        ends = {self.prompter.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
+        return sorted(ends - {None})
+
+    def answers(self, written: list[list[int]]) -> list[str]:
+        """The texts of written ids, each up to its end."""
+        ends = self.ends()
+        kept = [ids[: next((at for at, id in enumerate(ids) if id in ends), None)] for ids in written]
+        return [str(self.prompter.tokenizer.decode(ids)) for ids in kept]
+
+    def save(self, folder: Path) -> None:
+        """Write config, weights and tokenizer into an existing folder, as transformers reads them."""
+        weights = self.network.model.state_dict()
+        names = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}  # a tensor with two names: once
+        save_checkpoint(folder, self.config, {name: weights[name] for name in names.values()})
+        self.prompter.tokenizer.save_pretrained(folder)
+
+
+def read_text_lm(folder: Folder, device: torch.device, dtype: torch.dtype) -> TextCheckpoint:
+    """A causal language model with a chat template, on a device in a dtype. ValueError for any other."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = str(folder.config.get("model_type"))
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{folder} holds a {kind!r}; wanted a causal language model of transformers, such as 'mistral'"
+        )
+    weights = folder.weights()
+    model = library_model(MODEL_FOR_CAUSAL_LM_MAPPING, folder.config, kind, weights, str(folder), dtype)
+    prompter = read_text_prompter(folder, model.config.vocab_size)
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    config.pop("_name_or_path", None)  # where it lay on this machine
+    return TextCheckpoint(TextLM(model).to(device).eval(), prompter, config)

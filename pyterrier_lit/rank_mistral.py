@@ -1,0 +1,107 @@
+"""RankMistral: a language model reads the texts of a window of passages, and writes their numbers best first.
+
+It is the baseline that PE-Rank is compared with: the same language model, the same windows and nearly the same prompt,
+but each passage stands there in full. So a prompt has thousands of tokens in place of hundreds, and an identifier takes
+several steps where PE-Rank names a passage in one. arXiv 2406.14848, section 4.
+"""
+
+import dataclasses
+from itertools import chain
+from typing import ClassVar
+
+import torch
+
+from pyterrier_lit.decoding import Choices, in_turn
+from pyterrier_lit.frames import Columns
+from pyterrier_lit.listwise import ListwiseReranker, Prompt, of_windows
+from pyterrier_lit.models.text_lm import TextCheckpoint, read_text_lm
+from pyterrier_lit.order import parse
+from pyterrier_lit.windows import Window
+
+ANSWER_LENGTH = 256  # tokens of a free answer
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class RankMistral(ListwiseReranker):
+    """Rerank lists by a causal language model that reads the passages' texts: PE-Rank's uncompressed baseline.
+
+    Args:
+        model: hub id or folder of a causal language model of transformers with a chat template, trained to rank by this
+            prompt, or what `save` wrote. No code of the checkpoint is run.
+        window_size, stride: passages per window and positions it moves up; a shorter list is one window of its own
+            size.
+        passes: sweeps over each list.
+        top_k: order only the first k ranks; what lies below keeps the order that its windows left. The first k are
+            those of the full order. `((first >> RankMistral(...)) % 10).compile()` sets it.
+        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's:
+            256 tokens of greedy text, repaired; first mention wins, what is missing follows in incoming order. Where
+            that text is already a permutation, written as "[4] > [2] > ...", both agree.
+        text_field: the column with the passages. They are not cut: a window whose prompt is longer than the model's
+            positions is an error.
+        max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and
+            values (131 kB a token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes
+            on.
+        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
+        dtype: None is bfloat16 on a GPU that has it, else float32.
+        verbose: show a progress bar.
+
+    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` is one that was not yet trained to rank. Scores
+    are n, n - 1, ... 1 in the decoded order. Source: the text mode of liuqi6777/pe_rank.
+    """
+
+    _: dataclasses.KW_ONLY
+    window_size: int = 20
+    stride: int = 10
+    max_tokens: int = 16_384
+
+    schematic: ClassVar[dict[str, str]] = {"label": "RankMistral"}
+    read = staticmethod(read_text_lm)
+    begin = staticmethod(read_text_lm)
+
+    def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
+        """The positions of each query's passages, best first."""
+        decode = self.option("decoding", DECODINGS)
+        checkpoint: TextCheckpoint = self.load()
+        texts = columns[self.text_field]
+
+        def prompts(windows: list[Window]) -> list[Prompt]:
+            shown = of_windows(texts, windows)
+            read = checkpoint.prompts([queries[window.query] for window in windows], shown)
+            return [
+                Prompt(ids, len(ids), len(passages), window.top)
+                for ids, passages, window in zip(read, shown, windows, strict=True)
+            ]
+
+        shape = self.window_size, self.stride
+        return self.slide(queries, columns, shape, prompts, lambda batch: decode(checkpoint, batch))
+
+
+def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
+    """Greedily, at each step the likeliest token that goes on with an identifier not yet written."""
+    counts = [prompt.n for prompt in batch]
+    opening, words = checkpoint.prompter.identifiers(max(counts))
+    pieces = sorted(set(chain.from_iterable(words)))
+    symbols = [[pieces.index(piece) for piece in word] for word in words]
+    reader = checkpoint.network.begin([prompt.content + opening for prompt in batch], pieces)
+    return in_turn(reader, symbols, counts, [prompt.top for prompt in batch])
+
+
+def free(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
+    """The reference's orders: greedy text without constraint, repaired. All ranks are written, whatever `top` is."""
+    reader = checkpoint.network.begin([prompt.content for prompt in batch])
+    ends = torch.tensor(checkpoint.ends(), device=reader.device)
+    logits, written = reader.start(), []
+    broken = torch.zeros(len(batch), device=reader.device)
+    ended = torch.zeros(len(batch), dtype=torch.bool, device=reader.device)
+    while True:
+        broken = broken + logits.masked_fill(logits.isfinite() | ended[:, None], 0.0).sum(1)
+        written.append(logits.argmax(1))
+        ended = ended | torch.isin(written[-1], ends)
+        if len(written) == ANSWER_LENGTH or ended.all():
+            break
+        logits = reader.read(written[-1][:, None])[:, -1]
+    texts = checkpoint.answers(torch.stack(written, 1).tolist())
+    return [parse(text, prompt.n) for text, prompt in zip(texts, batch, strict=True)], broken.tolist()
+
+
+DECODINGS = {"constrained": constrained, "free": free}

@@ -1,0 +1,100 @@
+"""How a RankMistral learns: to write the order of a window of passages as its teacher would.
+
+An example is a window of passages from a teacher's ranking. The language model reads their texts in one prompt and
+learns to write "[4] > [2] > ...": the cross-entropy of the answer's tokens, its end among them, as instruction tuning
+has it. PE-Rank's authors publish no recipe for this baseline; what is not said here is taken from PE-Rank's stage 2.
+"""
+
+import dataclasses
+import random
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from pyterrier_lit.batching import padded
+from pyterrier_lit.frames import Ranking
+from pyterrier_lit.models.pe_prompts import TextPrompter
+from pyterrier_lit.models.text_lm import TextCheckpoint
+from pyterrier_lit.rank_mistral import RankMistral
+from pyterrier_lit.training.data import uneven, window
+from pyterrier_lit.training.trainer import Objective, Recipe, device_of, enable_gradient_checkpointing
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRankingRecipe(Recipe):
+    """A RankMistral's recipe: an example is a window sampled from a list.
+
+    Args:
+        smallest, largest: passages of a window; None is the student's window size.
+        shuffle: the probability that the passages of a window are shuffled; else they keep the first stage's order.
+        max_length: the most tokens of a prompt with its answer.
+    """
+
+    smallest: int | None = None
+    largest: int | None = None
+    shuffle: float = 0.5
+    max_length: int = 4096
+
+    def objective(self, student: RankMistral) -> Objective:
+        """The cross-entropy of the order as text."""
+        return objective(student, self)
+
+
+RECIPES: dict[str, Recipe] = {
+    "rank-mistral": TextRankingRecipe(
+        2e-5, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, clip=1.0, checkpointing=True
+    ),
+}
+FINE_TUNE = DISTIL = "rank-mistral"  # the recipe taken when none is named
+
+
+class Conversation(NamedTuple):
+    """A prompt with its answer in ids, and where the answer begins."""
+
+    ids: list[int]
+    start: int
+
+
+def objective(student: RankMistral, recipe: TextRankingRecipe) -> Objective:
+    """What a RankMistral learns by a recipe."""
+    checkpoint: TextCheckpoint = student.load()
+    checkpoint.network.requires_grad_(True)
+    if recipe.checkpointing:
+        enable_gradient_checkpointing(checkpoint.network)
+    return Objective(
+        network=checkpoint.network,
+        column_sets=[{student.text_field: str, "target": float}],
+        prepare=uneven,
+        sample=partial(sample_window, checkpoint.prompter, recipe, student.text_field, student.window_size),
+        collate=list,
+        loss=partial(answer_loss, checkpoint),
+    )
+
+
+def sample_window(
+    prompter: TextPrompter, recipe: TextRankingRecipe, text_field: str, size: int, given: Ranking, rng: random.Random
+) -> Conversation:
+    """A window of some passages of a list. Raises ValueError where its prompt is too long."""
+    largest = recipe.largest or size
+    shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
+    texts = [given.columns[text_field][i] for i in shown]
+    ids, start = prompter.answered(prompter.messages(given.query, texts), prompter.answer(order))
+    if len(ids) > recipe.max_length:
+        raise ValueError(
+            f"the prompt for query {given.query!r} with {len(shown)} passages and its answer have {len(ids)} tokens;"
+            f" wanted at most {recipe.max_length}: cut the texts, or take fewer passages (largest=)"
+        )
+    return Conversation(ids, start)
+
+
+def answer_loss(checkpoint: TextCheckpoint, batch: list[Conversation]) -> torch.Tensor:
+    """The mean of -log p(token) over the tokens of all answers."""
+    network, device = checkpoint.network, device_of(checkpoint.network)
+    ids, mask = (tensor.to(device) for tensor in padded([row.ids for row in batch]))
+    starts = torch.tensor([row.start for row in batch], device=device)[:, None]
+    answer = mask[:, 1:] & (torch.arange(1, ids.shape[1], device=device) >= starts)
+    states = network.body(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    head: Any = network.model.get_output_embeddings()
+    return F.cross_entropy(head(states[:, :-1][answer]).float(), ids[:, 1:][answer])
