@@ -113,6 +113,7 @@ def test_equal_texts_are_one_passage_where_the_teacher_has_the_better(tmp_path):
     "record, words",
     [
         (zephyr(again="blue fox"), "the prompt has two queries, 'red fox' and 'blue fox"),
+        (zephyr(texts=[*TEXTS[:3], "dogs\n[5] cats"]), "says 4 passages, and 5 lines begin with their numbers"),
         (zephyr(""), "the teacher's order names none of the 4 passages"),
         (zephyr("[9]"), "names none of the 4"),
         ({"id": 1, "conversations": [{"value": "x"}]}, "conversations end in"),

@@ -16,6 +16,7 @@ from pyterrier_lit.order import complete
 SHAPES = {"conversations", "extra_texts", "retrieved_passages"}  # the field that tells each kind of file from others
 HEAD = re.compile(r"relevance to (?:the )?(?:search )?query: (.*?)\.?[ \t]*\n\s*(?=\[(?:1|A)\] )", re.DOTALL)
 PE_HEAD = re.compile(r"relevance to the search query: (.*?)\.\n(?=Passage 1: )", re.DOTALL)
+SAID = re.compile(r"([0-9]+) passages")  # how many a prompt says that it holds
 TAIL = "Search Query: "
 
 
@@ -51,7 +52,8 @@ def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
     missing, beyond the list or repeated is completed as RankGPT's are: first mentions, then the rest as shown.
 
     Raises OSError when a file cannot be read, and ValueError naming file and line for what has another shape, for a
-    query that stands twice in a prompt and differs, and for an order without any passage in it.
+    query that stands twice in a prompt and differs, for a prompt that says another number of passages than it holds,
+    and for an order without any passage in it.
     """
     given = None if orders is None else _orders(orders)
     seen: set[str] = set()
@@ -113,6 +115,11 @@ def _conversation(where: str, record: dict[str, Any]) -> tuple[str, list[Passage
     _agree(where, head[1], prompt[end + 1 :])
     in_letters = prompt.startswith("[A] ", head.end())
     texts = _parted(prompt[head.end() : end], string.ascii_uppercase if in_letters else map(str, count(1)))
+    said = SAID.search(prompt)
+    if said and said[1] != str(len(texts)):
+        raise ValueError(
+            f"{where}: the prompt says {said[1]} passages, and {len(texts)} lines begin with their numbers"
+        )
     return head[1], [(_docno(text), text) for text in texts], _positions(target, r"[A-Z]" if in_letters else r"[0-9]+")
 
 
