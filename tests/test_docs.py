@@ -146,6 +146,7 @@ def names(electra, backbone, tmp_path_factory):
     PERank.from_backbone(backbone("mistral"), embedding_size=384, device="cpu").save(folder / "my-pe-rank")
     return CHECKPOINTS_OF | {
         **dict.fromkeys(("google/electra-base-discriminator", "jhu-clsp/ettin-encoder-32m"), electra),
+        "tomaarsen/Qwen3-Reranker-0.6B-seq-cls": CHECKPOINTS["cross-encoder"],
         "my-pe-rank": folder / "my-pe-rank",
         "sentence-transformers/all-MiniLM-L6-v2": Path(minilm.__file__).parent / "model",
     }

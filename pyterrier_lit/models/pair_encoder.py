@@ -28,7 +28,13 @@ from pyterrier_lit.models.library import (
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
 from pyterrier_lit.models.pairs import PairLayout, Pieces, Reading
 from pyterrier_lit.models.sentence_files import SentenceFiles, read_sentence_files
-from pyterrier_lit.models.tokenization import bare_tokenizer, check_pieces, pieces_known
+from pyterrier_lit.models.tokenization import (
+    CHAT_TEMPLATE,
+    bare_tokenizer,
+    chats_about_pairs,
+    check_pieces,
+    pieces_known,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -96,8 +102,9 @@ class PairCheckpoint:
         """Write config, weights and tokenizer, with the lengths that are not None, into an existing folder."""
         recorded = {name: length for name, length in lengths.items() if length is not None}
         save_json(folder / "config.json", self.network.save(folder, self.config) | recorded)
+        settings = {name: value for name, value in self.tokenizer_config.items() if name != CHAT_TEMPLATE}
         clean_up = {"clean_up_tokenization_spaces": self.reading.clean_up}
-        save_json(folder / "tokenizer_config.json", self.tokenizer_config | clean_up | recorded)
+        save_json(folder / "tokenizer_config.json", settings | clean_up | recorded)
         self.tokenizer.save(str(folder / "tokenizer.json"))
         for name, fields in self.files.items():
             save_json(folder / name, fields)
@@ -111,6 +118,11 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
     config, weights = folder.config, folder.weights()
     kind = config.get("model_type")
     if "linear.weight" in weights:
+        if kind not in (*LIGHTNING_IR, *BODIES):
+            raise ValueError(
+                f"{folder} is of model_type {kind!r}, whose score depends on more than its pair, or is computed in a"
+                f" way that is not known; of lightning-ir's wanted one of {', '.join(LIGHTNING_IR)}"
+            )
         config = config | {"backbone_model_type": _backbone(config)}
         return _lightning_ir(folder, _pooled(folder, config, weights), config, device, dtype)
     if kind in LIGHTNING_IR:
@@ -156,7 +168,7 @@ def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) ->
             f"{folder} has a body of type {config.get('model_type')!r}; wanted an encoder of which transformers has a"
             " sequence classifier, without code of its own"
         ) from error
-    checkpoint = _classifier(folder, LabelScorer(model), SentenceFiles(), device, dtype)
+    checkpoint = _classifier(folder, LabelScorer(model), SentenceFiles(chat=False), device, dtype)
     return dataclasses.replace(checkpoint, config=config)
 
 
@@ -179,6 +191,12 @@ def _classifier(
 ) -> PairCheckpoint:
     """A classifier of the library, with the tokenizer, token types and lengths that its libraries take."""
     tokenizer = folder.library_tokenizer()
+    if beside.chat and tokenizer.chat_template and chats_about_pairs(tokenizer):
+        raise ValueError(
+            f"{folder} has a chat template for a query and a document, by which sentence-transformers would write its"
+            " pairs; it is not read. Take the template away, chat_template.jinja or the chat_template of"
+            " tokenizer_config.json, and give queries and passages as it would write them, by pt.apply"
+        )
     if beside.lower_case:
         bare, lower = tokenizer.backend_tokenizer, tokenizers.normalizers.Lowercase()
         bare.normalizer = tokenizers.normalizers.Sequence([lower, *([bare.normalizer] if bare.normalizer else [])])

@@ -15,11 +15,15 @@ PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padd
 
 @dataclasses.dataclass(frozen=True)
 class SentenceFiles:
-    """What they say of how texts are read: a prompt before each query, the longest input in tokens, lower case."""
+    """What they say of how texts are read: a prompt before each query, the longest input in tokens, lower case.
+
+    chat: whether two texts become one by the tokenizer's chat template, where that has places for them.
+    """
 
     prompt: str = ""
     max_length: int | None = None
     lower_case: bool = False
+    chat: bool = True
     files: dict[str, Any] = dataclasses.field(default_factory=dict)  # the files themselves, by name
 
 
@@ -45,7 +49,8 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
         raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is none of {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
     longest = texts.get("max_length") or reading.get("max_seq_length")
-    return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), files)
+    chat = not reading.get("modality_config")  # which names all ways of reading
+    return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), chat, files)
 
 
 def _check_modules(folder: Folder, modules: Any) -> None:

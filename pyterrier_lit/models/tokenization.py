@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHUNK = 1_000  # texts
+CHAT_TEMPLATE = "chat_template"  # the field of a tokenizer_config.json
 # How BERT reads letters: by its names in tokenizer_config.json, and in tokenizer.json
 BERT = {
     "do_lower_case": "lowercase",
@@ -86,3 +87,20 @@ def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer
     bare.no_truncation()
     bare.no_padding()
     return bare
+
+
+def chats_about_pairs(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether its chat template has places for a query and a document, by which sentence-transformers writes pairs."""
+
+    def written(query: Any, document: Any) -> str:
+        messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    for content in (str, lambda text: [{"type": "text", "text": text}]):
+        try:
+            plain, *others = (written(content(query), content(text)) for query, text in ("ab", "cb", "ac"))
+        except Exception:  # a template may raise anything, and often does for a role that it does not know
+            continue
+        if plain not in others:
+            return True
+    return False
