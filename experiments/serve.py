@@ -1,101 +1,101 @@
-"""An HTTP endpoint around a reranker, by the standard library alone: requests that wait together are scored together.
+"""An HTTP endpoint around a reranker, in FastAPI: requests that wait together are scored together.
 
-python experiments/serve.py cross-encoder webis/monoelectra-base --port 8000
-curl localhost:8000/rank -d '{"query": "water power", "passages": ["old mills", "light"], "top_k": 1}'
+python experiments/serve.py cross-encoder webis/monoelectra-base --port 8000 --threads 4
+curl localhost:8000/rank --json '{"query": "water power", "passages": ["old mills", "light"], "top_k": 1}'
 """
 
-import argparse
-import json
-import queue
-import threading
-from concurrent.futures import Future
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import asyncio
+from contextlib import asynccontextmanager
+from typing import Annotated
 
-from pyterrier_lit.__main__ import RERANKERS
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 
-BYTES, PASSAGES, TOGETHER, WAITING = 4_000_000, 1_000, 32, 256  # limits: a body, its list, a batch, the queue
+BYTES = 4_000_000  # of a body, at most
+TOGETHER = 32  # requests that share a batch, at most
+WAITING = 256  # requests that wait for it, at most
+Text = Annotated[str, Field(max_length=20_000)]  # characters
 
 
-class Batches:
-    """One thread that computes: what the others ask meanwhile is its next batch."""
+class Asked(BaseModel):
+    query: Text
+    passages: list[Text] = Field(min_length=1, max_length=1_000)
+    top_k: int | None = Field(None, ge=1)
 
-    def __init__(self, reranker):
-        self.reranker, self.waiting = reranker, queue.Queue(WAITING)
-        reranker.rank("warm up", ["before the first request"])  # reads the weights
-        threading.Thread(target=self.work, daemon=True).start()
 
-    def scores(self, query, passages):
-        asked = Future()
-        self.waiting.put_nowait((query, passages, asked))
-        return asked.result()
-
-    def work(self):
+def app(reranker):
+    async def work():
         while True:
-            batch = [self.waiting.get()]
-            while len(batch) < TOGETHER and not self.waiting.empty():
-                batch.append(self.waiting.get())
-            try:
-                found = self.reranker.score([query for query, _, _ in batch], [texts for _, texts, _ in batch])
-                for (_, _, asked), scores in zip(batch, found, strict=True):
-                    asked.set_result(scores)
-            except Exception as error:
-                for _, _, asked in batch:
-                    asked.set_exception(error)
+            batch = [await waiting.get()]
+            while len(batch) < TOGETHER and not waiting.empty():
+                batch.append(waiting.get_nowait())
+            await compute(batch)
 
+    async def compute(batch):
+        queries, passages = [asked.query for asked, _ in batch], [asked.passages for asked, _ in batch]
+        try:
+            found = await asyncio.to_thread(reranker.score, queries, passages)
+            for (_, answer), scores in zip(batch, found, strict=True):
+                answer.set_result(scores)
+        except Exception as error:
+            if len(batch) == 1:
+                return batch[0][1].set_exception(error)
+            for one in batch:  # again, so that the one at fault fails alone
+                await compute([one])
 
-def handler(batches):
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            try:
-                self.answer(200, self.ranked())
-            except queue.Full:
-                self.answer(503, {"error": "busy; try again"})
-            except (ValueError, TypeError, KeyError) as error:
-                self.answer(400, {"error": str(error)})
-            except Exception as error:
-                self.answer(500, {"error": type(error).__name__})
+    @asynccontextmanager
+    async def lifespan(api):
+        reranker.rank("warm up", ["before the first request"])  # reads the weights
+        worker = asyncio.create_task(work())
+        yield
+        worker.cancel()
 
-        def ranked(self):
-            size = int(self.headers["Content-Length"] or 0)
-            if size > BYTES:
-                raise ValueError(f"{size} bytes; wanted at most {BYTES}")
-            asked = json.loads(self.rfile.read(size))
-            query, passages, top_k = asked["query"], asked["passages"], asked.get("top_k")
-            if not isinstance(passages, list) or not all(isinstance(text, str) for text in [query, *passages]):
-                raise TypeError("wanted a string as query and a list of strings as passages")
-            if not 0 < len(passages) <= PASSAGES:
-                raise ValueError(f"{len(passages)} passages; wanted 1 to {PASSAGES}")
-            scores = batches.scores(query, passages)
-            best = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
-            return [{"corpus_id": i, "score": scores[i]} for i in best]
+    api = FastAPI(lifespan=lifespan)
+    waiting = api.state.waiting = asyncio.Queue(WAITING)
 
-        def answer(self, status, value):
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    @api.post("/rank")
+    async def rank(asked: Asked) -> list[dict[str, int | float]]:
+        answer = asyncio.get_running_loop().create_future()
+        try:
+            waiting.put_nowait((asked, answer))
+            scores = await answer
+        except asyncio.QueueFull:
+            raise HTTPException(503, "busy; try again") from None
+        except (ValueError, TypeError) as error:
+            raise HTTPException(400, str(error)) from error
+        best = sorted(range(len(scores)), key=lambda number: -scores[number])[: asked.top_k]
+        return [{"corpus_id": number, "score": scores[number]} for number in best]
 
-        def log_message(self, *_):
-            pass
+    @api.middleware("http")
+    async def limit(request: Request, answer):
+        size = request.headers.get("content-length")
+        if request.method == "POST" and (size is None or int(size) > BYTES):
+            return JSONResponse({"detail": f"{size or 'unknown'} bytes; wanted at most {BYTES}"}, 413)
+        return await answer(request)
 
-    return Handler
+    @api.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error):  # in words alone: FastAPI's own answer repeats the texts
+        said = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()[:3]]
+        return JSONResponse({"detail": "; ".join(said)}, 422)
 
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = WAITING  # the library's five would reset connections that come together
-
-
-def server(reranker, port):
-    """A server that listens; `serve_forever` answers."""
-    return Server(("127.0.0.1", port), handler(Batches(reranker)))
+    return api
 
 
 if __name__ == "__main__":
+    import argparse
+
+    import torch
+    import uvicorn
+
+    from pyterrier_lit.__main__ import RERANKERS
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("reranker", choices=RERANKERS)
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU, for one batch")
     arguments = parser.parse_args()
-    server(RERANKERS[arguments.reranker](arguments.model), arguments.port).serve_forever()
+    torch.set_num_threads(arguments.threads)
+    uvicorn.run(app(RERANKERS[arguments.reranker](arguments.model)), port=arguments.port)

@@ -1,15 +1,12 @@
 """A new user's way: a student is trained on the quickstart's collection, and leaves by every door with its scores."""
 
-import json
-import threading
-import urllib.request
-
 import corpora
 import pandas as pd
 import pytest
 import sentence_transformers
 import serve
 from conftest import TINY
+from fastapi.testclient import TestClient
 
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.training import FineTune
@@ -65,13 +62,9 @@ def test_saved_it_ranks_alike_here_and_exported_in_sentence_transformers(student
 def test_the_example_serves_it(student, tmp_path):
     reranker, query, passages = student
     reranker.save(tmp_path / "student")
-    server = serve.server(CrossEncoder(str(tmp_path / "student"), device="cpu"), 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    asked = json.dumps({"query": query, "passages": passages, "top_k": 5}).encode()
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/rank", asked, timeout=30) as answer:
-        assert same(json.load(answer), reranker.rank(query, passages, top_k=5))
-    server.shutdown()
-    server.server_close()
+    with TestClient(serve.app(CrossEncoder(str(tmp_path / "student"), device="cpu"))) as client:
+        answer = client.post("/rank", json={"query": query, "passages": passages, "top_k": 5}).json()
+    assert same(answer, reranker.rank(query, passages, top_k=5))
 
 
 def test_pushed_in_either_layout_it_is_loaded_again(student, hub):
