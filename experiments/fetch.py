@@ -96,7 +96,8 @@ KINDS = {"file": file, "zenodo": zenodo, "hub": hub, "tirex": tirex}
 
 
 def download(wanted: File) -> None:
-    """Bring a file, or the rest of it. ValueError where its size or checksum is another; it is then left out."""
+    """Bring a file, or the rest of it. ValueError where its size or checksum is another, or a web page came; it is then
+    left out."""
     if wanted.path.exists():
         return
     part = wanted.path.with_name(f"{wanted.path.name}.part")
@@ -123,6 +124,8 @@ def received(wanted: File, have: int) -> Iterator[bytes | None]:
         if have and response.status_code == requests.codes.requested_range_not_satisfiable:
             return  # it was whole
         response.raise_for_status()
+        if response.headers.get("Content-Type", "").startswith("text/html"):  # asks to log in, or whether one is sure
+            raise ValueError(f"{wanted.url} gave a web page and no file; open it in a browser, and put the file there")
         if have and response.status_code != requests.codes.partial_content:
             yield None
             have = 0

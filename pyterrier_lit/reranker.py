@@ -22,7 +22,7 @@ from tqdm import tqdm
 from pyterrier_lit.frames import Columns, ColumnSets, not_finite, rerank, whole
 from pyterrier_lit.models.checkpoints import Folder, fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype, converted, dtype_name
-from pyterrier_lit.models.hub import CARD, again, base_of, card, in_place_of, is_hub_id, push, read_card
+from pyterrier_lit.models.hub import CARD, again, base_of, card, in_place_of, is_hub_id, push, read_card, trainings_of
 
 Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or more about them, column by column
 Loaded = TypeVar("Loaded")
@@ -144,7 +144,7 @@ class Reranker(pt.Transformer):
             held, source = self._held, self._source()
             with held.lock:
                 if held.checkpoint is None:
-                    held.checkpoint, held.source = self._in_words(self._read), source
+                    (held.checkpoint, held.card), held.source = self._in_words(self._read), source
                     _mind_forks()
                 if held.source == source:
                     return held.checkpoint
@@ -245,8 +245,8 @@ class Reranker(pt.Transformer):
     def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
         """The card of what is loaded: that of the folder it was read from, else a new one."""
         held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
-        before = read_card(model) if model.is_dir() else None
-        if before is not None and not held.given:
+        before = held.card
+        if before is not None and not held.given and model.is_dir():
             return again(before, model.absolute().name, name, classifier=stock)
         base = str(self.model) if is_hub_id(self.model) else None
         facts = {"begun with" if held.given else "model": f"`{base or model.name}`"}
@@ -256,7 +256,8 @@ class Reranker(pt.Transformer):
             facts |= value if isinstance(value, dict) else {key: value}
         about = (inspect.getdoc(type(self)) or "").partition("\n")[0]
         base = base_of(before) if base is None and before is not None else base
-        return card(name, type(self).__name__, about, base, facts, held.trainings, classifier=stock)
+        earlier = trainings_of(before or "")
+        return card(name, type(self).__name__, about, base, facts, held.trainings, earlier=earlier, classifier=stock)
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:
@@ -269,8 +270,10 @@ class Reranker(pt.Transformer):
         options = {option: arguments.pop(option) for option in cls.begin_options() if option in arguments}
         reranker = cls(name, **arguments)
         device = choose_device(reranker.device)
+        folder = reranker.folder()
         with torch.inference_mode(False):
-            reranker.hold(cls.begin(reranker.folder(), device, choose_dtype(reranker.dtype, device), **options))
+            reranker.hold(cls.begin(folder, device, choose_dtype(reranker.dtype, device), **options))
+        reranker._held.card = read_card(folder.path)
         return reranker
 
     def apply_attributes(self, **changes: Any) -> Self:
@@ -306,10 +309,12 @@ class Reranker(pt.Transformer):
         bar: tqdm = pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
         return bar
 
-    def _read(self) -> Any:
+    def _read(self) -> tuple[Any, str | None]:
+        """The checkpoint, and the card beside it."""
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        return type(self).read(self.folder(), device, dtype)
+        folder = self.folder()
+        return type(self).read(folder, device, dtype), read_card(folder.path)
 
     def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
         """What `build` returns, whose tensors can learn wherever the call stands. Whatever a library raises for a field
@@ -328,7 +333,7 @@ class Reranker(pt.Transformer):
     def _converted(self, held: "Held") -> "Held":
         device = choose_device(self.device)
         checkpoint = self._in_words(lambda: converted(held.checkpoint, device, choose_dtype(self.dtype, device)))
-        return Held(checkpoint, self._source(), True, held.trained, held.saved, held.trainings)
+        return Held(checkpoint, self._source(), True, held.trained, held.saved, held.trainings, held.card)
 
     def _source(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.loads_from)
@@ -353,8 +358,8 @@ class Held:
     """A checkpoint in memory, the arguments it was read for, and the lock that is held while it is read.
 
     given: whether it was not read from the model. trained: what tells it from all others if it was trained in memory.
-    saved: the folder where `save` has written it. trainings: what is known of each. Copies of a reranker share one. A
-    pickle leaves the lock out.
+    saved: the folder where `save` has written it. trainings: what is known of each. card: the model card that lay
+    beside what was read. Copies of a reranker share one. A pickle leaves the lock out.
     """
 
     _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
@@ -367,15 +372,17 @@ class Held:
         trained: str = "",
         saved: str = "",
         trainings: tuple[dict[str, str], ...] = (),
+        card: str | None = None,
     ):
         self.checkpoint = checkpoint
         self.source = source
-        self.given, self.trained, self.saved, self.trainings = given, trained, saved, trainings
+        self.given, self.trained, self.saved, self.trainings, self.card = given, trained, saved, trainings, card
         self.lock = threading.RLock()
         self._all.add(self)
 
     def __reduce__(self) -> tuple[type["Held"], tuple[Any, ...]]:
-        return Held, (self.checkpoint, self.source, self.given, self.trained, self.saved, self.trainings)
+        known = (self.given, self.trained, self.saved, self.trainings, self.card)
+        return Held, (self.checkpoint, self.source, *known)
 
     @classmethod
     def after_fork(cls) -> None:

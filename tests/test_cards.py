@@ -78,6 +78,39 @@ def test_a_further_training_keeps_the_name_of_the_first_model(electra, labelled,
     assert head["base_model"] == "google/electra-base-discriminator" and "begun with: `mine`" in text
 
 
+def trainings(folder):
+    """The lines on each training in a card."""
+    _, text = parts(folder)
+    return [part.strip() for part in text.partition("## Training")[2].partition("## Use")[0].split("And then")]
+
+
+def test_trainings_go_along_by_way_of_the_hub_and_further_ones_follow_them(hub, electra, labelled, tmp_path):
+    student = CrossEncoder.from_backbone(str(electra), device="cpu")
+    FineTune(student, steps=1, batch_size=2, verbose=False).fit(*labelled)
+    student.push_to_hub("me/mine")
+    CrossEncoder("me/mine", device="cpu").save(tmp_path / "again")
+    (first,) = trainings(tmp_path / "again")
+    assert "learned from: labels, 2 lists" in first
+    head, text = parts(tmp_path / "again")
+    assert head["base_model"] == "me/mine" and "- model: `me/mine`" in text
+    further = CrossEncoder(str(tmp_path / "again"), device="cpu")
+    for expected in (2, 3):  # saved into the folder that it was read from, and trained on
+        Distil(further, steps=expected, batch_size=2, verbose=False).fit(labelled[0])
+        further.save(tmp_path / "again")
+        assert trainings(tmp_path / "again")[0] == first
+        assert [f"steps={n}" in told for n, told in enumerate(trainings(tmp_path / "again"), 1)][1:] == [True] * (
+            expected - 1
+        )
+
+
+def test_what_another_s_card_says_of_training_is_not_taken_over(hub, cross_encoder_folder, tmp_path):
+    files = {file.name: file.read_bytes() for file in cross_encoder_folder.iterdir()}
+    hub.create("someone/reranker")
+    hub.commit("someone/reranker", "main", files | {CARD: b"# theirs\n\n## Training\n\nlong\n\n## Use\n"}, "all")
+    CrossEncoder("someone/reranker", device="cpu").save(tmp_path)
+    assert "## Training" not in parts(tmp_path)[1]
+
+
 def test_the_card_of_a_checkpoint_of_the_hub_names_it(hub, cross_encoder_folder, tmp_path):
     hub.create("someone/reranker")
     files = {file.name: file.read_bytes() for file in cross_encoder_folder.iterdir()}

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import re
 import threading
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ SIZE, CHECKSUM, CUT = len(CONTENT), f"sha256:{hashlib.sha256(CONTENT).hexdigest(
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves /run with ranges, /whole without, /cut that breaks off in the middle, and /record as Zenodo does."""
+    """Serves /run with ranges, /whole without, /cut that breaks off in the middle, /record as Zenodo, and a /page."""
 
     def do_GET(self):
         self.server.asked.append((self.path, self.headers.get("Range")))
@@ -26,6 +27,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         begin = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if self.path in ("/run", "/cut") else 0
         self.send_response(416 if begin >= len(body) else 206 if begin else 200)
         self.send_header("Content-Length", str(len(body) - begin))
+        self.send_header("Content-Type", "text/html; charset=utf-8" if self.path == "/page" else "text/plain")
         self.end_headers()
         cut = self.path == "/cut" and not begin
         self.wfile.write(body[:CUT] if cut else body[begin:])
@@ -101,6 +103,15 @@ def test_another_file_than_was_wanted_is_refused(bring, tmp_path, change, said):
     assert not list((tmp_path / "data" / "runs").iterdir())
 
 
+def test_a_web_page_in_place_of_a_file_is_refused_and_what_had_come_stays(bring, tmp_path):
+    part = tmp_path / "data" / "runs" / "x.txt.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(CONTENT[:100])
+    with pytest.raises(ValueError, match=r"/page gave a web page and no file; open it in a browser"):
+        bring("page", size="", checksum="")
+    assert [file.read_bytes() for file in part.parent.iterdir()] == [CONTENT[:100]]
+
+
 def test_a_record_of_zenodo_brings_its_files(bring):
     folder = bring("record", kind="zenodo")
     assert (folder / "a.tar.gz").read_bytes() == CONTENT
@@ -135,6 +146,15 @@ def test_an_unknown_name_is_refused(capsys):
     with pytest.raises(SystemExit):
         fetch.main(["dl19"])
     assert "dl19: wanted one of" in capsys.readouterr().err
+
+
+def test_the_teacher_data_that_can_be_read_can_be_brought():
+    sources = pd.read_csv(fetch.HERE / "public.csv", keep_default_na=False).set_index("name")
+    page = (fetch.HERE.parent / "pyterrier_lit" / "pt_docs" / "training.rst").read_text(encoding="utf-8")
+    named = re.findall(r"``((?:hub|rankgpt|zenodo)/[\w./-]+)``", page)
+    assert len(named) == 6 and set(sources.loc[named, "notebooks"]) <= {"distillation", "trec_dl tirex distillation"}
+    lists = sorted(name for name in sources.index if name.startswith("rankgpt/"))
+    assert lists == [f"rankgpt/marco-train-{n}k{what}" for n in (100, 10) for what in ("-gpt3.5.json", ".jsonl")]
 
 
 def test_every_source_is_of_a_known_kind_and_for_a_notebook():

@@ -1,9 +1,11 @@
 """The hub: which revision is read, and what is pushed there, against a stand-in that speaks its endpoints."""
 
+import json
+
 import pytest
 from conftest import RERANKERS
 
-from pyterrier_lit import CrossEncoder
+from pyterrier_lit import CrossEncoder, PERank
 from pyterrier_lit.files.rerankers import fingerprint
 from pyterrier_lit.files.tirex import describe
 from pyterrier_lit.models.hub import CARD
@@ -58,6 +60,22 @@ def test_a_backbone_has_its_revision(hub, electra, tmp_path):
 def test_a_revision_that_is_not_there_is_named(two):
     with pytest.raises(FileNotFoundError, match=r"at revision 'v9' \(Rev.*hf download someone/reranker --revision v9"):
         CrossEncoder("someone/reranker", revision="v9", device="cpu").load()
+
+
+def test_the_encoder_of_a_pe_rank_is_read_from_its_main_branch_and_saved_along(hub, frame, tmp_path):
+    checkpoint, encoder = RERANKERS["PERank"].golden, RERANKERS["PERank"].golden.parent / "encoder"
+    put(hub, "someone/encoder", encoder)
+    files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    config = json.loads(files["config.json"]) | {"encoder_name": "someone/encoder"}
+    hub.create("someone/pe-rank")
+    commit = hub.commit("someone/pe-rank", "v1", files | {"config.json": json.dumps(config).encode()}, "v1")
+    reranker = PERank("someone/pe-rank", revision=commit, device="cpu")
+    wanted = reranker(frame)
+    assert wanted["docno"].tolist() == PERank(str(checkpoint), device="cpu")(frame)["docno"].tolist()
+    reranker.save(tmp_path / "saved")
+    hub.commit("someone/encoder", "main", {"config.json": b"broken"}, "broken")
+    again = PERank(str(tmp_path / "saved"), device="cpu")
+    assert again(frame)["docno"].tolist() == wanted["docno"].tolist()
 
 
 def test_a_folder_has_no_revision(small):

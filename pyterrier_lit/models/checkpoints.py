@@ -193,7 +193,7 @@ def fetch_from_hub(
     """
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if weights else [])]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):

@@ -36,12 +36,14 @@ def card(
     facts: Mapping[str, object],
     trainings: Sequence[Mapping[str, str]] = (),
     *,
+    earlier: str = "",
     classifier: bool = False,
 ) -> str:
     """The card of a checkpoint.
 
     name: of its folder. kind: its class here. about: a sentence on that. base_model: a hub id, or None.
-    facts: what is recorded of it. trainings: of each, what it was. classifier: whether transformers reads it.
+    facts: what is recorded of it. trainings: of each, what it was. earlier: what another card says of those before.
+    classifier: whether transformers reads it.
     """
     from huggingface_hub import ModelCardData
 
@@ -53,8 +55,8 @@ def card(
     )
     parts = [f"---\n{head.to_yaml()}\n---\n\n{MARK}\n\n# {name}\n\nA `{kind}` of pyterrier_lit. {about}\n"]
     parts += [_listed(facts)]
-    parts += [f"## Training\n\n{_listed(each)}" for each in trainings[:1]]
-    parts += [f"And then\n\n{_listed(each)}" for each in trainings[1:]]
+    told = [earlier] * bool(earlier) + [_listed(each) for each in trainings]
+    parts += ["## Training\n\n" + "\nAnd then\n\n".join(told)] * bool(told)
     parts += [
         f"""## Use
 
@@ -107,6 +109,12 @@ def base_of(text: str) -> str | None:
 
     named = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
     return named if isinstance(named, str) else None
+
+
+def trainings_of(text: str) -> str:
+    """What a card that `save` wrote says of trainings, without the heading; of another card, nothing."""
+    told = text.partition("\n## Training\n")[2].partition("\n## Use\n")[0].strip()
+    return f"{told}\n" if told and MARK in text else ""
 
 
 def is_hub_id(model: object) -> bool:
