@@ -15,7 +15,7 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 HERE = Path(__file__).parent
-DATA = "data"  # the reader's own files: runs in TREC format, collections in folders (see experiments/README.md)
+DATA = os.path.relpath(HERE / "data")  # the reader's own files: runs in TREC format, collections in folders
 SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # some machines have it; never needed
 RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the reader's own files, also those of fetch.py, come first
 
