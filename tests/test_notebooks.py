@@ -80,5 +80,15 @@ def test_a_notebook_names_no_machine(path):
     assert "stderr" not in text
 
 
+def test_trec_dl_shows_first_what_is_reproduced_and_then_what_waits(path):
+    if path.stem != "trec_dl":
+        pytest.skip("is of trec_dl alone")
+    notebook = nbformat.read(path, as_version=4)
+    tables = [str(output["data"]) for cell in code(notebook) for output in cell.outputs if "data" in output]
+    assert "waiting" in tables[0] and "within" in tables[1] and "outside" not in tables[1]
+    text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert text.index("## What is reproduced") < text.index("## What waits for a GPU")
+
+
 def code(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
