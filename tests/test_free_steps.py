@@ -3,10 +3,12 @@
 import encoders
 import free_steps
 import numpy as np
+import pandas as pd
 import papers
 import pytest
 import torch
-from conftest import TINY
+from conftest import PE_RANK, TINY
+from pe import Encoder
 
 from pyterrier_lit import PERank
 from pyterrier_lit.batching import Budget
@@ -17,32 +19,54 @@ def tiny():
     return PERank(str(TINY / "pe-rank"), device="cpu")
 
 
-def test_a_repeat_is_a_step_whose_likeliest_passage_was_named_before(tiny, frame):
-    rows = frame[frame["qid"] == "q1"].sort_values("rank")
-    order = [passage["corpus_id"] for passage in tiny.rank("what is a cat?", rows["text"].tolist())]
-    checkpoint = tiny.load()
-    columns = {"docno": [rows["docno"].tolist()], "text": [rows["text"].tolist()]}
-    with torch.inference_mode():  # all steps in one pass
-        vectors, (numbers,) = tiny.vectors_of(checkpoint, columns, Budget(4096))
-        reader = checkpoint.network.read(checkpoint.prompts(["what is a cat?"], [[]], [5]), [vectors[numbers]])
-        logits = [reader.start()[0], *reader.read(torch.tensor([order[:-1]]))[0]]
-    wanted = [int(step.argmax()) in order[:number] for number, step in enumerate(logits)]
-    found = free_steps.repeats(tiny, frame)
-    assert found[found["qid"] == "q1"]["named"].tolist() == wanted and True in wanted
-    assert found.groupby("qid")["step"].agg(list).to_dict() == {"q1": [1, 2, 3, 4, 5], "q2": [1, 2]}
+@pytest.fixture(scope="module")
+def random():
+    """Random weights, whose likeliest passage changes from step to step."""
+    return PERank(str(PE_RANK), encoder=Encoder(), device="cpu")
 
 
-def test_without_the_constraint_a_named_passage_is_read_again(tiny, frame):
-    kept, free = (
-        free_steps.repeats(tiny, frame, free=free).query("qid == 'q1'")["named"].tolist() for free in (False, True)
-    )
-    until = kept.index(True) + 1
-    assert free[:until] == kept[:until] and kept[0] is False
-    tiny.window_size = 2
-    try:
-        assert free_steps.repeats(tiny, frame).groupby("qid").size().tolist() == [2, 2]
-    finally:
-        tiny.window_size = 20
+TEXTS = [
+    *("a cat is an animal", "dogs bark", "cats and dogs: 2 animals", "the sky is blue", "red foxes run", "x" * 30),
+    *("water power", "old mills grind", "light is measured", "fluid dynamics of water", "zebra zoo", "quick jazz"),
+]
+QUERY = "what is a cat?"
+CANDIDATES = pd.DataFrame(
+    {"qid": "1", "query": QUERY, "docno": [f"d{i}" for i in range(12)], "text": TEXTS, "rank": range(12)}
+)
+
+
+def likeliest(reranker, order):
+    """The likeliest passage of each step, when these are read one after the other: all steps in one pass."""
+    checkpoint = reranker.load()
+    with torch.inference_mode():
+        columns = {"docno": [CANDIDATES["docno"].tolist()], "text": [TEXTS]}
+        vectors, (numbers,) = reranker.vectors_of(checkpoint, columns, Budget(4096))
+        reader = checkpoint.network.read(checkpoint.prompts([QUERY], [[]], [12]), [vectors[numbers]])
+        steps = [reader.start()[0], *reader.read(torch.tensor([order]))[0]]
+        return [int(logits.argmax()) for logits in steps[: len(order)]]
+
+
+def test_a_repeat_is_a_step_whose_likeliest_passage_was_named_before(random):
+    order = [passage["corpus_id"] for passage in random.rank(QUERY, TEXTS)]
+    wanted = [passage in order[:step] for step, passage in enumerate(likeliest(random, order))]
+    two = pd.concat([CANDIDATES, CANDIDATES.head(2).assign(qid="2")]).sample(frac=1, random_state=0)
+    found = free_steps.repeats(random, two).sort_values(["qid", "step"])
+    assert found[found["qid"] == "1"]["named"].tolist() == wanted and {True, False} == set(wanted[3:])
+    assert found.groupby("qid")["step"].agg(list).to_dict() == {"1": list(range(1, 13)), "2": [1, 2]}
+
+
+def test_without_the_constraint_the_likeliest_is_read_even_so(random):
+    free = free_steps.repeats(random, CANDIDATES, free=True)["named"].tolist()
+    order = []
+    for _ in TEXTS:
+        order.append(likeliest(random, [*order, 0])[-1])
+    assert free == [passage in order[:step] for step, passage in enumerate(order)]
+    assert free != free_steps.repeats(random, CANDIDATES)["named"].tolist()
+
+
+def test_only_the_first_window_is_asked():
+    short = PERank(str(PE_RANK), window_size=3, stride=2, encoder=Encoder(), device="cpu")
+    assert free_steps.repeats(short, CANDIDATES)["step"].tolist() == [1, 2, 3]
 
 
 def test_noise_is_of_the_length_it_says_and_the_same_for_the_same_text(tiny):
