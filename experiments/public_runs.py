@@ -15,7 +15,9 @@ from papers import CORPORA, RUNS, TASKS, Collection, find
 
 ADVICE = "python experiments/fetch.py lists what can be fetched for which notebook"
 
-SYSTEMS = {"rankvicuna": "RankVicuna 7B"} | {f"rankgpt3.5-{n}": f"RankGPT 3.5 #{n}" for n in range(1, 6)}
+SYSTEMS = {"rankvicuna": "RankVicuna 7B", "rankzephyr": "RankZephyr 7B"} | {
+    f"rankgpt3.5-{n}": f"RankGPT 3.5 #{n}" for n in range(1, 6)
+}
 TIREX_SYSTEMS = {
     "MonoT5 Base (tira-ir-starter-gygaggle)": "monoT5-base",
     "MonoT5 Large (tira-ir-starter-gygaggle)": "monoT5-large",

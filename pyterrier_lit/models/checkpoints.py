@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
 ADAPTER = "adapter_config.json"
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # what is fetched from the hub with the weights
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # What a checkpoint's folder may hold that is read with it
 FILES = (
@@ -193,7 +194,7 @@ def fetch_from_hub(
     """
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.model", "*.jinja", "README.md", *(["*.safetensors"] if weights else [])]
+    wanted = [*BESIDE_WEIGHTS, *(["*.safetensors"] if weights else [])]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):

@@ -1,0 +1,32 @@
+"""What the constraint keeps PE-Rank from: how often the likeliest next passage is one that it has already named."""
+
+import pandas as pd
+import torch
+
+from pyterrier_lit import PERank
+from pyterrier_lit.batching import Budget
+
+
+def repeats(reranker: PERank, candidates: pd.DataFrame, *, free: bool = False) -> pd.DataFrame:
+    """A row for each query and step over its first `window_size` passages: qid, step (from 1), and whether the
+    likeliest passage was `named` before.
+
+    candidates: qid, query, docno, rank and the text. free: the likeliest is taken even so, and read as the next input,
+    as a decoder without the constraint would; otherwise the likeliest of those that are left.
+    """
+    checkpoint, rows = reranker.load(), []
+    for qid, ranking in candidates.sort_values("rank").groupby("qid", sort=False):
+        window = ranking.head(reranker.window_size)
+        columns = {name: [window[name].tolist()] for name in ("docno", reranker.text_field)}
+        with torch.inference_mode():
+            vectors, (numbers,) = reranker.vectors_of(checkpoint, columns, Budget(reranker.max_tokens))
+            prompt = checkpoint.prompts([window["query"].iloc[0]], [[]], [len(window)])
+            reader, named = checkpoint.network.read(prompt, [vectors[numbers]]), []
+            logits = reader.start()[0]
+            for step in range(1, len(window) + 1):
+                likeliest = int(logits.argmax())
+                rows.append((qid, step, likeliest in named))
+                left = logits.index_fill(0, torch.tensor(named, dtype=torch.long, device=logits.device), float("-inf"))
+                named.append(likeliest if free else int(left.argmax()))
+                logits = reader.read(torch.tensor([named[-1:]], device=reader.device))[0, 0]
+    return pd.DataFrame(rows, columns=["qid", "step", "named"])

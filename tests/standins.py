@@ -1,0 +1,126 @@
+"""Stand-ins for what the papers' profile reads: hub, ir_datasets, Terrier's index, runs and licensed collections; a
+training is two steps. For a copy of experiments alone, whose workplace.py installs them."""
+
+import dataclasses
+import datetime
+import json
+import re
+import typing
+import zlib
+from pathlib import Path
+
+import encoders
+import first_stages
+import ir_datasets
+import papers
+
+from pyterrier_lit.models import checkpoints
+from pyterrier_lit.training import distil
+
+TINY = Path(__file__).parent / "tiny"
+CHECKPOINTS = {  # names on the hub, and what is read in their place
+    r"webis/monoelectra|google/electra": TINY / "cross-encoder",
+    "castorini/LiT5-Distill": TINY / "lit5-distill",
+    "castorini/LiT5-Score|google/flan-t5": TINY / "lit5-score",
+    "liuqi6777/pe-rank": TINY / "pe-rank",
+}
+QUERIES = {"1": "water power", "2": "wind and light"}
+WORDS = ("water", "wind", "light", "power", "mills", "rivers", "turbines", "stones", "the", "of")
+DOCS = {f"d{i}": " ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(1, 9)) for i in range(30)}
+QRELS = [("1", "d3", 1), ("1", "d7", 1), ("2", "d4", 1)]
+
+
+def install() -> None:
+    """Into the running process."""
+    import pyterrier_lit.models.pe_checkpoint
+    import pyterrier_lit.reranker
+
+    def fetch(model, **options):
+        standin = next((folder for name, folder in CHECKPOINTS.items() if re.match(name, str(model))), model)
+        return checkpoints.fetch(standin, **options)
+
+    for module in (pyterrier_lit.reranker, pyterrier_lit.models.pe_checkpoint):
+        module.fetch = fetch
+    load = ir_datasets.load
+    ir_datasets.load = lambda name: Dataset(load(name))
+    for name in ("splade", "dense", "LateInteraction"):
+        setattr(encoders, name, at_hand(getattr(encoders, name)))
+    first = first_stages.load
+    first_stages.load = lambda source, *rest: first(re.sub("^terrier:.*", "bm25:terrier", source), *rest)
+    train = distil.train
+
+    def short(objective, lists, recipe, settings, **options):
+        few, quiet = recipe.replace(steps=2, batch_size=2, micro_batch=1), dataclasses.replace(settings, verbose=False)
+        return train(objective, lists, few, quiet, **options)
+
+    distil.train = short
+
+
+def at_hand(encoder):
+    return lambda name: encoder("stand-in")
+
+
+class Dataset:
+    """A small collection in the classes of documents, queries and judgements that the real one has."""
+
+    def __init__(self, real):
+        self.real = real
+
+    def docs_iter(self):
+        return self.get_many_iter(DOCS)
+
+    def docs_store(self):
+        return self
+
+    def get_many_iter(self, ids):
+        return (made(self.real.docs_cls(), DOCS[i], doc_id=i) for i in ids)
+
+    def queries_iter(self):
+        return (made(self.real.queries_cls(), text, query_id=qid) for qid, text in QUERIES.items())
+
+    def qrels_iter(self):
+        kind = self.real.qrels_cls()
+        return (made(kind, "0", query_id=qid, doc_id=docno, relevance=label) for qid, docno, label in QRELS)
+
+
+def made(kind, text, **known):
+    """A named tuple whose texts are this one, and whose other fields are empty."""
+    empty = {str: text, bytes: text.encode(), int: 0, float: 0.0, datetime.datetime: datetime.datetime(2026, 1, 1)}
+    kinds = {name: typing.get_origin(of) or of for name, of in kind.__annotations__.items()}
+    return kind(**({name: empty.get(of, None if of is typing.Union else ()) for name, of in kinds.items()} | known))
+
+
+def lay_out(data: Path) -> None:
+    """The runs and folders that the profiles look for in `data`, those that stand nowhere."""
+    import profiles
+
+    paper, runs = profiles.paper(), profiles.runs()
+    comparisons = [*paper.trec_dl, *paper.beir, *paper.tirex, *runs.trec_dl, *runs.beir]
+    collections = [where for comparison in comparisons for where in comparison.collections.values()]
+    questions, distillation = paper.open_questions, paper.distillation
+    collections += [*questions["qa"].values(), *questions["further"].values(), questions["collection"]]
+    collections += [distillation["train"], *distillation["test"].values()]
+    files = [*(stage for where in collections for stage in where.first_stages.values()), distillation["teacher"]]
+    files += [teacher for teacher in questions["teachers"].values() if isinstance(teacher, str)]
+    sources = [where.source for where in collections]
+    for run in {*files, str(data / "runs" / "dl19.bm25.rankvicuna.txt")}:
+        if str(data) in str(Path(run).absolute()) and run.endswith(".txt"):
+            order = sorted(DOCS, key=lambda docno, run=run: zlib.crc32(f"{docno} {run}".encode()))
+            lines = [f"{qid} Q0 {docno} {i} {-i} x\n" for qid in QUERIES for i, docno in enumerate(order, 1)]
+            Path(run).parent.mkdir(parents=True, exist_ok=True)
+            Path(run).write_text("".join(lines))
+    for source in {source for source in sources if str(data) in str(Path(source).absolute())}:
+        qrels = "".join(f"{qid} 0 {docno} {label}\n" for qid, docno, label in QRELS)
+        if ".qrels." in source:
+            Path(source).write_text(qrels)
+            continue
+        folder = Path(source)
+        folder.mkdir(parents=True, exist_ok=True)
+        docs = [json.dumps({"docno": docno, "text": text, "title": "T"}) + "\n" for docno, text in DOCS.items()]
+        (folder / "docs.jsonl").write_text("".join(docs))
+        (folder / "queries.tsv").write_text("".join(f"{qid}\t{text}\n" for qid, text in QUERIES.items()))
+        (folder / "qrels.txt").write_text(qrels)
+
+
+if __name__ == "__main__":
+    lay_out((papers.HERE / "data").absolute())
