@@ -357,7 +357,7 @@ CHECKS = [  # name, which checkpoints by a regular expression, the check, what i
     ("names of weights", "LiT5", weight_names),
     ("loads", "", loads),
     ("window and stride", r"LiT5-Distill-\w+-v2$", window, 100, 50),
-    ("window and stride", r"LiT5-Distill-\w+(?<!v2)$", window, 20, 10),
+    ("window and stride", r"LiT5-Distill-\w+$", window, 20, 10),
     ("known scores", "webis/monoelectra-base$", scores, 1e-3),
     ("tokens a query", "pe-rank", tokens),
     ("ten passages", "", ten_passages),

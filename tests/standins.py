@@ -4,6 +4,7 @@ training is two steps. For a copy of experiments alone, whose workplace.py insta
 import dataclasses
 import datetime
 import json
+import os
 import re
 import typing
 import zlib
@@ -26,7 +27,8 @@ CHECKPOINTS = {  # names on the hub, and what is read in their place
 }
 QUERIES = {"1": "water power", "2": "wind and light"}
 WORDS = ("water", "wind", "light", "power", "mills", "rivers", "turbines", "stones", "the", "of")
-DOCS = {f"d{i}": " ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(1, 9)) for i in range(30)}
+N = int(os.environ.get("STANDIN_DOCUMENTS", "30"))
+DOCS = {f"d{i}": " ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(1, 9)) for i in range(N)}
 QRELS = [("1", "d3", 1), ("1", "d7", 1), ("2", "d4", 1)]
 
 
@@ -90,37 +92,36 @@ def made(kind, text, **known):
     return kind(**({name: empty.get(of, None if of is typing.Union else ()) for name, of in kinds.items()} | known))
 
 
-def lay_out(data: Path) -> None:
-    """The runs and folders that the profiles look for in `data`, those that stand nowhere."""
+def lay_out() -> None:
+    """The runs and folders that the profiles look for and that stand nowhere."""
     import profiles
 
     paper, runs = profiles.paper(), profiles.runs()
-    comparisons = [*paper.trec_dl, *paper.beir, *paper.tirex, *runs.trec_dl, *runs.beir]
-    collections = [where for comparison in comparisons for where in comparison.collections.values()]
     questions, distillation = paper.open_questions, paper.distillation
+    comparisons = [*paper.trec_dl, *paper.beir, *paper.tirex, *runs.trec_dl, *runs.beir, *runs.tirex]
+    collections = [where for comparison in comparisons for where in comparison.collections.values()]
     collections += [*questions["qa"].values(), *questions["further"].values(), questions["collection"]]
     collections += [distillation["train"], *distillation["test"].values()]
     files = [*(stage for where in collections for stage in where.first_stages.values()), distillation["teacher"]]
     files += [teacher for teacher in questions["teachers"].values() if isinstance(teacher, str)]
-    sources = [where.source for where in collections]
-    for run in {*files, str(data / "runs" / "dl19.bm25.rankvicuna.txt")}:
-        if str(data) in str(Path(run).absolute()) and run.endswith(".txt"):
-            order = sorted(DOCS, key=lambda docno, run=run: zlib.crc32(f"{docno} {run}".encode()))
-            lines = [f"{qid} Q0 {docno} {i} {-i} x\n" for qid in QUERIES for i, docno in enumerate(order, 1)]
-            Path(run).parent.mkdir(parents=True, exist_ok=True)
-            Path(run).write_text("".join(lines))
-    for source in {source for source in sources if str(data) in str(Path(source).absolute())}:
-        qrels = "".join(f"{qid} 0 {docno} {label}\n" for qid, docno, label in QRELS)
+    files += [str(papers.RUNS[0] / "dl19.bm25.rankvicuna.txt")]
+    for file in {file for file in files if file.endswith(".txt") and not Path(file).exists()}:
+        order = sorted(DOCS, key=lambda docno, file=file: zlib.crc32(f"{docno} {file}".encode()))
+        lines = [f"{qid} Q0 {docno} {i} {-i} x\n" for qid in QUERIES for i, docno in enumerate(order, 1)]
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text("".join(lines))
+    qrels = "".join(f"{qid} 0 {docno} {label}\n" for qid, docno, label in QRELS)
+    docs = [json.dumps({"docno": docno, "text": text, "title": "T"}) + "\n" for docno, text in DOCS.items()]
+    for source in {where.source for where in collections if not where.source.startswith("irds:")}:
         if ".qrels." in source:
             Path(source).write_text(qrels)
             continue
         folder = Path(source)
         folder.mkdir(parents=True, exist_ok=True)
-        docs = [json.dumps({"docno": docno, "text": text, "title": "T"}) + "\n" for docno, text in DOCS.items()]
         (folder / "docs.jsonl").write_text("".join(docs))
         (folder / "queries.tsv").write_text("".join(f"{qid}\t{text}\n" for qid, text in QUERIES.items()))
         (folder / "qrels.txt").write_text(qrels)
 
 
 if __name__ == "__main__":
-    lay_out((papers.HERE / "data").absolute())
+    lay_out()

@@ -35,13 +35,14 @@ def test_a_notebook_runs_with_stand_ins_for_hub_and_collections(path, profile, t
     """Every cell, in a copy of experiments whose first import puts the stand-ins of standins.py in."""
     if profile == "runs" and path.stem not in ("trec_dl", "beir", "tirex"):
         pytest.skip("is as in the small profile")
-    folder = tmp_path / "experiments"
+    folder = tmp_path / "repository" / "experiments"
     shutil.copytree(run_notebooks.HERE, folder, ignore=shutil.ignore_patterns("tiny", "results", "data"))
     (folder / "tiny").symlink_to(run_notebooks.HERE / "tiny")
     shutil.copy(ROOT / "tests" / "standins.py", folder)
     with open(folder / "workplace.py", "a", encoding="utf-8") as workplace:
         workplace.write("\nimport standins\n\nstandins.install()\n")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    documents = "200" if path.stem == "scaling" else "30"  # it asks queries with a hundred passages
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "STANDIN_DOCUMENTS": documents}
     subprocess.run([sys.executable, folder / "standins.py"], cwd=folder, env=environment, check=True)
     command = [
         sys.executable,
