@@ -92,6 +92,7 @@ def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained checkpoint")
 
     def run(arguments: argparse.Namespace) -> None:
+        from pyterrier_lit.training import StoredRun
         from pyterrier_lit.training.data import as_frame, read_qa, read_qrels, read_teacher
 
         if (arguments.valid is None) != (arguments.valid_labels is None):
@@ -99,6 +100,7 @@ def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
         if arguments.model is not None and arguments.backbone is not None:
             parser.error("--model is trained further, --backbone from its beginning; give one of them")
         check_training(parser, arguments)
+        frame: Any
         if arguments.answers:
             frame = read_qa(arguments.input)
         elif (
@@ -109,6 +111,8 @@ def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
             taught = read_teacher(arguments.input, arguments.teacher)
             frame = taught.assign(rank=taught["shown"])[taught["shown"] < (arguments.depth or len(taught))]
             arguments.teacher = None if arguments.labels or arguments.passages else taught
+        elif arguments.topics is not None and arguments.documents is not None:
+            frame = StoredRun(arguments.input, arguments.topics, arguments.documents, depth=arguments.depth)
         else:
             frame = as_frame(candidates(parser, arguments, arguments.input)())
         validation = as_frame(candidates(parser, arguments, arguments.valid)()) if arguments.valid else None

@@ -219,7 +219,7 @@ def lay_out(folder):
     write_jsonl(folder / "retrieve_results_dl19_top100.jsonl", asked)
     for name in ("docs.jsonl.gz", "FOLDER/docs.jsonl.gz"):
         write_jsonl(folder / name, docs)
-    for name in ("bm25.txt", "rankzephyr.run", "FOLDER/run.txt"):
+    for name in ("bm25.txt", "rankzephyr.run", "rankzephyr.run.gz", "colbert.run.gz", "FOLDER/run.txt"):
         (folder / name).write_text(run)
     for name in ("queries.tsv", "FOLDER/queries.tsv"):
         (folder / name).write_text("".join(f"{qid}\t{query}\n" for qid, query in QUERIES.items()))

@@ -65,6 +65,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "training.losses": set(),
     "training.lora": set(),
     "training.data": {"files.candidates", "files.lines", "files.teachers", "frames"},
+    "training.stored": {"files.candidates", "frames", "training.data"},
     "training.trainer": {"models.devices"},
     # First floor: what every reranker is
     "reranker": {"frames", "models.checkpoints", "models.devices", "models.hub"},
@@ -75,8 +76,8 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     # Third floor: what works with a reranker
     "files.rerankers": {"models.devices", "reranker"},
     "files.tirex": {"files.candidates", "files.runs", "models.devices", "reranker"},
-    "training": {"training.data", "training.distil"},
-    "training.distil": {"frames", "reranker", "training.data", "training.trainer"},
+    "training": {"training.data", "training.distil", "training.stored"},
+    "training.distil": {"frames", "reranker", "training.data", "training.stored", "training.trainer"},
     "training.fid": {"batching", "models.t5", "training.losses", "training.trainer"},
     **{
         f"training.{face}": {face, "batching", "decoding", "frames", "training.data", "training.fid", "training.losses"}
@@ -135,8 +136,8 @@ def test_pandas_stops_in_frames():
         nodes = [node for node in ast.walk(ast.parse(source(module))) if isinstance(node, ast.Import)]
         names = {alias.name for node in nodes for alias in node.names}
         assert module == "frames" or "numpy" not in names, module
-        # Targets stand beside frames in training.data; the others name the frame in a signature alone
-        known = ("frames", "training.data", "reranker", "scale", "training.distil")
+        # Targets stand beside frames in training.data and .stored; the others name the frame in a signature alone
+        known = ("frames", "training.data", "training.stored", "reranker", "scale", "training.distil")
         assert module in known or "pandas" not in names, module
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import pickle
 import random
@@ -210,6 +211,50 @@ def test_of_a_pe_rank_with_lora_adapters_and_projector_alone_learn_and_are_merge
     after = model.load().network.state_dict()
     assert after.keys() == before.keys()
     assert any(not torch.equal(after[name], before[name]) for name in after if "q_proj" in name)
+
+
+def test_lora_learns_the_same_with_gradient_checkpointing(pe_rank_of, with_vectors):
+    pytest.importorskip("peft", reason="needs peft, of the extra lora")
+    models = [pe_rank_of(), pe_rank_of()]
+    for model, checkpointing in zip(models, (False, True), strict=True):
+        Distil(model, checkpointing=checkpointing, **LORA | {"steps": 3}).fit(with_vectors)
+    plain, recomputed = (model.load().network.state_dict() for model in models)
+    before = pe_rank_of().load().network.state_dict()
+    for name in plain:
+        torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert any(not torch.equal(plain[name], before[name]) for name in plain if "q_proj" in name)
+
+
+def test_lora_in_bfloat16_freezes_the_weights_as_they_are_and_learns_in_float32(pe_rank_of, with_vectors):
+    pytest.importorskip("peft", reason="needs peft, of the extra lora")
+    model, seen = pe_rank_of(), {}
+    model.dtype = "bfloat16"
+    model.load().network.bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.load().network.state_dict().items()}
+    recipe = RankingRecipe(
+        **{k: v for k, v in LORA.items() if k not in QUIET}, checkpointing=True, precision="bfloat16"
+    )
+    objective = recipe.objective(model)
+    lists = objective.prepare(rankings(with_vectors.assign(target=-with_vectors["score"]), objective.column_sets))
+
+    def look():
+        seen.update({name: (p.dtype, p.requires_grad) for name, p in objective.network.named_parameters()})
+        return float(len(seen))
+
+    log = train(objective, lists, recipe, Settings(seed=1, every=3, verbose=False), validate=look)
+    learned = {name for name, (_, learns) in seen.items() if learns}
+    assert all("lora_" in name or name.startswith("projector.") for name in learned) and any(
+        "lora_" in n for n in learned
+    )
+    assert {seen[name][0] for name in learned} == {torch.float32}
+    assert {dtype for name, (dtype, learns) in seen.items() if not learns} == {torch.bfloat16}
+    after = model.load().network.state_dict()
+    assert after.keys() == before.keys() and {tensor.dtype for tensor in after.values()} <= {
+        torch.bfloat16,
+        torch.float32,
+    }
+    assert any(not torch.equal(after[name], before[name]) for name in after if "q_proj" in name)
+    assert all(math.isfinite(row["loss"]) for row in log if "loss" in row)
 
 
 @pytest.mark.parametrize("loss", cross_encoder.LOSSES)

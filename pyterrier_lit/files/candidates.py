@@ -67,8 +67,7 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
     Raises what `read_rerank_file` does, also for a qid or docno that topics or documents do not know.
     """
-    for rows in _queries(path, run_rows(path)):
-        best = _best_first(rows)[:depth]
+    for best in best_first(path, run_rows(path), depth):
         queries, texts = topics([best[0].qid]), documents([row.docno for row in best])
         if best[0].qid not in queries:
             raise ValueError(f"{best[0].where}: qid {best[0].qid!r} is not among the topics")
@@ -126,6 +125,11 @@ class Row(NamedTuple):
     score: float | None
     query: str = ""
     text: str = ""
+
+
+def best_first(path: Path, rows: Iterable[Row], depth: int | None = None) -> Iterator[list[Row]]:
+    """The first `depth` rows of each query of a file, best first, as `read_run` reads them; it says what is raised."""
+    return (_best_first(group)[:depth] for group in _queries(path, rows))
 
 
 def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:

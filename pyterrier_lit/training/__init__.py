@@ -2,5 +2,6 @@
 
 from pyterrier_lit.training.data import read_teacher
 from pyterrier_lit.training.distil import Distil, FineTune
+from pyterrier_lit.training.stored import StoredRun
 
-__all__ = ["Distil", "FineTune", "read_teacher"]
+__all__ = ["Distil", "FineTune", "StoredRun", "read_teacher"]

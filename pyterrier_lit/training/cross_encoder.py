@@ -21,7 +21,7 @@ from pyterrier_lit.frames import Ranking
 from pyterrier_lit.models.pair_encoder import PairCheckpoint
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.training import losses
-from pyterrier_lit.training.data import sample, uneven
+from pyterrier_lit.training.data import sample, take, uneven
 from pyterrier_lit.training.trainer import Objective, Recipe, enable_gradient_checkpointing
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
@@ -105,7 +105,7 @@ def sample_passages(text_field: str, recipe: PairRecipe, given: Ranking, rng: ra
     """Some passages of a list, as the recipe says."""
     passages, targets = given.columns[text_field], given.columns["target"]
     positions = sample(targets, recipe.n_passages, recipe.sampling, rng)
-    return Example(given.query, [passages[i] for i in positions], [targets[i] for i in positions])
+    return Example(given.query, take(passages, positions), [targets[i] for i in positions])
 
 
 def collate(student: CrossEncoder, examples: list[Example]) -> PairBatch:

@@ -10,7 +10,8 @@ import math
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,9 @@ def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "pa
     what: the passages, as the error calls them. Raises ValueError without qrels, for a label that is no finite number,
     and where none of the passages is judged relevant.
     """
-    if qrels is None:
-        raise ValueError(
-            "there are no labels to learn from: give fit(topics, qrels), or take Distil for a teacher's ranking"
-        )
-    labelled = _joined(frame, qrels, "label", "the qrels").fillna({"target": 0})
+    labelled = _joined(frame, label_values(qrels)).fillna({"target": 0})
     if not (labelled["target"] > 0).any():
-        raise ValueError(
-            f"none of the {len(frame)} {what} is judged relevant in the qrels ({len(qrels)} rows): check that qids and"
-            " docnos are of one collection"
-        )
+        raise none_relevant(len(frame), what)
     return labelled
 
 
@@ -59,21 +53,27 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
         return frame.assign(target=[-float(place) for place in places(frame)])
     if isinstance(teacher, str | Path):
         teacher = read_run(teacher)
-    run = teacher if isinstance(teacher, pd.DataFrame) else teacher.transform(frame)
-    if "score" not in run and "rank" in run:
-        run = run.assign(score=-numbers(run, "rank").to_numpy())
-    joined = _joined(frame, run, "score", "the teacher's ranking")
+    joined = _joined(frame, score_values(teacher if isinstance(teacher, pd.DataFrame) else teacher.transform(frame)))
     left = joined.dropna(subset="target")
-    if left.empty:
-        raise ValueError(
-            f"the teacher ranks none of the {len(frame)} passages: check that qids and docnos are of one collection"
-        )
-    if len(left) < len(joined):
-        warnings.warn(
-            f"{len(joined) - len(left)} of {len(joined)} passages are not in the teacher's ranking and are left out",
-            stacklevel=2,
-        )
+    check_ranked(len(left), len(joined))
     return left
+
+
+def none_relevant(n: int, what: str = "passages") -> ValueError:
+    """The error for n passages of which the qrels judge none relevant."""
+    return ValueError(
+        f"none of the {n} {what} is judged relevant in the qrels: check that qids and docnos are of one collection"
+    )
+
+
+def check_ranked(ranked: int, n: int) -> None:
+    """ValueError where a teacher ranks none of n passages, a warning where not all."""
+    if not ranked:
+        raise ValueError(
+            f"the teacher ranks none of the {n} passages: check that qids and docnos are of one collection"
+        )
+    if ranked < n:
+        warnings.warn(f"{n - ranked} of {n} passages are not in the teacher's ranking and are left out", stacklevel=3)
 
 
 def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
@@ -159,9 +159,48 @@ def window(
     return shown, sorted(range(size), key=lambda position: -targets[shown[position]])
 
 
-def uneven(lists: Sequence[Ranking]) -> list[Ranking]:
+class Lists(Sequence[Ranking]):
+    """Those of some lists that stand at these positions."""
+
+    def __init__(self, lists: Sequence[Ranking], positions: Iterable[int]):
+        self.lists, self.positions = lists, array("q", positions)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, i: Any) -> Any:
+        return Lists(self.lists, self.positions[i]) if isinstance(i, slice) else self.lists[self.positions[i]]
+
+
+def uneven(lists: Sequence[Ranking]) -> Lists:
     """The lists with at least two different targets: from the others no order can be learned."""
-    return [given for given in lists if len(set(given.columns["target"])) > 1]
+    return Lists(lists, (i for i, given in enumerate(lists) if len(set(given.columns["target"])) > 1))
+
+
+class Texts(Sequence[str]):
+    """A column whose values are looked up when they are asked for, by the docnos of a query's passages."""
+
+    def __init__(self, look_up: Callable[[str, list[str]], list[str]], qid: str, docnos: list[str]):
+        self.look_up, self.qid, self.docnos = look_up, qid, docnos
+
+    def __len__(self) -> int:
+        return len(self.docnos)
+
+    def __getitem__(self, i: Any) -> Any:
+        return take(self, [i])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(take(self, range(len(self))))
+
+    def __repr__(self) -> str:
+        return "texts of the docnos"
+
+
+def take(column: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    """The values of a column at these positions, with one look-up where it is looked up."""
+    if isinstance(column, Texts):
+        return column.look_up(column.qid, [column.docnos[i] for i in positions])
+    return [column[i] for i in positions]
 
 
 def read_run(path: str | Path) -> pd.DataFrame:
@@ -174,27 +213,7 @@ def read_run(path: str | Path) -> pd.DataFrame:
     Raises ValueError, with the line, for one without qid, docno, or both score and rank, and for numbers that are none.
     """
     path = Path(path).expanduser()
-    if path.suffix == ".parquet":
-        table = pd.read_parquet(path).astype("object")
-        records = table.where(table.notna(), None).to_dict("records")
-        rows = [_ranked(f"{path}, row {i}", {str(k): v for k, v in row.items()}) for i, row in enumerate(records, 1)]
-    elif {".jsonl", ".json"} & set(path.suffixes):
-        _, first = next(objects(path), ("", {}))
-        if SHAPES & first.keys():
-            raise ValueError(
-                f"{path} is teacher data with its passages; read it by read_teacher, and fit on that frame"
-            )
-        if "final_list" in first:
-            rows = [row for where, record in objects(path) for row in _permuted(where, record)]
-        elif LISTS & first.keys():
-            listed = as_frame(read_rerank_file(path)).to_dict("records")
-            rows = [
-                {"where": path, "score": None} | {str(name): value for name, value in row.items()} for row in listed
-            ]
-        else:
-            rows = [_ranked(where, record) for where, record in objects(path)]
-    else:
-        rows = [{**row._asdict(), "query": None, "text": None} for row in run_rows(path)]
+    rows = list(run_records(path))
     basis = "score" if all(row["score"] is not None for row in rows) else "rank"
     lacking = next((row for row in rows if row[basis] is None), None)
     if lacking is not None or not rows:
@@ -206,6 +225,60 @@ def read_run(path: str | Path) -> pd.DataFrame:
     run = pt.model.add_ranks(run.sort_values("score", ascending=False, kind="stable")).sort_values(["qid", "rank"])
     kept = [c for c in ("qid", "query", "docno", "text", "score", "rank") if run[c].notna().any()]
     return run[kept].reset_index(drop=True)
+
+
+def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a run, one at a time, as they stand in a file that `read_run` reads: where, qid, docno, score, rank,
+    query and text, None for what there is not.
+
+    columns: those of these names that are read from a parquet file; None is all.
+    """
+    if path.suffix == ".parquet":
+        for number, record in enumerate(_parquet(path, columns), 1):
+            yield _ranked(f"{path}, row {number}", record)
+    elif {".jsonl", ".json"} & set(path.suffixes):
+        _, first = next(objects(path), ("", {}))
+        if SHAPES & first.keys():
+            raise ValueError(
+                f"{path} is teacher data with its passages; read it by read_teacher, and fit on that frame"
+            )
+        if "final_list" in first:
+            for where, record in objects(path):
+                yield from _permuted(where, record)
+        elif LISTS & first.keys():
+            for given in read_rerank_file(path):
+                for rank, (docno, text) in enumerate(zip(given.docnos, given.texts, strict=True)):
+                    row = {"where": str(path), "qid": given.qid, "docno": docno, "score": None, "rank": rank}
+                    yield row | {"query": given.query, "text": text}
+        else:
+            for where, record in objects(path):
+                yield _ranked(where, record)
+    else:
+        for line in run_rows(path):
+            yield line._asdict() | {"query": None, "text": None}
+
+
+def is_trec(path: Path) -> bool:
+    """Whether a run is in TREC's format, by its name: what is neither parquet nor JSON."""
+    return not {".parquet", ".jsonl", ".json"} & set(path.suffixes)
+
+
+def basis_of(path: Path) -> str:
+    """What a run's order follows from: "score" where all rows have one, as in TREC's files, else "rank"."""
+    if is_trec(path):
+        return "score"
+    return "score" if all(row["score"] is not None for row in run_records(path, ["qid", "docno", "score"])) else "rank"
+
+
+def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, a batch in memory at a time. A number that is none counts as missing."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        names = [name for name in file.schema_arrow.names if columns is None or NAMES.get(name, name) in columns]
+        for batch in file.iter_batches(columns=names):
+            for record in batch.to_pylist():
+                yield {name: None if value != value else value for name, value in record.items()}
 
 
 def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -306,11 +379,26 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text", "rank"])
 
 
-def _joined(frame: pd.DataFrame, given: pd.DataFrame, column: str, who: str) -> pd.DataFrame:
-    """The frame with the targets that a column of other rows gives its passages, NaN where there is none.
+def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]:
+    """The labels of qrels, each with its qid and docno. Raises ValueError without qrels, and what `_values` raises."""
+    if qrels is None:
+        raise ValueError(
+            "there are no labels to learn from: give fit(topics, qrels), or take Distil for a teacher's ranking"
+        )
+    return _values(qrels, "label", "the qrels")
 
-    Keys are compared as text; of a passage that stands twice the first row counts. ValueError for a column that is
-    missing, for a row without qid or docno, and for a target that is not finite.
+
+def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
+    """The scores of a teacher's run, or where it has only ranks their negative. Raises what `_values` raises."""
+    if "score" not in run and "rank" in run:
+        run = run.assign(score=-numbers(run, "rank").to_numpy())
+    return _values(run, "score", "the teacher's ranking")
+
+
+def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
+    """A column of numbers, each with its qid and docno as text.
+
+    ValueError for a column that is missing, for a row without qid or docno, and for a number that is not finite.
     """
     missing = [name for name in (*KEY, column) if name not in given]
     if missing:
@@ -318,7 +406,6 @@ def _joined(frame: pd.DataFrame, given: pd.DataFrame, column: str, who: str) -> 
             f"no column {missing[0]!r} in {who}, which has {', '.join(map(str, given.columns))}; wanted qid, docno and"
             f" {column}"
         )
-    value_of: dict[tuple[str, str], float] = {}
     for qid, docno, target in zip(given["qid"], given["docno"], numbers(given, column), strict=True):
         if pd.isna(qid) or pd.isna(docno):
             raise ValueError(
@@ -327,6 +414,16 @@ def _joined(frame: pd.DataFrame, given: pd.DataFrame, column: str, who: str) -> 
             )
         if not math.isfinite(target):
             raise ValueError(f"no number for qid {qid!r}, docno {docno!r} in {who}, but {target}")
-        value_of.setdefault((str(qid), str(docno)), float(target))
+        yield str(qid), str(docno), float(target)
+
+
+def _joined(frame: pd.DataFrame, values: Iterable[tuple[str, str, float]]) -> pd.DataFrame:
+    """The frame with targets from the values of qids and docnos, NaN where there is none.
+
+    Keys are compared as text; of a passage that stands twice the first value counts.
+    """
+    value_of: dict[tuple[str, str], float] = {}
+    for qid, docno, target in values:
+        value_of.setdefault((qid, docno), target)
     found = [value_of.get((str(qid), str(docno))) for qid, docno in zip(frame["qid"], frame["docno"], strict=True)]
     return frame.assign(target=pd.Series(found, index=frame.index, dtype="float64"))

@@ -9,9 +9,11 @@ import copy
 import dataclasses
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +25,10 @@ import pyterrier as pt
 from pyterrier_lit.frames import Ranking, rankings
 from pyterrier_lit.reranker import Reranker, representation
 from pyterrier_lit.training.data import Teacher, digest, judgements, with_labels, with_teacher
+from pyterrier_lit.training.stored import StoredLists, StoredRun
 from pyterrier_lit.training.trainer import MEASURE, Log, Objective, Recipe, Settings, train
 
+Given = pd.DataFrame | StoredRun  # what is learned from
 FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings))
 
 
@@ -72,8 +76,8 @@ class Training(pt.Estimator):
         """The name of the recipe that is taken when none is named, from the student's training module."""
         raise NotImplementedError
 
-    def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
-        """The frame with a target for each passage."""
+    def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
+        """The frame or stored run with a target for each passage."""
         raise NotImplementedError
 
     def chosen_recipe(self) -> Recipe:
@@ -99,29 +103,36 @@ class Training(pt.Estimator):
 
     def fit(
         self,
-        topics_or_res_tr: pd.DataFrame,
+        topics_or_res_tr: Given,
         qrels_tr: pd.DataFrame | None = None,
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
         """Train the student on result frames with the columns that it reads, from the weights that it has: a second
-        `fit` goes on from the first. `log` then holds what was measured.
+        `fit` goes on from the first. `log` then holds what was measured. A StoredRun in place of the first frame
+        teaches what the frame of its rows would.
 
         With validation frames nDCG@10 is measured every `every` steps, as `pt.Experiment` does on these queries, and
         the student ends with the weights of the best measurement. Raises what `chosen_recipe`, `data.with_labels`,
-        `data.with_teacher`, `validation` and `trainer.train` raise, and ValueError where no list can be learned from.
+        `data.with_teacher`, `StoredRun`, `validation` and `trainer.train` raise, and ValueError where no list can be
+        learned from.
         """
         recipe, settings = self.chosen_recipe(), self.chosen_settings()
         measured_on = self.validation(topics_or_res_va, qrels_va)
         objective = recipe.objective(self.student)
-        frame = topics_or_res_tr
+        rows = topics_or_res_tr
         if any("target" in columns for columns in objective.column_sets):
-            frame = self.with_targets(frame, qrels_tr)
-        given = rankings(frame, objective.column_sets, context=self)
+            rows = self.with_targets(rows, qrels_tr)
+        given: Sequence[Ranking]
+        if isinstance(rows, StoredRun):
+            given = rows.lists(objective.column_sets, self.student.text_field)
+        else:
+            given = rankings(rows, objective.column_sets, context=self)
+        looked_up = given.some_texts() if isinstance(given, StoredLists) else []
         lists = objective.prepare(given)
         if not lists:
             raise ValueError(f"there is nothing to learn from in {len(given)} queries; {objective.wanted}")
-        described = self.described(given, measured_on) if settings.folder else {}
+        described = self.described(chain(given, looked_up), measured_on) if settings.folder else {}
         validate = partial(ndcg_at_10, self.student, *measured_on) if measured_on else None
         log = train(
             objective,
@@ -171,7 +182,7 @@ class Training(pt.Estimator):
         rankings(frame, self.student.column_sets(), context=self)
         return frame, judgements(frame, qrels)
 
-    def described(self, given: list[Ranking], measured_on: tuple[pd.DataFrame, pd.DataFrame] | None) -> dict[str, str]:
+    def described(self, given: Iterable[Any], measured_on: tuple[pd.DataFrame, pd.DataFrame] | None) -> dict[str, str]:
         """What a training has in common with itself when it is started again."""
         valid: list[Any] = []
         if measured_on:
@@ -215,9 +226,9 @@ class FineTune(Training):
         """Labels, or what else the recipe reads."""
         return "labels" if "target" in columns else "answers" if "answers" in columns else "the passages alone"
 
-    def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
-        """The frame with its labels."""
-        return with_labels(frame, qrels)
+    def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
+        """The frame or stored run with its labels."""
+        return given.labelled(qrels) if isinstance(given, StoredRun) else with_labels(given, qrels)
 
 
 class Distil(Training):
@@ -263,9 +274,11 @@ class Distil(Training):
             return "the order of a run"
         return f"the ranking of {_without_folders(repr(self.teacher))}"
 
-    def with_targets(self, frame: pd.DataFrame, qrels: pd.DataFrame | None) -> pd.DataFrame:
-        """The frame with the teacher's scores."""
-        return with_teacher(frame, self.teacher)
+    def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
+        """The frame or stored run with the teacher's scores."""
+        if isinstance(given, StoredRun):
+            return given.taught(self.teacher, self.student.text_field)
+        return with_teacher(given, self.teacher)
 
 
 def training_module(student: pt.Transformer) -> ModuleType:

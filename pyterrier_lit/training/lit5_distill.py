@@ -21,7 +21,7 @@ from pyterrier_lit.decoding import first_scores
 from pyterrier_lit.frames import Ranking
 from pyterrier_lit.lit5_distill import LiT5Distill, identifiers
 from pyterrier_lit.models.t5 import EOS, START, FiD, T5Checkpoint
-from pyterrier_lit.training.data import uneven, window
+from pyterrier_lit.training.data import take, uneven, window
 from pyterrier_lit.training.fid import FiDRecipe, decode, encode, set_dropout, text_loss
 from pyterrier_lit.training.losses import weighted_ranknet
 from pyterrier_lit.training.trainer import Objective, Recipe
@@ -56,7 +56,7 @@ class WindowRecipe(FiDRecipe):
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
-    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first"
+    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first"; the weight is that of FIRST's code
 }
 FINE_TUNE = DISTIL = "lit5-distill-v2"  # the recipe taken when none is named
 
@@ -91,7 +91,7 @@ def sample_window(
 ) -> OrderExample:
     """A window of some passages of a list."""
     shown, order = window(given.columns["target"], recipe.smallest, largest, recipe.shuffle, rng)
-    return OrderExample(given.query, [given.columns[text_field][i] for i in shown], order)
+    return OrderExample(given.query, take(given.columns[text_field], shown), order)
 
 
 class WindowBatch(NamedTuple):

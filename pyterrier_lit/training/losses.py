@@ -26,7 +26,8 @@ def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = N
         log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
         r_i = 1, 2, ... in the order of the targets                  the teacher's rank; ties by their positions
 
-    Source: FIRST, arXiv 2406.15657, section 3.2; a mean, where the paper prints a sum.
+    Source: FIRST, arXiv 2406.15657, section 3.2, which prints a sum, and its code, which takes the mean over the pairs
+    of each list.
     """
     inside = _inside(scores, mask)
     rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)

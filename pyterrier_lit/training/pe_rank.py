@@ -26,7 +26,7 @@ from pyterrier_lit.frames import Ranking
 from pyterrier_lit.models.pe_checkpoint import PERankCheckpoint
 from pyterrier_lit.models.pe_prompts import RANK, Prompter
 from pyterrier_lit.pe_rank import PERank
-from pyterrier_lit.training.data import uneven, window
+from pyterrier_lit.training.data import take, uneven, window
 from pyterrier_lit.training.lora import adapted
 from pyterrier_lit.training.losses import list_kl, list_mle
 from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_of, enable_gradient_checkpointing
@@ -221,7 +221,7 @@ class EmbeddedRanking(NamedTuple):
     """A list to learn from: its query, its passages' texts, their rows among the vectors of all, and their targets."""
 
     query: str
-    texts: list[str]  # none where the student has no use for them
+    texts: Sequence[str]  # none where the student has no use for them
     rows: list[int]
     targets: list[float]
     vectors: torch.Tensor  # (D, d), of all passages of all lists
@@ -283,7 +283,7 @@ def sample_window(
     shown, order = window(given.targets, recipe.smallest or largest, largest, recipe.shuffle, rng)
     texts: list[list[str | None]] = [[None] * len(shown)]
     if recipe.text_weight:
-        texts.append([given.texts[i] for i in shown])
+        texts.append(take(given.texts, shown))
     answer = RANK * len(shown)
     prompts = [prompter.answered(prompter.messages(given.query, view), answer)[0] for view in texts]
     if len(prompts[-1]) > recipe.max_length:

@@ -18,7 +18,7 @@ from pyterrier_lit.frames import Ranking
 from pyterrier_lit.models.pe_prompts import TextPrompter
 from pyterrier_lit.models.text_lm import TextCheckpoint
 from pyterrier_lit.rank_mistral import RankMistral
-from pyterrier_lit.training.data import uneven, window
+from pyterrier_lit.training.data import take, uneven, window
 from pyterrier_lit.training.trainer import Objective, Recipe, device_of, enable_gradient_checkpointing
 
 
@@ -79,7 +79,7 @@ def sample_window(
     """A window of some passages of a list. Raises ValueError where its prompt is too long."""
     largest = recipe.largest or size
     shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
-    texts = [given.columns[text_field][i] for i in shown]
+    texts = take(given.columns[text_field], shown)
     ids, start = prompter.answered(prompter.messages(given.query, texts), prompter.answer(order))
     if len(ids) > recipe.max_length:
         raise ValueError(

@@ -1,0 +1,324 @@
+"""A stored run as training data, for runs that no frame could hold: some bytes a row, texts when a batch is made.
+
+What is held of a row is its docno and its target; of a query its qid, its text and where its rows begin. A list of the
+run is the list that the result frame with the same rows gives, so that a student learns the same from both.
+"""
+
+import math
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyterrier as pt
+
+from pyterrier_lit.files.candidates import ID, Lookup, Row, best_first, documents, run_rows
+from pyterrier_lit.files.candidates import topics as topics_in
+from pyterrier_lit.frames import ColumnSets, Ranking, whole
+from pyterrier_lit.training.data import (
+    Teacher,
+    Texts,
+    basis_of,
+    check_ranked,
+    is_trec,
+    label_values,
+    none_relevant,
+    run_records,
+    score_values,
+)
+
+SHOWN = 20_000  # passages that a teacher is given together
+LOOKED_AT = 100  # lists whose texts are looked up before the first step
+COLUMNS = ("qid", "docno", "score", "rank")
+
+Values = Iterable[tuple[str, str, float]]
+
+
+class StoredRun:
+    """A run in a file and where its texts are, which `fit` takes in place of a result frame::
+
+        Distil(student, "rankzephyr.run.gz").fit(StoredRun("colbert.run.gz", topics, dataset, depth=100))
+
+    Args:
+        path: a TREC run, a parquet file or JSON lines, perhaps compressed (.gz), with the rows of a query together.
+            Best is the lowest rank, and among equal ranks the highest score.
+        topics: the text of each query: a frame with qid and query, a mapping, or a file (`qid tab query`, or lines
+            {qid, query} of .jsonl[.gz]).
+        texts: the text of each docno: a text loader, what has one (a dataset, an index), a document store of
+            ir_datasets, a mapping, or a file (`docno tab text`, or lines {docno, text} of .jsonl[.gz]). Of what a
+            loader adds, the student's `text_field` is read.
+        depth: the first so many passages of each query; None is all.
+
+    The file is read once. Raises OSError when it cannot be read, and ValueError for a file without rows, for what is no
+    run, for a query that stands at two places or has a passage twice, and for one that the topics do not know, each
+    with its line. A passage that the texts do not hold is named with its qid: of a hundred queries before the first
+    step, else when it is drawn.
+    """
+
+    def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
+        self.path, self.texts = Path(path).expanduser(), texts
+        self.qids, self.queries, self.docnos = Strings(), Strings(), Strings()
+        self.starts = array("q", [0])  # where the rows of each query begin, and their number
+        self.targets: array[float] | None = None  # of each row, nan where there is none
+        ask = queries_of(topics)
+        for rows in best_first(self.path, rows_in(self.path), depth):
+            query = ask([rows[0].qid]).get(rows[0].qid)
+            if not isinstance(query, str):
+                raise ValueError(f"{rows[0].where}: qid {rows[0].qid!r} has no query among the topics, but {query!r}")
+            self.qids.append(rows[0].qid)
+            self.queries.append(whole(query))
+            self.docnos.append(" ".join(row.docno for row in rows))
+            self.starts.append(self.starts[-1] + len(rows))
+
+    def _rows(self) -> Iterator[Row]:
+        for row in run_records(self.path, COLUMNS):
+            if not ID.fullmatch(row["docno"]):
+                raise ValueError(
+                    f"{row['where']} has docno {row['docno']!r}; a stored run wants one without white space"
+                )
+            yield Row(row["where"], row["qid"], row["docno"], row["rank"], row["score"])
+
+    def __len__(self) -> int:
+        """The number of passages, over all queries."""
+        return self.starts[-1]
+
+    def __repr__(self) -> str:
+        return f"StoredRun({str(self.path)!r}: {len(self.qids)} queries, {len(self)} passages)"
+
+    def docnos_of(self, query: int) -> list[str]:
+        """The docnos of the query of that number, best first."""
+        docnos: str = self.docnos[query]
+        return docnos.split(" ")
+
+    def labelled(self, qrels: pd.DataFrame | None) -> "StoredRun":
+        """The same with labels as targets, as `data.with_labels` gives them to a frame."""
+        targets = self._joined(label_values(qrels), missing=0.0)
+        if not any(target > 0 for target in targets):
+            raise none_relevant(len(self))
+        return self._with(targets)
+
+    def taught(self, teacher: Teacher, text_field: str) -> "StoredRun":
+        """The same with a teacher's scores as targets, as `data.with_teacher` gives them to a frame.
+
+        A transformer is shown some thousand passages at a time, with their texts in the column `text_field`.
+        """
+        if teacher is None:
+            lengths = (end - start for start, end in pairwise(self.starts))
+            return self._with(array("d", (-float(place) for length in lengths for place in range(length))))
+        scores: Values
+        if isinstance(teacher, str | Path):
+            scores = scores_in(Path(teacher).expanduser())
+        elif isinstance(teacher, pd.DataFrame):
+            scores = score_values(teacher)
+        else:
+            scores = self._asked(teacher, text_field)
+        targets = self._joined(scores, missing=math.nan)
+        check_ranked(sum(target == target for target in targets), len(self))
+        return self._with(targets)
+
+    def lists(self, column_sets: ColumnSets, text_field: str) -> "StoredLists":
+        """The lists that a student reads: those that `frames.rankings` gives of a frame with the same rows.
+
+        Raises ValueError where each of the column sets has a column that a run has not.
+        """
+        held = {text_field, "target"}
+        columns = next((columns for columns in column_sets if columns.keys() <= held), None)
+        if columns is None:
+            wanted = " or ".join(", ".join(columns) for columns in column_sets)
+            raise ValueError(f"this recipe reads {wanted}, and a stored run has texts alone; fit it on a result frame")
+        return StoredLists(
+            self, text_field if text_field in columns else None, look_up(self.texts, text_field, self.path)
+        )
+
+    def _with(self, targets: "array[float]") -> "StoredRun":
+        run = copy(self)
+        run.targets = targets
+        return run
+
+    def _joined(self, values: Values, missing: float) -> "array[float]":
+        """The value of each row. Of a passage that stands twice the first counts."""
+        found, number_of = array("d", [math.nan]) * len(self), {qid: i for i, qid in enumerate(self.qids)}
+        last, row_of = None, dict[str, int]()
+        for qid, docno, value in values:
+            if qid != last:
+                query = number_of.get(qid)
+                docnos = [] if query is None else self.docnos_of(query)
+                last, row_of = (
+                    qid,
+                    {docno: i for i, docno in enumerate(docnos, 0 if query is None else self.starts[query])},
+                )
+            row = row_of.pop(docno, None)
+            if row is not None and found[row] != found[row]:
+                found[row] = value
+        return found if missing != missing else array("d", (missing if v != v else v for v in found))
+
+    def _asked(self, teacher: pt.Transformer, text_field: str) -> Values:
+        """The scores that a transformer gives all passages."""
+        lists, rows = self.lists([{text_field: str}], text_field), list[dict[str, Any]]()
+        for i, given in enumerate(lists):
+            passages = zip(given.columns["docno"], given.columns[text_field], strict=True)
+            rows += [
+                {"qid": given.qid, "query": given.query, "docno": docno, text_field: text, "rank": rank}
+                for rank, (docno, text) in enumerate(passages)
+            ]
+            if len(rows) >= SHOWN or i == len(lists) - 1:
+                yield from score_values(teacher.transform(pd.DataFrame(rows)))
+                rows = []
+
+
+class StoredLists(Sequence[Ranking]):
+    """The lists of a stored run. What is asked for is made anew each time.
+
+    They stand as those of a frame do, where a query comes as early as its best passage: where a teacher left out the
+    first passages of a query, it comes after those that kept them. Without any passage it is no list.
+
+    text_field: the column of the texts, None where they are not read. look_up: qid, docnos -> the text of each.
+    """
+
+    def __init__(self, run: StoredRun, text_field: str | None, look_up: Callable[[str, list[str]], list[str]]):
+        self.run, self.text_field, self.look_up = run, text_field, look_up
+        first = array("q", map(self._first, range(len(run.qids))))
+        self.order = array("q", sorted((i for i, place in enumerate(first) if place >= 0), key=first.__getitem__))
+
+    def _first(self, query: int) -> int:
+        """The place of the first passage of a query that has a target, -1 where none has."""
+        start, targets = self.run.starts[query], self.run.targets
+        if targets is None:
+            return 0
+        return next(
+            (row - start for row in range(start, self.run.starts[query + 1]) if targets[row] == targets[row]), -1
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: Any) -> Any:
+        i = self.order[i]
+        qid, docnos, columns = self.run.qids[i], self.run.docnos_of(i), dict[str, Any]()
+        if self.run.targets is not None:
+            targets = self.run.targets[self.run.starts[i] : self.run.starts[i + 1]].tolist()
+            docnos = [docno for docno, target in zip(docnos, targets, strict=True) if target == target]
+            columns["target"] = [target for target in targets if target == target]
+        if self.text_field is not None:
+            columns[self.text_field] = Texts(self.look_up, qid, docnos)
+        return Ranking(qid, self.run.queries[i], columns | {"docno": docnos})
+
+    def some_texts(self) -> list[list[str]]:
+        """The texts of a hundred lists that lie evenly in the run. Raises ValueError for one that there is not."""
+        some = range(0, len(self), max(len(self) // LOOKED_AT, 1))
+        return [] if self.text_field is None else [list(self[i].columns[self.text_field]) for i in some]
+
+
+class Strings(Sequence[str]):
+    """Many texts one behind the other in memory, which takes their bytes and eight more for each."""
+
+    def __init__(self) -> None:
+        self.bytes, self.ends = bytearray(), array("q")
+
+    def append(self, text: str) -> None:
+        self.bytes += text.encode()
+        self.ends.append(len(self.bytes))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: Any) -> Any:
+        i = range(len(self))[i]
+        return self.bytes[self.ends[i - 1] if i else 0 : self.ends[i]].decode()
+
+
+def rows_in(path: Path) -> Iterator[Row]:
+    """The rows of a run in a file. ValueError for a docno with white space."""
+    if is_trec(path):
+        yield from run_rows(path)
+        return
+    for row in run_records(path, COLUMNS):
+        if not ID.fullmatch(row["docno"]):
+            raise ValueError(f"{row['where']} has docno {row['docno']!r}; a stored run wants one without white space")
+        yield Row(row["where"], row["qid"], row["docno"], row["rank"], row["score"])
+
+
+def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
+    """The scores of the rows of a run in a file, or where one has none the negative ranks of all, as `data.read_run`
+    reads them."""
+    basis, row = basis_of(path), None
+    for row in rows_in(path):
+        value = row.score if basis == "score" else row.rank
+        if value is None:
+            break
+        yield row.qid, row.docno, value if basis == "score" else -value
+    else:
+        if row is not None:
+            return
+    where = row.where if row else path
+    raise ValueError(f"{where} has no score or rank; wanted qid, docno, and all with a score or all with a rank")
+
+
+def queries_of(topics: Any) -> Lookup:
+    """How the text of a query is found by its qid. TypeError for topics of another kind than StoredRun takes."""
+    if isinstance(topics, str | Path):
+        return topics_in(str(topics))
+    if isinstance(topics, pd.DataFrame) and {"qid", "query"} <= set(topics.columns):
+        topics = dict(zip(topics["qid"].astype("str"), topics["query"], strict=True))
+    if isinstance(topics, Mapping):
+        return partial(_known, topics)
+    raise TypeError(f"topics={type(topics).__name__}; wanted a frame with qid and query, a mapping, or a file")
+
+
+def look_up(texts: Any, column: str, run: Path) -> Callable[[str, list[str]], list[str]]:
+    """How the texts of docnos of a query are found. TypeError for texts of another kind than StoredRun takes.
+
+    column: where a text loader puts them. The function raises ValueError for a docno that has none.
+    """
+    if isinstance(texts, str | Path):
+        find = documents(str(texts))
+    elif isinstance(texts, pt.Transformer) or hasattr(texts, "text_loader"):
+        find = partial(_loaded, texts if isinstance(texts, pt.Transformer) else texts.text_loader(), column)
+    elif hasattr(texts, "docs_store") or hasattr(texts, "get_many_iter"):
+        find = partial(_in_store, texts.docs_store() if hasattr(texts, "docs_store") else texts)
+    elif isinstance(texts, Mapping):
+        find = partial(_known, texts)
+    else:
+        raise TypeError(
+            f"texts={type(texts).__name__}; wanted a text loader, a dataset or an index with one, a document store of"
+            " ir_datasets, a mapping, or a file"
+        )
+    return partial(_texts, find, run)
+
+
+def _texts(find: Lookup, run: Path, qid: str, docnos: list[str]) -> list[str]:
+    try:
+        found, error = find(docnos), None
+    except TypeError:
+        raise
+    except Exception as raised:  # a text loader's own, where it knows one of them not
+        if len(docnos) > 1:
+            return [text for docno in docnos for text in _texts(find, run, qid, [docno])]
+        found, error = {}, raised
+    unknown = next((docno for docno in docnos if not isinstance(found.get(docno), str)), None)
+    if unknown is not None:
+        raise ValueError(
+            f"qid {qid!r} has docno {unknown!r} in {run}, and its text is {found.get(unknown)!r}; wanted texts of all"
+            " passages of the run"
+        ) from error
+    return [whole(found[docno]) for docno in docnos]
+
+
+def _known(mapping: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    return {name: mapping[name] for name in names if name in mapping}
+
+
+def _in_store(store: Any, docnos: Iterable[str]) -> dict[str, str]:
+    return {doc.doc_id: doc.default_text() for doc in store.get_many_iter(docnos)}
+
+
+def _loaded(loader: pt.Transformer, column: str, docnos: Iterable[str]) -> dict[str, str]:
+    loaded = loader.transform(pd.DataFrame({"qid": "", "query": "", "docno": list(docnos)}))
+    if column not in loaded:
+        names = ", ".join(map(str, loaded.columns))
+        raise TypeError(f"{loader!r} adds no column {column!r}, which the student reads; it gives {names}")
+    return dict(zip(loaded["docno"], loaded[column], strict=True))
