@@ -1,0 +1,214 @@
+"""Does a cross-encoder that begins as a bi-encoder (`towers.py`) become better than it, from the orders of 119 queries?
+
+    python experiments/student.py [--output FOLDER] [--seeds 1 2] [--share 1.0] [--test COLLECTION ...] [--record]
+
+It begins as all-MiniLM-L6-v2 and learns orders (RankNet): on DL19 those of large language models, whose ranks are
+averaged; on DL22, and for questions of WikiQA and TREC QA over its passages, the sum of MiniLM's cosines and of
+splade-tiny's scores, each standardised within the query. Each seed is a student; the last one is the mean of their
+weights, which is a good one since they began in one place. They are tested on DL21 and Vaswani, of which no query, no
+judgement and no text was seen. Needs ../shared/data and ../shared/models; what was stopped goes on where it was.
+"""
+
+import argparse
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import encoders
+import measured
+import pandas as pd
+import pyterrier as pt
+import tokenizers
+import torch
+import torch.nn.functional as F
+import towers
+import transformers
+from first_stages import silence
+from ir_measures import RR, nDCG
+from profiles import SHARED
+
+sys.path += [str(SHARED)]
+import load as shared
+
+from pyterrier_lit import CrossEncoder
+from pyterrier_lit.batching import like_lengths
+from pyterrier_lit.training import Distil
+
+SPLADE = SHARED.parent / "models" / "splade-tiny"
+DEPTH, NEAR = 100, 50  # of BM25 on DL19 and when testing; where MiniLM's vectors are needed
+TIMES = {"dl19": 8, "dl22": 3}  # how often a query is there
+QUESTIONS = 250  # of WikiQA and TREC QA
+FROZEN = 3  # layers
+LENGTHS = {"query_length": 24, "doc_length": 72}  # in training
+LEARNING = {
+    "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "learning_rate": 5e-5, "warmup": 15,
+    "schedule": "cosine", "clip": 1.0, "precision": "float32", "verbose": False, "every": 25,
+}  # fmt: skip
+STEPS = 150
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "student")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
+    parser.add_argument("--test", nargs="*", default=["dl21", "vaswani"])
+    measured.add_option(parser)
+    arguments = parser.parse_args()
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    places = {"untrained": output / "untrained"}
+    if not places["untrained"].exists():
+        passages = shared.docs("dl22").text.sample(320, random_state=0).tolist()
+        towers.begin(encoders.minilm(), passages, **LENGTHS).save(places["untrained"])
+    for seed in arguments.seeds:
+        place = places[f"seed {seed}"] = output / f"seed {seed}"
+        if not place.exists():
+            started = time.monotonic()
+            learned(CrossEncoder(str(places["untrained"])), taught(output), seed, arguments.share, output).save(place)
+            print(f"seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
+    places["mean"] = output / "mean"
+    mean([CrossEncoder(str(places[f"seed {seed}"])) for seed in arguments.seeds]).save(places["mean"])
+    for collection in arguments.test:
+        table = tested({name: places[name] for name in ("untrained", "mean")}, collection)
+        table.to_csv(output / f"{collection}.csv", index=False, float_format="%.4f")
+        print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""), flush=True)
+        if arguments.record:
+            found = measured.from_experiment(table, len(shared.topics(collection)), [nDCG @ 10, RR @ 10])
+            measured.record(f"Does a cross-encoder that begins as a bi-encoder become better, on {collection}?", found)
+
+
+def learned(student: CrossEncoder, lists: pd.DataFrame, seed: int, share: float, output: Path) -> CrossEncoder:
+    body = student.load().network.body
+    for part in (body.embeddings, *body.encoder.layer[:FROZEN]):
+        part.requires_grad_(False)
+    Distil(
+        student, lists[["qid", "docno", "score"]], steps=int(STEPS * share), seed=seed,
+        folder=output / f"training of seed {seed}", **LEARNING,
+    ).fit(lists)  # fmt: skip
+    return student
+
+
+def mean(students: list[CrossEncoder]) -> CrossEncoder:
+    """The first, with the mean of the weights of all."""
+    networks = [student.load().network for student in students]
+    weights = [network.state_dict() for network in networks]
+    networks[0].load_state_dict({name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]})
+    return students[0]
+
+
+def taught(output: Path) -> pd.DataFrame:
+    """Result frames whose scores are the teachers'; computed once."""
+    file = output / "taught.parquet"
+    if not file.exists():
+        pd.concat([of_language_models(), of_encoders()], ignore_index=True).to_parquet(file)
+    return pd.read_parquet(file)
+
+
+def of_language_models() -> pd.DataFrame:
+    """DL19's first 100 of BM25, by the mean of the logarithms of their ranks."""
+    names = [name for name in shared.files("dl19") if re.search(r"teachers/.*[.]bm25[.]k100", name)]
+    runs = pd.concat([shared.run("dl19", name) for name in names if "zeroshot" not in name])
+    score = -torch.tensor(runs["rank"].to_numpy() + 1.0).log()
+    target = runs.assign(score=score.numpy()).groupby(["qid", "docno"], as_index=False).score.mean()
+    found = shared.res("dl19", "run.bm25.txt", DEPTH).drop(columns="score").merge(target, on=["qid", "docno"])
+    return repeated(found, TIMES["dl19"])
+
+
+def of_encoders() -> pd.DataFrame:
+    """DL22's first 50 of BM25, and those of questions over the same passages."""
+    found = shared.res("dl22", "run.bm25.txt", NEAR)
+    passages = found[["docno", "text"]].drop_duplicates("docno")
+    asked = pd.concat([shared.topics(name) for name in ("wikiqa", "trecqa")]).drop_duplicates("query")
+    asked = asked.sample(QUESTIONS, random_state=0)
+    with tempfile.TemporaryDirectory() as folder, silence():
+        from pyterrier_pisa import PisaIndex
+
+        index = PisaIndex(folder, text_field="text", stemmer="porter2", overwrite=True)
+        index.index(passages.to_dict("records"))
+        run = index.bm25(num_results=NEAR)(asked.assign(query=asked["query"].str.replace(r"[^\w\s]", " ", regex=True)))
+    run = run[["qid", "docno", "score", "rank"]].merge(asked, on="qid").merge(passages, on="docno")
+    both = pd.concat([found, run], ignore_index=True)
+    each = [standard(pd.Series(scores, both.index), both.qid) for scores in (cosines(both), products(both))]
+    both["score"] = sum(each)
+    both = both.groupby("qid").filter(lambda rows: len(rows) > 8)
+    of_dl22 = both.qid.isin(found.qid)
+    return pd.concat([repeated(both[of_dl22], TIMES["dl22"]), both[~of_dl22]])
+
+
+def standard(scores: pd.Series, qids: pd.Series) -> pd.Series:
+    of_query = scores.groupby(qids)
+    return (scores - of_query.transform("mean")) / (of_query.transform("std") + 1e-9)
+
+
+def repeated(frame: pd.DataFrame, times: int) -> pd.DataFrame:
+    return pd.concat([frame.assign(qid=frame.qid + f"#{i}") for i in range(times)])
+
+
+def cosines(frame: pd.DataFrame) -> list[float]:
+    """MiniLM's cosine of each query with its passage."""
+    model = transformers.BertModel.from_pretrained(encoders.minilm(), add_pooling_layer=False).eval()
+    vectors = {
+        text: F.normalize(states.mean(0), dim=0)
+        for text, states in read(model, Path(encoders.minilm()), [*frame["query"], *frame["text"]])
+    }
+    return [float(vectors[query] @ vectors[text]) for query, text in zip(frame["query"], frame["text"], strict=True)]
+
+
+@torch.inference_mode()
+def products(frame: pd.DataFrame) -> list[float]:
+    """splade-tiny's score of each passage for its query: of the pieces alone that the query expands to."""
+    model = transformers.BertForMaskedLM.from_pretrained(SPLADE).eval()
+    head, decoder = model.cls.predictions.transform, model.cls.predictions.decoder
+    states = {text: head(found) for text, found in read(model.bert, SPLADE, [*frame["query"], *frame["text"]])}
+
+    def weights(text: str, pieces: torch.Tensor | slice) -> torch.Tensor:
+        return F.linear(states[text], decoder.weight[pieces], decoder.bias[pieces]).amax(0).relu().log1p()
+
+    scores = pd.Series(0.0, frame.index)
+    for query, rows in frame.groupby("query", sort=False):
+        asked = weights(query, slice(None))
+        pieces = asked.nonzero()[:, 0]
+        scores[rows.index] = [float(asked[pieces] @ weights(text, pieces)) for text in rows["text"]]
+    return scores.tolist()
+
+
+@torch.inference_mode()
+def read(model: torch.nn.Module, folder: Path, texts: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each text once, and its last states (L, d)."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(128)
+    tokenizer.no_padding()
+    distinct = list(dict.fromkeys(texts))
+    ids = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(distinct)]
+    for batch in like_lengths([len(row) for row in ids], 2_048):
+        padded = torch.nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids[i]) for i in batch], batch_first=True)
+        states = model(input_ids=padded, attention_mask=mask).last_hidden_state
+        yield from ((distinct[i], row[: len(ids[i])]) for i, row in zip(batch, states, strict=True))
+
+
+def tested(places: dict[str, Path], collection: str) -> pd.DataFrame:
+    """The students in these places over BM25's first 100; p-values are against BM25, corrected by Holm."""
+    students = [CrossEncoder(str(place), query_length=32, doc_length=128) for place in places.values()]
+    first = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH))
+    bi_encoder = pt.apply.doc_score(cosines, batch_size=100_000)
+    table = pt.Experiment(
+        [first, first >> bi_encoder, *(first >> student for student in students)],
+        shared.topics(collection),
+        shared.qrels(collection),
+        [nDCG @ 10, RR @ 10],
+        names=["BM25", "MiniLM, bi-encoder", *places],
+        baseline=0,
+        correction="holm",
+        verbose=False,
+    )
+    table.insert(0, "collection", collection)
+    return table[["collection", "name", "nDCG@10", "RR@10", "nDCG@10 p-value corrected"]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""A cross-encoder that begins as a bi-encoder: BERT's weights are laid out so that its score is nearly the cosine of
+the mean vectors of query and passage, before it has learned anything.
+
+An encoder under a new head has to learn from nothing how to compare two texts. Here the comparison is in the weights:
+
+* The hidden state is wider by two components for each head. Half of them carry a mark, m = 1 for a piece of the query
+  and -1 for one of the passage, the others a 1; LayerNorms shrink both alike. Each head adds (m m' - 1 1') times a
+  constant to the logit of two pieces: nothing within a text, and less for a piece of the other one.
+* A new layer looks at like pieces of the other text. What it finds adds nothing at first.
+* A last layer has the mean of the query's pieces in half of its heads, and that of the passage's in the others. Its
+  feed-forward network multiplies the two by 4 u v = (u + v)^2 - (u - v)^2, where z^2 is nearly gelu(z) + gelu(-z) for
+  small z. Their sum is written over the mark, where the head reads it.
+
+Training may change all of it, and the checkpoint is an ordinary one of BERT's shape. The positions of the passage's
+pieces begin after the query, and it has no [CLS]: therefore "nearly".
+"""
+
+import tempfile
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from pyterrier_lit import CrossEncoder
+
+APART = 8.0  # how much lower the logit of a piece of the other text is
+TOWARDS = 3.0  # how much higher, in the layer that looks at the other text
+MARK = 0.1  # the size of the marks
+STEP, TOLD = 4.0, 4.0  # where that layer has made every mark 1: how steeply; by which logit the last one tells them
+ALIKE = 1.2  # how sharply it prefers like pieces
+POOLED, SMALL = 30.0, 0.35  # how far means outweigh the state they are added to; what u and v are multiplied by
+READ, SCALE = 3.0, 5.0  # the mark for a cosine of 1; the score for a mark of 1
+
+
+def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> CrossEncoder:
+    """The cross-encoder that begins as a bi-encoder of BERT's shape, whose vectors are the mean of its states.
+
+    folder: the bi-encoder. texts: some hundred passages, by which the main directions of vectors and the sizes of
+    states are measured. lengths: query_length and doc_length, in pieces.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encoder = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    sizes, directions = _measured(encoder, tokenizer, texts, seed)
+    with tempfile.TemporaryDirectory() as place:
+        wide = _Wide(encoder, sizes, directions, seed).model
+        wide.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        student = CrossEncoder.from_backbone(place, device="cpu", **lengths)
+        network = student.load().network
+    with torch.no_grad():
+        heads = encoder.config.num_attention_heads
+        network.linear.weight.zero_()
+        network.linear.weight[0, encoder.config.hidden_size : -heads] = SCALE / heads * _signs(heads)
+    return student
+
+
+@torch.inference_mode()
+def _measured(
+    encoder: transformers.BertModel, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], seed: int
+) -> tuple[dict[str, float], torch.Tensor]:
+    """The usual standard deviation of what each LayerNorm is given, by its name, and the d / 2 directions in which the
+    mean vectors of the texts lie, turned so that none outweighs the others (d / 2, d)."""
+    found: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: found.setdefault(name, []).append(given[0]))
+        for name, module in encoder.named_modules()
+        if isinstance(module, torch.nn.LayerNorm)
+    ]
+    vectors = []
+    for i in range(0, len(texts), 32):
+        batch = tokenizer(texts[i : i + 32], truncation=True, max_length=48, padding=True, return_tensors="pt")
+        states, inside = encoder(**batch).last_hidden_state, batch.attention_mask.bool()
+        found = {name: [*given[:-1], given[-1][inside]] for name, given in found.items()}
+        vectors += [state[mask].mean(0) for state, mask in zip(states, inside, strict=True)]
+    for hook in hooks:
+        hook.remove()
+    sizes = {name: float(torch.cat(given).std(1, correction=0).median()) for name, given in found.items()}
+    half = encoder.config.hidden_size // 2
+    main = torch.linalg.svd(F.normalize(torch.stack(vectors), dim=1), full_matrices=False)[2][:half]
+    return sizes, _rotation(half, seed) @ main
+
+
+class _Wide:
+    """The wide BERT, made out of an encoder."""
+
+    def __init__(self, encoder: transformers.BertModel, sizes: dict[str, float], directions: torch.Tensor, seed: int):
+        self.encoder, self.sizes, self.directions = encoder, sizes, directions
+        config = encoder.config
+        self.heads, self.width = config.num_attention_heads, config.hidden_size
+        self.part = self.width // self.heads  # of a head, without the mark
+        self.signs = _signs(self.heads)
+        wide = transformers.BertConfig.from_dict(
+            config.to_dict()
+            | {"hidden_size": self.width + 2 * self.heads, "num_hidden_layers": config.num_hidden_layers + 2}
+            | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        )
+        torch.manual_seed(seed)
+        self.model = transformers.BertModel(wide, add_pooling_layer=False).eval()
+        self.seed = seed
+        with torch.no_grad():
+            self.embeddings()
+            layers = self.model.encoder.layer
+            for i, layer in enumerate(encoder.encoder.layer):
+                self.layer(layers[i], layer, f"encoder.layer.{i}", last=i == config.num_hidden_layers - 1)
+            last = encoder.encoder.layer[-1].output.LayerNorm
+            self.look(layers[-2])
+            self.compare(layers[-1], last.weight, last.bias)
+
+    def embeddings(self) -> None:
+        ours, theirs = self.model.embeddings, self.encoder.embeddings
+        size = self.sizes["embeddings.LayerNorm"]
+        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+            weight = getattr(ours, name).weight
+            weight.zero_()
+            weight[:, : self.width] = getattr(theirs, name).weight
+        ours.token_type_embeddings.weight[1, : self.width] = ours.token_type_embeddings.weight[0, : self.width]
+        marks = torch.stack([torch.cat([m * self.signs, self.signs]) for m in (1, -1)])
+        ours.token_type_embeddings.weight[:, self.width :] = size * marks
+        self.norm(ours.LayerNorm, theirs.LayerNorm, size, came=size)
+
+    def layer(self, ours: torch.nn.Module, theirs: torch.nn.Module, name: str, last: bool) -> None:
+        """A layer of the encoder; the last one's states stay as they are before its LayerNorm's weight and bias."""
+        own, attention = ours.attention.self, theirs.attention.self
+        stretch = ((self.part + 2) / self.part) ** 0.5  # the library divides by the root of a head's width
+        for to, given, factor in (
+            (own.query, attention.query, stretch), (own.key, attention.key, 1.0), (own.value, attention.value, 1.0),
+        ):  # fmt: skip
+            to.weight.zero_(), to.bias.zero_()
+            self.by_head(to.weight)[:, : self.part, : self.width] = factor * given.weight.view(
+                self.heads, self.part, self.width
+            )
+            to.bias.view(self.heads, -1)[:, : self.part] = factor * given.bias.view(self.heads, self.part)
+        self.see_mark(own, APART, MARK)
+        out, dense = ours.attention.output, theirs.attention.output.dense
+        out.dense.weight.zero_(), out.dense.bias.zero_()
+        out.dense.weight.view(-1, self.heads, self.part + 2)[: self.width, :, : self.part] = dense.weight.view(
+            self.width, self.heads, self.part
+        )
+        out.dense.bias[: self.width] = dense.bias
+        self.norm(out.LayerNorm, theirs.attention.output.LayerNorm, self.sizes[f"{name}.attention.output.LayerNorm"])
+        for part in ("intermediate", "output"):
+            to, given = getattr(ours, part).dense, getattr(theirs, part).dense
+            to.weight.zero_(), to.bias.zero_()
+            to.weight[: given.weight.shape[0], : given.weight.shape[1]] = given.weight
+            to.bias[: len(given.bias)] = given.bias
+        self.norm(ours.output.LayerNorm, theirs.output.LayerNorm, self.sizes[f"{name}.output.LayerNorm"], last=last)
+
+    def look(self, layer: torch.nn.Module) -> None:
+        """A layer whose heads find like pieces of the other text, and add nothing yet; it makes every mark 1 or -1."""
+        own, turned = layer.attention.self, _rotation(self.width, self.seed).view(self.heads, self.part, self.width)
+        for to, factor in ((own.query, ALIKE), (own.key, ALIKE), (own.value, 1.0)):
+            to.weight.zero_(), to.bias.zero_()
+            self.by_head(to.weight)[:, : self.part, : self.width] = factor * turned
+        self.see_mark(own, TOWARDS, MARK)
+        own.key.weight[self.part :: self.part + 2] *= -1
+        first, second = layer.intermediate.dense, layer.output.dense
+        for added in (layer.attention.output.dense, second):
+            added.weight.zero_(), added.bias.zero_()
+        # gelu(4 S m + S) - gelu(4 S m - S) is 2 S for a mark of the usual size, 0 below zero, S at zero
+        first.weight[:2] = 0
+        first.weight[:2, self.width : -self.heads] = 4 * STEP / MARK * self.signs / self.heads
+        first.bias[:2] = torch.tensor([STEP, -STEP])
+        second.weight[self.width : -self.heads, :2] = torch.outer(self.signs, torch.tensor([1.0, -1.0])) / STEP
+        second.bias[self.width : -self.heads] = -self.signs
+        layer.output.LayerNorm.weight[:] = ((self.width + self.heads) / (self.width + 2 * self.heads)) ** 0.5
+
+    def compare(self, layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """The last layer: means of both texts, and the sum of their products over the mark.
+
+        weight, bias: of the encoder's last LayerNorm (d).
+        """
+        own, half, near = layer.attention.self, self.width // 2, (self.part + 2) ** 0.5
+        for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
+            to.weight.zero_(), to.bias.zero_()
+        of_query = torch.arange(self.heads) < self.heads // 2
+        own.query.bias.view(self.heads, -1)[:] = 1.0  # so that keys learn which pieces count
+        own.query.bias.view(self.heads, -1)[:, self.part] = torch.where(of_query, near, -near) * TOLD
+        own.key.weight[self.part :: self.part + 2, self.width : -self.heads] = self.signs / self.heads
+        both = torch.cat([self.directions, self.directions])
+        self.by_head(own.value.weight)[:, : self.part, : self.width] = (both * weight).view(self.heads, self.part, -1)
+        own.value.bias.view(self.heads, -1)[:, : self.part] = (both @ bias).view(self.heads, self.part)
+        out = layer.attention.output.dense.weight.view(-1, self.heads, self.part + 2)
+        out[: self.width, :, : self.part] = POOLED * torch.eye(self.width).view(self.width, self.heads, self.part)
+        one = torch.eye(half)
+        signed = [(1, 1, 1), (-1, -1, 1), (1, -1, -1), (-1, 1, -1)]  # of u, of v, of the square
+        first = torch.cat([torch.cat([u * one, v * one], 1) for u, v, _ in signed]) * SMALL
+        layer.intermediate.dense.weight[: len(first), : self.width] = first
+        layer.intermediate.dense.weight[: len(first), self.width :] = 0
+        product = torch.tensor([sign for _, _, sign in signed]).repeat_interleave(half).float()
+        square = (2 / torch.pi) ** 0.5 * SMALL**2  # gelu(z) + gelu(-z) for z = SMALL, nearly
+        layer.output.dense.weight[self.width : -self.heads, : len(first)] = (
+            READ / (4 * square * half) * torch.outer(self.signs, product)
+        )
+
+    def see_mark(self, attention: torch.nn.Module, apart: float, mark: float) -> None:
+        """Let all heads look less at pieces with another mark, by this difference of the logits."""
+        seen = (apart / 2 * (self.part + 2) ** 0.5) ** 0.5 / mark / self.heads * self.signs
+        for to in (attention.query, attention.key):
+            to.weight[self.part :: self.part + 2, self.width : -self.heads] = seen
+            to.weight[self.part + 1 :: self.part + 2, -self.heads :] = seen
+        attention.key.weight[self.part + 1 :: self.part + 2] *= -1
+
+    def by_head(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.view(self.heads, self.part + 2, -1)
+
+    def norm(
+        self, ours: torch.nn.LayerNorm, theirs: torch.nn.LayerNorm, size: float, came: float = MARK, last: bool = False
+    ) -> None:
+        """A LayerNorm over states of this size with a mark, which leaves both as they were."""
+        marks = 2 * self.heads
+        all_of_it = ((self.width * size**2 + marks * came**2) / (self.width + marks)) ** 0.5
+        ours.bias.zero_()
+        ours.weight[: self.width] = all_of_it / size
+        if not last:
+            ours.weight[: self.width] *= theirs.weight
+            ours.bias[: self.width] = theirs.bias
+        ours.weight[self.width :] = all_of_it * MARK / came
+
+
+def _signs(heads: int) -> torch.Tensor:
+    """The mark of a query: half of it below zero, so that it moves no mean (heads)."""
+    return torch.tensor([1.0, -1.0]).repeat(heads // 2)
+
+
+def _rotation(width: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(seed)))[0]
