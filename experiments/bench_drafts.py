@@ -217,11 +217,11 @@ def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
 
 def base(dtype: str) -> FiD:
     """A T5-base with random weights."""
-    from bench_lit5 import BASE
+    from bench_work import T5_BASE
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    network = T5ForConditionalGeneration(T5Config(**{key: value for key, value in BASE.items() if key[0] != "m"}))
+    network = T5ForConditionalGeneration(T5Config(**T5_BASE))
     return FiD(network.to(getattr(torch, dtype)).eval())
 
 

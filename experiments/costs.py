@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 
 import pandas as pd
 import pyterrier as pt
@@ -52,11 +53,16 @@ def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transform
 
 
 def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
-    """Multiplications and additions of one call, by PyTorch's counter; its formula for attention also counts the CPU's
+    """Multiplications and additions of reranking these candidates in one call."""
+    return counted(lambda: reranker(candidates))
+
+
+def counted(call: Callable[[], object]) -> int:
+    """Multiplications and additions of a call, by PyTorch's counter; its formula for attention also counts the CPU's
     kernel."""
     cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
-        reranker(candidates)
+        call()
     return counter.get_total_flops()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 NAME = "few_queries"  # by which the library finds `_library_attention`
-# Queries up to which products were not slower, on CPUs with and without AVX512-BF16: bench_cpu.py. The fused kernel
+# Queries up to which products were not slower, on CPUs with and without AVX512-BF16 (bench.py). The fused kernel
 # reads keys that several heads share once for each of these heads.
 FEW, FEW_WITH_SHARED_KEYS = 4, 16
 DTYPES = (torch.bfloat16, torch.float32)

@@ -1,0 +1,279 @@
+"""Each reranker beside what else does its work: seconds, times as fast, and how near the machine's floor. Run by hand.
+
+    python experiments/bench.py [ROW ...] [--data ../shared/data/dl19] [--quick] [--threads 1]
+        [--python OpenVINO=../openvino/bin/python] [--before CHECKOUT] [--record]
+
+A row is a model of a published size with random weights, and queries with 100 passages each: --help names them. Each
+system has a process of its own, and they take turns, so that a busy minute favours none; the least seconds of each
+count. A system that is not installed is not run: --python names another environment that has it.
+
+The floor is what the machine needs for what ours computes: its FLOPs over the rate of matrix products, and the bytes
+of weights, keys and values that the decoder's passes read over the memory's bandwidth, both measured here.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import bench_work
+import measured
+import pandas as pd
+import torch
+
+SYSTEMS = Path(__file__).with_name("bench_systems.py")
+TOP = 10  # where orders are compared
+QUESTION = "How fast is each reranker beside what else does its work?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model, work for it, and the systems that do it; those not ours are its peers."""
+
+    kind: str
+    size: str
+    dtype: str
+    systems: tuple[str, ...]
+    queries: int = 1
+
+
+INT8 = ("ONNX int8", "OpenVINO int8")  # beside both, since ours has none
+CLASSIFIERS = {
+    "float32": ("ours", "sentence-transformers", "ONNX", "OpenVINO", *INT8),
+    "bfloat16": ("ours", "sentence-transformers", "OpenVINO", *INT8),
+}
+ROWS = {
+    **{
+        f"cross-encoder, {size}, {dtype}": Row("cross-encoder", size, dtype, systems)
+        for size in bench_work.ENCODERS
+        for dtype, systems in CLASSIFIERS.items()
+    },
+    **{
+        f"cross-encoder, MiniLM, {dtype}, 43 queries": Row("cross-encoder", "MiniLM", dtype, systems, 43)
+        for dtype, systems in CLASSIFIERS.items()
+    },
+    **{
+        f"lit5-distill, T5-base, {dtype}": Row(
+            "lit5-distill", "T5-base", dtype, ("ours", "ours, top_k=10", "library's T5", "rank_llm")
+        )
+        for dtype in CLASSIFIERS
+    },
+    **{
+        f"lit5-score, T5-base, {dtype}": Row("lit5-score", "T5-base", dtype, ("ours", "library's T5"))
+        for dtype in CLASSIFIERS
+    },
+    "pe-rank, 44 M, float32": Row(
+        "pe-rank",
+        "44 M",
+        "float32",
+        ("ours", "ours, top_k=10", 'ours, decoding="first"', "published procedure", "passages as text"),
+        queries=4,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "rows",
+        nargs="*",
+        metavar="ROW",
+        help=f"of {'; '.join(ROWS)}; else all but those of 43 queries, and of bfloat16 where the CPU has none",
+    )
+    parser.add_argument("--data", default="python-docs", help="a collection that corpora.py loads")
+    parser.add_argument("--quick", action="store_true", help="one query of 20 passages, one turn")
+    parser.add_argument("--passages", type=int, default=100, help="of each query")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument(
+        "--python", action="append", default=[], metavar="SYSTEM=PYTHON", help="the interpreter that has a system"
+    )
+    parser.add_argument("--before", type=Path, help="another checkout of this package, compared as a system of its own")
+    parser.add_argument("--plot", type=Path, help="write a picture of what measured.csv holds, and run nothing")
+    measured.add_option(parser)
+    arguments = parser.parse_args()
+    if arguments.plot:
+        return plot(measured.latest(measured.read(QUESTION))).savefig(arguments.plot, bbox_inches="tight")
+    pythons = dict(pair.partition("=")[::2] for pair in arguments.python)
+    names = arguments.rows or [name for name, row in ROWS.items() if row.queries < 43 and runs_here(row.dtype)]
+    unknown = [name for name in names if name not in ROWS] + [name for name in pythons if name not in known()]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no row or system; wanted rows of {'; '.join(ROWS)}, systems of {known()}")
+    torch.set_num_threads(arguments.threads)
+    for name in names:
+        row = dataclasses.replace(ROWS[name], queries=1) if arguments.quick else ROWS[name]
+        passages, turns = (20, 1) if arguments.quick else (arguments.passages, arguments.turns)
+        found = compare(row, arguments.data, passages, turns, arguments.threads, pythons, arguments.before)
+        rows = tidy(f"{name}, {passages} passages", row, found, machine_rates(getattr(torch, row.dtype)))
+        print(table(name, rows, found), flush=True)
+        if arguments.record:
+            measured.record(QUESTION, rows)
+
+
+def runs_here(dtype: str) -> bool:
+    """Whether this CPU computes in it: without instructions for bfloat16 it is some hundred times as slow."""
+    return dtype == "float32" or bool({"AVX512-BF16", "AMX"} & set(measured.machine().split(", ")))
+
+
+def known() -> list[str]:
+    """All systems."""
+    return sorted({system for row in ROWS.values() for system in row.systems})
+
+
+def compare(
+    row: Row, data: str, passages: int, turns: int, threads: int, pythons: Mapping[str, str], before: Path | None
+) -> dict[str, dict[str, Any]]:
+    """What each system answered: its least seconds, peak GB and results, and FLOPs and bytes of ours."""
+    systems = {system: (system, pythons.get(system, sys.executable), SYSTEMS.parents[1]) for system in row.systems}
+    if before:
+        systems["before"] = ("ours", sys.executable, before.resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        texts = bench_work.read(data, row.queries, passages, Path(folder))
+        (work := Path(folder) / "work").mkdir()
+        bench_work.make(row.kind, row.size, row.dtype, *texts, work)
+        processes = {name: Process(work, *how, threads) for name, how in systems.items()}
+        answers: dict[str, dict[str, Any]] = {name: process.ask("run") for name, process in processes.items()}
+        running = [name for name, answer in answers.items() if "not run" not in answer]
+        for _, name in itertools.product(range(turns - 1), running):
+            answers[name] = min(answers[name], processes[name].ask("run"), key=lambda answer: answer["seconds"])
+        for name in running:
+            if name.startswith("ours"):
+                answers[name] |= processes[name].ask("cost")
+        for process in processes.values():
+            process.end()
+    return answers
+
+
+class Process:
+    """A system at work, which answers one request at a time."""
+
+    def __init__(self, folder: Path, system: str, python: str, checkout: Path, threads: int):
+        self.system, self.log = system, (folder / f"{system}.log").open("w+")
+        paths = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [python, SYSTEMS, folder, system, str(threads)],
+            env=os.environ | paths, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+        )  # fmt: skip
+
+    def ask(self, request: str) -> dict[str, Any]:
+        """RuntimeError with the end of what it printed where it died."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(f"{request}\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.log.seek(0)
+            raise RuntimeError(f"{self.system} failed:\n{self.log.read()[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        self.process.communicate()
+        self.log.close()
+
+
+def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, float]:
+    """FLOP/s of matrix products and bytes/s read, the best of so many seconds of each."""
+    left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 3072).to(dtype)
+    large = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
+    flops = best(lambda: left @ right, seconds)
+    return 2 * 1024 * 768 * 3072 / flops, 2**28 / best(lambda: large.sum(), seconds)
+
+
+def best(call: Any, seconds: float) -> float:
+    """The least time of a call among those that fit into so many seconds."""
+    least, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        call()
+        least = min(least, time.perf_counter() - started)
+    return least
+
+
+def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tuple[float, float]) -> list[dict]:
+    """Rows of measured.csv: of each system seconds a query and peak memory, of ours also the share of the floor, how
+    many times as fast as each peer, and how many pairs of passages the peer orders alike at the top."""
+    rows = []
+    peers = {name: answer for name, answer in found.items() if not name.startswith("ours") and "not run" not in answer}
+    for name, answer in found.items():
+        if "not run" in answer:
+            continue
+        values = {"seconds a query": answer["seconds"] / row.queries, "peak GB": answer["peak GB"]}
+        if name.startswith("ours"):
+            floor = answer["flops"] / rates[0] + answer["bytes"] / rates[1]
+            values |= {"floor, seconds a query": floor / row.queries, "share of the floor": floor / answer["seconds"]}
+            for peer, theirs in peers.items():
+                values[f"times as fast as {peer}"] = theirs["seconds"] / answer["seconds"]
+                if theirs["results"]:
+                    values[f"pairs ordered as {peer}"] = alike(answer["results"], theirs["results"])
+        rows += [
+            {"setting": f"{setting}: {name}", "n": row.queries, "measure": measure, "value": value}
+            for measure, value in values.items()
+        ]
+    return rows
+
+
+def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) -> float:
+    """The share of pairs of one query's passages that both order alike, of those that ours has in its first `top`
+    passages with all below."""
+    same = total = 0
+    for left, right in zip(ours, theirs, strict=True):
+        ranked = sorted(range(len(left)), key=lambda passage: -left[passage])
+        for place, first in enumerate(ranked[:top]):
+            later = ranked[place + 1 :]
+            same += sum(right[first] > right[second] for second in later)
+            total += len(later)
+    return same / total
+
+
+def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> str:
+    """A row's results for people."""
+    lines = [f"\n{name}"]
+    for system, answer in found.items():
+        if "not run" in answer:
+            lines.append(f"  {system:24} not run: {answer['not run'].splitlines()[0][:90]}")
+            continue
+        of = {row["measure"]: row["value"] for row in rows if row["setting"].endswith(f": {system}")}
+        line = f"  {system:24}{of['seconds a query']:9.3f} s a query{of['peak GB']:7.2f} GB"
+        if "share of the floor" in of:
+            line += f"  floor {of['floor, seconds a query']:.3f} s ({of['share of the floor']:.0%})"
+        lines.append(line)
+        for measure, value in of.items():
+            if measure.startswith("times as fast"):
+                same = of.get(measure.replace("times as fast", "pairs ordered"))
+                pairs = "" if same is None else f", {same:.1%} of pairs alike"
+                lines.append(f"{'':26}{value:6.2f} x {measure.removeprefix('times ')}{pairs}")
+    return "\n".join(lines)
+
+
+def plot(rows: pd.DataFrame) -> Any:
+    """Bars: how many times as fast as each peer ours is, by row and machine."""
+    import matplotlib.pyplot as plt
+
+    prefix = "times as fast as "
+    rows = rows[rows["measure"].str.startswith(prefix)]
+    labels = [f"{row.setting.replace(': ours', '')} | {row.measure.removeprefix(prefix)}" for row in rows.itertuples()]
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.24 * len(rows)))
+    bars = axes.barh(labels, rows["value"], color=["tab:blue" if value >= 1 else "tab:red" for value in rows["value"]])
+    axes.bar_label(bars, fmt="%.2f x", padding=3, fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("times as fast as the peer on the right of the label (1: equally fast)", fontsize=8)
+    axes.margins(x=0.12, y=0.01)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

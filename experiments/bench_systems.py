@@ -1,0 +1,353 @@
+"""The systems that bench.py compares, each in a process of its own, in whatever environment has it.
+
+    python bench_systems.py FOLDER SYSTEM THREADS
+
+The folder is one of bench_work.py. The process answers each line of its input with a line of JSON: to `run` with the
+seconds it took, its peak memory and its results; to `cost`, which ours understand, with FLOPs and with the bytes that
+the decoder's passes read.
+"""
+
+import functools
+import inspect
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], list[list[float]]]  # scores of each query's passages
+ANSWER = {"lit5-distill": 132, "lit5-score": 20}  # tokens: what 100 identifiers take, and an answer
+SIZE, STRIDE = 20, 10  # of PE-Rank's windows
+
+
+def main() -> None:
+    folder, system, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes elsewhere
+    torch.set_num_threads(threads)
+    work = json.loads((folder / "work.json").read_text()) | {"threads": threads}
+    run, answer = None, {}
+    for line in sys.stdin:
+        try:
+            if run is None:
+                run = SYSTEMS[system](folder, work)
+                run()  # what only the first call pays
+            answer = cost(run) if line.strip() == "cost" else timed(run)
+        except ImportError as error:
+            answer = {"not run": str(error)}
+        except Exception as error:  # sentence-transformers raises it bare where a backend is not installed
+            if type(error) is not Exception:
+                raise
+            answer = {"not run": str(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def timed(run: Run) -> dict[str, Any]:
+    started = time.perf_counter()
+    results = run()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds, "peak GB": peak, "results": results}
+
+
+def cost(run: Run) -> dict[str, float]:
+    """FLOPs of one run of ours, and the bytes of weights, keys and values that its decoder's passes read."""
+    import costs
+
+    from pyterrier_lit.models.t5 import FiD
+    from pyterrier_lit.models.vector_lm import VectorReader
+
+    read = {"bytes": 0}
+
+    def counted(method: Callable, size: Callable[..., int]) -> Callable:
+        @functools.wraps(method)
+        def inner(self, *arguments):
+            read["bytes"] += size(self, *arguments)
+            return method(self, *arguments)
+
+        return inner
+
+    def of_fid(fid: FiD, memory: Any, *_: Any) -> int:
+        return numbers(fid.network.decoder.block.parameters()) + numbers([*memory.keys, *memory.values])
+
+    def of_vectors(reader: VectorReader, *_: Any) -> int:
+        return numbers(reader.network.body.layers.parameters())
+
+    before = FiD.read, VectorReader.read
+    FiD.read, VectorReader.read = counted(FiD.read, of_fid), counted(VectorReader.read, of_vectors)
+    try:
+        return {"flops": costs.counted(run), "bytes": read["bytes"]}
+    finally:
+        FiD.read, VectorReader.read = before
+
+
+def numbers(tensors: Any) -> int:
+    """Their bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def ours(**settings: Any) -> Callable[[Path, dict], Run]:
+    """This package, all queries in one call."""
+
+    def prepare(folder: Path, work: dict) -> Run:
+        import pyterrier_lit
+
+        arguments = {"device": "cpu", "dtype": work["dtype"], **settings}
+        columns = work["passages"]
+        match work["kind"]:
+            case "cross-encoder":
+                reranker = pyterrier_lit.CrossEncoder(str(folder), **arguments)
+            case "lit5-distill":
+                reranker = pyterrier_lit.LiT5Distill(str(folder), window_size=100, **arguments)
+            case "lit5-score":
+                reranker = pyterrier_lit.LiT5Score(str(folder), **arguments)
+            case "pe-rank":
+                reranker, columns = pe_rank(folder, work, **arguments)
+        return lambda: reranker.score(work["queries"], columns)
+
+    return prepare
+
+
+def pe_rank(folder: Path, work: dict, **arguments: Any) -> tuple[Any, dict[str, list]]:
+    """PERank with a random projector, and its columns: docnos and the vectors that an index would hold."""
+    from pyterrier_lit import PERank
+
+    torch.manual_seed(0)
+    reranker = PERank.from_backbone(folder, encoder_name=f"{folder}/encoder", max_tokens=65_536, **arguments)
+    encoder = reranker.load().text_encoder()
+    with torch.inference_mode():
+        vectors = [list(encoder.encode(encoder.pieces(texts)).cpu()) for texts in work["passages"]]
+    docnos = [[f"{i}.{j}" for j in range(len(texts))] for i, texts in enumerate(work["passages"])]
+    return reranker, {"docno": docnos, "doc_vec": vectors}
+
+
+def sentence_transformers(backend: str, int8: bool = False) -> Callable[[Path, dict], Run]:
+    """sentence-transformers' CrossEncoder.predict with its own batches, by one of its backends."""
+
+    def prepare(folder: Path, work: dict) -> Run:
+        from sentence_transformers import CrossEncoder
+
+        pairs = [[(query, text) for text in texts]
+                 for query, texts in zip(work["queries"], work["passages"], strict=True)]  # fmt: skip
+        model = CrossEncoder(str(folder), device="cpu", backend=backend, model_kwargs=options(backend, work))
+        if backend == "torch":
+            model.to(getattr(torch, work["dtype"]))
+        elif int8 and backend == "onnx":
+            from sentence_transformers import export_dynamic_quantized_onnx_model
+
+            export_dynamic_quantized_onnx_model(model, "avx512_vnni", str(folder))
+            file = {"file_name": "model_qint8_avx512_vnni.onnx"}
+            model = CrossEncoder(str(folder), device="cpu", backend=backend, model_kwargs=options(backend, work) | file)
+        elif int8:
+            quantise(model, [pair for asked in pairs for pair in asked][:64])
+
+        def run() -> list[list[float]]:
+            scores = model.predict(
+                [pair for asked in pairs for pair in asked],
+                activation_fn=torch.nn.Identity(), show_progress_bar=False, convert_to_tensor=True,
+            ).float().tolist()  # fmt: skip
+            return [[scores.pop(0) for _ in asked] for asked in pairs]
+
+        return run
+
+    return prepare
+
+
+def options(backend: str, work: dict) -> dict[str, Any]:
+    """What a backend is told: threads, and OpenVINO the precision, which it would choose itself."""
+    if backend == "openvino":
+        precision = {"float32": "f32", "bfloat16": "bf16"}[work["dtype"]]
+        return {"ov_config": {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work["threads"]}}
+    if backend == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.SessionOptions()
+        session.intra_op_num_threads = work["threads"]
+        return {"provider": "CPUExecutionProvider", "session_options": session}
+    return {}
+
+
+def quantise(model: Any, pairs: list[tuple[str, str]]) -> None:
+    """OpenVINO's own way to int8: weights and activations, ranges from these pairs."""
+    import nncf
+
+    samples = [
+        {name: value.numpy() for name, value in model.tokenizer([pair], return_tensors="pt", truncation=True).items()}
+        for pair in pairs
+    ]
+    classifier = model.model
+    classifier.model = nncf.quantize(
+        classifier.model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
+    )
+    classifier.request = None
+    classifier.compile()
+
+
+def library_t5(folder: Path, work: dict) -> Run:
+    """transformers' T5 and `generate` with its caches over LiT5's prompts, padded to 150, a query at a time.
+
+    Its orders are not compared: it writes what it likes. For LiT5-Score it also returns its cross-attention.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    from pyterrier_lit.models.checkpoints import Folder
+    from pyterrier_lit.models.t5 import read_t5
+
+    t5 = read_t5(Folder(folder), torch.device("cpu"), getattr(torch, work["dtype"]))
+    attentions = work["kind"] == "lit5-score"
+    if attentions:
+        t5.network.set_attn_implementation("eager")  # others give no attention
+
+    @torch.inference_mode()
+    def run() -> list[list[float]]:
+        for query, ranking in zip(work["queries"], work["passages"], strict=True):
+            texts = [f"Search Query: {query} Passage: [{i}] {t} Relevance Ranking: " for i, t in enumerate(ranking, 1)]
+            rows = [[*ids[:149], 1] for ids in t5.pieces(texts)]
+            ids = torch.tensor([row + [0] * (150 - len(row)) for row in rows])
+            states = t5.network.encoder(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+            t5.network.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states.flatten(0, 1)[None]),
+                attention_mask=(ids != 0).long().reshape(1, -1),
+                min_new_tokens=ANSWER[work["kind"]], max_new_tokens=ANSWER[work["kind"]], do_sample=False,
+                output_attentions=attentions, return_dict_in_generate=attentions,
+            )  # fmt: skip
+        return []
+
+    return run
+
+
+def rank_llm(folder: Path, work: dict) -> Run:
+    """rank_llm's LiT5-Distill, whose release runs on transformers 4 alone."""
+    from rank_llm.data import Candidate, Query, Request
+    from rank_llm.rerank.listwise.rank_fid import RankFiDDistill
+
+    reranker = RankFiDDistill(
+        str(folder), context_size=150, window_size=100, stride=50, precision=work["dtype"], device="cpu"
+    )
+    reranker._answer_maxlength = ANSWER["lit5-distill"] + 1
+    reranker._llm.generation_config.min_length = ANSWER["lit5-distill"] + 1
+    reranker._tokenizer.decode = lambda ids, **options: ""  # random weights write pieces that the vocabulary lacks
+
+    def run() -> list[list[float]]:
+        for query, ranking in zip(work["queries"], work["passages"], strict=True):
+            candidates = [Candidate(str(i), 1 / (i + 1), {"contents": text}) for i, text in enumerate(ranking)]
+            reranker.rerank_batch([Request(Query(query, "1"), candidates)], rank_end=len(candidates))
+        return []
+
+    return run
+
+
+def procedure(folder: Path, work: dict) -> Run:
+    """PE-Rank as its published code goes about it: a window at a time, its passages encoded anew, n + 1 forward passes
+    with a cache, and the logits of the whole vocabulary at every position."""
+    from pyterrier_lit.windows import sliding_windows
+
+    reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
+    ranker, network, encoder = reranker.load(), reranker.load().network, reranker.load().text_encoder()
+    head = torch.randn(32_000, network.body.config.hidden_size).to(next(network.parameters()))
+
+    def window_order(query: str, texts: list[str]) -> list[int]:
+        vectors = encoder.encode(encoder.pieces(texts))
+        passages = network.projector(torch.nn.functional.normalize(vectors, dim=1).to(head.dtype))
+        table = torch.cat([head, passages])  # the vocabulary grows by the passages
+        ids = torch.tensor([ranker.prompter.ids([query], [[]], [len(texts)])[0]])
+        inputs = network.body.get_input_embeddings()(ids)
+        inputs[ids == network.placeholder] = passages
+        cache, free, order = None, list(range(len(texts))), []
+        for _ in range(len(texts) + 1):  # the last one writes the end of the answer
+            states, cache = read_on(network.body, cache, inputs_embeds=inputs)
+            logits = (states @ table.T).float()[-1]
+            if not free:
+                break
+            mask = torch.full_like(logits, float("-inf"))
+            mask[[len(head) + j for j in free]] = 0
+            order.append(int((logits + mask).argmax()) - len(head))
+            free.remove(order[-1])
+            inputs = passages[order[-1]][None, None]
+        return order
+
+    @torch.inference_mode()
+    def run() -> list[list[float]]:
+        results = []
+        for query, texts in zip(work["queries"], work["passages"], strict=True):
+            ranking = list(range(len(texts)))
+            for window in sliding_windows(len(texts), SIZE, STRIDE):
+                shown = ranking[window.start : window.stop]
+                order = window_order(query, [texts[number] for number in shown])
+                ranking[window.start : window.stop] = [shown[j] for j in order]
+            results.append([-float(ranking.index(number)) for number in range(len(texts))])
+        return results
+
+    return run
+
+
+def passages_as_text(folder: Path, work: dict) -> Run:
+    """The listwise reranker over texts that PE-Rank compresses: its prompts, and an answer of identifiers in the length
+    of a right one, which random weights do not write."""
+    from pyterrier_lit.windows import sliding_windows
+
+    reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
+    ranker, body = reranker.load(), reranker.load().network.body
+    head = torch.randn(32_000, body.config.hidden_size).to(next(body.parameters()))
+    answer = ranker.prompter.tokenizer(" > ".join(f"[{i}]" for i in range(1, SIZE + 1)), add_special_tokens=False)
+
+    @torch.inference_mode()
+    def run() -> list[list[float]]:
+        for query, texts in zip(work["queries"], work["passages"], strict=True):
+            for window in sliding_windows(len(texts), SIZE, STRIDE):
+                ids = torch.tensor([text_prompt(ranker.prompter.tokenizer, query, texts[window.start : window.stop])])
+                cache = None
+                for _ in answer["input_ids"]:
+                    states, cache = read_on(body, cache, input_ids=ids)
+                    ids = (states[-1] @ head.T).argmax()[None, None]
+        return []
+
+    return run
+
+
+def text_prompt(tokenizer: Any, query: str, texts: list[str]) -> list[int]:
+    passages = "".join(f"Passage {i}: {' '.join(text.split())}\n\n" for i, text in enumerate(texts, 1))
+    n = len(texts)
+    content = (
+        f"I will provide you with {n} passages.\nRank the passages based on their relevance to the search query:"
+        f" {query}.\n{passages}Search Query: {query}.\nRank the {n} relatively ordered passages above based on their"
+        " relevance to the search query, output the ranking in descending order. The output format should be [] > [] >"
+        f" ..., e.g., [4] > [2] > ..., Only respond with the ranking results with {n} unique numbers, do not say"
+        " anything else or explain.\n\n"
+    )
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def read_on(body: Any, cache: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """The states of new inputs after those in the cache, and the grown cache, whatever transformers calls it."""
+    name = "cache" if "cache" in inspect.signature(type(body).forward).parameters else "past_key_values"
+    read = body(**inputs, **{name: cache}, use_cache=True)
+    return read.last_hidden_state[0], read[name]
+
+
+SYSTEMS: dict[str, Callable[[Path, dict], Run]] = {
+    "ours": ours(),
+    "ours, top_k=10": ours(top_k=10),
+    'ours, decoding="first"': ours(decoding="first"),
+    "sentence-transformers": sentence_transformers("torch"),
+    "ONNX": sentence_transformers("onnx"),
+    "ONNX int8": sentence_transformers("onnx", int8=True),
+    "OpenVINO": sentence_transformers("openvino"),
+    "OpenVINO int8": sentence_transformers("openvino", int8=True),
+    "library's T5": library_t5,
+    "rank_llm": rank_llm,
+    "published procedure": procedure,
+    "passages as text": passages_as_text,
+}
+
+if __name__ == "__main__":
+    main()

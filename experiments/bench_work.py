@@ -1,0 +1,105 @@
+"""What bench.py lets systems do: models with random weights, queries and passages, written into a folder.
+
+Sizes are those of published checkpoints, texts those of a collection. The tests' small tokenizers stand in for the
+published ones.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import corpora
+import first_stages
+import torch
+import transformers
+
+TINY = Path(__file__).parent / "tiny"
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+ENCODERS = {
+    "BERT-base": {},
+    "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+}
+T5_BASE = {
+    "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_decoder_layers": 12,
+    "num_heads": 12, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32,
+    "tie_word_embeddings": False, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+MISTRAL = {
+    "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
+}  # fmt: skip
+PROMPT_TOKENS = 108.8  # of LiT5 on TREC DL 2019 by T5's own vocabulary
+
+
+def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[list[str]], folder: Path) -> None:
+    """Write a model (config, weights, tokenizer) and work.json into an empty folder."""
+    torch.manual_seed(0)
+    match kind:
+        case "cross-encoder":
+            make_classifier(folder, ENCODERS[size])
+        case "lit5-distill" | "lit5-score":
+            passages = make_t5(folder, kind, queries, passages)
+        case "pe-rank":
+            make_language_model(folder)
+    work: dict[str, Any] = {"kind": kind, "dtype": dtype, "queries": queries, "passages": passages}
+    (folder / "work.json").write_text(json.dumps(work))
+
+
+def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[str], list[list[str]]]:
+    """The first queries of a collection that have so many passages, by its run or by BM25: queries, their passages."""
+    collection = corpora.load(data)
+    loader = collection.text_loader()
+    if collection.run is None:
+        bm25 = first_stages.bm25(collection, scratch / "index.pisa", passages, overwrite=True)
+        frame = (bm25 % passages >> loader)(collection.get_topics().iloc[: 4 * queries])
+    else:
+        frame = loader(collection.get_results().query("rank < @passages"))
+    lists = [ranking for _, ranking in frame.sort_values(["qid", "rank"]).groupby("qid") if len(ranking) == passages]
+    if len(lists) < queries:
+        raise ValueError(f"{data} has {len(lists)} queries with {passages} passages; wanted {queries}")
+    return [each["query"].iloc[0] for each in lists[:queries]], [each["text"].tolist() for each in lists[:queries]]
+
+
+def make_classifier(folder: Path, shape: dict[str, int]) -> None:
+    """A BERT with one label, which every system reads, and the vocabulary of tiny/cross-encoder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "cross-encoder")
+    config = transformers.BertConfig(**shape, vocab_size=len(tokenizer), num_labels=1, initializer_range=0.06)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder)
+
+
+def make_t5(folder: Path, kind: str, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
+    """A T5; returns the passages cut so that a prompt has PROMPT_TOKENS on average by the tests' vocabulary."""
+    network = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE))
+    network.to(torch.bfloat16).save_pretrained(folder)
+    shutil.copy(GOLDEN / "lit5" / "tiny-random" / "spiece.model", folder)
+    from pyterrier_lit.models.t5 import SentencePieces
+
+    pieces, low, high = SentencePieces((folder / "spiece.model").read_bytes()), 0.0, 1.0
+    for _ in range(12):  # halves the interval of the share of each text that is kept
+        share = (low + high) / 2
+        cut = [[text[: int(len(text) * share)] for text in ranking] for ranking in passages]
+        lengths = [
+            min(len(ids) + 1, 150)
+            for query, ranking in zip(queries, cut, strict=True)
+            for ids in pieces([f"Search Query: {query} Passage: [1] {text} Relevance Ranking: " for text in ranking])
+        ]
+        low, high = (share, high) if sum(lengths) / len(lengths) < PROMPT_TOKENS else (low, share)
+    return cut
+
+
+def make_language_model(folder: Path) -> None:
+    """A Mistral for PE-Rank, and beside it a BERT for passages, as small beside it as Jina's is beside Mistral-7B."""
+    transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL)).save_pretrained(folder)
+    shutil.copy(GOLDEN / "pe_rank" / "checkpoint" / "tokenizer.model", folder)
+    fields = json.loads((GOLDEN / "pe_rank" / "checkpoint" / "tokenizer_config.json").read_text())
+    fields["added_tokens_decoder"] = {id: token for id, token in fields["added_tokens_decoder"].items() if int(id) < 3}
+    fields["additional_special_tokens"] = []
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    config = transformers.BertConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512, initializer_range=0.2
+    )
+    transformers.BertModel(config).save_pretrained(folder / "encoder")
+    shutil.copy(GOLDEN / "pe_rank" / "encoder" / "vocab.txt", folder / "encoder")

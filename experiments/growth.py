@@ -1,0 +1,132 @@
+"""Seconds and memory of each reranker as passages, queries and lengths grow, with the exponent fitted. Run by hand.
+
+    python experiments/growth.py [--only passages queries tokens] [--plot pyterrier_lit/pt_docs/growth.svg] [--record]
+
+The project's small checkpoints on Python's documentation, in float32 on one thread; seconds are those of the processor,
+so that other jobs on the machine count less. Memory is what the process held at its most beyond what it held after a
+first small call.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import corpora
+import measured
+import numpy as np
+import pandas as pd
+import torch
+
+from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+
+TINY = Path(__file__).parent / "tiny"
+QUESTION = "How do seconds and memory grow with passages, queries and lengths?"
+SIZES = {
+    "passages": (10, 50, 100, 500, 1000, 5000),  # of one query
+    "queries": (1, 4, 16, 64, 256),  # of 20 passages
+    "tokens": (32, 64, 128, 256, 500),  # of each of 20 passages, about
+}
+RERANKERS = {
+    "CrossEncoder": lambda: CrossEncoder(str(TINY / "cross-encoder"), query_length=32, doc_length=480),
+    "LiT5Distill": lambda: LiT5Distill(str(TINY / "lit5-distill"), window_size=100, max_length=512),
+    "LiT5Score": lambda: LiT5Score(str(TINY / "lit5-score"), n_passages=5000, max_length=512),
+    "PERank": lambda: PERank(str(TINY / "pe-rank")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--plot", type=Path, help="a picture of all that measured.csv holds of this question")
+    measured.add_option(parser)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as the processes have it
+    for name in RERANKERS:
+        for what in arguments.only:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                points = pool.apply(measure, (name, what, SIZES[what]))
+            rows = tidy(name, what, points)
+            for row in rows:
+                print(f"{row['setting']:40} {row['measure']:20} {row['value']:10.3f}", flush=True)
+            if arguments.record:
+                measured.record(QUESTION, rows)
+    if arguments.plot:
+        plot(measured.latest(measured.read(QUESTION))).savefig(arguments.plot, bbox_inches="tight")
+
+
+def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, float, float]]:
+    """(size, CPU seconds, MB beyond those of a small call) of each size, which ascend."""
+    torch.set_num_threads(1)
+    docs = corpora.python_docs()["text"].tolist()
+    reranker = RERANKERS[name]()
+    reranker(frame(docs, 1, 10, 32))
+    before, points = held(), []
+    for size in sizes:
+        shape = {"passages": (1, size, 64), "queries": (size, 20, 64), "tokens": (1, 20, size)}[what]
+        candidates = frame(docs, *shape)
+        started = time.process_time()
+        reranker(candidates)
+        points.append((size, time.process_time() - started, held() - before))
+    return points
+
+
+def frame(docs: list[str], queries: int, passages: int, tokens: int) -> pd.DataFrame:
+    """Candidates whose texts are all different, of so many tokens (1.6 to a word here)."""
+    words = " ".join(docs).split()
+    length = max(int(tokens / 1.6), 1)
+    starts = np.random.default_rng(0).integers(0, len(words) - length, queries * passages)
+    texts = [" ".join(words[start : start + length]) for start in starts]
+    rows = [
+        {"qid": str(query), "query": f"how to wait {query} seconds", "docno": f"{query}.{i}", "score": -i, "rank": i}
+        for query in range(queries)
+        for i in range(passages)
+    ]
+    return pd.DataFrame(rows).assign(text=texts)
+
+
+def held() -> float:
+    """MB at its most, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def tidy(name: str, what: str, points: list[tuple[int, float, float]]) -> list[dict[str, Any]]:
+    """Rows of measured.csv: seconds and MB of each size, and the exponent of the larger half's seconds."""
+    half = points[len(points) // 2 - 1 :]
+    exponent = np.polyfit(np.log([size for size, *_ in half]), np.log([seconds for _, seconds, _ in half]), 1)[0]
+    measures = [(size, {"CPU seconds": seconds, "MB more": memory}) for size, seconds, memory in points]
+    return [
+        {"setting": f"{name}, {what}", "n": size, "measure": measure, "value": value}
+        for size, values in measures
+        for measure, value in values.items()
+    ] + [{"setting": f"{name}, {what}", "n": points[-1][0], "measure": "exponent of seconds", "value": float(exponent)}]
+
+
+def plot(rows: pd.DataFrame) -> Any:
+    """Seconds above, memory below, against passages, queries and tokens, both axes logarithmic."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(SIZES), figsize=(10, 5.5), sharex="col", sharey="row", layout="constrained")
+    for column, what in enumerate(SIZES):
+        for name in RERANKERS:
+            of = rows[rows["setting"] == f"{name}, {what}"]
+            (exponent,) = of.loc[of["measure"] == "exponent of seconds", "value"]
+            for line, measure in zip(axes[:, column], ("CPU seconds", "MB more"), strict=True):
+                points = of[of["measure"] == measure].sort_values("n")
+                label = f"{name}, n^{exponent:.2f}" if measure == "CPU seconds" else None
+                line.plot(points["n"], points["value"].clip(lower=1e-2), marker="o", markersize=3, label=label)
+        for line in axes[:, column]:
+            line.set(xscale="log", yscale="log")
+            line.grid(alpha=0.3)
+        axes[0, column].legend(fontsize=7)
+        axes[1, column].set_xlabel({"passages": "passages of one query", "queries": "queries of 20 passages",
+                                    "tokens": "tokens of each of 20 passages"}[what])  # fmt: skip
+    axes[0, 0].set_ylabel("CPU seconds")
+    axes[1, 0].set_ylabel("MB beyond a small call")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""experiments/bench.py: its arithmetic, a system that is missing, one that dies, and a small row from end to end."""
+
+import sys
+from pathlib import Path
+
+import bench
+import bench_work
+import measured
+import pytest
+import torch
+
+ANSWER = {"seconds": 2.0, "peak GB": 1.0, "results": [[3.0, 2.0, 1.0]]}
+
+
+def test_a_row_says_seconds_share_of_the_floor_and_times_as_fast():
+    row = bench.Row("cross-encoder", "MiniLM", "float32", ("ours", "peer", "missing"), queries=2)
+    found = {
+        "ours": ANSWER | {"flops": 6e9, "bytes": 1e9},
+        "peer": ANSWER | {"seconds": 5.0, "results": [[3.0, 1.0, 2.0]]},
+        "missing": {"not run": "No module named 'onnxruntime'"},
+    }
+    rows = bench.tidy("a row", row, found, (6e9, 2e9))
+    values = {(each["setting"], each["measure"]): each["value"] for each in rows}
+    assert values == {
+        ("a row: ours", "seconds a query"): 1.0,
+        ("a row: ours", "peak GB"): 1.0,
+        ("a row: ours", "floor, seconds a query"): 0.75,
+        ("a row: ours", "share of the floor"): 0.75,
+        ("a row: ours", "times as fast as peer"): 2.5,
+        ("a row: ours", "pairs ordered as peer"): pytest.approx(2 / 3),
+        ("a row: peer", "seconds a query"): 2.5,
+        ("a row: peer", "peak GB"): 1.0,
+    }
+    text = bench.table("a row", rows, found)
+    assert "not run: No module named 'onnxruntime'" in text
+    assert "2.50 x as fast as peer, 66.7% of pairs alike" in text
+
+
+def test_only_pairs_with_one_of_the_first_passages_are_compared():
+    ours, theirs = [[4.0, 3.0, 2.0, 1.0]], [[4.0, 3.0, 1.0, 2.0]]
+    assert bench.alike(ours, theirs, top=2) == 1
+    assert bench.alike(ours, theirs, top=3) == pytest.approx(5 / 6)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with work for a very small cross-encoder."""
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    monkeypatch.setitem(bench_work.ENCODERS, "small", small)
+    texts = ["how to wait"], [["sleep pauses a program", "a list of numbers", "time and calendars"]]
+    bench_work.make("cross-encoder", "small", "float32", *texts, tmp_path)
+    return tmp_path
+
+
+def test_ours_scores_as_sentence_transformers_and_says_what_it_cost(work):
+    answers = {}
+    for system in ("ours", "sentence-transformers"):
+        process = bench.Process(work, system, sys.executable, Path(bench.__file__).parents[1], 1)
+        answers[system] = process.ask("run")
+        if system == "ours":
+            cost = process.ask("cost")
+        process.end()
+    assert torch.allclose(*(torch.tensor(answer["results"]) for answer in answers.values()), atol=1e-5)
+    assert all(answer["seconds"] > 0 and answer["peak GB"] > 0 for answer in answers.values())
+    assert cost["flops"] > 0 and cost["bytes"] == 0  # it has no decoder
+
+
+def test_a_system_that_is_not_installed_is_not_run(work):
+    process = bench.Process(work, "rank_llm", sys.executable, Path(bench.__file__).parents[1], 1)
+    assert "rank_llm" in process.ask("run")["not run"]
+    process.end()
+
+
+def test_a_system_that_dies_says_why(work):
+    (work / "config.json").write_text("{}")
+    process = bench.Process(work, "ours", sys.executable, Path(bench.__file__).parents[1], 1)
+    with pytest.raises(RuntimeError, match=r"ours failed:[\s\S]*ValueError"):
+        process.ask("run")
+
+
+def test_an_unknown_row_or_system_is_named(monkeypatch, capsys):
+    for wrong in (["colbert"], ["--python", "vLLM=python"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *wrong])
+        with pytest.raises(SystemExit):
+            bench.main()
+        assert f"{wrong[-1].partition('=')[0]!r} is no row or system" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in bench.ROWS if "43" not in name and "bfloat16" not in name])
+def test_a_row_runs_from_end_to_end(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(measured.record, "__defaults__", (tmp_path / "measured.csv",))
+    monkeypatch.setattr(sys, "argv", ["bench.py", name, "--quick", "--record"])
+    bench.main()
+    rows = measured.read(bench.QUESTION, tmp_path / "measured.csv")
+    assert rows["setting"].str.endswith(": ours").any() and (rows["value"] > 0).all()
