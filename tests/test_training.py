@@ -360,14 +360,14 @@ def test_a_lit5_distill_learns_to_order_by_its_first_step(candidates):
 
 def test_a_lit5_score_learns_the_answer(candidates):
     model = LiT5Score(str(LIT5), device="cpu", answer_field="answer", answer_length=8)
-    answers = candidates.qid.map(lambda qid: ["one", "one "] if int(qid[1:]) % 2 else "two")
+    answers = candidates.qid.map(lambda qid: ["one", "one "] if int(qid[1:]) % 2 else "ten")
     training = FineTune(
-        model, steps=30, batch_size=8, micro_batch=8, warmup=0, learning_rate=2e-2, dropout=0.0, **QUIET
+        model, steps=45, batch_size=8, micro_batch=8, warmup=0, learning_rate=2e-2, dropout=0.0, **QUIET
     )
     training.fit(candidates.assign(answers=answers))
     said = training(candidates).drop_duplicates("qid").set_index("qid")["answer"].str.strip()
     assert losses(training)[-1] < 0.5 < losses(training)[0]
-    assert set(said) <= {"one", "two"}
+    assert set(said) <= {"one", "ten"}
 
 
 def test_a_pe_rank_learns_in_both_stages(backbone, candidates):
