@@ -1,5 +1,6 @@
 """experiments/bench.py: its arithmetic, a system that is missing, one that dies, and a small row from end to end."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import measured
 import pytest
 import torch
 
+PASSAGES = {"MiniLM": 100, "BERT-base": 50}  # on the page
 ANSWER = {"seconds": 2.0, "peak GB": 1.0, "results": [[3.0, 2.0, 1.0]]}
 
 
@@ -94,3 +96,17 @@ def test_a_row_runs_from_end_to_end(name, monkeypatch, capsys, tmp_path):
     bench.main()
     rows = measured.read(bench.QUESTION, tmp_path / "measured.csv")
     assert rows["setting"].str.endswith(": ours").any() and (rows["value"] > 0).all()
+
+
+def test_the_page_says_what_was_measured():
+    page = (Path(bench.__file__).parents[1] / "pyterrier_lit" / "pt_docs" / "speed.rst").read_text(encoding="utf-8")
+    rows = measured.read(bench.QUESTION)
+    rows = rows[(rows["machine"] == "2 cores, AVX2") & (rows["threads"] == 2)]
+    lines = re.findall(r"^   (MiniLM|BERT-base), ([\w -]+), ([\d.]+), ([\d.]+)$", page, re.MULTILINE)
+    assert len(lines) == 12
+    for size, system, *figures in lines:
+        setting = f"cross-encoder, {size}, float32, {PASSAGES[size]} passages: {system}"
+        values = rows[rows["setting"] == setting].set_index("measure")["value"]
+        assert [float(figure) for figure in figures] == pytest.approx(
+            [values["seconds a query"], values["peak GB"]], abs=0.006
+        )
