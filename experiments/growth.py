@@ -1,6 +1,7 @@
 """Seconds and memory of each reranker as passages, queries and lengths grow, with the exponent fitted. Run by hand.
 
-    python experiments/growth.py [--only passages queries tokens] [--plot pyterrier_lit/pt_docs/growth.svg] [--record]
+    python experiments/growth.py [--only passages queries tokens] [--rerankers PERank]
+        [--plot pyterrier_lit/pt_docs/growth.svg] [--record]
 
 The project's small checkpoints on Python's documentation, in float32 on one thread; seconds are those of the processor,
 so that other jobs on the machine count less. Memory is what the process held at its most beyond what it held after a
@@ -27,10 +28,10 @@ QUESTION = "How do seconds and memory grow with passages, queries and lengths?"
 SIZES = {
     "passages": (10, 50, 100, 500, 1000, 5000),  # of one query
     "queries": (1, 4, 16, 64, 256),  # of 20 passages
-    "tokens": (32, 64, 128, 256, 500),  # of each of 20 passages, about
+    "tokens": (16, 32, 64, 128),  # of each of 100 passages, about
 }
 RERANKERS = {
-    "CrossEncoder": lambda: CrossEncoder(str(TINY / "cross-encoder"), query_length=32, doc_length=480),
+    "CrossEncoder": lambda: CrossEncoder(str(TINY / "cross-encoder"), query_length=32, doc_length=200),
     "LiT5Distill": lambda: LiT5Distill(str(TINY / "lit5-distill"), window_size=100, max_length=512),
     "LiT5Score": lambda: LiT5Score(str(TINY / "lit5-score"), n_passages=5000, max_length=512),
     "PERank": lambda: PERank(str(TINY / "pe-rank")),
@@ -40,11 +41,12 @@ RERANKERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--rerankers", nargs="+", choices=list(RERANKERS), default=list(RERANKERS))
     parser.add_argument("--plot", type=Path, help="a picture of all that measured.csv holds of this question")
     measured.add_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as the processes have it
-    for name in RERANKERS:
+    for name in arguments.rerankers:
         for what in arguments.only:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 points = pool.apply(measure, (name, what, SIZES[what]))
@@ -65,7 +67,7 @@ def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, flo
     reranker(frame(docs, 1, 10, 32))
     before, points = held(), []
     for size in sizes:
-        shape = {"passages": (1, size, 64), "queries": (size, 20, 64), "tokens": (1, 20, size)}[what]
+        shape = {"passages": (1, size, 64), "queries": (size, 20, 64), "tokens": (1, 100, size)}[what]
         candidates = frame(docs, *shape)
         started = time.process_time()
         reranker(candidates)
@@ -112,6 +114,8 @@ def plot(rows: pd.DataFrame) -> Any:
     for column, what in enumerate(SIZES):
         for name in RERANKERS:
             of = rows[rows["setting"] == f"{name}, {what}"]
+            if of.empty:
+                continue
             (exponent,) = of.loc[of["measure"] == "exponent of seconds", "value"]
             for line, measure in zip(axes[:, column], ("CPU seconds", "MB more"), strict=True):
                 points = of[of["measure"] == measure].sort_values("n")
@@ -122,7 +126,7 @@ def plot(rows: pd.DataFrame) -> Any:
             line.grid(alpha=0.3)
         axes[0, column].legend(fontsize=7)
         axes[1, column].set_xlabel({"passages": "passages of one query", "queries": "queries of 20 passages",
-                                    "tokens": "tokens of each of 20 passages"}[what])  # fmt: skip
+                                    "tokens": "tokens of each of 100 passages"}[what])  # fmt: skip
     axes[0, 0].set_ylabel("CPU seconds")
     axes[1, 0].set_ylabel("MB beyond a small call")
     return figure
