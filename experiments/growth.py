@@ -123,6 +123,7 @@ def plot(rows: pd.DataFrame) -> Any:
                 line.plot(points["n"], points["value"].clip(lower=1e-2), marker="o", markersize=3, label=label)
         for line in axes[:, column]:
             line.set(xscale="log", yscale="log")
+            line.minorticks_off()
             line.grid(alpha=0.3)
         axes[0, column].legend(fontsize=7)
         axes[1, column].set_xlabel({"passages": "passages of one query", "queries": "queries of 20 passages",
