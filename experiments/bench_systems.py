@@ -215,6 +215,7 @@ def library_t5(folder: Path, work: dict) -> Run:
                 encoder_outputs=BaseModelOutput(last_hidden_state=states.flatten(0, 1)[None]),
                 attention_mask=(ids != 0).long().reshape(1, -1),
                 min_new_tokens=ANSWER[work["kind"]], max_new_tokens=ANSWER[work["kind"]], do_sample=False,
+                decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
                 output_attentions=attentions, return_dict_in_generate=attentions,
             )  # fmt: skip
         return []
