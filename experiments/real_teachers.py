@@ -68,7 +68,8 @@ def main() -> None:
     orders = kept("LiT5Distill, cosines", lambda: lit5_from_cosines(share))
     kept("LiT5Distill, cosines, RankVicuna", lambda: lit5_from_rankings(LiT5Distill(orders), share))
 
-    table = pd.concat([tested(places, collection) for collection in ("dl21", "vaswani")])
+    students = {name: KINDS[name.partition(",")[0]](place, verbose=True) for name, place in places.items()}
+    table = pd.concat([tested(students, collection) for collection in ("dl21", "vaswani")])
     table.to_csv(arguments.output / "table.csv", index=False, float_format="%.4f")
     print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
     if arguments.record:
@@ -124,16 +125,15 @@ def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:
     return student
 
 
-def tested(places: dict[str, str], collection: str) -> pd.DataFrame:
-    """The students in these places over BM25's first 100; p-values are against BM25, corrected by Holm."""
-    students = [KINDS[name.partition(",")[0]](place, verbose=True) for name, place in places.items()]
+def tested(students: dict[str, Reranker], collection: str) -> pd.DataFrame:
+    """The students by name over BM25's first 100; p-values are against BM25, corrected by Holm."""
     first = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH))
     table = pt.Experiment(
-        [first, first >> bi_encoder(), *(first >> student for student in students)],
+        [first, first >> bi_encoder(), *(first >> student for student in students.values())],
         shared.topics(collection),
         shared.qrels(collection),
         [nDCG @ 10, RR @ 10],
-        names=["BM25", "MiniLM, bi-encoder", *places],
+        names=["BM25", "MiniLM, bi-encoder", *students],
         baseline=0,
         correction="holm",
         verbose=False,

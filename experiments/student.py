@@ -20,7 +20,6 @@ from pathlib import Path
 import encoders
 import measured
 import pandas as pd
-import pyterrier as pt
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -29,16 +28,17 @@ import transformers
 from first_stages import silence
 from ir_measures import RR, nDCG
 from profiles import SHARED
+from real_teachers import DEPTH, similarity, tested
 
 sys.path += [str(SHARED)]
 import load as shared
 
 from pyterrier_lit import CrossEncoder
-from pyterrier_lit.batching import like_lengths
+from pyterrier_lit.batching import like_lengths, padded
 from pyterrier_lit.training import Distil
 
 SPLADE = SHARED.parent / "models" / "splade-tiny"
-DEPTH, NEAR = 100, 50  # of BM25 on DL19 and when testing; where MiniLM's vectors are needed
+NEAR = 50  # of BM25, where MiniLM's vectors are needed
 TIMES = {"dl19": 8, "dl22": 3}  # how often a query is there
 QUESTIONS = 250  # of WikiQA and TREC QA
 FROZEN = 3  # layers
@@ -73,7 +73,9 @@ def main() -> None:
     places["mean"] = output / "mean"
     mean([CrossEncoder(str(places[f"seed {seed}"])) for seed in arguments.seeds]).save(places["mean"])
     for collection in arguments.test:
-        table = tested({name: places[name] for name in ("untrained", "mean")}, collection)
+        names = ("untrained", "mean")
+        students = {name: CrossEncoder(str(places[name]), query_length=32, doc_length=128) for name in names}
+        table = tested(students, collection)
         table.to_csv(output / f"{collection}.csv", index=False, float_format="%.4f")
         print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""), flush=True)
         if arguments.record:
@@ -132,7 +134,10 @@ def of_encoders() -> pd.DataFrame:
         run = index.bm25(num_results=NEAR)(asked.assign(query=asked["query"].str.replace(r"[^\w\s]", " ", regex=True)))
     run = run[["qid", "docno", "score", "rank"]].merge(asked, on="qid").merge(passages, on="docno")
     both = pd.concat([found, run], ignore_index=True)
-    each = [standard(pd.Series(scores, both.index), both.qid) for scores in (cosines(both), products(both))]
+    each = [
+        standard(pd.Series(scores, both.index), both.qid)
+        for scores in (similarity(both["query"], both["text"]), products(both))
+    ]
     both["score"] = sum(each)
     both = both.groupby("qid").filter(lambda rows: len(rows) > 8)
     of_dl22 = both.qid.isin(found.qid)
@@ -146,16 +151,6 @@ def standard(scores: pd.Series, qids: pd.Series) -> pd.Series:
 
 def repeated(frame: pd.DataFrame, times: int) -> pd.DataFrame:
     return pd.concat([frame.assign(qid=frame.qid + f"#{i}") for i in range(times)])
-
-
-def cosines(frame: pd.DataFrame) -> list[float]:
-    """MiniLM's cosine of each query with its passage."""
-    model = transformers.BertModel.from_pretrained(encoders.minilm(), add_pooling_layer=False).eval()
-    vectors = {
-        text: F.normalize(states.mean(0), dim=0)
-        for text, states in read(model, Path(encoders.minilm()), [*frame["query"], *frame["text"]])
-    }
-    return [float(vectors[query] @ vectors[text]) for query, text in zip(frame["query"], frame["text"], strict=True)]
 
 
 @torch.inference_mode()
@@ -183,31 +178,11 @@ def read(model: torch.nn.Module, folder: Path, texts: list[str]) -> Iterator[tup
     tokenizer.enable_truncation(128)
     tokenizer.no_padding()
     distinct = list(dict.fromkeys(texts))
-    ids = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(distinct)]
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(distinct)]
     for batch in like_lengths([len(row) for row in ids], 2_048):
-        padded = torch.nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids[i]) for i in batch], batch_first=True)
-        states = model(input_ids=padded, attention_mask=mask).last_hidden_state
+        rows, mask = padded([ids[i] for i in batch])
+        states = model(input_ids=rows, attention_mask=mask.long()).last_hidden_state
         yield from ((distinct[i], row[: len(ids[i])]) for i, row in zip(batch, states, strict=True))
-
-
-def tested(places: dict[str, Path], collection: str) -> pd.DataFrame:
-    """The students in these places over BM25's first 100; p-values are against BM25, corrected by Holm."""
-    students = [CrossEncoder(str(place), query_length=32, doc_length=128) for place in places.values()]
-    first = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH))
-    bi_encoder = pt.apply.doc_score(cosines, batch_size=100_000)
-    table = pt.Experiment(
-        [first, first >> bi_encoder, *(first >> student for student in students)],
-        shared.topics(collection),
-        shared.qrels(collection),
-        [nDCG @ 10, RR @ 10],
-        names=["BM25", "MiniLM, bi-encoder", *places],
-        baseline=0,
-        correction="holm",
-        verbose=False,
-    )
-    table.insert(0, "collection", collection)
-    return table[["collection", "name", "nDCG@10", "RR@10", "nDCG@10 p-value corrected"]]
 
 
 if __name__ == "__main__":

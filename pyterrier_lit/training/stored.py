@@ -74,14 +74,6 @@ class StoredRun:
             self.docnos.append(" ".join(row.docno for row in rows))
             self.starts.append(self.starts[-1] + len(rows))
 
-    def _rows(self) -> Iterator[Row]:
-        for row in run_records(self.path, COLUMNS):
-            if not ID.fullmatch(row["docno"]):
-                raise ValueError(
-                    f"{row['where']} has docno {row['docno']!r}; a stored run wants one without white space"
-                )
-            yield Row(row["where"], row["qid"], row["docno"], row["rank"], row["score"])
-
     def __len__(self) -> int:
         """The number of passages, over all queries."""
         return self.starts[-1]
