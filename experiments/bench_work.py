@@ -6,6 +6,7 @@ published ones.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ MISTRAL = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
 }  # fmt: skip
 PROMPT_TOKENS = 108.8  # of LiT5 on TREC DL 2019 by T5's own vocabulary
+PASSAGE_TOKENS = (
+    100  # about, by Mistral's own: rank_llm's prompts of a query of TREC DL 2019 are 19,724, for 9 windows of 20
+)
 
 
 def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[list[str]], folder: Path) -> None:
@@ -39,9 +43,9 @@ def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[li
         case "cross-encoder":
             make_classifier(folder, ENCODERS[size])
         case "lit5-distill" | "lit5-score":
-            passages = make_t5(folder, kind, queries, passages)
+            passages = make_t5(folder, queries, passages)
         case "pe-rank":
-            make_language_model(folder)
+            passages = make_language_model(folder, queries, passages)
     work: dict[str, Any] = {"kind": kind, "dtype": dtype, "queries": queries, "passages": passages}
     (folder / "work.json").write_text(json.dumps(work))
 
@@ -70,28 +74,38 @@ def make_classifier(folder: Path, shape: dict[str, int]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_t5(folder: Path, kind: str, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """A T5; returns the passages cut so that a prompt has PROMPT_TOKENS on average by the tests' vocabulary."""
+def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
+    """A T5; returns the passages cut as T5's own vocabulary would have them, by the tests' vocabulary."""
     network = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE))
     network.to(torch.bfloat16).save_pretrained(folder)
     shutil.copy(GOLDEN / "lit5" / "tiny-random" / "spiece.model", folder)
     from pyterrier_lit.models.t5 import SentencePieces
 
-    pieces, low, high = SentencePieces((folder / "spiece.model").read_bytes()), 0.0, 1.0
-    for _ in range(12):  # halves the interval of the share of each text that is kept
+    pieces = SentencePieces((folder / "spiece.model").read_bytes())
+
+    def lengths(query: str, texts: list[str]) -> list[int]:
+        prompts = [f"Search Query: {query} Passage: [1] {text} Relevance Ranking: " for text in texts]
+        return [min(len(ids) + 1, 150) for ids in pieces(prompts)]
+
+    return cut(queries, passages, lengths, PROMPT_TOKENS)
+
+
+def cut(
+    queries: list[str], passages: list[list[str]], lengths: Callable[[str, list[str]], list[int]], wanted: float
+) -> list[list[str]]:
+    """Passages of which the same share is left, so that their mean length is the wanted one."""
+    low, high = 0.0, 1.0
+    for _ in range(12):  # halves the interval of the share
         share = (low + high) / 2
-        cut = [[text[: int(len(text) * share)] for text in ranking] for ranking in passages]
-        lengths = [
-            min(len(ids) + 1, 150)
-            for query, ranking in zip(queries, cut, strict=True)
-            for ids in pieces([f"Search Query: {query} Passage: [1] {text} Relevance Ranking: " for text in ranking])
-        ]
-        low, high = (share, high) if sum(lengths) / len(lengths) < PROMPT_TOKENS else (low, share)
-    return cut
+        left = [[text[: int(len(text) * share)] for text in ranking] for ranking in passages]
+        found = [length for query, texts in zip(queries, left, strict=True) for length in lengths(query, texts)]
+        low, high = (share, high) if sum(found) / len(found) < wanted else (low, share)
+    return left
 
 
-def make_language_model(folder: Path) -> None:
-    """A Mistral for PE-Rank, and beside it a BERT for passages, as small beside it as Jina's is beside Mistral-7B."""
+def make_language_model(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
+    """A Mistral for PE-Rank, and beside it a BERT for passages, as small beside it as Jina's is beside Mistral-7B;
+    returns the passages cut as Mistral's own vocabulary would have them, by the tests' vocabulary."""
     transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL)).save_pretrained(folder)
     shutil.copy(GOLDEN / "pe_rank" / "checkpoint" / "tokenizer.model", folder)
     fields = json.loads((GOLDEN / "pe_rank" / "checkpoint" / "tokenizer_config.json").read_text())
@@ -103,3 +117,5 @@ def make_language_model(folder: Path) -> None:
     )
     transformers.BertModel(config).save_pretrained(folder / "encoder")
     shutil.copy(GOLDEN / "pe_rank" / "encoder" / "vocab.txt", folder / "encoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return cut(queries, passages, lambda _, texts: [len(ids) for ids in tokenizer(texts)["input_ids"]], PASSAGE_TOKENS)

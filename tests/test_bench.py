@@ -110,3 +110,10 @@ def test_the_page_says_what_was_measured():
         assert [float(figure) for figure in figures] == pytest.approx(
             [values["seconds a query"], values["peak GB"]], abs=0.006
         )
+    lines = re.findall(r'^   "?(LiT5-\w+)(, ``top_k=10``)?"?, ([\d.]+), ([\d.]+), (\d+) %$', page, re.MULTILINE)
+    assert len(lines) == 3
+    for reranker, setting, *figures in lines:
+        row = f"{reranker.lower()}, T5-base, float32, 100 passages: ours{setting.replace('`', '')}"
+        values = rows[rows["setting"] == row].set_index("measure")["value"]
+        found = values[["seconds a query", "times as fast as library's T5", "share of the floor"]] * [1, 1, 100]
+        assert [float(figure) for figure in figures] == pytest.approx(found.tolist(), rel=0.01)
