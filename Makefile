@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-lowest slow fuzz notebooks tiny tree docs style types wheel image container clean
+.PHONY: demo test test-lowest slow fuzz notebooks tiny tree docs style types wheel alone image container clean
 
 demo: $(VENV)/ready  ## BM25, and the four rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
 	$(BIN)/python experiments/quickstart.py
@@ -41,8 +41,11 @@ style: $(VENV)/ready
 types: $(VENV)/ready  ## mypy, strict
 	$(BIN)/mypy
 
-wheel: $(VENV)/ready  ## build the wheel, install it alone in a new environment, import it from there, rerank after Terrier where Java is
+wheel: $(VENV)/ready  ## build the wheel, and see that it works alone
 	rm -rf build dist && $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(MAKE) alone
+
+alone:  ## install the wheel in dist alone in a new environment, import it from there, rerank after Terrier where Java is; PYTHON=python3.13 for another Python
 	$(PYTHON) -m venv --clear build/alone && build/alone/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && alone/bin/python -c "import pyterrier_lit; print(pyterrier_lit.__file__, pyterrier_lit.CrossEncoder())"
 	cd build && alone/bin/python ../tests/jars.py

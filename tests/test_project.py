@@ -37,7 +37,28 @@ def test_the_lowest_versions_are_those_that_are_tested():
     assert not lowest
 
 
-def test_the_citation_is_of_this_version():
+def test_all_files_have_this_version_and_a_tag_with_another_does_not_go_out():
+    def release(tag):
+        return subprocess.run([sys.executable, ROOT / ".ci" / "release", tag], capture_output=True, text=True)
+
+    assert release(f"v{pyterrier_lit.__version__}").returncode == 0
+    refused = release("v0.0.9")
+    assert refused.returncode and refused.stderr.splitlines() == [
+        f"{name} has {pyterrier_lit.__version__}; the tag is v0.0.9"
+        for name in ("pyterrier_lit/__init__.py", "CITATION.cff", "CHANGELOG.md")
+    ]
+
+
+def test_the_citation_has_the_four_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == pyterrier_lit.__version__
     assert len(citation["references"]) == 4
+
+
+def test_a_release_is_built_checked_on_each_supported_python_and_published_by_a_tag_alone():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads the key `on` as true
+    assert workflow["jobs"]["publish"]["needs"] == "check" and workflow["jobs"]["check"]["needs"] == "build"
+    pythons = workflow["jobs"]["check"]["strategy"]["matrix"]["python"]
+    classifiers = [line for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert classifiers == [f"Programming Language :: Python :: {python}" for python in pythons]
