@@ -143,7 +143,7 @@ def candidates(
     if (arguments.topics is None) != (arguments.documents is None):
         parser.error("--topics and --documents go together, with a run as --input")
     if arguments.topics is None and not {".jsonl", ".json"} & set(path.suffixes):
-        parser.error(f"--input {path} is no .jsonl[.gz] or .json; a run wants --topics and --documents with it")
+        parser.error(f"--input {path} is no .jsonl[.gz] or .json; a run needs --topics and --documents with it")
     if arguments.topics is None:
         return partial(read_rerank_file, path, arguments.depth)
     lookups = cache(lambda: (topics(arguments.topics), documents(arguments.documents)))
@@ -197,19 +197,21 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk",
         type=positive,
-        help="pairs reranked and then written together: more fill batches, fewer lose less"
+        help="pairs reranked before they are written: more is faster, fewer lose less in a crash"
         f" (default {CHUNKS['cpu']}, on a GPU {CHUNKS['cuda']:,})",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with what an interrupted run with the same options, weights and input has left",
+        help="resume an interrupted run with the same options, weights and input",
     )
 
 
 def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
     """The options for a reranker that is trained from a pre-trained model."""
-    parser.add_argument("--backbone", help="hub id or folder to begin from, untrained; else --model is trained further")
+    parser.add_argument(
+        "--backbone", help="hub id or folder of a pre-trained model to start from; else --model is trained further"
+    )
     for name, kind in RERANKERS.items():
         for option, parameter in kind.begin_options().items():
             said = documented(kind.begin).get(option, "").removesuffix(".")
@@ -225,21 +227,21 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     meaning = "learn from this ranking: TREC run[.gz], .jsonl[.gz] or .parquet; or RankGPT's permutations of --input"
     taught.add_argument("--teacher", type=Path, help=meaning)
     meaning = (
-        "learn the order of the candidates, or that of the teacher in --input: RankZephyr's, PE-Rank's, TWOLAR's data"
+        "learn the order of --input: that of the run, or of the teacher in RankZephyr's, PE-Rank's or TWOLAR's data"
     )
     taught.add_argument("--order", action="store_true", help=meaning)
     taught.add_argument("--answers", action="store_true", help="learn to answer: --input holds question, answers, ctxs")
-    taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, first stage)")
+    taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, stage 1)")
     parser.add_argument("--depth", type=positive, help="candidates per query; default: all")
-    parser.add_argument("--valid", type=Path, help="candidates to measure nDCG@10 on, in the format of --input")
-    parser.add_argument("--valid-labels", type=Path, help="the qrels of these")
+    parser.add_argument("--valid", type=Path, help="validation candidates for nDCG@10, in the format of --input")
+    parser.add_argument("--valid-labels", type=Path, help="the qrels for --valid")
     parser.add_argument("--recipe", help="the name of a recipe; default: the paper's")
-    meaning = "a setting of the recipe, such as steps=1000"
+    meaning = "a hyperparameter of the recipe, such as steps=1000"
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="NAME=VALUE", help=meaning)
-    parser.add_argument("--every", type=positive, help="steps between states and measurements")
-    parser.add_argument("--patience", type=positive, help="stop after so many measurements without a better one")
-    parser.add_argument("--seed", type=int, default=42, help="of all chance (default %(default)s)")
-    parser.add_argument("--state", type=Path, help="where the training's state is kept, to go on after a kill")
+    parser.add_argument("--every", type=positive, help="steps between checkpoints and between measurements")
+    parser.add_argument("--patience", type=positive, help="stop after so many measurements without a better nDCG@10")
+    parser.add_argument("--seed", type=int, default=42, help="random seed (default %(default)s)")
+    parser.add_argument("--state", type=Path, help="folder for checkpoints, to resume from")
 
 
 def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
@@ -374,7 +376,7 @@ def main(words: list[str] | None = None) -> int:
 def failed(parser: argparse.ArgumentParser, what: str, error: BaseException, code: int) -> int:
     """Say on one line what went wrong and what was kept; `resume` is an option here. Returns the exit code."""
     told = " ".join("; ".join([what, *getattr(error, "__notes__", ())]).split())
-    print(f"{parser.prog}: {told.replace('resume goes on', '--resume goes on')}", file=sys.stderr)
+    print(f"{parser.prog}: {told.replace('resume continues', '--resume continues')}", file=sys.stderr)
     return code
 
 

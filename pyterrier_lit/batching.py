@@ -32,7 +32,7 @@ class Budget:
             torch.cuda.empty_cache()
         if not self.warned:
             warnings.warn(
-                f"out of memory in a batch of {items * longest} tokens; going on with half"
+                f"out of memory in a batch of {items * longest} tokens; continuing with half"
                 f" (max_tokens={self.tokens} avoids this)",
                 stacklevel=5,
             )

@@ -1,8 +1,8 @@
-"""CrossEncoder: a query and a passage are read together by one encoder, which gives one score.
+"""CrossEncoder: one encoder reads a query and a passage together and returns one score.
 
 The encoder reads "[CLS] query [SEP] passage [SEP]", so every word of the passage can attend to every word of the query.
-The score is a linear function of the state at [CLS]. Each pair is scored by itself (pointwise). Rank-DistiLLM's
-monoELECTRA (arXiv 2405.07920) learned its scores from the rankings of large language models.
+The score is a linear function of the state at [CLS]. Each pair is scored independently (pointwise).
+Rank-DistiLLM's monoELECTRA (arXiv 2405.07920) is distilled from the rankings of large language models.
 """
 
 import dataclasses
@@ -28,28 +28,27 @@ class CrossEncoder(Reranker):
     """Rerank by a cross-encoder that reads each (query, passage) pair: score(q, d) = w . h_[CLS] + b.
 
     Args:
-        model: hub id or folder. Read are the checkpoints of lightning-ir over ELECTRA or BERT
-            (`webis/monoelectra-base`, `webis/monoelectra-large`; all its formats since 2024) and ordinary sequence
-            classification checkpoints with one label, or two whose difference is the score. Their tokenizer, token
-            types and default prompt are those of transformers and sentence-transformers. No code of the checkpoint is
-            run.
-        query_length, doc_length: pieces kept of each query and passage; None takes what the checkpoint records, else 32
-            and 256 for lightning-ir's checkpoints. An ordinary classifier's pair is cut as a whole, at the longest
-            input of the checkpoint, as sentence-transformers does it: the longer side first. When more than half of
-            the passages of a call were truncated a warning says so; `verbose` shows how many.
-        special_tokens: "parse" reads [SEP], [CLS], ... inside a text as the reference does, as control tokens; "text"
-            reads them as plain characters, for texts from strangers.
+        model: hub id or folder. It reads lightning-ir's checkpoints over ELECTRA or BERT (`webis/monoelectra-base`,
+            `webis/monoelectra-large`; all formats since 2024) and sequence classification checkpoints with one label,
+            or with two, whose difference is the score. These get the tokenizer, token types and default prompt that
+            transformers and sentence-transformers give them. No code of the checkpoint is run.
+        query_length, doc_length: the most tokens kept of each query and passage. None takes the checkpoint's own; for
+            lightning-ir's checkpoints without any, 32 and 256. For other classifiers, None truncates the pair as
+            sentence-transformers does: at the checkpoint's maximum length, the longer side first. A warning tells
+            when more than half of the passages of a call were truncated; `verbose` shows how many.
+        special_tokens: "parse" reads [SEP], [CLS], ... inside a text as control tokens, as lightning-ir does; "text"
+            reads them as plain characters, for untrusted text.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
-        max_tokens: tokens per batch with padding; None is 1,024 on a CPU and 16,384 on a GPU. When memory runs out the
-            batch is halved and the run goes on.
+        max_tokens: tokens per batch, with padding. None is 1,024 on a CPU and 16,384 on a GPU. A batch that runs out of
+            memory is halved and retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `CrossEncoder.from_backbone("google/electra-base-discriminator")` is an untrained one, over the body of an ELECTRA
-    or BERT; over ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and others it is transformers' own classifier. A
-    pair's score depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe; equal scores are ties and keep
+    `CrossEncoder.from_backbone("google/electra-base-discriminator")` is an untrained one over ELECTRA or BERT; over
+    ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and others it is transformers' own sequence classifier. The score
+    of a pair depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe. Equal scores are ties and keep
     their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
     """
 

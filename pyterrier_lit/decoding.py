@@ -15,7 +15,7 @@ Choices = tuple[list[list[int]], list[float]]
 
 
 class Reader(Protocol):
-    """A model that has B prompts before it and goes on with symbols, of which there are S."""
+    """A model with B prompts that decodes symbols, of which there are S."""
 
     @property
     def device(self) -> torch.device:

@@ -32,31 +32,32 @@ class LiT5Distill(ListwiseReranker):
     Args:
         model: hub id or folder: `castorini/LiT5-Distill-{base,large,xl}` (v1: windows of 20) or the same with `-v2`
             (one window of 100), or what `save` wrote.
-        window_size, stride: passages per window (at most 100) and positions it moves up. None for window_size takes
-            what the checkpoint records, else 100 or 20 as the checkpoint's name or path tells v2 from v1; where nothing
-            tells, 20 and a warning. None for stride is half the window. A shorter list is one window of its own size.
+        window_size, stride: passages per window (at most 100), and positions from one window to the next. window_size
+            None takes the checkpoint's own, else 100 for v2 and 20 for v1 by the checkpoint's name or path, else 20
+            with a warning. stride None is half the window. A list shorter than the window is one window.
         passes: sweeps over each list.
-        max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else 150, the papers'
-            for MS MARCO (512 for BEIR). The query is not cut: one that leaves no room for a passage gives a warning.
-        top_k: order only the first k ranks; what lies below keeps its incoming order. The first k are those of the full
+        max_length: tokens of a prompt, truncated on the right. None takes the checkpoint's own, else 150, as in the
+            papers for MS MARCO (512 for BEIR). Queries are not truncated; one that leaves no room for a passage is
+            warned of.
+        top_k: decode only the first k ranks, which are those of the full order; the passages below keep their incoming
             order. `((first >> LiT5Distill()) % 10).compile()` sets it.
-        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's
-            greedy text, repaired: first mention wins, what is missing follows in incoming order; where that text is
-            already a permutation both agree. "first" orders by the probabilities of the first identifier alone (FIRST,
-            arXiv 2406.15657): one step, or two above 56 identifiers; published checkpoints were not trained for it, the
-            recipe `lit5-distill-first` does so.
+        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is unconstrained
+            greedy decoding with the original code's clean-up: repeated identifiers are dropped, missing ones follow in
+            incoming order. Where the free text is a permutation, both agree. "first" ranks by the probabilities of the
+            first identifier alone (FIRST, arXiv 2406.15657): one decoding step, or two above 56 identifiers. Published
+            checkpoints were not trained for it; the recipe `lit5-distill-first` trains for it.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
-        max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and
-            values (37 kB a token for base in bfloat16). When memory runs out it is halved and the run goes on.
+        max_tokens: prompt tokens per batch of windows. Each takes memory for its keys and values (37 kB for base in
+            bfloat16). When memory runs out, it is halved and the batch retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Distill.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 or mT5 as it was pre-trained. The
+    `LiT5Distill.from_backbone("google/t5-v1_1-base")` is a pre-trained T5 or mT5 that has not learned to rank. The
     scores of n passages are n, n - 1, ... 1 in the order written. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR
-    2025 (v2). In float32 equal to castorini/LiT5 for lists that fill their windows; where that one pads a short list
-    with empty passages, this one does not.
+    2025 (v2). In float32 equal to castorini/LiT5 for lists that fill their windows; castorini/LiT5 pads a short list
+    with empty passages, this class does not.
     """
 
     model: str = "castorini/LiT5-Distill-base-v2"
@@ -142,7 +143,7 @@ def _head(query: str, number: int) -> str:
 
 
 def constrained(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """Greedily, at each step the likeliest piece that goes on with an identifier not yet written."""
+    """Greedily, at each step the likeliest piece that continues an identifier not yet written."""
     words, pieces = identifiers(checkpoint, max(prompt.n for prompt in batch))
     reader = PieceReader(FiD(checkpoint.network), [prompt.content for prompt in batch], pieces, sum(map(len, words)))
     return in_turn(reader, words, [prompt.n for prompt in batch], [prompt.top for prompt in batch])

@@ -1,8 +1,8 @@
-"""LiT5Score: a T5 answers the query from all passages, and the attention that a passage draws is its score.
+"""LiT5Score: a T5 answers the query from all passages, and the attention that a passage receives is its score.
 
 Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder). The decoder reads
-all of them and writes an answer. A passage that the answer was taken from draws attention, so no judgement of a
-passage is needed to train the model: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
+all of them and writes an answer. A passage that the answer was taken from receives attention, so training needs no
+judged passages: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ AGGREGATIONS = {
 
 @dataclasses.dataclass(eq=False, repr=False)
 class LiT5Score(Reranker):
-    """Rerank by LiT5-Score: T5 Fusion-in-Decoder answers the query, and its cross-attention tells where it looked::
+    """Rerank by LiT5-Score: T5 Fusion-in-Decoder answers the query, and its cross-attention scores the passages::
 
         score(d) = sum over answer positions t, layers l, tokens s of d of  a[l, t, s]  / (256 * layers)
         a[l, t, s] = mean over heads of  attention weight (softmax over all passages) * length of the value vector
@@ -44,26 +44,25 @@ class LiT5Score(Reranker):
 
     Args:
         model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or what `save` wrote.
-        n_passages: the first that are read together, the paper's 100. All passages of a query share one attention, so
-            scores of separate windows could not be compared: what lies below stays there in its incoming order, scored
-            -1, -2, ...
-        max_length: tokens of a prompt, cut on the right; None takes what the checkpoint records, else the paper's 150.
-            The query is not cut: one that leaves no room for a passage gives a warning.
-        answer_length: tokens of the answer with its start token; None takes what the checkpoint records, else the
-            paper's 20.
-        aggregation: "mean" is the paper's, as above; "max" takes the largest sum over layers among a passage's tokens
-            in place of their sum; "late" weighs layer l of n (from 1) by 2 l / (n + 1). The latter two are ours.
-        answer_field: a column for the answer that was written, the same in all rows of a query; None adds none.
+        n_passages: how many of the first passages are read together; 100 in the paper. All passages of a query share
+            one attention, so scores of separate windows cannot be compared: the passages below keep their incoming
+            order, with scores -1, -2, ...
+        max_length: tokens of a prompt, truncated on the right. None takes the checkpoint's own, else the paper's 150.
+            Queries are not truncated; one that leaves no room for a passage is warned of.
+        answer_length: tokens of the answer with its start token. None takes the checkpoint's own, else the paper's 20.
+        aggregation: "mean" is the paper's, as above. "max" takes the maximum over a passage's tokens instead of their
+            sum. "late" weights layer l of n (from 1) by 2 l / (n + 1). The last two are ours.
+        answer_field: name of a column for the generated answer, the same in all rows of a query; None adds none.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
-        max_tokens: prompt tokens of the queries that are read and answered together. When memory runs out it is halved.
+        max_tokens: prompt tokens per batch of queries. When memory runs out, it is halved and the batch retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Score.from_backbone("google/t5-v1_1-base")` is an untrained one: a T5 (or mT5) as it was pre-trained. Although
-    each passage gets a score of its own, it depends on the others: `pyterrier_caching.ScorerCache` is not safe. Source:
-    arXiv 2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists that are full.
+    `LiT5Score.from_backbone("google/t5-v1_1-base")` is a pre-trained T5 or mT5 that has not learned to answer. The
+    score of a passage depends on the other passages, so `pyterrier_caching.ScorerCache` is not safe. Source: arXiv
+    2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists of `n_passages`.
     """
 
     model: str = "castorini/LiT5-Score-base"

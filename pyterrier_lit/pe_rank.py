@@ -1,8 +1,9 @@
 """PERank: a language model reads one vector per passage, and names the passages best first.
 
-An encoder turns each passage into one vector, and a projector brings it into the input space of the language model,
-where it stands for the whole passage. So the prompt has a few tokens per passage in place of hundreds. The model
-answers with passages, not words: the next passage is the one whose vector fits its last state best. arXiv 2406.14848.
+An encoder turns each passage into one vector, and a projector maps it into the input space of the language model, where
+it replaces the whole passage. So the prompt has a few tokens per passage instead of hundreds. The model decodes
+passages, not words: the next passage is the one whose vector has the largest product with the last state. Source: arXiv
+2406.14848.
 """
 
 import dataclasses
@@ -26,43 +27,42 @@ MODES = {"embedding": False, "text+embedding": True}  # whether the prompt has t
 
 @dataclasses.dataclass(eq=False, repr=False)
 class PERank(ListwiseReranker):
-    """Rerank by PE-Rank: each passage is one vector in the prompt of a language model, whose next word is a passage.
+    """Rerank by PE-Rank: a language model reads one vector per passage and decodes a permutation of the passages.
 
     Args:
         model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or what `save` wrote. No
             code of the checkpoint is run.
-        window_size, stride: passages per window and positions it moves up; a shorter list is one window of its own
-            size.
+        window_size, stride: passages per window, and positions from one window to the next. A list shorter than the
+            window is one window.
         passes: sweeps over each list.
-        top_k: order only the first k ranks; what lies below keeps the order that its windows left. The first k are
-            those of the full order. `((first >> PERank()) % 10).compile()` sets it.
+        top_k: decode only the first k ranks, which are those of the full order; the order below is what the windows
+            leave. `((first >> PERank()) % 10).compile()` sets it.
         vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` is not
             read).
-        encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint. A `doc_vec`
-            column of the frame takes precedence over `vectors`, and these over an encoder; all must be of the encoder
-            that the checkpoint was trained with. Only an encoder, or a mode with text, needs the text.
-        mode: what the prompt shows of a passage. "embedding" is the paper's: its vector. "text+embedding": its vector,
-            and the text after it.
-        decoding: "constrained" is the paper's: the passages are named one after the other. "first" orders them by the
-            logits of the first step: one forward pass a window, an approximation that the checkpoints were not trained
-            for.
+        encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the checkpoint's own encoder. A `doc_vec`
+            column takes precedence over `vectors`, and `vectors` over an encoder. All vectors must come from the
+            encoder that the checkpoint was trained with. Only an encoder, or a mode with text, requires the text.
+        mode: what the prompt has of a passage: "embedding", as in the paper, its vector; "text+embedding" its vector
+            and then its text.
+        decoding: "constrained", as in the paper, decodes one passage after the other. "first" ranks by the logits of
+            the first step: one forward pass per window, which the checkpoints were not trained for.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
-        max_tokens: prompt tokens of the windows that are decoded together; they cost memory for keys and values (131 kB
-            a token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes on.
+        max_tokens: prompt tokens per batch of windows. Each takes memory for its keys and values (131 kB for a Mistral
+            of 7B in bfloat16). When memory runs out, it is halved and the batch retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
     `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` is an untrained
-    one over a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2", with an encoder inside, such as
+    one over a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2" and an encoder such as
     "sentence-transformers/all-MiniLM-L6-v2", pooled by "mean", "cls" or "last_token". Without an encoder,
-    `embedding_size` says how long the vectors are. The projector is "linear", "mlp2x_gelu" (any number of layers) or
+    `embedding_size` is the dimension of the vectors. The projector is "linear", "mlp2x_gelu" (any number of layers) or
     "identity".
 
     Scores are n, n - 1, ... 1 in the decoded order. Source: Liu et al., WWW 2025; in float32 equal to
-    liuqi6777/pe_rank, but for lists of window_size - stride passages, which that one returns unranked, and for texts
-    with special tokens.
+    liuqi6777/pe_rank, except for lists of window_size - stride passages, which liuqi6777/pe_rank does not rank, and for
+    texts with special tokens.
     """
 
     model: str = "liuqi6777/pe-rank-mistral-jina"

@@ -1,8 +1,8 @@
 """RankMistral: a language model reads the texts of a window of passages, and writes their numbers best first.
 
 It is the baseline that PE-Rank is compared with: the same language model, the same windows and nearly the same prompt,
-but each passage stands there in full. So a prompt has thousands of tokens in place of hundreds, and an identifier takes
-several steps where PE-Rank names a passage in one. arXiv 2406.14848, section 4.
+but with the full text of each passage. So a prompt has thousands of tokens instead of hundreds, and an identifier takes
+several decoding steps where PE-Rank's passage takes one. arXiv 2406.14848, section 4.
 """
 
 import dataclasses
@@ -28,24 +28,24 @@ class RankMistral(ListwiseReranker):
     Args:
         model: hub id or folder of a causal language model of transformers with a chat template, trained to rank by this
             prompt, or what `save` wrote. No code of the checkpoint is run.
-        window_size, stride: passages per window and positions it moves up; a shorter list is one window of its own
-            size.
+        window_size, stride: passages per window, and positions from one window to the next. A list shorter than the
+            window is one window.
         passes: sweeps over each list.
-        top_k: order only the first k ranks; what lies below keeps the order that its windows left. The first k are
-            those of the full order. `((first >> RankMistral(...)) % 10).compile()` sets it.
-        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is the reference's:
-            256 tokens of greedy text, repaired; first mention wins, what is missing follows in incoming order. Where
-            that text is already a permutation, written as "[4] > [2] > ...", both agree.
-        text_field: the column with the passages. They are not cut: a window whose prompt is longer than the model's
-            positions is an error.
-        max_tokens: prompt tokens of the windows that are read and written together; they cost memory for keys and
-            values (131 kB a token for a Mistral of 7B in bfloat16). When memory runs out it is halved and the run goes
-            on.
+        top_k: decode only the first k ranks, which are those of the full order; the order below is what the windows
+            leave. `((first >> RankMistral(...)) % 10).compile()` sets it.
+        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is
+            unconstrained greedy decoding of 256 tokens with the original code's clean-up: repeated identifiers are
+            dropped, missing ones follow in incoming order. Where the free text is a permutation, written as
+            "[4] > [2] > ...", both agree.
+        text_field: the column with the passages. They are not truncated: a window whose prompt is longer than the
+            model's maximum length is an error.
+        max_tokens: prompt tokens per batch of windows. Each takes memory for its keys and values (131 kB for a Mistral
+            of 7B in bfloat16). When memory runs out, it is halved and the batch retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` is one that was not yet trained to rank. Scores
+    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` has not learned to rank. Scores
     are n, n - 1, ... 1 in the decoded order. Source: the text mode of liuqi6777/pe_rank.
     """
 
@@ -77,7 +77,7 @@ class RankMistral(ListwiseReranker):
 
 
 def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """Greedily, at each step the likeliest token that goes on with an identifier not yet written."""
+    """Greedily, at each step the likeliest token that continues an identifier not yet written."""
     counts = [prompt.n for prompt in batch]
     opening, words = checkpoint.prompter.identifiers(max(counts))
     pieces = sorted(set(chain.from_iterable(words)))

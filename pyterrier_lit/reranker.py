@@ -31,11 +31,11 @@ Named = TypeVar("Named")
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Reranker(pt.Transformer):
-    """A transformer that gives every passage a new score, by a checkpoint that is read on first use.
+    """A transformer that gives every passage a new score, by a checkpoint that is loaded on first use.
 
-    A subclass is a dataclass whose fields are its arguments. It names how its checkpoint is read (`read`) and begun
-    over a pre-trained model (`begin`), and gives `results`. Copies share the checkpoint in memory, a pickle carries it,
-    and several threads may call one reranker.
+    A subclass is a dataclass whose fields are its arguments. It names the functions that load its checkpoint (`read`)
+    and start one from a pre-trained model (`begin`), and implements `results`. Copies share the checkpoint in memory, a
+    pickle contains it, and several threads may call one reranker.
     """
 
     model: str
@@ -65,14 +65,14 @@ class Reranker(pt.Transformer):
         self._held = Held()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """The same rows with a new score and the rank that follows from it. `frames.rerank` says what is raised."""
+        """The same rows in the same order with new `score` and `rank`. Raises what `frames.rerank` does."""
         return rerank(inp, self.results, self.column_sets(), self.query_columns(), context=self)
 
     def score(self, queries: list[str], passages: Passages) -> list[list[float]]:
         """The score of every passage, higher is better: Q queries, Q lists of passages -> Q lists of scores.
 
-        TypeError where a string stands in place of a list, or something else in place of a string; ValueError where the
-        model gave NaN.
+        Raises TypeError for a string where a list is required, or something else where a string is, and ValueError
+        where the model returned NaN.
         """
         if isinstance(queries, str):
             raise TypeError(f"queries={queries[:80]!r}; wanted a list of queries, and for each a list of its passages")
@@ -87,11 +87,10 @@ class Reranker(pt.Transformer):
     def rank(
         self, query: str, passages: Sequence[str], top_k: int | None = None, return_documents: bool = False
     ) -> list[dict[str, Any]]:
-        """The passages of one query, best first, as sentence-transformers' CrossEncoder.rank gives them.
+        """The passages of one query, best first, as sentence-transformers' CrossEncoder.rank returns them.
 
-        A dict for each of the first top_k passages (all of them without a top_k): `corpus_id`, its position in
-        `passages`; `score`; and with return_documents `text`. Equal scores keep the order of `passages`. Raises what
-        `score` does.
+        One dict for each of the first top_k passages (None: all): `corpus_id`, its position in `passages`; `score`; and
+        with return_documents `text`. Equal scores keep the order of `passages`. Raises what `score` does.
         """
         if not passages:
             return []
@@ -134,11 +133,11 @@ class Reranker(pt.Transformer):
         return {"docno": [list(map(str, range(len(given)))) for given in shown], self.text_field: shown}
 
     def load(self) -> Any:
-        """The checkpoint, read on first use and kept. Call it to have the weights in memory before the first query.
+        """Load the checkpoint, or return the one in memory. Call it to warm up before the first query.
 
-        It is read again after an argument in `loads_from` was changed; what stands in memory alone, as it was begun,
-        trained or given to `hold`, is converted to another device or dtype instead. FileNotFoundError or ValueError
-        says what is missing, damaged or of another kind.
+        After a change of `model` or `revision` it is loaded again. After a change of `device` or `dtype` too, except
+        for weights that exist in memory only (untrained, trained, or given to `hold`), which are converted. Raises
+        FileNotFoundError or ValueError, which say what is missing, damaged or of another kind.
         """
         while True:
             held, source = self._held, self._source()
@@ -186,10 +185,10 @@ class Reranker(pt.Transformer):
             return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays.
+        """Write a folder that the constructor loads. Raises OSError on failure, and then keeps what was there before.
 
-        With a model card, README.md, in place of one that `save` wrote there before, whose license it keeps; one that
-        is yours stays.
+        It also writes a model card, README.md. An earlier card of `save` is replaced and its license kept; a README.md
+        of your own is kept.
         """
         self.write(path, self.load())
 
@@ -217,11 +216,11 @@ class Reranker(pt.Transformer):
         token: str | None = None,
         **layout: Any,
     ) -> str:
-        """Save into a repository on the hub, made if it is not there, and return the commit, which `revision` reads.
+        """Save to a repository on the hub, created if necessary, and return the commit's id, which `revision=` accepts.
 
-        private: None is the account's default; it counts where the repository is made. revision: the branch, made if
-        need be; None is main. token: None is HF_TOKEN's, or that of `hf auth login`. layout: what `save` takes beside
-        the path. A README.md there that `save` did not write stays. OSError where the hub does not take it.
+        private: whether a new repository is private; None is the account's default. revision: the branch, created if
+        necessary; None is main. token: None is HF_TOKEN's, or that of `hf auth login`. layout: further arguments of
+        `save`. A README.md that `save` did not write is kept. Raises OSError when the upload fails.
         """
         held = self._held
         saved = held.saved
@@ -261,11 +260,11 @@ class Reranker(pt.Transformer):
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:
-        """An untrained reranker over a pre-trained model. Fix what is drawn at random by `torch.manual_seed`.
+        """An untrained reranker over a pre-trained model. `torch.manual_seed` fixes its random weights.
 
         Args:
             name: hub id or folder of the model.
-            arguments: those of the constructor, and those that `begin` takes by name.
+            arguments: the constructor's, and the keyword arguments of `begin`.
         """
         options = {option: arguments.pop(option) for option in cls.begin_options() if option in arguments}
         reranker = cls(name, **arguments)

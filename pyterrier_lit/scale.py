@@ -34,22 +34,22 @@ class Distributed(pt.Transformer):
     """Rerank on Ray: `num_workers` processes with a copy of the model each, on this machine or on a cluster.
 
     Args:
-        reranker: any reranker of this package. The workers load its checkpoint themselves (on a cluster: a hub id, or a
-            folder that all machines see); weights that are loaded or trained here go along.
+        reranker: any reranker of this package. Each worker loads its checkpoint (on a cluster: a hub id, or a folder
+            that all machines can read). Weights that were already loaded or trained in this process are sent to the
+            workers.
         num_workers: copies of the model.
-        num_gpus: GPUs of each; leave the reranker's device=None, which is the worker's own.
-        num_cpus: cores of each, and threads.
+        num_gpus: GPUs per worker. Leave the reranker's device=None: each worker uses its own.
+        num_cpus: cores, and threads, per worker.
         verbose: show a progress bar.
 
-    Ray (extra `ray`) starts on this machine unless `ray.init` was called or RAY_ADDRESS names a cluster. Queries go out
-    in shards, by estimated tokens and the largest first, to whichever worker is free, two to each at most; scores come
-    back as they are done. The queries of a worker that dies go to another, and a new one starts in its place.
+    Ray (extra `ray`) starts on this machine unless `ray.init` was called or RAY_ADDRESS names a cluster. Queries are
+    split into shards by their estimated tokens; the largest are sent first, at most two to a worker at a time. The
+    queries of a worker that dies are sent to another, and a new worker replaces it.
 
-    Results are those of the reranker: its own `transform` reads, checks and ranks the frame here, and only its scoring
-    runs elsewhere. Float scores may differ in the last bits, as between other batches. `% k` fuses as into the
-    reranker. Workers start on first use and stay until `close`, or until this object and its copies are gone. They
-    belong to one reranker and its weights: copies share them, and one whose reranker has others gets workers of its
-    own, as after more training.
+    Results are those of the reranker: this process reads, checks and ranks the frame, and the workers only score.
+    Scores may differ in the last bits of a float, as with any other batching. `% k` fuses as with the reranker itself.
+    Workers start on first use and stay until `close`, or until this object and its copies are deleted. Copies share
+    their workers as long as they have the same reranker and weights; after more training new workers start.
     """
 
     schematic: ClassVar[dict[str, str]] = {"label": "Distributed"}
@@ -320,19 +320,19 @@ def _placeable(ray: Any, wanted: Wanted) -> int:
     ]
     if not any(room):
         there = "; ".join(_words({kind: machine.get(kind, 0) for kind in wanted.each}) for machine in machines)
-        raise ValueError(f"a worker wants {each}, and Ray's machines have {there}; give less as num_gpus or num_cpus")
+        raise ValueError(f"a worker needs {each}, and Ray's machines have {there}; give less as num_gpus or num_cpus")
     until = time.monotonic() + PATIENCE
     while any(ray.available_resources().get(kind, 0) < n for kind, n in wanted.each.items()):
         gc.collect()  # workers of a Distributed that nobody can reach any more
         if time.monotonic() > until:
             raise RuntimeError(
-                f"a worker wants {each}, and others hold all that Ray has: {_words(ray.cluster_resources())}; close"
+                f"a worker needs {each}, and others hold all that Ray has: {_words(ray.cluster_resources())}; close"
                 " another Distributed, or give num_workers, num_gpus and num_cpus that fit beside it"
             )
         time.sleep(0.5)
     if sum(room) < wanted.workers:
         warnings.warn(
-            f"num_workers={wanted.workers} want {each} each, and Ray has room for {sum(room)}: going on with these",
+            f"num_workers={wanted.workers} need {each} each, and Ray has room for {sum(room)}: continuing with these",
             stacklevel=2,
         )
     return min(sum(room), wanted.workers)

@@ -1,4 +1,4 @@
-"""Sliding windows over rankings, bottom to top, all queries in step. Knows positions only: no text, no model."""
+"""Sliding windows over rankings, bottom to top, all queries in parallel. Knows positions only: no text, no model."""
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest

@@ -74,7 +74,9 @@ def test_memory_that_runs_out_leaves_half_of_what_was_tried():
         return batch
 
     budget = Budget(100)
-    with pytest.warns(UserWarning, match=r"in a batch of 100 tokens; going on with half \(max_tokens=50 avoids this\)"):
+    with pytest.warns(
+        UserWarning, match=r"in a batch of 100 tokens; continuing with half \(max_tokens=50 avoids this\)"
+    ):
         map_batches(limited, list(range(10)), [10] * 10, budget)
     assert tried == [10, 5, 2, 2, 2, 2, 2]
     assert budget.tokens == 20

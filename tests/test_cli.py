@@ -204,7 +204,7 @@ def test_options_that_do_not_go_together_are_named(tmp_path, file, capsys):
     for more, message in (
         (["--window-size", 7], "--window-size is an option of lit5-distill and pe-rank, not of cross-encoder"),
         (["--topics", "q.tsv"], "--topics and --documents go together"),
-        (["--input", "run.txt"], "a run wants --topics and --documents with it"),
+        (["--input", "run.txt"], "a run needs --topics and --documents with it"),
         (["--depth", 0], "'0' is no whole number from 1 on"),
         (["--max-tokens", "many"], "invalid int value"),
         (["--reranker", "bm25"], "invalid choice: 'bm25'"),
@@ -262,9 +262,9 @@ def test_ctrl_c_keeps_what_is_done_at_the_default_chunk_and_says_how_to_go_on(tm
     arguments = words(write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "run.txt")
     said = interrupted(arguments, monkeypatch, capsys, after=8)
     (part,) = tmp_path.glob("run.txt.*.part")
-    assert said.endswith(f"interrupted; what was finished is in {part}, a run file; --resume goes on with it")
+    assert said.endswith(f"interrupted; what was finished is in {part}, a run file; --resume continues it")
     assert pt.io.read_results(str(part)).qid.nunique() in range(4, 9)
-    assert "--resume goes on with it, or delete it to begin anew" in refused(arguments, capsys)
+    assert "--resume continues it, or delete it to begin anew" in refused(arguments, capsys)
     assert main([*arguments, "--resume"]) == 0
     assert main(words(tmp_path / "in.jsonl", tmp_path / "whole.txt")) == 0
     assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
@@ -374,7 +374,7 @@ def test_a_full_disk_is_one_clear_line_and_what_was_finished_is_a_run(tmp_path, 
     assert (
         "cannot be written on ([Errno 27] File too large)" in line
         and "what was finished is in" in line
-        and "resume goes on with it" in line
+        and "resume continues it" in line
     )
     (part,) = tmp_path.glob("run.txt.*.part")
     kept = pt.io.read_results(str(part))

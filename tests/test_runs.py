@@ -141,14 +141,14 @@ def interrupted(tmp_path):
     with pytest.raises(ValueError, match="nan") as raised:
         write(tmp_path / "run.txt", Failing("q4"))
     (part,) = tmp_path.glob("run.txt.*.part")
-    assert raised.value.__notes__ == [f"what was finished is in {part}, a run file; resume goes on with it"]
+    assert raised.value.__notes__ == [f"what was finished is in {part}, a run file; resume continues it"]
     return part
 
 
 def test_an_unfinished_run_is_not_overwritten_nor_continued_otherwise(tmp_path):
     part = interrupted(tmp_path)
     before = part.read_bytes()
-    with pytest.raises(FileExistsError, match=r"part holds an unfinished run; resume goes on with it"):
+    with pytest.raises(FileExistsError, match=r"part holds an unfinished run; resume continues it"):
         write(tmp_path / "run.txt", Failing())
     for other in ({"reranker": by_length}, {"system": "y"}, {"chunk": 11}):
         with pytest.raises(ValueError, match="was begun with another reranker"):

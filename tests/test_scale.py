@@ -182,18 +182,20 @@ def test_what_cannot_be_placed_is_refused_with_what_there_is(unstarted, one, mon
         return scale._placeable(ray, Distributed(one(), **arguments).started()[1])
 
     two = machines({"CPU": 2.0}, {"CPU": 4.0, "GPU": 1.0})
-    wants = "a worker wants 2 GPU and 1 CPU, and Ray's machines have 0 GPU and 2 CPU; 1 GPU and 4 CPU; give less as"
+    wants = "a worker needs 2 GPU and 1 CPU, and Ray's machines have 0 GPU and 2 CPU; 1 GPU and 4 CPU; give less as"
     with pytest.raises(ValueError, match=wants):
         placed(two, num_gpus=2)
-    with pytest.raises(ValueError, match="a worker wants 5 CPU"):
+    with pytest.raises(ValueError, match="a worker needs 5 CPU"):
         placed(two, num_cpus=5)  # six are there, on two machines
     assert placed(two, num_workers=3) == 3
     assert placed(two, num_workers=9, num_cpus=0) == 9
     assert placed(two, num_workers=10, num_gpus=0.1) == 4  # as many as its machine has cores
-    with pytest.warns(UserWarning, match="num_workers=9 want 3 CPU each, and Ray has room for 1: going on with these"):
+    with pytest.warns(
+        UserWarning, match="num_workers=9 need 3 CPU each, and Ray has room for 1: continuing with these"
+    ):
         assert placed(two, num_workers=9, num_cpus=3) == 1
     monkeypatch.setattr(scale, "PATIENCE", 0.2)
-    with pytest.raises(RuntimeError, match="a worker wants 1 CPU, and others hold all that Ray has: 6 CPU; close"):
+    with pytest.raises(RuntimeError, match="a worker needs 1 CPU, and others hold all that Ray has: 6 CPU; close"):
         placed(machines({"CPU": 2.0}, {"CPU": 4.0}, free={"memory": 1.0}))
 
 

@@ -347,7 +347,7 @@ def test_other_mistakes_are_named_before_the_first_step(rows, qrels, cross_encod
     with pytest.raises(ValueError, match=r"qid 'q2' has no query among the topics, but nan"):
         StoredRun(path, rows.assign(query=float("nan")), {})
     write_jsonl(tmp_path / "run.jsonl", [{"qid": "q1", "docno": "two words", "score": 1}])
-    with pytest.raises(ValueError, match=r"run.jsonl, line 1 has docno 'two words'; a stored run wants one without"):
+    with pytest.raises(ValueError, match=r"run.jsonl, line 1 has docno 'two words'; a stored run needs one without"):
         StoredRun(tmp_path / "run.jsonl", rows, {})
     run, student = StoredRun(path, rows, texts_of(rows)), CrossEncoder(str(cross_encoder_folder), device="cpu")
     for given, teaches, labels, words in (

@@ -63,17 +63,16 @@ def write_run(
 ) -> Summary:
     """Rerank every query of an input into `output`, a TREC run, gzipped if its name ends in .gz.
 
-    reranker: a transformer that keeps every row. read: gives the queries from the start, each time it is called; it is
-        called twice, first to see that all of the input is right before hours go into it.
-    system: the last column. chunk: whole queries are reranked together up to so many pairs, and written when they are
-        done; more packs batches better, fewer loses less.
-    resume: go on with what an interrupted call has left, and repeat nothing that it finished. All must be as it was:
-        the arguments, every text of the input in its order, and the weights.
-    weights: names those that the reranker has now, such as `fingerprint` does; asked when the input was found right.
+    reranker: a transformer that keeps every row. read: yields the queries from the start each time it is called; it is
+        called twice, the first time to check all of the input before any reranking.
+    system: the last column. chunk: pairs of whole queries that are reranked together and then written; more fills
+        batches better, fewer loses less in a crash.
+    resume: resume an interrupted call and repeat no finished query. Arguments, weights and input must be unchanged.
+    weights: identifies the reranker's weights, as `fingerprint` does; called after the input is checked.
 
-    Until all is done the run is called {output}.{hashes of arguments, weights and input}.part, a run file itself, which
-    a later call goes on with. Queries stand in the order of the input, passages by rank from 1, with falling scores
-    (see `falling`).
+    Until it is complete the run is called {output}.{hashes of arguments, weights and input}.part, a run file that a
+    later call resumes. Queries are in the order of the input, passages by rank from 1, with falling scores (see
+    `falling`).
 
     Raises FileExistsError for an output or part that is there already and not to be resumed, BlockingIOError while
     another process writes it, ValueError for a part that was begun otherwise and for an input that changes meanwhile,
@@ -116,7 +115,7 @@ def check_new(output: Path, resume: bool) -> None:
     begun = _parts(output)
     if begun and not resume:
         raise FileExistsError(
-            f"{next(iter(begun))} holds an unfinished run; resume goes on with it, or delete it to begin anew"
+            f"{next(iter(begun))} holds an unfinished run; resume continues it, or delete it to begin anew"
         )
 
 
@@ -204,7 +203,7 @@ class Part:
         if self.end:
             with contextlib.suppress(OSError):  # then resuming cuts it off
                 os.truncate(self.path, self.end)
-            error.add_note(f"what was finished is in {self.path}, a run file; resume goes on with it")
+            error.add_note(f"what was finished is in {self.path}, a run file; resume continues it")
         else:
             self.path.unlink()
 

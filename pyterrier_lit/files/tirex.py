@@ -39,7 +39,7 @@ def candidates_in(
         return lambda: read_run(run, *lookups(), depth)
     raise FileNotFoundError(
         f"{folder} holds no rerank.jsonl[.gz], and there is no first stage's run to go with queries.jsonl and"
-        " documents.jsonl; a reranker wants a data set for re-ranking, or an input run"
+        " documents.jsonl; a reranker requires a data set for re-ranking, or an input run"
     )
 
 

@@ -1,4 +1,4 @@
-"""A causal language model that reads prompts of words and goes on with words, as transformers has it; and its files.
+"""A causal language model that continues prompts of words, as transformers has it; and its files.
 
 The reader is PE-Rank's (`vector_lm`) without vectors: prompts are padded on the left, and what they begin with in
 common is read once. In the shapes B is the number of prompts, S that of symbols, H the width of the model.

@@ -108,12 +108,12 @@ class Training(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train the student on result frames with the columns that it reads, from the weights that it has: a second
-        `fit` goes on from the first. `log` then holds what was measured. A StoredRun in place of the first frame
-        teaches what the frame of its rows would.
+        """Train the student on result frames with the columns that it reads, starting from its current weights: a
+        second `fit` continues the first. `log` holds the losses and measurements. A StoredRun instead of the first
+        frame gives the same lists from files.
 
         With validation frames nDCG@10 is measured every `every` steps, as `pt.Experiment` does on these queries, and
-        the student ends with the weights of the best measurement. Raises what `chosen_recipe`, `data.with_labels`,
+        the student keeps the weights of the best measurement. Raises what `chosen_recipe`, `data.with_labels`,
         `data.with_teacher`, `StoredRun`, `validation` and `trainer.train` raise, and ValueError where no list can be
         learned from.
         """
@@ -183,7 +183,7 @@ class Training(pt.Estimator):
         return frame, judgements(frame, qrels)
 
     def described(self, given: Iterable[Any], measured_on: tuple[pd.DataFrame, pd.DataFrame] | None) -> dict[str, str]:
-        """What a training has in common with itself when it is started again."""
+        """What must be the same for a folder's checkpoint to be resumed."""
         valid: list[Any] = []
         if measured_on:
             valid = [*rankings(measured_on[0], self.student.column_sets()), *measured_on[1].to_numpy().tolist()]
@@ -209,12 +209,12 @@ class FineTune(Training):
         student: a reranker, usually from `from_backbone`. It is trained in place, and a pipeline ranks with it.
         recipe: the name of one of the student's recipes, or a Recipe. None is the paper's.
         verbose: show progress.
-        settings: by name, fields of the recipe to change, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see
-            the recipe's class); and fields of `trainer.Settings`: folder= (where the state is saved, so that a training
-            that was killed resumes), every= (steps between saved states and between measurements on validation frames),
-            patience= (measurements without a better nDCG@10 after which it stops) and seed= (42).
+        settings: hyperparameters of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
+            class), and fields of `trainer.Settings`: folder= (where checkpoints are saved, to resume from), every=
+            (steps between checkpoints and between measurements on validation frames), patience= (stop after so many
+            measurements without a better nDCG@10) and seed= (42).
 
-    LiT5Score learns from answers instead of labels, in a column `answers` (a text or a list of texts for each query);
+    LiT5Score learns from answers instead of labels, in a column `answers` (a text or a list of texts for each query).
     PERank's alignment stage learns from the passages alone.
     """
 
@@ -237,11 +237,10 @@ class Distil(Training):
 
     Args:
         student, recipe, verbose, settings: as for FineTune.
-        teacher: a transformer, which reranks the passages of the training queries; a run, as a frame or a file; None is
-            the order in which the passages come.
+        teacher: a transformer that reranks the passages of the training queries; or a run, as a frame or a file. None
+            is the order of the first stage.
 
-    With `first_stage % 50` teacher and student get the first 50 passages (the paper's depth), with
-    `topics.sample(1_000)` this many queries.
+    `first_stage % 50` sets the depth (50 in the paper), `topics.sample(1_000)` the number of queries.
     """
 
     def __init__(

@@ -230,7 +230,7 @@ def rows_in(path: Path) -> Iterator[Row]:
         return
     for row in run_records(path, COLUMNS):
         if not ID.fullmatch(row["docno"]):
-            raise ValueError(f"{row['where']} has docno {row['docno']!r}; a stored run wants one without white space")
+            raise ValueError(f"{row['where']} has docno {row['docno']!r}; a stored run needs one without white space")
         yield Row(row["where"], row["qid"], row["docno"], row["rank"], row["score"])
 
 

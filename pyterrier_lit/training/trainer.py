@@ -48,12 +48,12 @@ Log = list[
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a training is run, whatever is learned. Any recipe can be combined with any of these.
+    """How training runs, for every recipe.
 
     Args:
-        folder: where the state is saved; a training that was killed resumes from there when it is started again in the
-            same way: by the same recipe, with the same data, from the same weights. None saves nothing.
-        every: steps between saved states, and between measurements on validation frames. None is a tenth of all steps.
+        folder: where checkpoints are saved. Training resumes from there when it is started again with the same recipe,
+            data and initial weights. None saves nothing.
+        every: steps between checkpoints, and between measurements on validation frames. None is a tenth of all steps.
         patience: stop after this many measurements in a row without a better nDCG@10. None never stops early.
         seed: fixes the order of the lists and everything that is sampled.
         verbose: show progress.
