@@ -65,14 +65,16 @@ class Question:
     picture: Picture | None = None
 
     def rows(self, recorded: pd.DataFrame) -> pd.DataFrame:
-        """Its rows of measured.csv, the newest of each setting, n and measure."""
+        """Its rows of measured.csv, the newest of each setting, n, measure, machine and threads."""
         parts = []
         for name in self.recorded or [self.question]:
             pattern = re.escape(name).replace(r"\*", "(.+)")
             found = recorded["question"].str.extract(f"^({pattern})$")
             rows = recorded[found[0].notna()]
             parts.append(rows.assign(setting=rows["setting"] + ", " + found[1].dropna()) if "*" in name else rows)
-        return measured.latest(pd.concat(parts))
+        return pd.concat(parts).drop_duplicates(
+            ["question", "setting", "n", "measure", "machine", "threads"], keep="last", ignore_index=True
+        )
 
 
 def read(file: Path = QUESTIONS) -> list[Question]:
