@@ -109,8 +109,8 @@ ODD = {
         for column in ("qid", "docno", "query", "text")
     },
     "neither rank nor score": lambda frame: frame.drop(columns=["rank", "score"]),
-    "a column that stands twice": lambda frame: pd.concat([frame, frame[["text"]]], axis=1),
-    "qid in the index alone": lambda frame: frame.set_index("qid"),
+    "a duplicate column": lambda frame: pd.concat([frame, frame[["text"]]], axis=1),
+    "qid only in the index": lambda frame: frame.set_index("qid"),
     "columns under a MultiIndex": lambda frame: pd.concat({"left": frame}, axis=1),
     "no rows": lambda frame: frame.head(0),
     "text is bytes": put("text", b"cat"),

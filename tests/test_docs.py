@@ -2,13 +2,16 @@
 
 Blocks stay what users type. What they name and a test has not is put in place here: `CHECKPOINTS_OF` for names on the
 hub, `reader` for what a reader brings along, `substitutes` for what needs Java, the network or days; `NOT_RUN` for
-commands that are only checked for their words.
+commands that are only checked for their words. What a page shows below a block as its output (a block in `text`) is
+what the block prints.
 """
 
 import ast
+import contextlib
 import csv
 import dataclasses
 import inspect
+import io
 import json
 import re
 import runpy
@@ -17,6 +20,7 @@ import sys
 import textwrap
 import tomllib
 import types
+from itertools import zip_longest
 from pathlib import Path
 
 import ir_datasets
@@ -36,7 +40,7 @@ PT_DOCS = ROOT / "pyterrier_lit" / "pt_docs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("**/README.md")), *sorted(PT_DOCS.glob("*.rst"))]
 PIPELINES = ROOT / "experiments" / "pipelines.ipynb"  # its text has a block for Terrier
 CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in its place
-    "webis/monoelectra-base": CHECKPOINTS["cross-encoder"],
+    **dict.fromkeys(("webis/monoelectra-base", "me/my-monoelectra"), CHECKPOINTS["cross-encoder"]),
     "castorini/LiT5-Distill-base-v2": CHECKPOINTS["lit5-distill"],
     "castorini/LiT5-Score-base": CHECKPOINTS["lit5-score"],
     "liuqi6777/pe-rank-mistral-jina": CHECKPOINTS["pe-rank"],
@@ -44,7 +48,7 @@ CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in 
 NOT_RUN = {  # first word of a command: why it is not run
     "curl": "asks a server (test_serve.py does)",
     "serve": "answers until it is stopped (test_serve.py)",
-    "hf": "fetches from the hub",
+    "hf": "asks the hub",
     "tira-cli": "asks TIRA's server",
 }
 DOCS = {
@@ -64,20 +68,36 @@ RELEVANT = {"1": "d3", "2": "d4", "3": "d5", "4": "d4"}
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A code block: its page, its first line there, and its language ("" where none is marked)."""
+    """A code block: its page, its first line there, its language ("" where none is marked), and what the page shows as
+    its output, None where it shows nothing."""
 
     page: Path
     line: int
     language: str
     text: str
+    output: str | None = None
 
     def __str__(self):
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 def blocks(page):
-    """All code blocks of a page: ``` fences in Markdown, a notebook's too; in reStructuredText `::`, which is Python,
-    and `.. code-block:: LANGUAGE`."""
+    """The code blocks of a page. A block in `text` with nothing between it and the block before is that one's output."""
+    found, lines = list(marked_blocks(page)), page.read_text(encoding="utf-8").split("\n")
+    for block, after in zip_longest(found, found[1:]):
+        if block.language == "text":
+            continue
+        if after and after.language == "text":
+            end = block.line - 1 + len(block.text.splitlines())
+            between = [line.strip(" `") for line in lines[end : after.line - 1]]
+            if set(between) <= {"", "text", ".. code-block:: text"}:
+                block = dataclasses.replace(block, output=after.text)
+        yield block
+
+
+def marked_blocks(page):
+    """Every block that is marked as code: ``` fences in Markdown, a notebook's too; in reStructuredText `::`, which is
+    Python, and `.. code-block:: LANGUAGE`."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".ipynb":
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
@@ -280,21 +300,40 @@ def test_blocks_that_name_terrier_run_with_it(some, java, substitutes, monkeypat
 
 def run_python(some, scope):
     """Run blocks in the names that a reader has, and search with the pipelines in them."""
-    topics = scope["topics"]
     for block in some:
-        for statement in ast.parse(block.text, str(block)).body:
-            code = ast.Expression(statement.value) if isinstance(statement, ast.Expr | ast.Assign) else None
-            if code is None:
-                exec(compile(ast.Module([statement], []), str(block), "exec"), scope)
-                continue
-            value = eval(compile(code, str(block), "eval"), scope)
-            if isinstance(statement, ast.Assign):
-                for target in statement.targets:
-                    assert isinstance(target, ast.Name), f"{block}: the test assigns to names alone"
-                    scope[target.id] = value
-            if is_pipeline(value):
-                out = value(topics)
-                assert set(out["qid"]) == set(topics["qid"]) and out["rank"].min() == 0, f"{block}: {value!r}"
+        with as_shown(block):
+            for statement in ast.parse(block.text, str(block)).body:
+                run_statement(block, statement, scope)
+
+
+def run_statement(block, statement, scope):
+    code = ast.Expression(statement.value) if isinstance(statement, ast.Expr | ast.Assign) else None
+    if code is None:
+        exec(compile(ast.Module([statement], []), str(block), "exec"), scope)
+        return
+    value = eval(compile(code, str(block), "eval"), scope)
+    if isinstance(statement, ast.Assign):
+        for target in statement.targets:
+            assert isinstance(target, ast.Name), f"{block}: the test assigns to names alone"
+            scope[target.id] = value
+    if is_pipeline(value):
+        topics = scope["topics"]
+        out = value(topics)
+        assert set(out["qid"]) == set(topics["qid"]) and out["rank"].min() == 0, f"{block}: {value!r}"
+
+
+@contextlib.contextmanager
+def as_shown(block):
+    """What is printed inside is what the page shows as the block's output, where it shows any: … stands for what
+    differs from run to run."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        yield
+    said = "\n".join(map(str.rstrip, printed.getvalue().splitlines()))
+    print(said)
+    if block.output is not None:
+        like = ".*".join(map(re.escape, block.output.rstrip("\n").split("…")))
+        assert re.fullmatch(like, said), f"{block} shows\n{block.output}\nand prints\n{said}"
 
 
 def is_pipeline(value):
@@ -323,14 +362,15 @@ def test_commands_that_name_terrier_run_with_it(some, java, substitutes, monkeyp
 def run_shell(some, substitutes, monkeypatch, with_java=False):
     monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
     for block in some:
-        for number, words in enumerate(commands(block)):
-            if ("terrier" in words) != with_java:
-                continue
-            cwd = substitutes / f"{block.line}-{number}"
-            cwd.mkdir()
-            lay_out(cwd)
-            monkeypatch.chdir(cwd)
-            check(block, words, monkeypatch)
+        with as_shown(block):
+            for number, words in enumerate(commands(block)):
+                if ("terrier" in words) != with_java:
+                    continue
+                cwd = substitutes / f"{block.line}-{number}"
+                cwd.mkdir()
+                lay_out(cwd)
+                monkeypatch.chdir(cwd)
+                check(block, words, monkeypatch)
 
 
 def check(block, words, monkeypatch):

@@ -152,8 +152,8 @@ class VectorReader:
     def keep(self, counts: Sequence[int]) -> None:
         """Take back what the last pass read, but for the first counts[b] symbols of each row.
 
-        What no row keeps is cut off the cache. What some row keeps is hidden from the others, whose positions continue as
-        if they had not read it.
+        What no row keeps is cut off the cache. What some row keeps is hidden from the others, whose positions continue
+        as if they had not read it.
         """
         kept, most = torch.tensor(counts, device=self.device)[:, None], max(counts)
         read = self.inputs.shape[1]

@@ -1,0 +1,222 @@
+"""RESULTS.md and its pictures, out of questions.toml and measured.csv: a question, its finding, a picture, a command.
+
+python experiments/results.py --write        write both anew
+python experiments/results.py                say whether they are as they would be written (exit code 1 if not)
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import measured
+import pandas as pd
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+QUESTIONS = HERE / "questions.toml"
+PAGE = HERE / "RESULTS.md"
+HEAD = """# Results
+
+Each question has its finding, a command that measures it again, and notes on how it was measured. All values are in
+[measured.csv](measured.csv), one in a row, with machine, threads, commit and date. Results that did not turn out as
+hoped are kept. This page is written by `python experiments/results.py --write` out of
+[questions.toml](questions.toml).
+
+The small checkpoints are the project's own, of 2 to 6 million parameters ([tiny](tiny/README.md)). The published ones
+have not been run.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of the page. With bars it is drawn here; without, some script has written the file.
+
+    file: beside RESULTS.md. measure: what is drawn. bars: label -> settings, one of each series. series: their names.
+    """
+
+    file: str
+    measure: str = ""
+    bars: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    series: tuple[str, ...] = ("",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """An entry of questions.toml.
+
+    recorded: the questions of measured.csv that it answers, by default its own; a star stands for any text, which is
+        then added to the setting.
+    notes: {date, text} of each measurement.
+    """
+
+    section: str
+    question: str
+    finding: str
+    command: str
+    notes: list[dict[str, Any]]
+    recorded: list[str] = dataclasses.field(default_factory=list)
+    picture: Picture | None = None
+
+    def rows(self, recorded: pd.DataFrame) -> pd.DataFrame:
+        """Its rows of measured.csv, the newest of each setting, n, measure, machine and threads."""
+        parts = []
+        for name in self.recorded or [self.question]:
+            pattern = re.escape(name).replace(r"\*", "(.+)")
+            found = recorded["question"].str.extract(f"^({pattern})$")
+            rows = recorded[found[0].notna()]
+            parts.append(rows.assign(setting=rows["setting"] + ", " + found[1].dropna()) if "*" in name else rows)
+        return pd.concat(parts).drop_duplicates(
+            ["question", "setting", "n", "measure", "machine", "threads"], keep="last", ignore_index=True
+        )
+
+
+def read(file: Path = QUESTIONS) -> list[Question]:
+    """The questions, in their order. TypeError for a field that there is not."""
+    entries = tomllib.loads(file.read_text(encoding="utf-8"))["questions"]
+    pictures = [entry.pop("picture", None) for entry in entries]
+    return [
+        Question(**entry, picture=picture and Picture(**picture))
+        for entry, picture in zip(entries, pictures, strict=True)
+    ]
+
+
+def page(questions: list[Question], recorded: pd.DataFrame) -> str:
+    """RESULTS.md. ValueError for a question without rows, and for rows without a question."""
+    told, contents, body = set(), [], []
+    for section in dict.fromkeys(question.section for question in questions):
+        contents.append(f"\n**{section}**\n")
+        body.append(f"\n## {section}\n")
+        for question in (question for question in questions if question.section == section):
+            rows = question.rows(recorded)
+            if rows.empty:
+                raise ValueError(f"measured.csv has no row of {question.question!r}; wanted one for each of its values")
+            told |= set(rows["question"])
+            contents.append(f"- [{question.question}](#{anchor(question.question)})\n")
+            body.append(part(question, rows))
+    untold = set(recorded["question"]) - told
+    if untold:
+        raise ValueError(f"questions.toml has no entry for {', '.join(map(repr, sorted(untold)))}")
+    return HEAD + "".join(contents) + "".join(body)
+
+
+def part(question: Question, rows: pd.DataFrame) -> str:
+    """A question's part of the page."""
+    dates = sorted(set(rows["date"]))
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
+    machines = "; ".join(dict.fromkeys(rows["machine"]))
+    picture = f"![{question.question}]({question.picture.file})\n\n" if question.picture else ""
+    notes = [f"{note['date']}: {note['text'].strip()}" for note in question.notes] + [f"Measured on {machines}."]
+    listed = "".join(textwrap.indent(f"- {note}", "  ")[2:] + "\n" for note in notes)
+    return (
+        f"\n### {question.question}\n\n{question.finding.strip()}\n\n{picture}"
+        f"Measure it again: `{question.command}`\n\n"
+        f"<details><summary>Notes: {len(rows)} values, {when}</summary>\n\n{listed}\n</details>\n"
+    )
+
+
+def anchor(heading: str) -> str:
+    """As GitHub names a heading's place."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
+    """The values of a picture: label -> one of each series. ValueError where measured.csv lacks one."""
+    assert question.picture is not None
+    rows = question.rows(recorded)
+    values = rows[rows["measure"] == question.picture.measure].groupby("setting")["value"].last()
+    missing = [name for names in question.picture.bars.values() for name in names if name not in values]
+    if missing:
+        raise ValueError(f"{question.question!r} has no {question.picture.measure} of {', '.join(map(repr, missing))}")
+    return {label: [float(values[name]) for name in names] for label, names in question.picture.bars.items()}
+
+
+def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
+    """Bars, the first one grey: what the others are compared with."""
+    n = len(picture.series)
+    figure, panel = pyplot.subplots(
+        figsize=(7, 0.28 * n * len(values) + 0.12 * len(values) + 0.7), layout="constrained"
+    )
+    largest = max(max(some) for some in values.values())
+    for i, name in enumerate(picture.series):
+        at = [row + 0.8 * ((i + 0.5) / n - 0.5) for row in range(len(values))]
+        lengths = [some[i] for some in values.values()]
+        first, others = (("#9a9a9a", "#1f6fb4"), ("#c8c8c8", "#8fbfe6"))[i]
+        colours = [first, *[others] * (len(values) - 1)]
+        panel.barh(at, lengths, height=0.72 / n, color=colours, label=name)
+        for place, length in zip(at, lengths, strict=True):
+            panel.text(length + 0.01 * largest, place, printed(length, picture.measure), va="center", fontsize=9)
+    panel.set_yticks(range(len(values)), list(values), fontsize=9)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.12 * largest)
+    panel.set_xlabel(picture.measure, fontsize=9)
+    panel.tick_params(axis="x", labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    if n > 1:
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in ("#1f6fb4", "#8fbfe6")]
+        figure.legend(handles, picture.series, loc="outside upper right", ncols=n, frameon=False, fontsize=9)
+    pyplot.close(figure)
+    return figure
+
+
+def printed(value: float, measure: str) -> str:
+    """Three digits: .198, 1.85, 22.2."""
+    if re.match(r"nDCG|RR@|geometric", measure):
+        return f"{value:.3f}".removeprefix("0")
+    return f"{value:.3g}"
+
+
+def save(figure: Figure, values: dict[str, list[float]], file: Path) -> None:
+    """As SVG, with the values in its description."""
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
+        figure.savefig(file, metadata={"Date": None, "Description": json.dumps(values)})
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+
+
+def shown(file: Path) -> dict[str, list[float]] | None:
+    """The values that a picture shows; None where there is no such picture."""
+    said = re.search(r"<dc:description>(.*?)</dc:description>", file.read_text(encoding="utf-8"), re.DOTALL)
+    if said is None:
+        return None
+    return json.loads(said[1].replace("&quot;", '"').replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
+
+
+def stale(questions: list[Question], recorded: pd.DataFrame) -> list[str]:
+    """The files that are not as they would be written."""
+    wrong = [] if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(questions, recorded) else [PAGE.name]
+    for question in questions:
+        if question.picture is None:
+            continue
+        file = HERE / question.picture.file
+        if not file.exists() or (question.picture.bars and shown(file) != drawn(question, recorded)):
+            wrong.append(question.picture.file)
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write RESULTS.md and its pictures")
+    arguments = parser.parse_args()
+    questions, recorded = read(), measured.read()
+    if arguments.write:
+        PAGE.write_text(page(questions, recorded), encoding="utf-8")
+        for question in questions:
+            if question.picture is not None and question.picture.bars:
+                file, values = HERE / question.picture.file, drawn(question, recorded)
+                file.parent.mkdir(exist_ok=True)
+                if not file.exists() or shown(file) != values:  # another matplotlib draws the same otherwise
+                    save(draw(question.picture, values), values, file)
+    wrong = stale(questions, recorded)
+    if wrong:
+        sys.exit(f"{', '.join(wrong)}: not as measured.csv and questions.toml say; run with --write")
+
+
+if __name__ == "__main__":
+    main()
