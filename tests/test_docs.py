@@ -82,7 +82,7 @@ class Block:
 
 
 def blocks(page):
-    """The code blocks of a page. A block in `text` with nothing between it and the block before is that one's output."""
+    """The code blocks of a page. A `text` block directly below another block is the output of that one."""
     found, lines = list(marked_blocks(page)), page.read_text(encoding="utf-8").split("\n")
     for block, after in zip_longest(found, found[1:]):
         if block.language == "text":
