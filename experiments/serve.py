@@ -34,7 +34,8 @@ def app(reranker):
             await compute(batch)
 
     async def compute(batch):
-        queries, passages = [asked.query for asked, _ in batch], [asked.passages for asked, _ in batch]
+        queries = [asked.query for asked, _ in batch]
+        passages = [asked.passages for asked, _ in batch]
         try:
             found = await asyncio.to_thread(reranker.score, queries, passages)
             for (_, answer), scores in zip(batch, found, strict=True):
@@ -65,20 +66,24 @@ def app(reranker):
             raise HTTPException(503, "busy; try again") from None
         except (ValueError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
-        best = sorted(range(len(scores)), key=lambda number: -scores[number])[: asked.top_k]
+        best = sorted(range(len(scores)), key=lambda number: -scores[number])
+        best = best[: asked.top_k]
         return [{"corpus_id": number, "score": scores[number]} for number in best]
 
     @api.middleware("http")
     async def limit(request: Request, answer):
         size = request.headers.get("content-length")
         if request.method == "POST" and (size is None or int(size) > BYTES):
-            return JSONResponse({"detail": f"{size or 'unknown'} bytes; wanted at most {BYTES}"}, 413)
+            said = f"{size or 'unknown'} bytes; wanted at most {BYTES}"
+            return JSONResponse({"detail": said}, 413)
         return await answer(request)
 
     @api.exception_handler(RequestValidationError)
-    async def refuse(request: Request, error):  # in words alone: FastAPI's own answer repeats the texts
-        said = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()[:3]]
-        return JSONResponse({"detail": "; ".join(said)}, 422)
+    async def refuse(request: Request, error):  # FastAPI's own answer repeats the texts
+        places = [".".join(map(str, one["loc"][1:])) for one in error.errors()]
+        words = [one["msg"] for one in error.errors()]
+        said = [f"{place}: {word}" for place, word in zip(places, words, strict=True)]
+        return JSONResponse({"detail": "; ".join(said[:3])}, 422)
 
     return api
 

@@ -164,7 +164,7 @@ def test_the_page_shows_the_code_of_the_file_and_its_answer(client):
     assert shown.strip() in (ROOT / "experiments" / "serve.py").read_text(encoding="utf-8")
     asked = {"query": "water power", "passages": ["old mills", "light"], "top_k": 1}
     (answer,) = client.post("/rank", json=asked).json()
-    printed = re.search(r'``\[{"corpus_id": (\d), "score": ([\d.]+)}\]``', page.read_text(encoding="utf-8"))
+    printed = re.search(r'^ +\[{"corpus_id": (\d), "score": ([\d.]+)}\]$', page.read_text(encoding="utf-8"), re.M)
     assert (str(answer["corpus_id"]), f"{answer['score']:.2f}") == printed.groups()
 
 
@@ -173,7 +173,7 @@ def test_the_seconds_of_the_page_are_those_that_were_measured():
         (PT_DOCS / "serve.rst").read_text(encoding="utf-8"),
         (ROOT / "experiments" / "RESULTS.md").read_text(),
     )
-    rows = re.search(r"csv-table:: Seconds a query\n(?:   :.*\n)+\n((?:   .+\n)+)", page)[1].splitlines()
+    rows = re.search(r"csv-table:: Seconds per query\n(?:   :.*\n)+\n((?:   .+\n)+)", page)[1].splitlines()
     seconds = [cell.strip() for row in rows for cell in row.split(",")[-2:] if cell.strip()]
     assert len(rows) == 9 and len(seconds) == 12
     assert [number for number in seconds if not re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", measured)] == []
