@@ -4,8 +4,8 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test test-lowest slow fuzz notebooks tiny tree docs style types wheel alone image container clean
 
-demo: $(VENV)/ready  ## BM25, and the four rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
-	$(BIN)/python experiments/quickstart.py
+demo: $(VENV)-demo/ready  ## BM25, and the four rerankers after it, on Python's own documentation: a table, demo/results.json and demo/results.png
+	$(VENV)-demo/bin/python experiments/quickstart.py
 
 test: $(VENV)/ready  ## the tests, offline, on the CPU, without those marked slow; those of Terrier in a process of their own
 	$(BIN)/python -m pytest --numprocesses auto
@@ -60,9 +60,11 @@ container: $(VENV)/ready  ## the Dockerfile's image: built, run without a networ
 	$(BIN)/python .ci/container
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info
+	rm -rf $(VENV) $(VENV)-demo build dist demo *.egg-info
 
-$(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+$(VENV)/ready: EXTRAS = demo,test
+$(VENV)-demo/ready: EXTRAS = demo
+$(VENV)/ready $(VENV)-demo/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@

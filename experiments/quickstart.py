@@ -1,15 +1,17 @@
-"""The README's first command: BM25 against BM25 and each reranker on a real collection, as a table and a chart.
+"""The README's first command: BM25 against BM25 and each reranker on a real collection, as a table and a chart,
+and the top three of one query before and after.
 
 quickstart.py                                           Python's own documentation
 quickstart.py --collection FOLDER --model NAME          docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
 quickstart.py --collection irds:vaswani --model NAME    ir_datasets' id
-quickstart.py --first-stage terrier                     Terrier in place of PISA; needs Java
+quickstart.py --first-stage terrier                     Terrier in place of PISA; requires Java
 """
 
 import argparse
 import json
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -26,6 +28,7 @@ from pyterrier_lit.reranker import Reranker
 
 TINY = Path(__file__).parent / "tiny"
 HELD_OUT = {"python-docs": "test-"}  # the topics to evaluate on, where a collection has others for development
+SHOWN = {"python-docs": "test-09"}  # the query whose top three are printed; the first one for other collections
 
 
 def main():
@@ -33,7 +36,7 @@ def main():
     parser.add_argument("--collection", default="python-docs", help="python-docs, a folder, or irds:ID")
     parser.add_argument("--model", help="a cross-encoder: hub id or folder; default: the project's small checkpoints")
     parser.add_argument(
-        "--first-stage", choices=["pisa", "terrier"], default="pisa", help="whose BM25; terrier needs Java"
+        "--first-stage", choices=["pisa", "terrier"], default="pisa", help="whose BM25; terrier requires Java"
     )
     parser.add_argument("--depth", type=int, default=100, help="passages reranked per query")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results.png and results.json")
@@ -43,13 +46,16 @@ def main():
 
     collection = corpora.load(arguments.collection)
     held_out = HELD_OUT.get(arguments.collection)
+    topics, qrels = collection.get_topics(held_out), collection.get_qrels(held_out)
     name, first = first_stage(collection, held_out, arguments)
     chosen = rerankers(arguments.model)
+    for reranker in chosen:
+        reranker.load()  # else the first query would wait for it
     candidates = first % arguments.depth >> collection.text_loader()
     table = pt.Experiment(
         [first, *(candidates >> reranker for reranker in chosen)],
-        collection.get_topics(held_out),
-        collection.get_qrels(held_out),
+        topics,
+        qrels,
         [nDCG @ 10, RR @ 10, "mrt"],
         names=[name, *(f"{name} >> {type(reranker).__name__}" for reranker in chosen)],
         baseline=0,
@@ -57,10 +63,19 @@ def main():
         verbose=False,
     )
     if arguments.record:
-        found = measured.from_experiment(table, len(collection.get_topics(held_out)), [nDCG @ 10, RR @ 10])
+        found = measured.from_experiment(table, len(topics), [nDCG @ 10, RR @ 10])
         measured.record(f"Do the rerankers rank {collection.name}?", found)
     rows = table.rename(columns={"nDCG@10 p-value": "p"})[["name", "nDCG@10", "RR@10", "mrt", "p"]]
-    show(rows, collection, arguments)
+    print(f"\n{header(collection.name, len(topics), arguments)}\n")
+    print(rows.to_string(index=False, float_format="{:.4f}".format, na_rep=""))
+    gained, lost = table.loc[1, ["nDCG@10 +", "nDCG@10 -"]].astype(int)
+    print(f"\n{rows['name'][1]}: nDCG@10 rises for {gained} of {len(topics)} queries and falls for {lost}.")
+    query = topics[topics["qid"] == SHOWN.get(arguments.collection, topics["qid"][0])]
+    show_top_three(query, qrels, {name: candidates, rows["name"][1]: candidates >> chosen[0]})
+    records = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    (arguments.output / "results.json").write_text(json.dumps(records, indent=2) + "\n")
+    draw(rows, f"{collection.name}: {len(topics)} queries, {models(arguments)}", arguments.output / "results.png")
+    print(f"\nwritten: {arguments.output / 'results.png'}, {arguments.output / 'results.json'}")
 
 
 def rerankers(model: str | None) -> list[Reranker]:
@@ -91,35 +106,57 @@ def first_stage(
     return "BM25", first_stages.bm25(collection, arguments.output / "index.pisa", arguments.depth, overwrite=True)
 
 
-def show(rows: pd.DataFrame, collection: corpora.Collection, arguments: argparse.Namespace) -> None:
-    """Print the table; write results.json and results.png."""
+def header(collection: str, n_queries: int, arguments: argparse.Namespace) -> str:
+    """What the table is of, and how to read it."""
+    lines = [f"{collection}, {n_queries} queries; the first {arguments.depth} passages reranked by {models(arguments)}"]
+    if collection == "python-docs":
+        lines.append("Many questions avoid the docstrings' words on purpose, so BM25 scores low.")
+    if arguments.model is None:
+        lines.append("The small models were trained on Python's documentation alone: they show that everything runs,")
+        lines.append("not how good the published checkpoints are. For other texts give another model with --model.")
+    lines.append("mrt: milliseconds per query, first stage included; p: paired t-test on nDCG@10 against the first row")
+    return "\n".join(lines)
+
+
+def models(arguments: argparse.Namespace) -> str:
+    return arguments.model or "small models of 2 to 6 million parameters"
+
+
+def show_top_three(query: pd.DataFrame, qrels: pd.DataFrame, pipelines: dict[str, pt.Transformer]) -> None:
+    """Print what each pipeline ranks first for one query, with the grades of the judgements.
+
+    query: a frame of one row, qid and query.
+    """
+    best = qrels["label"].max()
+    print(f'The top three for "{query["query"].item()}", with the judged grades (0 to {best}):')
+    grades = qrels[qrels["qid"] == query["qid"].item()].set_index("docno")["label"]
+    for name, pipeline in pipelines.items():
+        print(f"\n  {name}")
+        for row in pipeline(query).sort_values("rank").head(3).itertuples():
+            text = textwrap.shorten(row.text, 90, placeholder=" ...")
+            print(f"  {row.rank + 1}. grade {grades.get(row.docno, 0)}: {text}")
+
+
+def draw(rows: pd.DataFrame, title: str, path: Path) -> None:
+    """nDCG@10 against milliseconds per query, with the p-values of the table."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from plots import log_scale
 
-    shown = arguments.model or f"the small checkpoints of {TINY.name}"
-    print(f"\n{collection.name}, {shown}, the first {arguments.depth} passages reranked")
-    print("mrt: milliseconds per query, of the whole pipeline; p: paired t-test on nDCG@10 against the first row\n")
-    print(rows.to_string(index=False, float_format="{:.4f}".format, na_rep=""))
-    if arguments.model is None and arguments.collection != "python-docs":
-        print(
-            "\nThese small models have only ever read Python's documentation: for other texts give a real one with"
-            " --model."
-        )
-    records = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    (arguments.output / "results.json").write_text(json.dumps(records, indent=2) + "\n")
-
-    axes = rows.plot.bar(x="name", y=["nDCG@10", "RR@10"], rot=0, ylim=(0, 1), figsize=(11, 4), width=0.7)
-    for bars in axes.containers:
-        axes.bar_label(bars, fmt="%.3f")
-    axes.set(
-        title=f"{collection.name}: {len(collection.get_topics(HELD_OUT.get(arguments.collection)))} queries", xlabel=""
-    )
-    axes.legend(loc="upper left")
-    pyplot.tight_layout()
-    pyplot.savefig(arguments.output / "results.png", dpi=150)
-    print(f"\nwritten: {arguments.output / 'results.png'}, {arguments.output / 'results.json'}")
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    middle = (rows["mrt"].min() * rows["mrt"].max()) ** 0.5
+    for name, ndcg, mrt, p in rows[["name", "nDCG@10", "mrt", "p"]].itertuples(index=False):
+        axes.scatter(mrt, ndcg, s=45)
+        label = name if pd.isna(p) else f"{name}, p = {p:.2g}"
+        side = {"ha": "right", "xytext": (-8, 0)} if mrt > middle else {"ha": "left", "xytext": (8, 0)}
+        axes.annotate(label, (mrt, ndcg), textcoords="offset points", va="center", **side)
+    log_scale(axes)
+    axes.set(xlabel="milliseconds per query", ylabel="nDCG@10", title=title)
+    axes.margins(0.08)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
