@@ -45,6 +45,8 @@ CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in 
     "castorini/LiT5-Distill-base-v2": CHECKPOINTS["lit5-distill"],
     "castorini/LiT5-Score-base": CHECKPOINTS["lit5-score"],
     "liuqi6777/pe-rank-mistral-jina": CHECKPOINTS["pe-rank"],
+    "tiny/cross-encoder": CHECKPOINTS["cross-encoder"],
+    "tiny/lit5-distill": CHECKPOINTS["lit5-distill"],
 }  # `names` adds those that are made: "my-pe-rank", "google/electra-base-discriminator", MiniLM
 NOT_RUN = {  # first word of a command: why it is not run
     "curl": "asks a server (test_serve.py does)",
@@ -177,6 +179,7 @@ def names(electra, backbone, tmp_path_factory):
 @pytest.fixture
 def substitutes(monkeypatch, tmp_path, collection, names):
     """The working directory of a reader; hub, Terrier, TIRA and long trainings replaced by what is small and here."""
+    import corpora
     import encoders
     import pyterrier_dr
     import pyterrier_splade
@@ -196,6 +199,8 @@ def substitutes(monkeypatch, tmp_path, collection, names):
         pt.get_dataset, ir_datasets.load, pyterrier_dr.SBertBiEncoder, tira.load_rerank_data, distil.train,
     )  # fmt: skip
     monkeypatch.setattr(pt, "get_dataset", lambda name: get_dataset(f"irds:{collection}"))
+    load_corpus = corpora.load
+    monkeypatch.setattr(corpora, "load", lambda name: load_corpus(name.replace("python-docs/test", "irds:vaswani")))
     monkeypatch.setattr(ir_datasets, "load", lambda name: load(collection))
     monkeypatch.setattr(pt.terrier.Retriever, "from_dataset", lambda *_, **__: first_stage())
     splade = encoders.splade("stand-in")

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +110,28 @@ def test_the_quickstart_reranks_pythons_documentation(tmp_path):
     for row in rows[1:]:
         assert row["nDCG@10"] > rows[0]["nDCG@10"] and 0 <= row["p"] <= 1
         assert f"{row['nDCG@10']:.4f}" in done.stdout
+    assert "small models of 2 to 6 million parameters" in done.stdout and "on purpose" in done.stdout
+    before, after = re.findall(r"\n  (BM25.*)\n((?:  [123]\. grade [0-3]: .*\n){3})", done.stdout)
+    assert (before[0], after[0]) == ("BM25", "BM25 >> CrossEncoder") and before[1] != after[1]
     assert (tmp_path / "demo" / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the table is of Python 3.11's documentation")
+def test_the_table_in_the_readme_is_what_its_first_block_prints(tmp_path):
+    pytest.importorskip("pyterrier_pisa", reason="needs the demo extra")
+    readme = (EXPERIMENTS.parent / "README.md").read_text(encoding="utf-8")
+    block, shown = re.search(r"```python\n(.*?)```.*?^((?: {4}[^\n]*\n)+)", readme, re.S | re.M).groups()
+    (tmp_path / "tiny").symlink_to(EXPERIMENTS / "tiny")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(EXPERIMENTS), str(EXPERIMENTS.parent)])}
+    command = [sys.executable, "-c", block]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = re.compile(r" *(\S.*?) +(0\.\d+) +[\d.]+ *(.*?)\s*")  # without mrt
+    printed, wanted = (
+        [row.fullmatch(line).groups() for line in text.splitlines()[-3:]] for text in (done.stdout, shown)
+    )
+    assert printed == wanted and len(wanted) == 3
 
 
 def test_the_quickstart_takes_a_folder_and_a_model(folder, cross_encoder_folder, tmp_path):
