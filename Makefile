@@ -23,8 +23,8 @@ slow: $(VENV)/ready  ## the tests marked slow, without the fuzzing
 fuzz: $(VENV)/ready  ## 120,000 random frames, texts and checkpoints
 	$(BIN)/python -m pytest -m slow tests/test_fuzz.py --durations=0
 
-notebooks: $(VENV)/ready  ## run all notebooks in the small profile, in place
-	$(BIN)/python experiments/run_notebooks.py
+notebooks: $(VENV)/ready  ## run all notebooks in the small profile, offline, into build/notebooks
+	$(BIN)/python experiments/run_notebooks.py --profile small --output build/notebooks
 
 tiny: $(VENV)/ready  ## train the small checkpoints of experiments/tiny anew, in about two hours
 	$(BIN)/python experiments/tiny/make.py

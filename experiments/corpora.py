@@ -107,23 +107,6 @@ def titled_text(doc: dict[str, str]) -> str:
     return " ".join((f"Title: {doc['title']} Content: {doc['text']}" if doc.get("title") else doc["text"]).split())
 
 
-def part(collection: Collection, topics: int | None, documents: int | None) -> Collection:
-    """The first topics, their judged documents, and evenly among the others as many as make up `documents`; None is
-    all.
-
-    Much easier to search than the whole: for trying a pipeline, not for figures. A part has no run.
-    """
-    if topics is None and documents is None:
-        return collection
-    asked = collection.get_topics().head(len(collection.topics) if topics is None else topics)
-    qrels = collection.qrels[collection.qrels["qid"].isin(asked["qid"])].reset_index(drop=True)
-    docs = pd.DataFrame(collection.get_corpus_iter())
-    judged = docs["docno"].isin(qrels["docno"])
-    others = docs[~judged].iloc[:: max(1, (~judged).sum() // max(1, (documents or len(docs)) - judged.sum()))]
-    kept = pd.concat([docs[judged], others]).head(documents or len(docs)).sort_index()
-    return in_memory(f"{collection.name} ({len(asked)} topics, {len(kept)} passages)", kept, asked, qrels)
-
-
 def python_docs() -> pd.DataFrame:
     """docno, text: some 5,300 docstrings of this Python's standard library, sorted by name."""
     command = [sys.executable, "-I", "-S", "-W", "ignore", str(PYTHON_DOCS / "docstrings.py")]

@@ -102,7 +102,6 @@ class Comparison:
     collections: dict[str, Collection]
     rerankers: dict[str, Reranker] = dataclasses.field(default_factory=dict)  # none: the first stages alone
     text_of: corpora.TextOf | None = None  # the passages' text from their fields, None: ir_datasets' default
-    topics: int | None = None  # the first so many, None: all
     depth: int | None = None  # passages reranked, None: as many as the profile says
 
 

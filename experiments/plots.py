@@ -15,7 +15,7 @@ def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
     columns, rows_of_panels = min(per_row, len(collections)), -(-len(collections) // per_row)
     size = (2.4 * columns + 3.5, (0.26 * len(lines) + 0.9) * rows_of_panels + 0.5)
     figure, panels = pyplot.subplots(
-        rows_of_panels, columns, sharey=True, squeeze=False, figsize=size, layout="constrained"
+        rows_of_panels, columns, sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained"
     )
     for panel in panels.flat[len(collections) :]:
         panel.axis("off")
@@ -28,7 +28,9 @@ def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
         panel.grid(axis="y", alpha=0.3)
     for panel in panels[:, 0]:
         panel.set_yticks(range(len(lines)), lines, fontsize="small")
-    panels[0][0].invert_yaxis()  # shared by all
+    figures = table[["published", "measured"]]
+    panels[0][0].set_xlim(figures.min(axis=None) - 0.02, figures.max(axis=None) + 0.02)  # shared by all, as is y
+    panels[0][0].set_ylim(len(lines) - 0.5, -0.5)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)
     figure.suptitle(f"{title}: nDCG@10")

@@ -1,6 +1,6 @@
 """What the notebooks run in each profile: which collections, first stages, checkpoints and lengths.
 
-"paper" is what the papers evaluated (`papers.py`) and wants a GPU, MS MARCO and checkpoints; "small" runs anywhere,
+"paper" is what the papers evaluated (`papers.py`) and requires a GPU, MS MARCO and checkpoints; "small" runs anywhere,
 offline. "runs" is without models: public runs beside the published figures, in `trec_dl`, `beir` and `tirex`.
 `distillation.ipynb` has one more, "trec", for two cores with ../shared/data. The notebooks' first
 cell chooses one by name; no other cell knows which it is. Nothing is built or looked for until a profile is asked for.
@@ -29,12 +29,12 @@ class Profile:
 
     depth: int  # passages reranked
     verbose: bool
-    pipelines: dict  # pipelines.ipynb: collection, topics, documents, encoders, rerankers
+    pipelines: dict  # pipelines.ipynb: collection, encoders, rerankers
     trec_dl: list[Comparison]
     beir: list[Comparison]
     tirex: list[Comparison]
-    efficiency: dict  # efficiency.ipynb: collection, topics, rerankers, their peers, depths, windows
-    open_questions: dict  # open_questions.ipynb: collection, topics, rerankers and what is varied
+    efficiency: dict  # efficiency.ipynb: collection, rerankers, their peers, depths, windows
+    open_questions: dict  # open_questions.ipynb: collection, rerankers and what is varied
     scaling: dict  # scaling.ipynb: collection, queries, passages, rerankers, speeds of the model, workers of a machine
     distillation: (
         dict  # distillation.ipynb: collections to learn from and to test on, student, teacher and what is varied
@@ -69,14 +69,14 @@ PYTHON_DOCS = {"python-docs": Collection("python-docs/test", {"bm25": "bm25"})}
 
 
 def small_dl() -> list[Comparison]:
-    """The small checkpoints on a part of Python's documentation, and the public runs that are at hand."""
-    first = dataclasses.replace(papers.trec_dl()[0], collections=PYTHON_DOCS, rerankers=tiny(), topics=6)
+    """The small checkpoints on Python's documentation, and the public runs that are here."""
+    first = dataclasses.replace(papers.trec_dl()[0], collections=PYTHON_DOCS, rerankers=tiny())
     return [first, *map(at_hand, runs_dl())]
 
 
 def small_beir() -> list[Comparison]:
     """As `small_dl`, for BEIR."""
-    first = dataclasses.replace(papers.beir()[0], collections=PYTHON_DOCS, rerankers=tiny(), topics=6)
+    first = dataclasses.replace(papers.beir()[0], collections=PYTHON_DOCS, rerankers=tiny())
     return [first, *map(at_hand, runs_beir())]
 
 
@@ -89,7 +89,6 @@ def small_tirex() -> list[Comparison]:
             for part in ("dev", "test")
         },
         rerankers={"tiny CrossEncoder": tiny()["tiny CrossEncoder"]},
-        topics=6,
     )
     return [first, *map(at_hand, runs_tirex())]
 
@@ -159,8 +158,6 @@ def paper() -> Profile:
         verbose=True,
         pipelines={
             "collection": papers.IRDS_DL["dl19"],
-            "topics": None,
-            "documents": None,
             "encoders": {
                 "splade": "naver/splade-cocondenser-ensembledistil",
                 "colbert": "lightonai/GTE-ModernColBERT-v1",
@@ -173,7 +170,6 @@ def paper() -> Profile:
         tirex=papers.tirex(),
         efficiency={
             "collection": Collection(papers.IRDS_DL["dl19"], {"bm25": "bm25"}),  # a run of 100 passages is too short
-            "topics": None,
             "rerankers": papers.lit5() | papers.cross_encoders() | papers.pe_rankers(),
             "encoders": {
                 "dense": "sentence-transformers/all-MiniLM-L6-v2",
@@ -185,7 +181,6 @@ def paper() -> Profile:
         },
         open_questions={
             "collection": papers.trec_dl()[0].collections["dl19"],
-            "topics": None,
             "rerankers": papers.one_of_each(),
             "dense": "sentence-transformers/all-MiniLM-L6-v2",
             "score_weights": [*papers.LIT5_SCORE, *papers.LIT5_V2, "google/flan-t5-base"],
@@ -224,14 +219,12 @@ def paper() -> Profile:
 
 
 def small() -> Profile:
-    """Offline, in a minute or two."""
+    """Offline, in some minutes: 50 questions about Python, 20 passages of each."""
     return Profile(
         depth=20,
         verbose=False,
         pipelines={
             "collection": "python-docs/test",
-            "topics": 4,
-            "documents": 120,
             "encoders": {"splade": "stand-in", "colbert": "stand-in", "dense": "stand-in"},
             "rerankers": small_rerankers(),
         },
@@ -240,7 +233,6 @@ def small() -> Profile:
         tirex=small_tirex(),
         efficiency={
             "collection": PYTHON_DOCS["python-docs"],
-            "topics": 2,
             "rerankers": small_rerankers(),
             "encoders": {"dense": "stand-in", "colbert": "stand-in"},
             "peers": {},
@@ -249,7 +241,6 @@ def small() -> Profile:
         },
         open_questions={
             "collection": PYTHON_DOCS["python-docs"],
-            "topics": 4,
             "rerankers": small_rerankers(),
             "dense": "stand-in",
             "score_weights": [f"{TINY}/lit5-score", f"{TINY}/lit5-distill"],
@@ -261,7 +252,7 @@ def small() -> Profile:
             "passes": [1, 2],
             "noise": [0, 1, 4],
             "teachers": {name: small_rerankers()[name] for name in ("CrossEncoder", "LiT5-Distill")},
-            "taught": 5,
+            "taught": 20,
             "further": {"python-docs/dev": Collection("python-docs/dev", {"bm25": "bm25"})},
         },
         scaling={

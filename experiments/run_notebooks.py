@@ -1,13 +1,16 @@
 """Run notebooks from top to bottom, in place or aside, and keep their outputs without warnings, progress bars and
 times.
 
-python experiments/run_notebooks.py                                     every notebook in the small profile, in place
+python experiments/run_notebooks.py                        each in the profile that its first cell names, in place
+python experiments/run_notebooks.py --profile small --output FOLDER                            anywhere, offline
 python experiments/run_notebooks.py --profile paper --output FOLDER experiments/trec_dl.ipynb
 """
 
 import argparse
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import nbformat
@@ -18,13 +21,29 @@ HERE = Path(__file__).resolve().parent
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="by default all of this folder")
-    parser.add_argument("--profile", default="small")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="by default all of this folder that have profiles")
+    parser.add_argument("--profile", help="by default the one that a notebook's first cell names")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for the notebooks with their outputs")
     arguments = parser.parse_args()
-    for path in arguments.notebooks or sorted(HERE.glob("*.ipynb")):
-        print(path.name, flush=True)
-        nbformat.write(run(path, HERE, PROFILE=arguments.profile), arguments.output / path.name)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for path in arguments.notebooks or notebooks():
+        begun = time.perf_counter()
+        profile = arguments.profile or named_profile(path)
+        nbformat.write(run(path, HERE, PROFILE=profile), arguments.output / path.name)
+        print(f"{path.name}, {profile}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def notebooks() -> list[Path]:
+    """The notebooks of this folder that have profiles."""
+    return [path for path in sorted(HERE.glob("*.ipynb")) if named_profile(path)]
+
+
+def named_profile(path: Path) -> str | None:
+    """The profile that the parameters of a notebook name: that of its outputs. None where it has none."""
+    cells = nbformat.read(path, as_version=4).cells
+    chosen = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
+    found = re.match(r'PROFILE = "(\w+)"', chosen)
+    return found and found[1]
 
 
 def run(path: Path, folder: Path, **parameters: str) -> nbformat.NotebookNode:

@@ -56,8 +56,7 @@ def run(
 
     depth: passages reranked, where the comparison does not say.
     folder: keeps indexes, first stages and runs, and is asked before anything is computed. A qid begins with its
-    collection and a slash, for topics of two collections may share a number. Fewer than all topics are another
-    collection by name.
+    collection and a slash, for topics of two collections may share a number.
     """
     depth = comparison.depth or depth
     found = list(places(comparison, folder, depth, verbose))
@@ -65,15 +64,14 @@ def run(
         for place in pt.tqdm(found, desc=name, unit="first stage", disable=not verbose):
             evaluate({name: place.pipelines({name: reranker})[name]}, place.topics, place.qrels, measures, place.folder)
         unload(reranker)
-    part = "" if comparison.topics is None else f", first {comparison.topics} topics"
     means, queries = [], []
     for place in found:
         averages, each = experiment(
             place.pipelines(comparison.rerankers), place.topics, place.qrels, measures, place.folder
         )
-        facts = {"paper": comparison.paper, "collection": place.collection + part, "first_stage": place.stage}
+        facts = {"paper": comparison.paper, "collection": place.collection, "first_stage": place.stage}
         means.append(compare.results(averages, **facts, depth=depth))
-        queries.append(each.assign(**facts, corpus=place.corpus + part, qid=f"{place.collection}/" + each["qid"]))
+        queries.append(each.assign(**facts, corpus=place.corpus, qid=f"{place.collection}/" + each["qid"]))
     nothing = pd.DataFrame(columns=[*compare.KEY, "measured", "p"])
     nobody = pd.DataFrame(columns=["model", "qid", "measure", "value", *compare.KEY[:3], "corpus"])
     return pd.concat(means or [nothing], ignore_index=True), pd.concat(queries or [nobody], ignore_index=True)
@@ -174,7 +172,7 @@ def corrected(averages: pd.DataFrame, measures: list, correction: str) -> pd.Dat
 def _place(comparison: Comparison, name: str, stage: str, folder: Path, depth: int) -> Place:
     where = comparison.collections[name]
     collection = corpora.load(where.source)
-    topics = collection.get_topics().iloc[: comparison.topics]
+    topics = collection.get_topics()
     first = first_stages.load(where.first_stages[stage], collection, folder, depth)
     texts = corpora.load(where.source, comparison.text_of).text_loader() if comparison.rerankers else None
     if texts is not None:

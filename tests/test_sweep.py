@@ -131,8 +131,6 @@ def test_a_comparison_runs_every_reranker_over_every_first_stage(folder, cross_e
     assert set(means.paper) == {"mine"} and set(means.collection) == {"a/four"} and set(means.depth) == {"3"}
     assert means.set_index(["first_stage", "model"]).measured["run", "first stage"] == pytest.approx(2 / 3)
     assert set(queries.qid) == {"a/four/q1", "a/four/q2", "a/four/q3"} and set(queries.corpus) == {"small"}
-    few, queries = sweep.run(dataclasses.replace(comparison, topics=1), [P @ 1], tmp_path / "kept", depth=3)
-    assert set(few.collection) == {"a/four, first 1 topics"} and set(queries.qid) == {"a/four/q1"}
     assert sweep.run(dataclasses.replace(comparison, collections={}), [P @ 1], tmp_path, depth=3)[0].empty
 
 
@@ -240,15 +238,6 @@ def test_the_text_of_a_document_is_made_of_its_fields(folder):
     assert text(text_of=corpora.text_alone) == "solar power plants"
     assert text(text_of=corpora.titled_text) == "Title: T 1 Content: solar power plants"
     assert corpora.titled_text({"title": "", "text": "a  b"}) == "a b"
-
-
-def test_a_part_keeps_the_judged_documents_of_its_topics(folder):
-    collection = corpora.load(str(folder))
-    assert corpora.part(collection, None, None) is collection
-    part = corpora.part(collection, 1, 3)
-    assert part.get_topics().qid.tolist() == ["q1"] and part.get_qrels().docno.tolist() == ["d3", "d1"]
-    docnos = [doc["docno"] for doc in part.get_corpus_iter()]
-    assert len(docnos) == 3 and {"d1", "d3"} <= set(docnos) and docnos == sorted(docnos)
 
 
 def test_flops_are_those_of_the_network(cross_encoder_folder):
