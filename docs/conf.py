@@ -3,13 +3,14 @@
 import os
 import sys
 
-sys.path.insert(0, os.path.abspath(".."))
+sys.path[:0] = [os.path.abspath(".."), os.path.abspath(".")]
 
 project = "pyterrier_lit"
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "directives"]
 html_theme = "furo"
 html_title = project
 html_show_copyright = False
+copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"  # output has none
 
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 100

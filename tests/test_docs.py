@@ -2,8 +2,14 @@
 
 Blocks stay what users type. What they name and a test has not is put in place here: `CHECKPOINTS_OF` for names on the
 hub, `reader` for what a reader brings along, `substitutes` for what needs Java, the network or days; `NOT_RUN` for
-commands that are only checked for their words. What a page shows below a block as its output (a block in `text`) is
-what the block prints.
+commands that are only checked for their words.
+
+How a page shows output: `.. code-block:: text` (```text in Markdown) with nothing but blank lines between it and the
+block of Python or shell above it. It has to be, letter for letter, what that block prints, and after it the repr of the
+block's last line where that is an expression, as in a notebook; `…` stands for what differs from run to run. Frames are
+printed at pandas' 80 characters. The names in the blocks are those of `reader`; "experiments/tiny/NAME" is the small
+trained checkpoint, so what it scores may be shown. `.. schematic::` blocks are run, too. No line of a block in pt_docs is
+longer than WIDTH, or it would be cut at the right edge.
 """
 
 import ast
@@ -63,6 +69,7 @@ DOCS = {
     "d6": "light is measured in lumen",
 }
 QUERIES = {"1": "water power", "2": "wind and light", "3": "grain", "4": "the coast"}
+WIDTH = 88  # characters of a line of code that the pages show whole
 RELEVANT = {"1": "d3", "2": "d4", "3": "d5", "4": "d4"}
 
 
@@ -100,7 +107,7 @@ def blocks(page):
 
 def marked_blocks(page):
     """Every block that is marked as code: ``` fences in Markdown, a notebook's too; in reStructuredText `::`, which is
-    Python, and `.. code-block:: LANGUAGE`."""
+    Python, `.. schematic::`, which is Python too, and `.. code-block:: LANGUAGE`."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".ipynb":
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
@@ -113,14 +120,17 @@ def marked_blocks(page):
             yield Block(page, start + 2, lines[start].strip(" `"), "\n".join(lines[start + 1 : end]) + "\n")
         return
     for i, line in enumerate(lines):
-        marked = re.match(r"\s*\.\. (?:code-block|code|sourcecode|highlight)::\s*(\w*)", line)
+        marked = re.match(r"\s*\.\. (schematic|code-block|code|sourcecode|highlight)::\s*(\w*)", line)
         if not marked and (not line.rstrip().endswith("::") or line.lstrip().startswith("..")):
             continue
         indent, end = len(line) - len(line.lstrip()), i + 1
         while end < len(lines) and (not lines[end].strip() or len(lines[end]) - len(lines[end].lstrip()) > indent):
             end += 1
-        text = textwrap.dedent("\n".join(lines[i + 1 : end])).strip("\n") + "\n"
-        yield Block(page, i + 3, marked[1] if marked else "python", text)
+        options = i + 1
+        while marked and re.match(r"\s+:[\w-]+:", lines[options]):
+            options += 1
+        text = textwrap.dedent("\n".join(lines[options:end])).strip("\n") + "\n"
+        yield Block(page, options + 2, marked[2] if marked and marked[1] != "schematic" else "python", text)
 
 
 def of(language, pages=PAGES):
@@ -285,6 +295,27 @@ def test_every_block_is_marked_as_a_language_that_is_run():
     assert len(found) > 25 and {block.page.suffix for block in found} == {".md", ".rst"}
 
 
+WIDE = (
+    "cross_encoder",
+    "experiments",
+    "first_stages",
+    "lit5_distill",
+    "lit5_score",
+    "models",
+    "serve",
+    "tirex",
+    "training",
+)
+
+
+@pytest.mark.parametrize(
+    "page", [it for it in PT_DOCS.glob("*.rst") if it.stem not in WIDE], ids=lambda page: page.stem
+)
+def test_no_line_of_code_is_cut(page):
+    lines = [(block, line) for block in marked_blocks(page) for line in block.text.splitlines()]
+    assert [f"{block}: {line}" for block, line in lines if len(line) > WIDTH] == []
+
+
 @pytest.mark.filterwarnings("ignore:neither a 'doc_vec' column")
 @pytest.mark.parametrize("some", of("python"))
 def test_python_blocks_run_in_their_order(some, substitutes):
@@ -316,15 +347,19 @@ def run_python(some, scope):
     """Run blocks in the names that a reader has, and search with the pipelines in them."""
     for block in some:
         with as_shown(block):
-            for statement in ast.parse(block.text, str(block)).body:
-                run_statement(block, statement, scope)
+            statements = ast.parse(block.text, str(block)).body
+            for statement in statements:
+                value = run_statement(block, statement, scope)
+                if block.output is not None and statement is statements[-1] and isinstance(statement, ast.Expr):
+                    print("" if value is None else repr(value))
 
 
 def run_statement(block, statement, scope):
+    """The value of an expression or assignment."""
     code = ast.Expression(statement.value) if isinstance(statement, ast.Expr | ast.Assign) else None
     if code is None:
         exec(compile(ast.Module([statement], []), str(block), "exec"), scope)
-        return
+        return None
     value = eval(compile(code, str(block), "eval"), scope)
     if isinstance(statement, ast.Assign):
         for target in statement.targets:
@@ -334,6 +369,7 @@ def run_statement(block, statement, scope):
         topics = scope["topics"]
         out = value(topics)
         assert set(out["qid"]) == set(topics["qid"]) and out["rank"].min() == 0, f"{block}: {value!r}"
+    return value
 
 
 @contextlib.contextmanager
@@ -343,7 +379,7 @@ def as_shown(block):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         yield
-    said = textwrap.dedent("\n".join(map(str.rstrip, printed.getvalue().splitlines())))
+    said = textwrap.dedent("\n".join(map(str.rstrip, printed.getvalue().splitlines()))).strip("\n")
     print(said)
     if block.output is not None:
         assert alike(block.output.rstrip("\n"), said), f"{block} shows\n{block.output}\nand prints\n{said}"

@@ -1,0 +1,78 @@
+"""The directives of PyTerrier's documentation that pt_docs uses, so that `make docs` builds the pages without them.
+
+PyTerrier's own site has them with more: a citation there is fetched from DBLP, and what is related refers back.
+"""
+
+import ast
+import html
+import re
+from pathlib import Path
+
+import pyterrier as pt
+import yaml
+from docutils import nodes
+from docutils.parsers.rst import Directive, directives
+
+pt.documentation._cached_objects_inv = {}  # else a drawing fetches an inventory from the web
+CITATION = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8"))
+
+
+class Schematic(Directive):
+    """Runs its content and draws the pipeline in the last line; `:show_code:` shows the content, from `# FOLD` on."""
+
+    has_content = True
+    option_spec = {"show_code": directives.flag, "input_columns": directives.unchanged}  # noqa: RUF012
+
+    def run(self):
+        code = "\n".join(self.content)
+        *body, last = ast.parse(code).body
+        names = {"pt": pt}
+        exec(compile(ast.Module(body, []), "schematic", "exec"), names)
+        pipeline = eval(compile(ast.Expression(last.value), "schematic", "eval"), names)
+        columns = re.split(r"\s*,\s*", self.options["input_columns"]) if "input_columns" in self.options else None
+        drawing = nodes.raw("", pt.schematic.draw(pipeline, input_columns=columns), format="html")
+        shown = code.partition("# FOLD\n")[2] or code
+        block = nodes.literal_block(shown, shown, language="python")
+        return [block, drawing] if "show_code" in self.options else [drawing]
+
+
+class Dblp(Directive):
+    """A citation. Its argument is DBLP's key of a preprint, journals/corr/abs-YYMM-NNNNN, of a paper in CITATION.cff."""
+
+    required_arguments = 1
+
+    def run(self):
+        number = self.arguments[0].removeprefix("journals/corr/abs-").replace("-", ".")
+        paper = next(it for it in CITATION["references"] if it.get("url", "").endswith(number))
+        authors = ", ".join(f"{it['given-names']} {it['family-names']}" for it in paper["authors"])
+        where = paper["conference"]["name"] if "conference" in paper else paper["journal"]
+        text = html.escape(f"{authors}. {paper['title']}. {where}.")
+        link = f'<a class="reference external" href="{paper["url"]}">arXiv:{number}</a>'
+        return [nodes.raw("", f'<div class="admonition"><p class="admonition-title">Citation</p><p>{text} {link}</p></div>',
+                          format="html")]  # fmt: skip
+
+
+class HowTo(Directive):
+    """A question, and the way to do it."""
+
+    required_arguments, final_argument_whitespace, has_content = 1, True, True
+
+    def run(self):
+        block = nodes.container()
+        self.state.nested_parse(self.content, self.content_offset, block)
+        return [nodes.rubric("", "", *self.state.inline_text(self.arguments[0], self.lineno)[0]), *block.children]
+
+
+class Related(Directive):
+    """Says that a section is about a class; shows nothing here."""
+
+    required_arguments = 1
+
+    def run(self):
+        return []
+
+
+def setup(app):
+    for name, kind in {"schematic": Schematic, "cite.dblp": Dblp, "how-to": HowTo, "related": Related}.items():
+        app.add_directive(name, kind)
+    return {"parallel_read_safe": True}
