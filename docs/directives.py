@@ -37,19 +37,21 @@ class Schematic(Directive):
 
 
 class Dblp(Directive):
-    """A citation. Its argument is DBLP's key of a preprint, journals/corr/abs-YYMM-NNNNN, of a paper in CITATION.cff."""
+    """A citation by DBLP's key: in full for the preprint (journals/corr/abs-YYMM-NNNNN) of a paper in CITATION.cff."""
 
     required_arguments = 1
 
     def run(self):
-        number = self.arguments[0].removeprefix("journals/corr/abs-").replace("-", ".")
-        paper = next(it for it in CITATION["references"] if it.get("url", "").endswith(number))
-        authors = ", ".join(f"{it['given-names']} {it['family-names']}" for it in paper["authors"])
-        where = paper["conference"]["name"] if "conference" in paper else paper["journal"]
-        text = html.escape(f"{authors}. {paper['title']}. {where}.")
-        link = f'<a class="reference external" href="{paper["url"]}">arXiv:{number}</a>'
-        return [nodes.raw("", f'<div class="admonition"><p class="admonition-title">Citation</p><p>{text} {link}</p></div>',
-                          format="html")]  # fmt: skip
+        key = self.arguments[0]
+        text, link = f"DBLP {key}", f"https://dblp.org/rec/{key}"
+        for paper in CITATION["references"]:
+            if key.replace("-", ".").endswith(paper.get("url", "-").rpartition("/")[2]):
+                authors = ", ".join(f"{it['given-names']} {it['family-names']}" for it in paper["authors"])
+                where = paper["conference"]["name"] if "conference" in paper else paper["journal"]
+                text, link = f"{authors}. {paper['title']}. {where}.", paper["url"]
+        reference = f'<a class="reference external" href="{link}">{html.escape(text)}</a>'
+        title = '<p class="admonition-title">Citation</p>'
+        return [nodes.raw("", f'<div class="admonition">{title}<p>{reference}</p></div>', format="html")]
 
 
 class HowTo(Directive):

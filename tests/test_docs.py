@@ -107,7 +107,7 @@ def blocks(page):
 
 def marked_blocks(page):
     """Every block that is marked as code: ``` fences in Markdown, a notebook's too; in reStructuredText `::`, which is
-    Python, `.. schematic::`, which is Python too, and `.. code-block:: LANGUAGE`."""
+    Python, `.. schematic::`, and `.. code-block:: LANGUAGE`."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".ipynb":
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
@@ -130,7 +130,9 @@ def marked_blocks(page):
         while marked and re.match(r"\s+:[\w-]+:", lines[options]):
             options += 1
         text = textwrap.dedent("\n".join(lines[options:end])).strip("\n") + "\n"
-        yield Block(page, options + 2, marked[2] if marked and marked[1] != "schematic" else "python", text)
+        language = ("schematic" if marked[1] == "schematic" else marked[2]) if marked else "python"
+        yield Block(page, options + 2, language, text)
+
 
 
 def of(language, pages=PAGES):
@@ -291,7 +293,7 @@ def reader(dataset):
 
 def test_every_block_is_marked_as_a_language_that_is_run():
     found = [block for page in PAGES for block in blocks(page)]
-    assert [f"{block}: {block.language!r}" for block in found if block.language not in ("python", "bash")] == []
+    assert [f"{block}: {block.language!r}" for block in found if block.language not in ("python", "bash", "schematic")] == []
     assert len(found) > 25 and {block.page.suffix for block in found} == {".md", ".rst"}
 
 
@@ -328,6 +330,16 @@ def needs_java(block, page):
     """Whether it makes or uses an index of Terrier's; `test_terrier.py` runs it."""
     made = any("TerrierIndex(" in other.text for other in page)
     return made and re.search(r"pt\.terrier|\bindex\b", block.text) is not None
+
+
+@pytest.mark.parametrize("some", of("schematic"))
+def test_pipelines_are_drawn(some):
+    for block in some:
+        *statements, last = ast.parse(block.text, str(block)).body
+        scope = {"pt": pt}
+        exec(compile(ast.Module(statements, []), str(block), "exec"), scope)
+        pipeline = eval(compile(ast.Expression(last.value), str(block), "eval"), scope)
+        assert "CrossEncoder" in pt.schematic.draw(pipeline, input_columns=["qid", "query", "docno", "text", "score", "rank"])
 
 
 @pytest.mark.terrier
@@ -491,6 +503,12 @@ def script(path, arguments, monkeypatch):
         return
     runpy.run_path(str(path), run_name="__main__")
     assert Path("demo/results.png").exists()
+
+
+def test_all_extras_are_explained():
+    rows = re.findall(r"^   ``(\w+)``,", (PT_DOCS / "install.rst").read_text(encoding="utf-8"), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(rows) == sorted(project["optional-dependencies"])
 
 
 def targets():
