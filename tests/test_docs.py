@@ -298,7 +298,7 @@ def test_every_block_is_marked_as_a_language_that_is_run():
     assert len(found) > 25 and {block.page.suffix for block in found} == {".md", ".rst"}
 
 
-WIDE = ("cross_encoder", "experiments", "first_stages", "lit5_distill", "lit5_score", "models", "serve", "tirex")
+WIDE = ("experiments", "serve", "tirex")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """pt_docs/models.rst: each classifier that it lists scores as sentence-transformers does, each that it refuses is
 refused in words, sizes are counted, and what stands under a block is what the block gives."""
 
-import ast
 import csv
 import json
 import re
@@ -351,29 +350,21 @@ def test_sizes_are_counted():
         ), name
 
 
-def test_what_stands_under_a_block_is_what_the_block_gives():
-    lines, scope, shown = PAGE.read_text(encoding="utf-8").split("\n"), {}, 0
+def test_the_prompt_of_qwen3_surrounds_query_and_passage_and_the_query_comes_back():
+    scope = {}
     for block in blocks(PAGE):
-        *statements, last = ast.parse(block.text).body
-        after = lines[block.line - 1 + len(block.text.splitlines()) :]
-        output = next((line for line in after if line.strip()), "")
-        if "found" not in block.text:  # a pipeline, which test_docs.py runs
-            continue
-        exec(compile(ast.Module(statements, []), str(block), "exec"), scope)
-        if not isinstance(last, ast.Expr):
-            exec(compile(ast.Module([last], []), str(block), "exec"), scope)
-            continue
-        value = eval(compile(ast.Expression(last.value), str(block), "eval"), scope)
-        assert output == f"| ``{value!r}``", block
-        shown += 1
-    assert shown == 4
+        if "CrossEncoder(" not in block.text:  # a pipeline, which test_docs.py runs
+            exec(compile(block.text, str(block), "exec"), scope)
     asked, found = scope["asked"], scope["found"]
-    assert asked(found)["query"].str.endswith("<Query>: water power\n").all()
+    query, text = asked(found)["query"][0], scope["shown"](found)["text"][1]
+    assert query.startswith("<|im_start|>system\nJudge whether") and query.endswith("<Query>: water power\n")
+    assert 'only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: Given a web search query, retrieve' in query
+    assert text.endswith("lumen.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert (asked >> pt.rewrite.reset())(found)["query"].tolist() == ["water power"] * 2
 
 
 def test_the_lines_are_those_that_the_experiments_read():
     doc = {"title": "Old mills", "text": "They stand [1]\nby the water."}
     page = PAGE.read_text(encoding="utf-8")
-    assert repr([corpora.titled_text(doc), "Light is measured in lumen."]) in page
+    assert repr(corpora.titled_text(doc)) in page
     assert repr([corpora.title_and_text(doc), "Light is measured in lumen."]) in page
