@@ -125,19 +125,17 @@ def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:
     return student
 
 
-def tested(
-    students: dict[str, Reranker], collection: str, folder: Path | None = None, queries: int | None = None
-) -> pd.DataFrame:
+def tested(students: dict[str, Reranker], collection: str, folder: Path | None = None) -> pd.DataFrame:
     """The students by name over BM25's first 100; p-values are against BM25, corrected by Holm.
 
-    folder: where runs are kept, and read if they are there. queries: how many are drawn; None takes all.
+    folder: where runs are kept, and read if they are there.
     """
-    first, topics = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH)), shared.topics(collection)
+    first = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     table = pt.Experiment(
         [first, first >> bi_encoder(), *(first >> student for student in students.values())],
-        topics if queries is None else topics.sample(queries, random_state=0),
+        shared.topics(collection),
         shared.qrels(collection),
         [nDCG @ 10, RR @ 10],
         names=["BM25", "MiniLM, bi-encoder", *students],
