@@ -125,9 +125,14 @@ def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:
     return student
 
 
-def tested(students: dict[str, Reranker], collection: str) -> pd.DataFrame:
-    """The students by name over BM25's first 100; p-values are against BM25, corrected by Holm."""
+def tested(students: dict[str, Reranker], collection: str, folder: Path | None = None) -> pd.DataFrame:
+    """The students by name over BM25's first 100; p-values are against BM25, corrected by Holm.
+
+    folder: where runs are kept, and read if they are there.
+    """
     first = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH))
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     table = pt.Experiment(
         [first, first >> bi_encoder(), *(first >> student for student in students.values())],
         shared.topics(collection),
@@ -137,6 +142,7 @@ def tested(students: dict[str, Reranker], collection: str) -> pd.DataFrame:
         baseline=0,
         correction="holm",
         verbose=False,
+        **({"save_dir": str(folder), "save_mode": "reuse"} if folder else {}),
     )
     table.insert(0, "collection", collection)
     return table[["collection", "name", "nDCG@10", "RR@10", "nDCG@10 p-value corrected"]]

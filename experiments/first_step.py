@@ -1,0 +1,118 @@
+"""What does one decoder step cost LiT5-Distill, and what does training for it change?
+
+    python experiments/first_step.py [--output FOLDER] [--share 1.0] [--record]
+
+Students begin as tiny/lit5-distill and learn by the recipe `lit5-distill-first`, at two learning rates, the orders that
+it writes in full itself, of BM25's first 20 for queries of tiny/make.py. The learning rate is the better one on the
+development questions. On the test questions the orders written in full are compared with those of the first step,
+untrained and trained. Students are kept in FOLDER; a second call measures them again.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import corpora
+import first_stages
+import measured
+import pandas as pd
+import pyterrier as pt
+import torch
+from ir_measures import nDCG
+
+sys.path.append(str(Path(__file__).parent / "tiny"))
+from make import GENTLE, SEED, questions
+
+from pyterrier_lit import LiT5Distill
+from pyterrier_lit.training import Distil
+
+QUESTION = "What does one decoder step cost LiT5-Distill, and what does training for it change?"
+TINY = str(Path(__file__).parent / "tiny" / "lit5-distill")
+QUERIES, WINDOW, DEPTH = 320, 20, 100  # queries and their passages to learn from, passages to rerank
+RATES, STEPS = (1e-5, 1e-4), 40
+LEARNING = GENTLE | {
+    "decay": 0.5, "clip": 1.0, "warmup": 5, "batch_size": 8, "micro_batch": 8, "precision": "float32", "verbose": False,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "first_step")
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
+    measured.add_option(parser)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    rows = learned(arguments.output, int(STEPS * arguments.share))
+    collection = corpora.load("python-docs")
+    developed = {}
+    for rate in RATES:
+        student = {"": LiT5Distill(str(arguments.output / f"{rate}"), decoding="first")}
+        found = compared(student, collection, "dev-")
+        developed[rate] = found[0]["value"]
+        rows.append(found[0] | {"setting": f"first step, trained at {rate:g}, development questions"})
+    best = str(arguments.output / f"{max(RATES, key=lambda rate: developed[rate])}")
+    ways = {
+        "in full": LiT5Distill(TINY),
+        "first step, untrained": LiT5Distill(TINY, decoding="first"),
+        "first step, trained": LiT5Distill(best, decoding="first"),
+    }
+    rows += compared(ways, collection, "test-")
+    for row in rows:
+        print(f"{row['setting']:70} {row['measure']:16} {row['value']:9.4f} {row.get('p') or ''}")
+    if arguments.record:
+        measured.record(QUESTION, rows)
+
+
+def found(collection: corpora.Collection, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
+    """BM25's first passages for topics, with texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        bm25 = first_stages.bm25(collection, Path(folder) / "index.pisa", depth, overwrite=True)
+        return (bm25 % depth >> collection.text_loader())(topics)
+
+
+def learned(output: Path, steps: int) -> list[dict[str, Any]]:
+    """Train a student at each rate that is not in the folder yet; the rows of how long that took."""
+    rows: list[dict[str, Any]] = []
+    missing = [rate for rate in RATES if not (output / f"{rate}").exists()]
+    if not missing:
+        return rows
+    collection = corpora.load("python-docs")
+    asked = questions(pd.DataFrame(collection.get_corpus_iter()))[:QUERIES]
+    candidates = found(collection, pd.DataFrame({"qid": map(str, range(len(asked))), "query": asked}), WINDOW)
+    started = time.process_time()
+    taught = LiT5Distill(TINY, device="cpu")(candidates)
+    setting = f"the orders of {QUERIES} queries"
+    rows.append({"setting": setting, "measure": "CPU seconds", "value": time.process_time() - started})
+    for rate in missing:
+        student, started = LiT5Distill(TINY, decoding="first", device="cpu"), time.process_time()
+        settings = LEARNING | {"learning_rate": rate, "steps": steps}
+        Distil(student, taught, recipe="lit5-distill-first", **settings).fit(candidates)
+        student.save(output / f"{rate}")
+        setting = f"trained at {rate:g}, {steps} steps of {settings['batch_size']} windows, seed {SEED}"
+        rows.append({"setting": setting, "measure": "CPU seconds", "value": time.process_time() - started})
+    return rows
+
+
+def compared(ways: dict[str, LiT5Distill], collection: corpora.Collection, part: str) -> list[dict[str, Any]]:
+    """The rows of each way: nDCG@10 over BM25's passages for some questions (p against the first way), and the CPU
+    seconds a query."""
+    topics = collection.get_topics(part)
+    candidates = found(collection, topics, DEPTH)
+    runs, rows = [], []
+    for name, reranker in ways.items():
+        reranker(candidates.head(5))  # loaded and warm
+        started = time.process_time()
+        runs.append(reranker(candidates))
+        seconds = (time.process_time() - started) / len(topics)
+        rows.append({"setting": name, "n": len(topics), "measure": "CPU seconds a query", "value": seconds})
+    baseline = 0 if len(ways) > 1 else None
+    table = pt.Experiment(runs, topics, collection.get_qrels(part), [nDCG @ 10], names=list(ways), baseline=baseline)
+    return [*measured.from_experiment(table, len(topics), [nDCG @ 10]), *rows]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,34 @@
+"""experiments/student.py: what a student that begins as a bi-encoder learns from."""
+
+import pandas as pd
+import pytest
+from conftest import SHARED
+
+if not (SHARED / "load.py").exists():
+    pytest.skip("needs the reference data in ../shared/data (MS MARCO licence)", allow_module_level=True)
+
+import student
+
+
+def test_a_teachers_scores_have_mean_0_and_deviation_1_in_each_query():
+    scores = student.standard(pd.Series([1.0, 3.0, 10.0, 10.0, 40.0]), pd.Series(list("aabbb")))
+    assert scores.groupby(list("aabbb")).mean().tolist() == pytest.approx([0, 0])
+    assert scores.groupby(list("aabbb")).std().tolist() == pytest.approx([1, 1])
+    assert scores.tolist()[:2] == pytest.approx([-(0.5**0.5), 0.5**0.5])
+
+
+def test_lists_hold_no_passage_of_the_test(shared, tmp_path, monkeypatch):
+    passages = pd.concat([shared.docs("dl21").head(3), shared.docs("dl19").head(3)], ignore_index=True)
+    lists = passages.assign(qid="1", query="what", rank=range(6), score=0.5)
+    monkeypatch.setattr(student, "of_language_models", lambda: lists)
+    monkeypatch.setattr(student, "of_encoders", lambda: lists.head(0))
+    kept = student.taught(tmp_path)
+    assert kept.docno.tolist() == shared.docs("dl19").head(3).docno.tolist()
+    assert student.taught(tmp_path).equals(kept)
+
+
+def test_a_query_is_there_several_times_under_other_qids():
+    lists = student.repeated(pd.DataFrame({"qid": ["1", "1", "2"], "docno": list("aba")}), 3)
+    assert lists.groupby("qid").docno.apply("".join).to_dict() == {
+        f"{q}#{i}": d for q, d in (("1", "ab"), ("2", "a")) for i in range(3)
+    }
