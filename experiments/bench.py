@@ -109,7 +109,7 @@ def main() -> None:
     measured.add_option(parser)
     arguments = parser.parse_args()
     if arguments.plot:
-        return plot(measured.latest(measured.read(QUESTION))).savefig(arguments.plot, bbox_inches="tight")
+        return plot(measured.read(QUESTION)).savefig(arguments.plot, bbox_inches="tight")
     pythons = dict(pair.partition("=")[::2] for pair in arguments.python)
     names = arguments.rows or [name for name, row in ROWS.items() if row.queries < 43 and runs_here(row.dtype)]
     if arguments.quick and not arguments.rows:
@@ -268,19 +268,24 @@ def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> s
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """Bars: how many times as fast as each peer ours is, by row and machine."""
+    """Bars: how many times as fast as each peer ours is, by row and threads; the newest of each."""
     import matplotlib.pyplot as plt
 
     prefix = "times as fast as "
     rows = rows[rows["measure"].str.startswith(prefix)]
-    labels = [f"{row.setting.replace(': ours', '')} | {row.measure.removeprefix(prefix)}" for row in rows.itertuples()]
-    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.24 * len(rows)))
+    rows = rows.drop_duplicates(["setting", "measure", "machine", "threads"], keep="last")
+    labels = [
+        f"{row.setting.removeprefix('cross-encoder, ').replace(': ours', '')}, {row.threads:.0f} threads"
+        f" | {row.measure.removeprefix(prefix)}"
+        for row in rows.itertuples()
+    ]
+    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.3 * len(rows)))
     bars = axes.barh(labels, rows["value"], color=["tab:blue" if value >= 1 else "tab:red" for value in rows["value"]])
-    axes.bar_label(bars, fmt="%.2f x", padding=3, fontsize=8)
+    axes.bar_label(bars, fmt="%.2f x", padding=3, fontsize=10)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("times as fast as the peer on the right of the label (1: equally fast)", fontsize=8)
+    axes.tick_params(labelsize=10)
+    axes.set_xlabel("times as fast as the peer on the right of the label (1: equally fast)")
     axes.margins(x=0.12, y=0.01)
     return figure
 
