@@ -45,7 +45,7 @@ wheel: $(VENV)/ready  ## build the wheel, and see that it works alone
 	rm -rf build dist && $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	$(MAKE) alone
 
-alone:  ## install the wheel in dist alone in a new environment, import it from there, rerank after Terrier where Java is; PYTHON=python3.13 for another Python
+alone:  ## install the wheel in dist alone in a new environment, import it from there, rerank after Terrier where Java is; PYTHON=python3.12 for another Python
 	$(PYTHON) -m venv --clear build/alone && build/alone/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && alone/bin/python -c "import pyterrier_lit; print(pyterrier_lit.__file__, pyterrier_lit.CrossEncoder())"
 	cd build && alone/bin/python ../tests/jars.py

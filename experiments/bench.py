@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one query of 10 passages, two turns, and of the rows those that tell most in two minutes",
+        help="one query of 10 passages, two turns, and of the rows those that tell most in three minutes",
     )
     parser.add_argument("--passages", type=int, default=100, help="of each query")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -273,9 +273,9 @@ def plot(rows: pd.DataFrame) -> Any:
 
     prefix = "times as fast as "
     rows = rows[rows["measure"].str.startswith(prefix)]
-    rows = rows.drop_duplicates(["setting", "measure", "machine", "threads"], keep="last")
+    rows = measured.latest(rows, "machine", "threads")
     labels = [
-        f"{row.setting.removeprefix('cross-encoder, ').replace(': ours', '')}, {row.threads:.0f} threads"
+        f"{row.setting.removeprefix('cross-encoder, ').replace(': ours', '')}, threads={row.threads:.0f}"
         f" | {row.measure.removeprefix(prefix)}"
         for row in rows.itertuples()
     ]

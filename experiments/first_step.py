@@ -50,9 +50,9 @@ def main() -> None:
     developed = {}
     for rate in RATES:
         student = {"": LiT5Distill(str(arguments.output / f"{rate}"), decoding="first")}
-        found = compared(student, collection, "dev-")
-        developed[rate] = found[0]["value"]
-        rows.append(found[0] | {"setting": f"first step, trained at {rate:g}, development questions"})
+        quality, _ = compared(student, collection, "dev-")
+        developed[rate] = quality["value"]
+        rows.append(quality | {"setting": f"first step, trained at {rate:g}, development questions"})
     best = str(arguments.output / f"{max(RATES, key=lambda rate: developed[rate])}")
     ways = {
         "in full": LiT5Distill(TINY),

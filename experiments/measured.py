@@ -51,9 +51,10 @@ def read(question: str | None = None, file: Path = FILE) -> pd.DataFrame:
     return rows if question is None else rows[rows["question"] == question].reset_index(drop=True)
 
 
-def latest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The newest row of each setting, n and measure of a question."""
-    return rows.drop_duplicates(["question", "setting", "n", "measure"], keep="last").reset_index(drop=True)
+def latest(rows: pd.DataFrame, *also: str) -> pd.DataFrame:
+    """The newest row of each setting, n and measure of a question. also: columns that tell rows apart too, such as
+    "threads"."""
+    return rows.drop_duplicates(["question", "setting", "n", "measure", *also], keep="last", ignore_index=True)
 
 
 def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> list[dict[str, Any]]:

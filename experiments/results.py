@@ -72,9 +72,7 @@ class Question:
             found = recorded["question"].str.extract(f"^({pattern})$")
             rows = recorded[found[0].notna()]
             parts.append(rows.assign(setting=rows["setting"] + ", " + found[1].dropna()) if "*" in name else rows)
-        return pd.concat(parts).drop_duplicates(
-            ["question", "setting", "n", "measure", "machine", "threads"], keep="last", ignore_index=True
-        )
+        return measured.latest(pd.concat(parts), "machine", "threads")
 
 
 def read(file: Path = QUESTIONS) -> list[Question]:

@@ -37,8 +37,8 @@ class LiT5Distill(ListwiseReranker):
             with a warning. stride None is half the window. A list shorter than the window is one window.
         passes: sweeps over each list.
         max_length: tokens of a prompt, truncated on the right. None takes the checkpoint's own, else 150, as in the
-            papers for MS MARCO (512 for BEIR). Queries are not truncated; one that leaves no room for a passage is
-            warned of.
+            papers for MS MARCO (512 for BEIR). Queries are not truncated; one that leaves no room for a passage
+            causes a warning.
         top_k: decode only the first k ranks, which are those of the full order; the passages below keep their incoming
             order. `((first >> LiT5Distill()) % 10).compile()` sets it.
         decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is unconstrained

@@ -48,7 +48,7 @@ class LiT5Score(Reranker):
             one attention, so scores of separate windows cannot be compared: the passages below keep their incoming
             order, with scores -1, -2, ...
         max_length: tokens of a prompt, truncated on the right. None takes the checkpoint's own, else the paper's 150.
-            Queries are not truncated; one that leaves no room for a passage is warned of.
+            Queries are not truncated; one that leaves no room for a passage causes a warning.
         answer_length: tokens of the answer with its start token. None takes the checkpoint's own, else the paper's 20.
         aggregation: "mean" is the paper's, as above. "max" takes the maximum over a passage's tokens instead of their
             sum. "late" weights layer l of n (from 1) by 2 l / (n + 1). The last two are ours.

@@ -298,12 +298,7 @@ def test_every_block_is_marked_as_a_language_that_is_run():
     assert len(found) > 25 and {block.page.suffix for block in found} == {".md", ".rst"}
 
 
-WIDE = ("experiments", "serve", "tirex")
-
-
-@pytest.mark.parametrize(
-    "page", [it for it in PT_DOCS.glob("*.rst") if it.stem not in WIDE], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", PT_DOCS.glob("*.rst"), ids=lambda page: page.stem)
 def test_no_line_of_code_is_cut(page):
     lines = [(block, line) for block in marked_blocks(page) for line in block.text.splitlines()]
     assert [f"{block}: {line}" for block, line in lines if len(line) > WIDTH] == []
