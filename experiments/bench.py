@@ -119,13 +119,18 @@ def main() -> None:
         parser.error(f"{unknown[0]!r} is no row or system; wanted rows of {'; '.join(ROWS)}, systems of {known()}")
     torch.set_num_threads(arguments.threads)
     for name in names:
-        row = dataclasses.replace(ROWS[name], queries=1) if arguments.quick else ROWS[name]
+        row = quick(ROWS[name]) if arguments.quick else ROWS[name]
         passages, turns = (10, 2) if arguments.quick else (arguments.passages, arguments.turns)
         found = compare(row, arguments.data, passages, turns, arguments.threads, pythons, arguments.before)
         rows = tidy(f"{name}, {passages} passages", row, found, machine_rates(getattr(torch, row.dtype)))
         print(table(name, rows, found), flush=True)
         if arguments.record:
             measured.record(QUESTION, rows)
+
+
+def quick(row: Row) -> Row:
+    """One query, without the systems that would stop at rank 10 of 10."""
+    return dataclasses.replace(row, queries=1, systems=tuple(name for name in row.systems if "top_k=10" not in name))
 
 
 def runs_here(dtype: str) -> bool:

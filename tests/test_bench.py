@@ -110,10 +110,18 @@ def test_the_page_says_what_was_measured():
         assert [float(figure) for figure in figures] == pytest.approx(
             [values["seconds a query"], values["peak GB"]], abs=0.006
         )
-    lines = re.findall(r'^   "?(LiT5-\w+)(, ``top_k=10``)?"?, ([\d.]+), ([\d.]+), (\d+) %$', page, re.MULTILINE)
-    assert len(lines) == 3
-    for reranker, setting, *figures in lines:
-        row = f"{reranker.lower()}, T5-base, float32, 100 passages: ours{setting.replace('`', '')}"
-        values = rows[rows["setting"] == row].set_index("measure")["value"]
-        found = values[["seconds a query", "times as fast as library's T5", "share of the floor"]] * [1, 1, 100]
+    lines = re.findall(r'^   "?(LiT5-\w+|PE-Rank)(?:, ``(.+)``)?"?, ([\d.]+), ([\d.]+), (\d+) %$', page, re.MULTILINE)
+    assert len(lines) == 6
+    for reranker, option, *figures in lines:
+        size, peer = ("44 M", "published procedure") if reranker == "PE-Rank" else ("T5-base", "library's T5")
+        setting = f"{reranker.lower()}, {size}, float32, 100 passages: ours"
+        setting += f", {option}".replace('""', '"') if option else ""
+        values = rows[rows["setting"] == setting].set_index("measure")["value"]
+        found = values[["seconds a query", f"times as fast as {peer}", "share of the floor"]] * [1, 1, 100]
         assert [float(figure) for figure in figures] == pytest.approx(found.tolist(), rel=0.01)
+
+
+def test_the_quick_way_leaves_out_what_ten_passages_cannot_show():
+    row = bench.quick(bench.ROWS["pe-rank, 44 M, float32"])
+    assert row.queries == 1
+    assert row.systems == ("ours", 'ours, decoding="first"', "published procedure")
