@@ -39,12 +39,14 @@ class Picture:
     """A picture of the page. With bars it is drawn here; without, some script has written the file.
 
     file: beside RESULTS.md. measure: what is drawn. bars: label -> settings, one of each series. series: their names.
+    peers: how many of the bars, from the first one, are not of this package.
     """
 
     file: str
     measure: str = ""
     bars: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     series: tuple[str, ...] = ("",)
+    peers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
-    """Bars, the first one grey: what the others are compared with."""
+    """Bars, in grey those of what the others are compared with."""
     n = len(picture.series)
     figure, panel = pyplot.subplots(
         figsize=(7, 0.28 * n * len(values) + 0.12 * len(values) + 0.7), layout="constrained"
@@ -145,8 +147,8 @@ def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
     for i, name in enumerate(picture.series):
         at = [row + 0.8 * ((i + 0.5) / n - 0.5) for row in range(len(values))]
         lengths = [some[i] for some in values.values()]
-        first, others = (("#9a9a9a", "#1f6fb4"), ("#c8c8c8", "#8fbfe6"))[i]
-        colours = [first, *[others] * (len(values) - 1)]
+        peer, ours = (("#9a9a9a", "#1f6fb4"), ("#c8c8c8", "#8fbfe6"))[i]
+        colours = [peer] * picture.peers + [ours] * (len(values) - picture.peers)
         panel.barh(at, lengths, height=0.72 / n, color=colours, label=name)
         for place, length in zip(at, lengths, strict=True):
             panel.text(length + 0.01 * largest, place, printed(length, picture.measure), va="center", fontsize=9)

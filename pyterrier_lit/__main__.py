@@ -79,6 +79,7 @@ def tirex(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
             repository=arguments.repository,
         )
         print(write_submission(described, read, arguments.output, about, compress=arguments.compress, **settings))
+        print(f"TIRA's checker accepts {arguments.output}")
 
     return run
 
