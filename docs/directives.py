@@ -16,6 +16,11 @@ from docutils.parsers.rst import Directive, directives
 pt.documentation._cached_objects_inv = {}  # else a drawing fetches an inventory from the web
 CITATION = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8"))
 
+PAPERS = {  # of others, by DBLP's key
+    "conf/cikm/MacAvaneyTM22": "Sean MacAvaney, Nicola Tonellotto, Craig Macdonald. Adaptive Re-Ranking with a Corpus"
+    " Graph. CIKM 2022.",
+}
+
 
 class Schematic(Directive):
     """Runs its content and draws the pipeline in the last line; `:show_code:` shows the content, from `# FOLD` on."""
@@ -37,13 +42,13 @@ class Schematic(Directive):
 
 
 class Dblp(Directive):
-    """A citation by DBLP's key: in full for the preprint (journals/corr/abs-YYMM-NNNNN) of a paper in CITATION.cff."""
+    """A citation by DBLP's key: the preprint (journals/corr/abs-YYMM-NNNNN) of a paper in CITATION.cff, or another."""
 
     required_arguments = 1
 
     def run(self):
         key = self.arguments[0]
-        text, link = f"DBLP {key}", f"https://dblp.org/rec/{key}"
+        text, link = PAPERS.get(key, f"DBLP {key}"), f"https://dblp.org/rec/{key}"
         for paper in CITATION["references"]:
             if key.replace("-", ".").endswith(paper.get("url", "-").rpartition("/")[2]):
                 authors = ", ".join(f"{it['given-names']} {it['family-names']}" for it in paper["authors"])

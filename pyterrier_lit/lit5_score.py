@@ -36,11 +36,11 @@ AGGREGATIONS = {
 class LiT5Score(Reranker):
     """Rerank by LiT5-Score: T5 Fusion-in-Decoder answers the query, and its cross-attention scores the passages::
 
-        score(d) = sum over answer positions t, layers l, tokens s of d of  a[l, t, s]  / (256 * layers)
-        a[l, t, s] = mean over heads of  attention weight (softmax over all passages) * length of the value vector
+        score(d) = sum over t, l, s of  a[l, t, s] / (256 * layers)
+        a[l, t, s] = mean over heads of  attention weight * length of value vector
 
-    t runs from the start token to the position that predicts the end of the answer; s leaves out the query, which each
-    prompt repeats.
+    l runs over the layers, and s over the tokens of passage d without the query, which each prompt repeats. t runs from
+    the start token to the position that predicts the end of the answer. The attention's softmax is over all passages.
 
     Args:
         model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or what `save` wrote.

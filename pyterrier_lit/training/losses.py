@@ -24,7 +24,7 @@ def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = N
     """RankNet whose pairs weigh more the higher they stand: mean over all pairs of the batch with t_i > t_j of::
 
         log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
-        r_i = 1, 2, ... in the order of the targets                  the teacher's rank; ties by their positions
+        r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
     Source: FIRST, arXiv 2406.15657, section 3.2, which prints a sum, and its code, which takes the mean over the pairs
     of each list.
@@ -57,8 +57,8 @@ def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch
 def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
     """Approximate discounted rank MSE: mean over all passages of the batch of (p_i - r_i)^2 / log2(r_i + 1), with::
 
-        p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)        the approximate rank
-        r_i = 1, 2, ... in the order of the targets                  the teacher's rank; ties by their positions
+        p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)   the approximate rank
+        r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
     Source: Rank-DistiLLM, appendix B, whose printed p_i is no rank (this is that of Qin et al., 2010); a mean as in
     lightning-ir, where the paper prints a sum. The weight is float32 as there.

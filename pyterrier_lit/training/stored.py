@@ -41,7 +41,8 @@ Values = Iterable[tuple[str, str, float]]
 class StoredRun:
     """A run in a file and where its texts are, which `fit` takes in place of a result frame::
 
-        Distil(student, "rankzephyr.run.gz").fit(StoredRun("colbert.run.gz", topics, dataset, depth=100))
+        first = StoredRun("colbert.run.gz", topics, dataset, depth=100)
+        Distil(student, "rankzephyr.run.gz").fit(first)
 
     Args:
         path: a TREC run, a parquet file or JSON lines, perhaps compressed (.gz), with the rows of a query together.
