@@ -1,11 +1,12 @@
 """What a training holds beside its model: a stored run against the frame of the same rows. Run by hand.
 
-    python experiments/bench_stored.py [--rows 1000000 2000000 4000000] [--frame 100000 200000] [--record]
+    python experiments/bench_stored.py [--rows 1000000 2000000 4000000] [--pe-rank 1000000 2000000]
+                                       [--frame 100000 200000] [--record]
 
 Runs of 100 passages a query are generated, with docnos of seven digits as MS MARCO has them, beside a collection of
-10,000 passages, among which a passage's text is found by its number. A cross-encoder with random weights learns three
-steps from a teacher's file of the same rows, each time in a process of its own; what the process holds at its peak
-beyond a training on a run of one query is counted.
+10,000 passages, among which a passage's text is found by its number. A cross-encoder with random weights, or the small
+PE-Rank with its encoder, learns three steps from a teacher's file of the same rows, each time in a process of its own;
+what the process holds at its peak beyond a training on a run of one query is counted.
 """
 
 import argparse
@@ -25,12 +26,14 @@ import pandas as pd
 QUESTION = "How much memory does training on a stored run take?"
 DEPTH = 100
 PASSAGES = 8_841_823  # of MS MARCO
-SOURCES = ("stored run", "frame")
+SOURCES = ("stored run", "stored run, PE-Rank", "frame")
+PE_RANK = Path(__file__).parent / "tiny" / "pe-rank"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000_000, 2_000_000, 4_000_000])
+    parser.add_argument("--pe-rank", type=int, nargs="*", default=[1_000_000, 2_000_000], help="rows for a PE-Rank")
     parser.add_argument("--frame", type=int, nargs="*", default=[100_000, 200_000], help="rows of frames")
     parser.add_argument("--one", nargs=3, metavar=("SOURCE", "FOLDER", "ROWS"), help="one training, in this process")
     measured.add_option(parser)
@@ -42,7 +45,9 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model")
-        for source, sizes in zip(SOURCES, (arguments.rows, arguments.frame), strict=True):
+        for source, sizes in zip(SOURCES, (arguments.rows, arguments.pe_rank, arguments.frame), strict=True):
+            if not sizes:
+                continue
             (alone, _), *others = (in_its_process(source, Path(folder), rows) for rows in (DEPTH, *sizes))
             for rows, (peak, seconds) in zip(sizes, others, strict=True):
                 values = {
@@ -118,15 +123,21 @@ def trained(source: str, folder: Path, rows: int) -> tuple[int, float]:
     """The bytes that this process held at its peak, and the CPU seconds of the training."""
     import torch
 
-    from pyterrier_lit import CrossEncoder
+    from pyterrier_lit import CrossEncoder, PERank
     from pyterrier_lit.training import Distil, StoredRun
     from pyterrier_lit.training.data import read_run
 
     torch.manual_seed(0)
-    student, path = CrossEncoder.from_backbone(str(folder / "model"), device="cpu"), folder / f"{rows}.run"
-    settings = {"steps": 3, "batch_size": 8, "n_passages": 8, "sampling": "random", "verbose": False}
-    started = time.process_time()
-    learns, texts, topics = Distil(student, path, loss="kl", **settings), Texts(), Topics()
+    student: CrossEncoder | PERank
+    settings: dict[str, Any] = {"steps": 3, "batch_size": 8, "verbose": False}
+    if source == "stored run, PE-Rank":
+        student = PERank(str(PE_RANK), device="cpu")
+        settings |= {"largest": 8}
+    else:
+        student = CrossEncoder.from_backbone(str(folder / "model"), device="cpu")
+        settings |= {"n_passages": 8, "sampling": "random", "loss": "kl"}
+    path, started = folder / f"{rows}.run", time.process_time()
+    learns, texts, topics = Distil(student, path, **settings), Texts(), Topics()
     if source == "frame":
         frame: pd.DataFrame = read_run(path)
         learns.fit(frame.assign(query=[*map(topics.get, frame["qid"])], text=[*map(texts.get, frame["docno"])]))

@@ -15,12 +15,14 @@ from conftest import RERANKERS, write_jsonl
 from hypothesis import given as cases
 from hypothesis import settings
 from hypothesis import strategies as some
+from pe import Encoder, Index, quietly
 from test_training_states import Killed, equal, killed, learning, new, weights  # noqa: F401 - killed is a fixture
 
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.__main__ import main
 from pyterrier_lit.frames import rankings
 from pyterrier_lit.training import Distil, FineTune, StoredRun, data
+from pyterrier_lit.training.pe_rank import RECIPES
 from pyterrier_lit.training.trainer import Samples
 
 COLUMN_SETS = [{"text": str, "target": float}]
@@ -128,6 +130,77 @@ def test_each_student_learns_the_same_from_a_run(name, rows, qrels, tmp_path):
         learning(student, FineTune).fit(given, qrels)
         learning(student, Distil, teacher=written(rows, tmp_path / "t.gz"), steps=1).fit(given)
     assert equal(weights(left), weights(right)) and not equal(weights(left), weights(new(known)))
+
+
+@pytest.fixture
+def shared(rows):
+    """The same passages under each query, in orders of their own."""
+    return (
+        rows.assign(docno="d" + rows.docno.str[-1], text="passage " + rows.docno.str[-1])
+        .iloc[[*range(5), 7, 5, 9, 8, 6, *range(14, 9, -1)]]
+        .assign(rank=[1, 2, 3, 4, 5] * 3)
+    )
+
+
+WIDTH = 24  # of the vectors that golden/pe_rank reads
+SOURCES = {
+    "encoder inside": lambda docnos: {},
+    "encoder": lambda docnos: {"encoder": Encoder(WIDTH)},
+    "index": lambda docnos: {"vectors": Index({d: [i == j for j in range(WIDTH)] for i, d in enumerate(docnos)})},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"text_weight": 0.0, "batch_size": 4, "micro_batch": 2},
+        {"lora": 2},
+        {"recipe": "pe-rank-alignment", "batch_size": 4, "micro_batch": 2},
+    ],
+    ids=["text and vectors", "vectors", "lora", "alignment"],
+)
+def test_a_pe_rank_learns_the_same_from_a_run_by_each_recipe(source, settings, shared, tmp_path):
+    if "lora" in settings:
+        pytest.importorskip("peft", reason="needs peft, of the extra lora")
+    aligns = "recipe" in settings
+    own = {"learning_rate": 1e-2, "steps": 3, "warmup": 0, "verbose": False, "batch_size": 1}
+    own |= settings if aligns else {"largest": 4} | settings
+    logs, found = [], []
+    for given in (shared, run_of(shared, tmp_path / "run.txt")):
+        student = new(RERANKERS["PERank"], **SOURCES[source](sorted(set(shared.docno))))
+        training = FineTune(student, **own) if aligns else Distil(student, **own)
+        quietly(training.fit, given)
+        logs.append(training.log["loss"].tolist())
+        found.append(weights(student))
+    assert logs[0] == logs[1] and equal(*found) and not equal(found[0], weights(new(RERANKERS["PERank"])))
+
+
+def test_a_pe_rank_embeds_what_is_drawn_and_no_more(rows, tmp_path):
+    texts, encoder = Counted(texts_of(rows)), Encoder(WIDTH)
+    objective = (
+        RECIPES["pe-rank-ranking"]
+        .replace(largest=3, text_weight=0)
+        .objective(new(RERANKERS["PERank"], encoder=encoder))
+    )
+    run = run_of(rows, tmp_path / "run.txt", texts).taught(None, "text")
+    lists = objective.prepare(run.lists(objective.column_sets, "text"))
+    assert [len(call) for call in encoder.calls] == [5] and len(texts.asked) == 5  # the first list, for its mistakes
+    samples = Samples(objective.sample, lists, 4, 0)
+    batch = objective.collate([samples[i] for i in range(2)])
+    assert len(encoder.calls) == 1 and len(texts.asked) == 11
+    objective.loss(batch)
+    assert encoder.calls[1:] == [[texts.texts[docno] for docno in texts.asked[5:]]]
+
+
+def test_a_pe_rank_is_aligned_on_each_text_once(shared, tmp_path):
+    frame = shared.assign(text=shared.text.replace({"passage 1": "  ", "passage 4": "passage 3"}))
+    encoder = Encoder(WIDTH)
+    objective = RECIPES["pe-rank-alignment"].objective(new(RERANKERS["PERank"], encoder=encoder))
+    passages = objective.prepare(run_of(frame, tmp_path / "run.txt").lists(objective.column_sets, "text"))
+    assert [list(one.columns["text"]) for one in passages] == [["passage 0"], ["passage 2"], ["passage 3"]]
+    assert encoder.calls == [["passage 0"]]
 
 
 def test_a_transformer_teaches_all_passages_of_a_run_some_at_a_time(rows, tmp_path, monkeypatch):
@@ -271,14 +344,51 @@ def test_a_row_takes_its_docno_and_nine_bytes(tmp_path):
     assert held / len(run) < 1.25 * 16 + 4
 
 
+@pytest.mark.parametrize("stage, most, at_the_peak", [("ranking", 0, 0), ("alignment", 20, 200)])
+def test_what_a_pe_rank_holds_of_a_row_is_its_place(stage, most, at_the_peak, tmp_path):
+    n, size = 100, 50
+    frame = pd.DataFrame(
+        [(str(i), "q", f"{i}-{j}", "", j) for i in range(n) for j in range(size)],
+        columns=["qid", "query", "docno", "text", "rank"],
+    )
+
+    class Long(dict):
+        def __missing__(self, docno):
+            return f"{docno} " * 100
+
+        def __contains__(self, docno):
+            return True
+
+    run = run_of(frame.assign(score=1.0), tmp_path / "run.txt", Long()).taught(None, "text")
+    objective = RECIPES[f"pe-rank-{stage}"].objective(new(RERANKERS["PERank"], encoder=Encoder(WIDTH)))
+    lists = run.lists(objective.column_sets, "text")
+    tracemalloc.start()
+    try:
+        prepared = objective.prepare(lists)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(prepared) == {"ranking": n, "alignment": n * size}[stage]
+    first_list = 150_000  # its texts and vectors; all texts are 3 MB
+    assert held < len(run) * most + first_list and peak < len(run) * at_the_peak + first_list
+
+
 # Killed and resumed, from Python and from the command line
 
 
-def test_a_killed_training_on_a_run_goes_on_to_the_same_end(rows, qrels, killed, cross_encoder_folder, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    "name, own",
+    [
+        ("CrossEncoder", {"n_passages": 3}),
+        ("PERank", {"largest": 3, "batch_size": 4, "micro_batch": 2}),
+        ("PERank", {"recipe": "pe-rank-alignment", "batch_size": 4, "micro_batch": 2}),
+    ],
+)
+def test_a_killed_training_on_a_run_goes_on_to_the_same_end(name, own, rows, killed, tmp_path):  # noqa: F811
     def begun(**options):
-        return learning(
-            CrossEncoder(str(cross_encoder_folder), device="cpu"), Distil, steps=4, every=1, n_passages=3, **options
-        )
+        few = {"steps": 4, "every": 1, "batch_size": 1, "learning_rate": 1e-2, "warmup": 0, "verbose": False}
+        teaches = FineTune if "recipe" in own else Distil
+        return teaches(new(RERANKERS[name]), **few | own | options)
 
     run, whole = run_of(rows, tmp_path / "run.txt"), begun()
     whole.fit(rows)
@@ -287,11 +397,8 @@ def test_a_killed_training_on_a_run_goes_on_to_the_same_end(rows, qrels, killed,
     again.fit(StoredRun(run.path, rows, texts_of(rows)))
     assert equal(weights(again.student), weights(whole.student))
     assert again.log["loss"].tolist() == whole.log["loss"].tolist()
-    for other in (
-        run_of(rows.assign(text=rows.text + "."), tmp_path / "run.txt"),
-        run_of(rows.assign(query=rows["query"] + "."), tmp_path / "run.txt"),
-        run_of(rows.assign(**{"rank": 9 - rows["rank"]}), tmp_path / "run.txt"),
-    ):
+    for change in ({"text": rows.text + "."}, {"query": rows["query"] + "."}, {"rank": 9 - rows["rank"]}):
+        other = run_of(rows.assign(**change), tmp_path / "run.txt")
         with pytest.raises(ValueError, match="holds a training with another digest of lists and targets"):
             begun(folder=tmp_path / "state").fit(other)
 

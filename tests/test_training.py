@@ -20,6 +20,7 @@ import pyterrier as pt
 import pytest
 import torch
 from conftest import GOLDEN, RERANKERS
+from pe import Encoder, Index, quietly
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.decoding import first_scores
@@ -123,6 +124,7 @@ def test_pe_ranks_second_stage_is_the_references():
     queries = [row["messages_wo_content"][0]["content"].split("search query: ")[1].split(".\n")[0] for row in rows]
     lists = objective.prepare([taught(row, query) for row, query in zip(rows, queries, strict=True)])
     batch = objective.collate([objective.sample(given, random.Random(0)) for given in lists])
+    vectors = pe_rank.embedding(student)(batch.windows)
     for view, name in zip(batch.views, ("wo", "w"), strict=True):
         ids, mask = (
             arrays[f"stage2.inputs_{name}_content.input_ids"],
@@ -130,7 +132,7 @@ def test_pe_ranks_second_stage_is_the_references():
         )
         assert view == [row[inside].tolist() for row, inside in zip(ids, mask, strict=True)]
         expected = arrays[f"stage2.logits_{name}"]
-        scores = pe_rank.rank_scores(student.load(), view, batch.vectors, batch.orders)[0].detach().numpy()
+        scores = pe_rank.rank_scores(student.load(), view, vectors, batch.orders)[0].detach().numpy()
         assert np.abs(scores - expected)[expected > -1e8].max() < 1e-4
     loss = objective.loss(batch)
     loss.backward()
@@ -797,6 +799,23 @@ def test_a_saved_pe_rank_cannot_be_aligned_any_more(backbone, candidates, tmp_pa
     frame = candidates.assign(doc_vec=[np.ones(8, "float32")] * len(candidates))
     with pytest.raises(ValueError, match=r"holds no lm_head\.weight"):
         FineTune(PERank(str(tmp_path), device="cpu"), recipe="pe-rank-alignment", **QUIET).fit(frame)
+
+
+@pytest.mark.parametrize("recipe", pe_rank.RECIPES)
+def test_vectors_that_are_wrong_are_named_before_the_first_step(candidates, recipe, monkeypatch):
+    monkeypatch.setattr(distil, "train", lambda *_, **__: pytest.fail("it learned"))
+    vectors = list(np.ones((len(candidates), 24), "float32"))
+    last = [*vectors[:-1], np.full(24, np.nan, "float32")]
+    teaches, distinct = (FineTune if "alignment" in recipe else Distil), candidates.assign(text=candidates.docno)
+    for given, options, words in (
+        (distinct.assign(doc_vec=last), {}, "the vector of a passage holds nan: docno 'h5'"),
+        (distinct.assign(doc_vec=[v[:9] for v in vectors]), {}, "have 9 dimensions and this checkpoint reads 24"),
+        (distinct, {"vectors": Index({"other": vectors[0]})}, "holds no vectors of .* docnos, such as 'a0'"),
+        (distinct, {"encoder": Encoder(9)}, "have 9 dimensions and this checkpoint reads 24"),
+    ):
+        student = PERank(str(PE_RANK / "checkpoint"), device="cpu", **options)
+        with pytest.raises(ValueError, match=words):
+            quietly(teaches(student, recipe=recipe, **QUIET).fit, given)
 
 
 def test_a_window_whose_prompt_is_too_long_is_named(backbone, candidates):

@@ -16,6 +16,7 @@ from conftest import RERANKERS, T5
 from pyterrier.measures import nDCG
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
+from pyterrier_lit.models.text_encoder import TextEncoder
 from pyterrier_lit.training import Distil, FineTune, distil
 from pyterrier_lit.training.trainer import _last_whole
 
@@ -113,6 +114,24 @@ def test_in_bfloat16_each_learns_without_validation_also_if_it_was_read_for_infe
     learning(student, precision="bfloat16", steps=1).fit(candidates, qrels)
     assert {tensor.dtype for tensor in student.load().network.parameters()} == {torch.bfloat16}
     assert not equal(weights(student), before)
+
+
+def test_the_encoder_of_a_pe_rank_is_frozen_and_reads_as_it_does_for_ranking(candidates, monkeypatch, capfd):
+    student, seen = new(RERANKERS["PERank"], dtype="bfloat16", verbose=True), []
+    encode = TextEncoder.encode
+
+    def watched(encoder, batch):
+        dtypes = {weight.dtype for weight in encoder.network.parameters()}
+        seen.append((encoder.network.training, dtypes, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+        return encode(encoder, batch)
+
+    monkeypatch.setattr(TextEncoder, "encode", watched)
+    learning(student, Distil, precision="bfloat16").fit(candidates, None)
+    assert len(seen) == 3 and all(each == (False, {torch.bfloat16}, False, False) for each in seen)
+    assert "passage" not in capfd.readouterr().err  # no bar for each batch
+    checkpoint = student.load()
+    for name, weight in checkpoint.encoder.network.named_parameters():
+        assert torch.equal(weight, checkpoint.encoder_weights[name].bfloat16()), name
 
 
 def test_tables_that_are_no_weights_keep_their_dtype():

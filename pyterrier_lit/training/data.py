@@ -203,6 +203,32 @@ def take(column: Sequence[Any], positions: Sequence[int]) -> list[Any]:
     return [column[i] for i in positions]
 
 
+def some_of(given: Ranking, positions: Sequence[int]) -> Ranking:
+    """A list of these passages alone, in this order."""
+    return given._replace(columns={name: take(column, positions) for name, column in given.columns.items()})
+
+
+class Passages(Sequence[Ranking]):
+    """The passages of some lists as lists of one: each text once, and none that is empty."""
+
+    def __init__(self, lists: Sequence[Ranking], text_field: str):
+        self.lists, self.positions, self.places = lists, array("q"), array("q")
+        seen = set[bytes]()
+        for position, given in enumerate(lists):
+            for place, text in enumerate(given.columns[text_field]):
+                known = hashlib.blake2b(text.encode(), digest_size=16).digest()
+                if text.strip() and known not in seen:
+                    seen.add(known)
+                    self.positions.append(position)
+                    self.places.append(place)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, i: Any) -> Any:
+        return some_of(self.lists[self.positions[i]], [self.places[i]])
+
+
 def read_run(path: str | Path) -> pd.DataFrame:
     """A run from a TREC file, a parquet file or JSON lines, perhaps compressed (.gz): Rank-DistiLLM's files, TIREx's
     re-ranking input, the rankings that rank_llm writes, permutations {qid, final_list: [docno, ...]}, and what

@@ -11,9 +11,8 @@ that also holds the texts, and to rank without the texts as it does with them (K
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -21,12 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pyterrier_lit.batching import Budget, padded
+from pyterrier_lit.batching import Budget, inference, padded
 from pyterrier_lit.frames import Ranking
 from pyterrier_lit.models.pe_checkpoint import PERankCheckpoint
 from pyterrier_lit.models.pe_prompts import RANK, Prompter
 from pyterrier_lit.pe_rank import PERank
-from pyterrier_lit.training.data import take, uneven, window
+from pyterrier_lit.training.data import Passages, some_of, uneven, window
 from pyterrier_lit.training.lora import adapted
 from pyterrier_lit.training.losses import list_kl, list_mle
 from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_of, enable_gradient_checkpointing
@@ -125,32 +124,43 @@ def read(
     return Read(states, ids, passages, inside)
 
 
-def vectors_of(student: PERank, lists: Sequence[Ranking]) -> tuple[torch.Tensor, list[list[int]]]:
-    """The vectors (D, d) of all passages, from where the student has them, and the rows of each list's passages."""
-    if not lists:
-        return torch.empty(0), []
-    columns = {name: [given.columns[name] for given in lists] for name in lists[0].columns}
-    with torch.no_grad():
-        vectors, rows = student.vectors_of(student.load(), columns, Budget(student.max_tokens))
-    return vectors.float(), rows
+Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]  # lists -> the vectors (n, d) of the passages of each
+
+
+def embedding(student: PERank) -> Embed:
+    """How a batch gets its vectors: from where the student has them. An encoder does not learn."""
+    checkpoint, budget, quiet = student.load(), Budget(student.max_tokens), student.apply_attributes(verbose=False)
+
+    def embed(lists: Sequence[Ranking]) -> list[torch.Tensor]:
+        columns = {name: [list(given.columns[name]) for given in lists] for name in lists[0].columns}
+        if checkpoint.encoder:
+            checkpoint.encoder.network.to(device_of(checkpoint.network))  # with several GPUs another than before
+        with inference():
+            vectors, rows = quiet.vectors_of(checkpoint, columns, budget)
+        return [vectors[each] for each in rows]
+
+    return embed
+
+
+def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
+    """The lists, after a look at the vectors of the first, or where they stand in a column of all: what is wrong with
+    them is raised before the first step."""
+    for given in lists:
+        embed([given])
+        if "doc_vec" not in given.columns:
+            break
+    return lists
 
 
 # Stage 1: alignment
 
 
-class AlignmentExample(NamedTuple):
-    """A passage: its vector (d,) and its text."""
-
-    vector: torch.Tensor
-    text: str
-
-
 class AlignmentBatch(NamedTuple):
-    """B questions with their answers in ids, where the answers begin, and the vectors (1, d) of the passages."""
+    """B questions with their answers in ids, where the answers begin, and the passages, each a list of its own."""
 
     conversations: list[list[int]]
     starts: list[int]
-    vectors: list[torch.Tensor]
+    passages: list[Ranking]
 
 
 def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
@@ -161,13 +171,14 @@ def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
     if recipe.checkpointing:
         enable_gradient_checkpointing(checkpoint.network)
     text: dict[str, type] = {student.text_field: str}
+    embed = embedding(student)
     return Objective(
         network=checkpoint.network,
         column_sets=[text | {"doc_vec": object}, text],
-        prepare=partial(distinct_passages, student),
+        prepare=lambda lists: tried(embed, Passages(lists, student.text_field)),
         sample=the_passage,
-        collate=partial(collate_conversations, checkpoint.prompter, recipe.max_length),
-        loss=partial(alignment_loss, checkpoint, head),
+        collate=partial(collate_conversations, checkpoint.prompter, recipe.max_length, student.text_field),
+        loss=partial(alignment_loss, checkpoint, head, embed),
         wanted="wanted passages with a text",
     )
 
@@ -180,32 +191,26 @@ def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
     return head
 
 
-def distinct_passages(student: PERank, lists: Sequence[Ranking]) -> list[AlignmentExample]:
-    """Each passage that has a text, once."""
-    vectors, rows = vectors_of(student, lists)
-    texts = [text for given in lists for text in given.columns[student.text_field]]
-    distinct = dict.fromkeys(zip(chain.from_iterable(rows), texts, strict=True))
-    return [AlignmentExample(vectors[row], text) for row, text in distinct if text.strip()]
-
-
-def the_passage(passage: AlignmentExample, rng: random.Random) -> AlignmentExample:
+def the_passage(passage: Ranking, rng: random.Random) -> Ranking:
     """The passage itself: nothing about it is random."""
     return passage
 
 
-def collate_conversations(prompter: Prompter, max_length: int, examples: list[AlignmentExample]) -> AlignmentBatch:
+def collate_conversations(
+    prompter: Prompter, max_length: int, text_field: str, passages: list[Ranking]
+) -> AlignmentBatch:
     """For each passage the question with its vector, and its text as the answer."""
-    answered = [prompter.answered(*prompter.alignment(example.text)) for example in examples]
+    answered = [prompter.answered(*prompter.alignment(*passage.columns[text_field])) for passage in passages]
     return AlignmentBatch(
         conversations=[ids[:max_length] for ids, _ in answered],
         starts=[start for _, start in answered],
-        vectors=[example.vector[None] for example in examples],
+        passages=passages,
     )
 
 
-def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, batch: AlignmentBatch) -> torch.Tensor:
+def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, embed: Embed, batch: AlignmentBatch) -> torch.Tensor:
     """The mean of -log p(token) over the tokens of all answers."""
-    states, ids, *_ = read(checkpoint, batch.conversations, batch.vectors, [[0]] * len(batch.conversations))
+    states, ids, *_ = read(checkpoint, batch.conversations, embed(batch.passages), [[0]] * len(batch.passages))
     starts = torch.tensor(batch.starts, device=ids.device)[:, None]
     stops = torch.tensor([len(row) for row in batch.conversations], device=ids.device)[:, None]
     position = torch.arange(1, ids.shape[1], device=ids.device)
@@ -217,30 +222,20 @@ def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, batch: Alignme
 # Stage 2: ranking
 
 
-class EmbeddedRanking(NamedTuple):
-    """A list to learn from: its query, its passages' texts, their rows among the vectors of all, and their targets."""
-
-    query: str
-    texts: Sequence[str]  # none where the student has no use for them
-    rows: list[int]
-    targets: list[float]
-    vectors: torch.Tensor  # (D, d), of all passages of all lists
-
-
 class RankingExample(NamedTuple):
-    """A window: its prompts with their answers in ids, without and perhaps with the texts; the vectors (n, d) of its
-    passages as they are shown; and their positions best first."""
+    """A window: its prompts with their answers in ids, without and perhaps with the texts; its passages as they are
+    shown; and their positions best first."""
 
     prompts: list[list[int]]
-    vectors: torch.Tensor
+    window: Ranking
     order: list[int]
 
 
 class RankingBatch(NamedTuple):
-    """B windows: the prompts of all without and perhaps of all with the texts, and their vectors and orders."""
+    """B windows: the prompts of all without and perhaps of all with the texts, and their passages and orders."""
 
     views: list[list[list[int]]]
-    vectors: list[torch.Tensor]
+    windows: list[Ranking]
     orders: list[list[int]]
 
 
@@ -254,36 +249,28 @@ def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
         enable_gradient_checkpointing(checkpoint.network)
     text: dict[str, type] = {student.text_field: str}
     column_sets = [text | {"doc_vec": object}, text] if recipe.text_weight else student.column_sets()
+    embed = embedding(student)
     return Objective(
         network=checkpoint.network,
         column_sets=[{**columns, "target": float} for columns in column_sets],
-        prepare=partial(embedded, student),
-        sample=partial(sample_window, checkpoint.prompter, recipe, student.window_size),
+        prepare=lambda lists: tried(embed, uneven(lists)),
+        sample=partial(sample_window, checkpoint.prompter, recipe, student.window_size, student.text_field),
         collate=collate_windows,
-        loss=partial(ranking_loss, checkpoint, recipe),
+        loss=partial(ranking_loss, checkpoint, recipe, embed),
         around=partial(adapted, checkpoint.network.body, recipe.lora) if recipe.lora else as_it_is,
     )
 
 
-def embedded(student: PERank, lists: Sequence[Ranking]) -> list[EmbeddedRanking]:
-    """The lists whose passages are not all worth the same, with the vectors of their passages."""
-    kept = uneven(lists)
-    vectors, rows_of = vectors_of(student, kept)
-    return [
-        EmbeddedRanking(given.query, given.columns.get(student.text_field, []), rows, given.columns["target"], vectors)
-        for given, rows in zip(kept, rows_of, strict=True)
-    ]
-
-
 def sample_window(
-    prompter: Prompter, recipe: RankingRecipe, size: int, given: EmbeddedRanking, rng: random.Random
+    prompter: Prompter, recipe: RankingRecipe, size: int, text_field: str, given: Ranking, rng: random.Random
 ) -> RankingExample:
     """A window of some passages of a list. Raises ValueError where its prompt is too long."""
     largest = recipe.largest or size
-    shown, order = window(given.targets, recipe.smallest or largest, largest, recipe.shuffle, rng)
+    shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
+    passages = some_of(given, shown)
     texts: list[list[str | None]] = [[None] * len(shown)]
     if recipe.text_weight:
-        texts.append(take(given.texts, shown))
+        texts.append(passages.columns[text_field])
     answer = RANK * len(shown)
     prompts = [prompter.answered(prompter.messages(given.query, view), answer)[0] for view in texts]
     if len(prompts[-1]) > recipe.max_length:
@@ -291,23 +278,24 @@ def sample_window(
             f"the prompt for query {given.query!r} with {len(shown)} passages has {len(prompts[-1])} tokens; wanted at"
             f" most {recipe.max_length}: cut the texts, or take fewer passages (largest=) or text_weight=0"
         )
-    return RankingExample(prompts, given.vectors[[given.rows[i] for i in shown]], order)
+    return RankingExample(prompts, passages, order)
 
 
 def collate_windows(examples: list[RankingExample]) -> RankingBatch:
     """B windows, and their prompts view by view."""
     views = [list(view) for view in zip(*(example.prompts for example in examples), strict=True)]
-    return RankingBatch(views, [example.vectors for example in examples], [example.order for example in examples])
+    return RankingBatch(views, [example.window for example in examples], [example.order for example in examples])
 
 
-def ranking_loss(checkpoint: PERankCheckpoint, recipe: RankingRecipe, batch: RankingBatch) -> torch.Tensor:
+def ranking_loss(
+    checkpoint: PERankCheckpoint, recipe: RankingRecipe, embed: Embed, batch: RankingBatch
+) -> torch.Tensor:
     """L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts || vectors), a mean over B windows.
 
     a is the recipe's text_weight, b its kl_weight; with a = 0 only the first term is left.
     """
-    scores, insides = zip(
-        *(rank_scores(checkpoint, view, batch.vectors, batch.orders) for view in batch.views), strict=True
-    )
+    vectors = embed(batch.windows)
+    scores, insides = zip(*(rank_scores(checkpoint, view, vectors, batch.orders) for view in batch.views), strict=True)
     inside = insides[0]
     targets = padded([worth(order) for order in batch.orders])[0].to(inside.device)
     loss = list_mle(scores[0], targets, inside, recipe.reduction)
