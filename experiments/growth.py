@@ -119,13 +119,14 @@ def plot(rows: pd.DataFrame) -> Any:
             (exponent,) = of.loc[of["measure"] == "exponent of seconds", "value"]
             for line, measure in zip(axes[:, column], ("CPU seconds", "MB more"), strict=True):
                 points = of[of["measure"] == measure].sort_values("n")
-                label = f"{name}, n^{exponent:.2f}" if measure == "CPU seconds" else None
+                label = f"{name}, n^{round(exponent, 2) + 0:.2f}" if measure == "CPU seconds" else None
                 line.plot(points["n"], points["value"].clip(lower=1e-2), marker="o", markersize=3, label=label)
         for line in axes[:, column]:
             line.set(xscale="log", yscale="log")
             line.minorticks_off()
+            line.set_xticks(SIZES[what], [f"{size:,}" for size in SIZES[what]], fontsize=8)
             line.grid(alpha=0.3)
-        axes[0, column].legend(fontsize=7)
+        axes[0, column].legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
         axes[1, column].set_xlabel({"passages": "passages of one query", "queries": "queries of 20 passages",
                                     "tokens": "tokens of each of 100 passages"}[what])  # fmt: skip
     axes[0, 0].set_ylabel("CPU seconds")
