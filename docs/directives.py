@@ -16,7 +16,7 @@ from docutils.parsers.rst import Directive, directives
 pt.documentation._cached_objects_inv = {}  # else a drawing fetches an inventory from the web
 CITATION = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8"))
 
-PAPERS = {  # of others, by DBLP's key
+PAPERS = {  # that are not in CITATION.cff, by DBLP's key
     "conf/cikm/MacAvaneyTM22": "Sean MacAvaney, Nicola Tonellotto, Craig Macdonald. Adaptive Re-Ranking with a Corpus"
     " Graph. CIKM 2022.",
 }
@@ -42,7 +42,7 @@ class Schematic(Directive):
 
 
 class Dblp(Directive):
-    """A citation by DBLP's key: the preprint (journals/corr/abs-YYMM-NNNNN) of a paper in CITATION.cff, or another."""
+    """A citation by DBLP's key: of a preprint (journals/corr/abs-YYMM-NNNNN) in CITATION.cff, or of PAPERS."""
 
     required_arguments = 1
 

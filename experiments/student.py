@@ -1,4 +1,4 @@
-"""Does a cross-encoder that begins as a bi-encoder (`towers.py`) become better than it, from some 2,100 rankings?
+"""Does a cross-encoder that begins as a bi-encoder (`towers.py`) become better than it, from 1,966 rankings?
 
     python experiments/student.py [--output FOLDER] [--seeds 1] [--share 1.0] [--test COLLECTION ...] [--record]
 
@@ -46,8 +46,8 @@ from pyterrier_lit.training import Distil
 SPLADE = SHARED.parent / "models" / "splade-tiny"
 TIMES = {"dl19": 8, "dl22": 3}  # how often a query is there
 HELD_OUT = 15  # queries of DL19
-OF_NFCORPUS = 500  # queries
-LABEL = 10.0  # what a relevant passage has above the others; scores have a standard deviation of 2
+OF_NFCORPUS = 500  # queries, of which BM25 finds more than eight passages for 396
+LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
 FROZEN = 3  # layers
 LENGTHS = {"query_length": 24, "doc_length": 72}  # in training
 LEARNING = {

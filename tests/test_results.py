@@ -102,5 +102,6 @@ def test_a_picture_keeps_the_values_that_it_shows(tmp_path):
     values = {"ours & <theirs>": [2.0, 3.5], "both": [1.0, 0.25]}
     picture = results.Picture("a.svg", "nDCG@10", {}, ("a", "b"))
     results.save(results.draw(picture, values), values, tmp_path / "a.svg")
-    assert results.shown(tmp_path / "a.svg") == values
+    assert results.shown(tmp_path / "a.svg") == values and results.shows(tmp_path / "a.svg", values)
+    assert not results.shows(tmp_path / "a.svg", dict(reversed(values.items())))
     assert ">.250<" in (tmp_path / "a.svg").read_text()

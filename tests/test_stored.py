@@ -133,7 +133,7 @@ def test_each_student_learns_the_same_from_a_run(name, rows, qrels, tmp_path):
 
 
 @pytest.fixture
-def shared(rows):
+def same_passages(rows):
     """The same passages under each query, in orders of their own."""
     return (
         rows.assign(docno="d" + rows.docno.str[-1], text="passage " + rows.docno.str[-1])
@@ -161,15 +161,15 @@ SOURCES = {
     ],
     ids=["text and vectors", "vectors", "lora", "alignment"],
 )
-def test_a_pe_rank_learns_the_same_from_a_run_by_each_recipe(source, settings, shared, tmp_path):
+def test_a_pe_rank_learns_the_same_from_a_run_by_each_recipe(source, settings, same_passages, tmp_path):
     if "lora" in settings:
         pytest.importorskip("peft", reason="needs peft, of the extra lora")
     aligns = "recipe" in settings
     own = {"learning_rate": 1e-2, "steps": 3, "warmup": 0, "verbose": False, "batch_size": 1}
     own |= settings if aligns else {"largest": 4} | settings
     logs, found = [], []
-    for given in (shared, run_of(shared, tmp_path / "run.txt")):
-        student = new(RERANKERS["PERank"], **SOURCES[source](sorted(set(shared.docno))))
+    for given in (same_passages, run_of(same_passages, tmp_path / "run.txt")):
+        student = new(RERANKERS["PERank"], **SOURCES[source](sorted(set(same_passages.docno))))
         training = FineTune(student, **own) if aligns else Distil(student, **own)
         quietly(training.fit, given)
         logs.append(training.log["loss"].tolist())
@@ -194,8 +194,8 @@ def test_a_pe_rank_embeds_what_is_drawn_and_no_more(rows, tmp_path):
     assert encoder.calls[1:] == [[texts.texts[docno] for docno in texts.asked[5:]]]
 
 
-def test_a_pe_rank_is_aligned_on_each_text_once(shared, tmp_path):
-    frame = shared.assign(text=shared.text.replace({"passage 1": "  ", "passage 4": "passage 3"}))
+def test_a_pe_rank_is_aligned_on_each_text_once(same_passages, tmp_path):
+    frame = same_passages.assign(text=same_passages.text.replace({"passage 1": "  ", "passage 4": "passage 3"}))
     encoder = Encoder(WIDTH)
     objective = RECIPES["pe-rank-alignment"].objective(new(RERANKERS["PERank"], encoder=encoder))
     passages = objective.prepare(run_of(frame, tmp_path / "run.txt").lists(objective.column_sets, "text"))

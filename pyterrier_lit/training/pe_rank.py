@@ -128,13 +128,13 @@ Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]  # lists -> the vector
 
 
 def embedding(student: PERank) -> Embed:
-    """How a batch gets its vectors: from where the student has them. An encoder does not learn."""
+    """A function that gives a batch its vectors, from where the student reads them. An encoder is not trained."""
     checkpoint, budget, quiet = student.load(), Budget(student.max_tokens), student.apply_attributes(verbose=False)
 
     def embed(lists: Sequence[Ranking]) -> list[torch.Tensor]:
         columns = {name: [list(given.columns[name]) for given in lists] for name in lists[0].columns}
         if checkpoint.encoder:
-            checkpoint.encoder.network.to(device_of(checkpoint.network))  # with several GPUs another than before
+            checkpoint.encoder.network.to(device_of(checkpoint.network))  # each process of several has a GPU of its own
         with inference():
             vectors, rows = quiet.vectors_of(checkpoint, columns, budget)
         return [vectors[each] for each in rows]
@@ -143,8 +143,8 @@ def embedding(student: PERank) -> Embed:
 
 
 def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
-    """The lists, after a look at the vectors of the first, or where they stand in a column of all: what is wrong with
-    them is raised before the first step."""
+    """The lists, after reading the vectors of the first one, or of all where they are in a `doc_vec` column, so that
+    wrong vectors are an error before the first step."""
     for given in lists:
         embed([given])
         if "doc_vec" not in given.columns:
