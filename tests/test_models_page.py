@@ -343,7 +343,7 @@ def test_sizes_are_counted():
     assert rows.keys() == counted.keys()
     for name, row in rows.items():
         n = counted[name]
-        assert (row["parameters"], row["float32"], row["16 bits"]) == (
+        assert (row["parameters"], row["weights in float32"], row["weights in 16 bits"]) == (
             f"{n / 1e6:.0f} M",
             f"{4 * n / 1e9:.2f} GB",
             f"{2 * n / 1e9:.2f} GB",
