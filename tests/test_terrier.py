@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import pyterrier as pt
@@ -173,8 +174,11 @@ def test_a_run_that_terrier_wrote_is_reranked_alike_from_files(index, bm25, tmp_
             assert_same_scores(run.merge(out[["qid", "docno"]], how="right"), out)
 
 
-def test_threads_may_retrieve_and_rerank_at_once(index, small, bm25):
-    pipeline = bm25 >> index.text_loader() >> small()
+def test_threads_may_retrieve_and_rerank_at_once(index, small):
+    """With `threads` and an index of the retriever's own: threads that share an index can hang inside Terrier."""
+    path = str(Path(index.path).resolve())
+    concurrent = pt.terrier.Retriever(path, wmodel="BM25", num_results=10, metadata=["docno", "text"], threads=2)
+    pipeline = pt.rewrite.tokenise() >> concurrent >> pt.rewrite.reset() >> small()
     expected = docnos(pipeline(TOPICS))
     with ThreadPoolExecutor(3) as threads:
         assert all(docnos(out) == expected for out in threads.map(pipeline, [TOPICS] * 6))
