@@ -20,7 +20,7 @@ from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, new_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
 
-SPECIAL_TOKENS = {"parse": False, "text": True}  # whether those in a text are plain characters
+SPECIAL_TOKENS = {"parse": False, "text": True}  # whether special tokens inside a text are plain characters
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -28,28 +28,30 @@ class CrossEncoder(Reranker):
     """Rerank by a cross-encoder that reads each (query, passage) pair: score(q, d) = w . h_[CLS] + b.
 
     Args:
-        model: hub id or folder. It reads lightning-ir's checkpoints over ELECTRA or BERT (`webis/monoelectra-base`,
-            `webis/monoelectra-large`; all formats since 2024) and sequence classification checkpoints with one label,
-            or with two, whose difference is the score. These get the tokenizer, token types and default prompt that
-            transformers and sentence-transformers give them. No code of the checkpoint is run.
-        query_length, doc_length: the most tokens kept of each query and passage. None takes the checkpoint's own; for
-            lightning-ir's checkpoints without any, 32 and 256. For other classifiers, None truncates the pair as
-            sentence-transformers does: at the checkpoint's maximum length, the longer side first. A warning tells
-            when more than half of the passages of a call were truncated; `verbose` shows how many.
+        model: hub id or folder. Supported are lightning-ir's checkpoints with ELECTRA or BERT
+            (`webis/monoelectra-base`, `webis/monoelectra-large`; all formats since 2024), and sequence classification
+            checkpoints with one label, or with two labels, the difference of whose logits is the score. Tokenizer,
+            token types and default prompt are those of transformers and sentence-transformers. Code inside a checkpoint
+            is never run.
+        query_length, doc_length: maximum tokens of a query and of a passage. None takes the lengths that the checkpoint
+            records; lightning-ir's checkpoints without any get 32 and 256. For other classifiers, None truncates the
+            pair as sentence-transformers does: at the checkpoint's maximum length, the longer side first. A warning
+            tells when more than half of the passages of a call were truncated; `verbose` shows how many.
         special_tokens: "parse" reads [SEP], [CLS], ... inside a text as control tokens, as lightning-ir does; "text"
             reads them as plain characters, for untrusted text.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
-        max_tokens: tokens per batch, with padding. None is 1,024 on a CPU and 16,384 on a GPU. A batch that runs out of
-            memory is halved and retried.
+        max_tokens: tokens per batch, including padding. None is 1,024 on a CPU and 16,384 on a GPU. When memory runs
+            out, max_tokens is halved and the batch retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `CrossEncoder.from_backbone("google/electra-base-discriminator")` is an untrained one over ELECTRA or BERT; over
-    ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and others it is transformers' own sequence classifier. The score
-    of a pair depends on the pair alone, so `pyterrier_caching.ScorerCache` is safe. Equal scores are ties and keep
-    their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; inference equal to lightning-ir's.
+    `CrossEncoder.from_backbone("google/electra-base-discriminator")` puts an untrained scoring head on ELECTRA or BERT;
+    for ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and other encoders it builds transformers' sequence classifier.
+    The score of a pair depends on that pair alone, so `pyterrier_caching.ScorerCache` is safe. Passages with equal
+    scores keep their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; scores equal those of
+    lightning-ir.
     """
 
     model: str = "webis/monoelectra-base"
@@ -63,8 +65,8 @@ class CrossEncoder(Reranker):
     begin = staticmethod(new_pairs)
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """`score`: the model's, of every passage of every query. Equal pairs are computed once."""
-        self.option("special_tokens", SPECIAL_TOKENS)  # before anything is read
+        """`score`: the model's score of every passage of every query. Identical pairs are computed once."""
+        self.option("special_tokens", SPECIAL_TOKENS)  # before the checkpoint is loaded
         checkpoint: PairCheckpoint = self.load()
         asked = [
             [(query, text) for text in texts] for query, texts in zip(queries, columns[self.text_field], strict=True)
@@ -90,10 +92,11 @@ class CrossEncoder(Reranker):
         return {"score": [[score_of[pair] for pair in pairs] for pairs in asked]}
 
     def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> Any:
-        """The scores of P (query, passage) pairs, as sentence-transformers' CrossEncoder.predict gives them: an array
-        (P,) of float32, and of one pair alone a number. The logit, before any sigmoid. Raises what `score` does.
+        """The scores of P (query, passage) pairs, as sentence-transformers' CrossEncoder.predict returns them: a
+        float32 array (P,), or a number for a single pair. Scores are logits, before any sigmoid. Raises what `score`
+        does.
 
-        Listwise rerankers have no such thing: their score of a pair depends on the other passages of its query.
+        Listwise rerankers do not have this method: their score of a pair depends on the other passages of the query.
         """
         if pairs and isinstance(pairs[0], str):
             return self.predict([cast(tuple[str, str], pairs)])[0]
@@ -102,12 +105,12 @@ class CrossEncoder(Reranker):
         return torch.tensor(scores, dtype=torch.float32).reshape(-1).numpy()
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
-        """P (query, passage) texts -> their layout, and P pairs of ids, truncated. Each text is tokenised once."""
+        """P (query, passage) texts -> their layout, and P truncated pairs of token ids. Each text is tokenised once."""
         layout, pairs, _ = self.cut_pairs(texts)
         return layout, pairs
 
     def cut_pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair], int]:
-        """The same as `pairs`, and of how many pairs the passage was cut."""
+        """Like `pairs`; also returns in how many pairs the passage was truncated."""
         lengths = self.lengths()
         layout: PairLayout = self.load().layout(special_tokens_as_text=self.option("special_tokens", SPECIAL_TOKENS))
         queries = list(dict.fromkeys(query for query, _ in texts))
@@ -119,7 +122,8 @@ class CrossEncoder(Reranker):
         return layout, pairs, sum(pieces.cut or len(ids) < pieces.total for pieces, ids in read)
 
     def lengths(self) -> dict[str, int | None]:
-        """The pieces kept of a query and of a passage: the caller's, else the checkpoint's; None has no such cut."""
+        """Maximum tokens of a query and of a passage: the caller's, else those that the checkpoint records; None is no
+        maximum."""
         checkpoint: PairCheckpoint = self.load()
         lengths: dict[str, int | None] = {}
         for name in LENGTHS:
@@ -130,11 +134,12 @@ class CrossEncoder(Reranker):
         return lengths
 
     def save(self, path: str | Path, layout: str | None = None) -> None:
-        """Write a folder that the constructor loads again. OSError where that fails; an older one then stays.
+        """Write a folder that the constructor can load. Raises OSError on failure, and then keeps an older folder.
 
-        layout: None keeps lightning-ir's, or the classifier that was read. "transformers" writes a sequence classifier
-            of BERT (of ELECTRA where it has smaller embeddings) with the same scores, which sentence-transformers, Text
-            Embeddings Inference, vLLM and ONNX exporters read. ValueError for a score that such a one cannot give.
+        layout: None keeps the format of the checkpoint (lightning-ir's or a classifier). "transformers" writes a BERT
+            sequence classifier with the same scores (ELECTRA where the embeddings are smaller than the hidden states),
+            which sentence-transformers, Text Embeddings Inference, vLLM and ONNX exporters read. Raises ValueError
+            where no such classifier computes the same scores.
         """
         if layout not in (None, "transformers"):
             raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")
@@ -142,5 +147,5 @@ class CrossEncoder(Reranker):
         self.write(path, as_classifier(checkpoint, self.lengths()) if layout == "transformers" else checkpoint)
 
     def saved_settings(self) -> dict[str, Any]:
-        """The lengths, so that the saved checkpoint is read with them."""
+        """The lengths, which the saved checkpoint records."""
         return self.lengths()

@@ -1,4 +1,5 @@
-"""Result frame -> queries and columns of passages -> result frame. Rerankers meet pandas here alone. Knows no model."""
+"""Result frame -> queries and columns of passages -> result frame. The only place where rerankers use pandas. Knows no
+model."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-Columns = dict[str, list[list[Any]]]  # by name of the column, for each query the values of its passages, best first
-ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns: of each column its name, and str or object
+Columns = dict[str, list[list[Any]]]  # column name -> for each query the values of its passages, best first
+ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns: column name -> str or object
 
 
 def rerank(
@@ -19,25 +20,25 @@ def rerank(
     query_columns: Sequence[str] = (),
     context: pt.Transformer | None = None,
 ) -> pd.DataFrame:
-    """Give every row of a result frame a new score and rank, from the queries and columns of their passages.
+    """Rerank a result frame: `results` computes a new score for every row, and ranks follow from the scores.
 
     Args:
-        frame: rows with `qid`, `query`, `docno` and a set of columns, in any order and under any index; it is not
-            changed.
-        results: called once with all queries and the columns of their passages, `docno` among them, best first (by
-            `rank`, else by `score`, else as the rows stand). Returns `score`, a list of scores per query, higher is
-            better, and for each of `query_columns` one value per query.
-        column_sets: the columns that may be given, and what their values must be (str, or object for anything). The
-            first set that is complete is used.
+        frame: rows with `qid`, `query`, `docno` and one of `column_sets`, in any order and with any index; it is not
+            modified.
+        results: called once with all queries and the columns of their passages, including `docno`. Passages are best
+            first: by `rank`, else by `score`, else in row order. It returns `score`, a list of scores per query (higher
+            is better), and one value per query for each of `query_columns`.
+        column_sets: alternative sets of columns with the type of their values (str, or object for any). The first set
+            whose columns are all present is used.
         query_columns: columns to add.
         context: the transformer that PyTerrier names in its error when a column is missing.
 
-    Returns the same rows in the same order with every other column kept, `score` (float64) and `rank` (from 0) new.
-    With PyTerrier's switch pt.model.STRICT_SORT they stand by qid and rank.
-    Equal scores keep the order in which they came, whatever the order of the rows. Half a surrogate pair, which no
-    tokenizer takes, is read as U+FFFD; the column keeps it. Other odd input: pt_docs/bad_input.rst.
+    Returns the same rows in the same order, with new `score` (float64) and `rank` (from 0) and all other columns. With
+    PyTerrier's switch pt.model.STRICT_SORT, the rows are sorted by qid and rank. Equal scores keep their incoming
+    order. Half a surrogate pair, which no tokenizer accepts, is read as U+FFFD; the column keeps it. For other odd
+    input see pt_docs/bad_input.rst.
 
-    A row without a query, as PyTerrier's `+` leaves some, has that of the other rows of its qid.
+    A row without a query (PyTerrier's `+` produces some) takes the query of the other rows with its qid.
 
     Raises pt.validate.InputValidationError for a missing column, TypeError for a query or text that is not a string,
     and ValueError for a missing qid or docno, two queries under one qid, an incoming rank or score that is no number,
@@ -59,7 +60,7 @@ def rerank(
 
 
 def not_finite(value: object, query: str, docnos: Sequence[Any]) -> ValueError:
-    """The error for a model that gave nan or inf for passages of a query."""
+    """The error for a model that returned nan or inf for passages of a query."""
     others = f" and {len(docnos) - 1} more of its passages" if len(docnos) > 1 else ""
     return ValueError(
         f"the model gave {value} for query {query!r}, docno {docnos[0]!r}{others}; try dtype='float32', and check the"
@@ -76,9 +77,9 @@ class Ranking(NamedTuple):
 
 
 def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transformer | None = None) -> list[Ranking]:
-    """The queries of a result frame with their passages, as a reranker reads them: training data.
+    """The queries of a result frame with their passages, as a reranker reads them. Used for training.
 
-    Arguments and errors are those of `rerank`.
+    Takes the arguments of `rerank` and raises the same errors.
     """
     _check_columns(frame, column_sets, context)
     if frame.empty:
@@ -92,8 +93,8 @@ def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transform
 
 
 def places(frame: pd.DataFrame) -> list[int]:
-    """The place of each row of a result frame in the list of its query, from 0, as `rerank` reads it: by rank, else by
-    score, else as the rows stand."""
+    """The position of each row in the list of its query, from 0, as `rerank` orders them: by rank, else by score, else
+    in row order."""
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
     place_of = {row: place for ranking in _lists(rows) for place, row in enumerate(ranking.tolist())}
@@ -101,15 +102,15 @@ def places(frame: pd.DataFrame) -> list[int]:
 
 
 def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
-    """A column as numbers, NaN where nothing stands. ValueError names the row with anything else."""
+    """A column as numbers, with NaN for missing values. ValueError names the first row that holds anything else."""
     return _numbers(frame.reset_index(drop=True), column)
 
 
 def _read(
     frame: pd.DataFrame, column_sets: ColumnSets
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
-    """The rows, numbered; the row numbers of each query, best first; the queries; and the columns of their passages,
-    which are `docno` and the first complete set."""
+    """Returns the rows with a new index, the row numbers of each query (best first), the queries, and the columns of
+    their passages: `docno` and the first complete set."""
     column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
@@ -140,7 +141,7 @@ def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
 
 
 def _with_queries(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, those without a query with that of another row of their qid."""
+    """The rows, where a missing query is filled in from another row with the same qid."""
     missing = rows["query"].isna()
     if not missing.any():
         return rows
@@ -203,7 +204,7 @@ def _strings(rows: pd.DataFrame, column: str) -> list[str]:
 
 
 def whole(text: str) -> str:
-    """The text as UTF-8 can hold it: half a surrogate pair becomes U+FFFD, two halves become their character."""
+    """The text in valid UTF-8: a lone surrogate becomes U+FFFD, and two halves of a pair become their character."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,6 +1,6 @@
-"""What the listwise rerankers share: windows -> orders -> scores, and `% k`. Knows no prompt and no model.
+"""What listwise rerankers share: windows -> orders -> scores, and `% k`. Knows no prompt and no model.
 
-A listwise reranker reads a window of passages at once and gives their order. Long lists are reranked in windows that
+A listwise reranker reads a window of passages together and returns their order. Long lists are reranked in windows that
 slide from the bottom to the top (RankGPT, arXiv 2304.09542).
 """
 
@@ -20,12 +20,12 @@ from pyterrier_lit.windows import Window, slide, sliding_windows
 
 
 class Prompt(NamedTuple):
-    """A window as the model reads it."""
+    """The prompt for one window."""
 
-    content: Any  # in the model's own form
-    tokens: int  # of it, for batches
+    content: Any  # in the form that the model takes
+    tokens: int  # its length, for batching
     n: int  # passages
-    top: int  # how many of these must be ordered; the others keep their order behind them
+    top: int  # how many of them must be ordered; the others keep their order below
 
 
 Decode = Callable[[list[Prompt]], Choices]
@@ -33,9 +33,10 @@ Decode = Callable[[list[Prompt]], Choices]
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ListwiseReranker(Reranker):
-    """A reranker that decodes an order and can stop after the first `top_k` ranks, which `% k` tells it when compiled.
+    """A reranker that decodes an order and can stop after the first `top_k` ranks. Compiling `reranker % k` sets
+    `top_k`.
 
-    A subclass gives `order_columns`, which calls `slide`.
+    A subclass implements `order_columns`, which calls `slide`.
     """
 
     _: dataclasses.KW_ONLY
@@ -67,10 +68,10 @@ class ListwiseReranker(Reranker):
         decode: Decode,
         budget: Budget | None = None,
     ) -> list[list[int]]:
-        """Order each query's passages by windows of `shape`, (window size, stride); all queries' r-th windows together.
+        """Order each query's passages by sliding windows; the r-th windows of all queries are computed together.
 
-        prompts: W windows -> what the model reads of each. decode: a batch of prompts -> the choices in each.
-        ValueError names query and docno where the model gave NaN.
+        shape: window size and stride. prompts: W windows -> their prompts. decode: a batch of prompts -> the choices
+        for each. ValueError names the query and docnos for which the model returned NaN.
         """
         size, stride = shape
         counts = [len(docnos) for docnos in columns["docno"]]
@@ -107,7 +108,7 @@ class ListwiseReranker(Reranker):
         return super(ListwiseReranker, shorter).rank(query, passages, top_k, return_documents)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What `compile` puts in place of `self >> RankCutoff(k)`: the same top k in fewer steps."""
+        """What `compile` substitutes for `self >> RankCutoff(k)`: the same top k in fewer decoding steps."""
         if k < 1 or (self.top_k is not None and self.top_k <= k):
             return None
         shorter = copy.copy(self)
@@ -116,5 +117,5 @@ class ListwiseReranker(Reranker):
 
 
 def of_windows(values: Sequence[Sequence[Any]], windows: Sequence[Window]) -> list[list[Any]]:
-    """The values of each window's passages, of Q lists of values by query."""
+    """The values of each window's passages, taken from the values of Q queries' passages."""
     return [[values[window.query][number] for number in window.passages] for window in windows]

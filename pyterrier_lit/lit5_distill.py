@@ -1,8 +1,8 @@
-"""LiT5Distill: a T5 reads every passage of a window with its identifier, and writes the identifiers best first.
+"""LiT5Distill: a T5 reads every passage of a window with its identifier and generates the identifiers, best first.
 
-Each passage becomes a prompt of its own, "Search Query: ... Passage: [3] ... Relevance Ranking: ", and is encoded alone
-(Fusion-in-Decoder); the decoder reads all of them and writes "3 1 2 ...". The model learned this from the rankings of
-large language models, which need many times its size for the same task. arXiv 2312.16098; LiT and Lean, ECIR 2025.
+Each passage gets its own prompt, "Search Query: ... Passage: [3] ... Relevance Ranking: ", and is encoded alone
+(Fusion-in-Decoder). The decoder attends to all passages and generates "3 1 2 ...". The model was distilled from the
+rankings of much larger language models. arXiv 2312.16098; LiT and Lean, ECIR 2025.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pyterrier_lit.windows import Window
 
 IDENTIFIERS = 100  # the most that any checkpoint was trained with
 LENGTH = 150  # tokens of a prompt in the papers, for MS MARCO
-ANSWER_LENGTH = 140  # tokens of a free answer, with the start token
+ANSWER_LENGTH = 140  # tokens that decoding="free" may generate, with the start token
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -30,34 +30,34 @@ class LiT5Distill(ListwiseReranker):
     """Rerank lists by LiT5-Distill: T5 Fusion-in-Decoder over windows of up to 100 passages.
 
     Args:
-        model: hub id or folder: `castorini/LiT5-Distill-{base,large,xl}` (v1: windows of 20) or the same with `-v2`
-            (one window of 100), or what `save` wrote.
-        window_size, stride: passages per window (at most 100), and positions from one window to the next. window_size
-            None takes the checkpoint's own, else 100 for v2 and 20 for v1 by the checkpoint's name or path, else 20
+        model: hub id or folder: `castorini/LiT5-Distill-{base,large,xl}` (v1: windows of 20), the same names with `-v2`
+            (one window of 100), or a folder that `save` wrote.
+        window_size, stride: passages per window (at most 100), and how many positions the window moves. window_size
+            None takes the size that the checkpoint records; else 100 or 20 if its name or path says v2 or v1; else 20
             with a warning. stride None is half the window. A list shorter than the window is one window.
         passes: sweeps over each list.
-        max_length: tokens of a prompt, truncated on the right. None takes the checkpoint's own, else 150, as in the
-            papers for MS MARCO (512 for BEIR). Queries are not truncated; one that leaves no room for a passage
-            causes a warning.
-        top_k: decode only the first k ranks, which are those of the full order; the passages below keep their incoming
-            order. `((first >> LiT5Distill()) % 10).compile()` sets it.
-        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is unconstrained
-            greedy decoding with the original code's clean-up: repeated identifiers are dropped, missing ones follow in
-            incoming order. Where the free text is a permutation, both agree. "first" ranks by the probabilities of the
-            first identifier alone (FIRST, arXiv 2406.15657): one decoding step, or two above 56 identifiers. Published
-            checkpoints were not trained for it; the recipe `lit5-distill-first` trains for it.
+        max_length: maximum tokens of a prompt, which is truncated on the right. None takes the length that the
+            checkpoint records, else 150, as in the papers for MS MARCO (512 for BEIR). Queries are not truncated; a
+            query that leaves no room for a passage causes a warning.
+        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the passages below keep
+            their incoming order. `((first >> LiT5Distill()) % 10).compile()` sets it.
+        decoding: "constrained" generates each identifier exactly once, so the result is a permutation. "free" is
+            unconstrained greedy decoding with the original code's clean-up: repeated identifiers are dropped, missing
+            ones follow in incoming order. Where its text is a permutation, both agree. "first" ranks by the probability
+            of each identifier at the first decoding step (FIRST, arXiv 2406.15657): one step, or two above 56
+            identifiers. Published checkpoints were not trained for this; the recipe `lit5-distill-first` trains for it.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
-        max_tokens: prompt tokens per batch of windows. Each takes memory for its keys and values (37 kB for base in
-            bfloat16). When memory runs out, it is halved and the batch retried.
+        max_tokens: prompt tokens per batch of windows. Each token needs memory for its keys and values (37 kB for base
+            in bfloat16). When memory runs out, max_tokens is halved and the batch retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Distill.from_backbone("google/t5-v1_1-base")` is a pre-trained T5 or mT5 that has not learned to rank. The
-    scores of n passages are n, n - 1, ... 1 in the order written. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR
-    2025 (v2). In float32 equal to castorini/LiT5 for lists that fill their windows; castorini/LiT5 pads a short list
-    with empty passages, this class does not.
+    `LiT5Distill.from_backbone("google/t5-v1_1-base")` starts from a pre-trained T5 or mT5 that has not learned to rank.
+    The scores of n passages are n, n - 1, ... 1 in the decoded order. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR
+    2025 (v2). In float32 the orders equal those of castorini/LiT5 for lists that fill their windows; castorini/LiT5
+    pads a short list with empty passages, this class does not.
     """
 
     model: str = "castorini/LiT5-Distill-base-v2"
@@ -90,7 +90,7 @@ class LiT5Distill(ListwiseReranker):
         return self.slide(queries, columns, shape, prompts, lambda batch: decode(checkpoint, batch))
 
     def saved_settings(self) -> dict[str, Any]:
-        """What it is, the window size, the stride and the length of prompts."""
+        """The reranker's name, window size, stride and prompt length."""
         size, stride = self.window()
         return {
             "reranker": "LiT5Distill",
@@ -100,7 +100,7 @@ class LiT5Distill(ListwiseReranker):
         }
 
     def window(self) -> tuple[int, int]:
-        """The window size and the stride: the caller's, else the checkpoint's, else those of its family."""
+        """Window size and stride: the caller's, else those that the checkpoint records, else those of its family."""
         recorded = self.load().config
         size = self.window_size if self.window_size is not None else recorded.get("window_size")
         if size is None:
@@ -113,7 +113,8 @@ class LiT5Distill(ListwiseReranker):
         return size, (stride or max(size // 2, 1)) if self.stride is None else self.stride
 
     def family(self) -> str:
-        """By the checkpoint's names "v1" or "v2". Where none tells "v1", with one warning of a trained one."""
+        """ "v1" or "v2", by the checkpoint's names. Where these do not tell, "v1", with one warning for a trained
+        checkpoint."""
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
         if known is None and checkpoint.path and not checkpoint.warned:
@@ -126,45 +127,46 @@ class LiT5Distill(ListwiseReranker):
         return known or "v1"
 
     def length(self) -> int:
-        """Tokens of a prompt: the caller's, else the checkpoint's, else the papers'."""
+        """Maximum tokens of a prompt: the caller's, else the length that the checkpoint records, else 150."""
         checkpoint: T5Checkpoint = self.load()
         return checkpoint.length("max_length", self.max_length, LENGTH)
 
     def prompts(self, query: str, passages: list[str]) -> list[list[int]]:
-        """The prompt of each passage of a window, at most `max_length` ids with </s> at the end."""
+        """The token ids of each passage's prompt, at most `max_length` including </s> at the end."""
         length = self.length()
         texts = [f"{_head(query, i)} {passage} Relevance Ranking: " for i, passage in enumerate(passages, 1)]
         return [[*ids[: length - 1], EOS] for ids in self.load().pieces(texts)]
 
 
 def _head(query: str, number: int) -> str:
-    """What stands before a passage in its prompt."""
+    """The part of a prompt before the passage."""
     return f"Search Query: {query} Passage: [{number}]"
 
 
 def constrained(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """Greedily, at each step the likeliest piece that continues an identifier not yet written."""
+    """Greedy decoding in which each step chooses among tokens that continue an unused identifier."""
     words, pieces = identifiers(checkpoint, max(prompt.n for prompt in batch))
     reader = PieceReader(FiD(checkpoint.network), [prompt.content for prompt in batch], pieces, sum(map(len, words)))
     return in_turn(reader, words, [prompt.n for prompt in batch], [prompt.top for prompt in batch])
 
 
 def first(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """By the probability of each identifier to come first."""
+    """Order by the probability of each identifier at the first decoding step."""
     words, pieces = identifiers(checkpoint, max(prompt.n for prompt in batch))
     reader = PieceReader(FiD(checkpoint.network), [prompt.content for prompt in batch], pieces, max(map(len, words)))
     return at_once(reader, words, [prompt.n for prompt in batch])
 
 
 def free(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """The reference's orders: greedy text without constraint, repaired. All ranks are written, whatever `top` is."""
+    """The reference's decoding: unconstrained greedy text, then its clean-up. Generates all ranks and ignores `top`."""
     sequences, broken = greedy(checkpoint, batch, ANSWER_LENGTH)
     texts = map(checkpoint.pieces.decode, sequences)
     return [parse(text, prompt.n) for text, prompt in zip(texts, batch, strict=True)], broken
 
 
 def greedy(checkpoint: T5Checkpoint, batch: list[Prompt], max_length: int) -> tuple[list[list[int]], list[float]]:
-    """The tokens that each window's decoder writes before EOS, at most max_length - 1, and what was not finite."""
+    """The tokens that the decoder generates before EOS, at most max_length - 1; and 0, or the nan or inf in its
+    logits."""
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([prompt.content for prompt in batch], max_length)
     written, broken = zip(*((ids, broken) for ids, _, broken, _ in fid.greedy(memory, max_length)), strict=True)
@@ -176,7 +178,7 @@ DECODINGS = {"constrained": constrained, "free": free, "first": first}
 
 
 def identifiers(checkpoint: T5Checkpoint, n: int) -> tuple[list[list[int]], list[int]]:
-    """How the identifiers 1..n are spelt, in symbols, and the piece that each symbol is."""
+    """The tokens of the identifiers 1..n, numbered from 0; and the vocabulary id of each of these tokens."""
     spelt = checkpoint.pieces([str(i) for i in range(1, n + 1)])
     pieces = sorted(set(chain.from_iterable(spelt)))
     return [[pieces.index(piece) for piece in word] for word in spelt], pieces

@@ -1,8 +1,8 @@
-"""LiT5Score: a T5 answers the query from all passages, and the attention that a passage receives is its score.
+"""LiT5Score: a T5 answers the query from all passages, and a passage's score is the attention that it receives.
 
-Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder). The decoder reads
-all of them and writes an answer. A passage that the answer was taken from receives attention, so training needs no
-judged passages: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
+Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder). The decoder attends
+to all of them and generates an answer. The passages that contain the answer receive attention, so training needs no
+relevance judgements: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
 """
 
 import dataclasses
@@ -39,30 +39,36 @@ class LiT5Score(Reranker):
         score(d) = sum over t, l, s of  a[l, t, s] / (256 * layers)
         a[l, t, s] = mean over heads of  attention weight * length of value vector
 
-    l runs over the layers, and s over the tokens of passage d without the query, which each prompt repeats. t runs from
-    the start token to the position that predicts the end of the answer. The attention's softmax is over all passages.
+    l runs over the layers, and s over the tokens of passage d without those of the query, which each prompt repeats. t
+    runs from the start token to the position that predicts the end of the answer. The softmax of the attention is over
+    the tokens of all passages.
 
     Args:
         model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or what `save` wrote.
-        n_passages: how many of the first passages are read together; 100 in the paper. All passages of a query share
-            one attention, so scores of separate windows cannot be compared: the passages below keep their incoming
-            order, with scores -1, -2, ...
-        max_length: tokens of a prompt, truncated on the right. None takes the checkpoint's own, else the paper's 150.
-            Queries are not truncated; one that leaves no room for a passage causes a warning.
-        answer_length: tokens of the answer with its start token. None takes the checkpoint's own, else the paper's 20.
+        n_passages: how many passages from the top of the list are scored; 100 in the paper. They share one attention
+            softmax, so scores of separate windows could not be compared. The passages below keep their incoming order,
+            with scores -1, -2, ...
+        max_length: maximum tokens of a prompt, which is truncated on the right. None takes the length that the
+            checkpoint records, else the paper's 150. Queries are not truncated; a query that leaves no room for a
+            passage causes a warning.
+        answer_length: maximum tokens of the answer, with the start token. None takes the length that the checkpoint
+            records, else the paper's 20.
         aggregation: "mean" is the paper's, as above. "max" takes the maximum over a passage's tokens instead of their
-            sum. "late" weights layer l of n (from 1) by 2 l / (n + 1). The last two are ours.
-        answer_field: name of a column for the generated answer, the same in all rows of a query; None adds none.
+            sum. "late" weights layer l of n (from 1) by 2 l / (n + 1). The last two are not from the paper.
+        answer_field: the name of a new column for the generated answer, which is the same in all rows of a query; None
+            adds no column.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
-        max_tokens: prompt tokens per batch of queries. When memory runs out, it is halved and the batch retried.
+        max_tokens: prompt tokens per batch of queries. When memory runs out, max_tokens is halved and the batch
+            retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Score.from_backbone("google/t5-v1_1-base")` is a pre-trained T5 or mT5 that has not learned to answer. The
-    score of a passage depends on the other passages, so `pyterrier_caching.ScorerCache` is not safe. Source: arXiv
-    2312.16098 v1, section 3.2; in float32 equal to castorini/LiT5 within 1e-4 for lists of `n_passages`.
+    `LiT5Score.from_backbone("google/t5-v1_1-base")` starts from a pre-trained T5 or mT5 that has not learned to answer.
+    The score of a passage depends on the other passages, so do not use `pyterrier_caching.ScorerCache`. Source: arXiv
+    2312.16098 v1, section 3.2. In float32 the scores equal those of castorini/LiT5 within 1e-4 for lists of
+    `n_passages`.
     """
 
     model: str = "castorini/LiT5-Score-base"
@@ -79,7 +85,7 @@ class LiT5Score(Reranker):
     begin = staticmethod(read_t5)
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """`score` of every passage of every query, and the answers as `answer_field`."""
+        """`score` of every passage of every query, and the answers under the name `answer_field`."""
         if not isinstance(self.n_passages, int) or self.n_passages < 1:
             raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")
         aggregation = self.option("aggregation", AGGREGATIONS)
@@ -106,15 +112,16 @@ class LiT5Score(Reranker):
         return added
 
     def query_columns(self) -> list[str]:
-        """The column for the answers, if it has a name."""
+        """The column for the answers, if `answer_field` names one."""
         return [] if self.answer_field is None else [self.answer_field]
 
     def saved_settings(self) -> dict[str, Any]:
-        """What it is, and the lengths of prompts and of answers."""
+        """The reranker's name, and the lengths of prompts and answers."""
         return {"reranker": "LiT5Score", "lengths": self.lengths()}
 
     def lengths(self) -> dict[str, int]:
-        """Tokens of a prompt and of an answer: the caller's, else the checkpoint's, else the paper's."""
+        """Maximum tokens of a prompt and of an answer: the caller's, else those that the checkpoint records, else the
+        paper's."""
         checkpoint: T5Checkpoint = self.load()
         return {
             "max_length": checkpoint.length("max_length", self.max_length, 150),
@@ -122,7 +129,8 @@ class LiT5Score(Reranker):
         }
 
     def prompts(self, query: str, passages: list[str]) -> "Prompts":
-        """The prompts of a query's first `n_passages` passages, at most `max_length` ids each with </s> at the end."""
+        """The token ids of the prompts of a query's first `n_passages` passages, at most `max_length` each including
+        </s>."""
         pieces_of, length = self.load().pieces, self.lengths()["max_length"]
         texts = [f"question: {query} context: {passage}" for passage in passages[: self.n_passages]]
         question, *pieces = pieces_of([f"question: {query}", *texts])
@@ -130,14 +138,15 @@ class LiT5Score(Reranker):
 
 
 class Prompts(NamedTuple):
-    """The prompts of a query's passages, and how many tokens at the start of each are the query's."""
+    """The prompts of a query's passages, and how many tokens at the start of each belong to the query."""
 
     ids: list[list[int]]
     question: int
 
 
 class Attended(NamedTuple):
-    """The scores of a query's passages, the answer's tokens without the end, and 0, or the nan or inf in its logits."""
+    """The scores of a query's passages; the tokens of the answer without EOS; and 0, or the nan or inf found in the
+    logits."""
 
     scores: list[float]
     answer: list[int]
@@ -147,15 +156,15 @@ class Attended(NamedTuple):
 def attend(
     checkpoint: T5Checkpoint, prompts: list[Prompts], aggregation: Aggregation, answer_length: int
 ) -> list[Attended]:
-    """Answer B queries together and add up, step by step, the attention that each passage draws.
+    """Generate the answers of B queries and sum, step by step, the attention that each passage receives.
 
-    Equal to the reference, which keeps all of [layers, T, S] and reads its last step; here memory is [B, P].
+    The result equals the reference's, which stores all of (layers, T, S); here memory is (B, P).
     """
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([each.ids for each in prompts], answer_length, mass=True)
     n_layers, most = len(memory.keys), max(len(each.ids) for each in prompts)
     weights = aggregation.layers(n_layers)
-    owner = _owners(prompts, most).to(fid.device)  # (B, S): the passage of each token, `most` for what does not count
+    owner = _owners(prompts, most).to(fid.device)  # (B, S): each token's passage; `most`: does not count
     total, written, broken = torch.zeros(len(prompts), most, dtype=torch.float32, device=fid.device), [], []
     for ids, unfinished, not_finite_now, mass in fid.greedy(memory, answer_length):
         step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))
@@ -177,7 +186,7 @@ def attend(
 
 
 def _owners(prompts: list[Prompts], nobody: int) -> torch.Tensor:
-    """The number of each token's passage, (B, S); `nobody` for the tokens of the query and padding."""
+    """The index of each token's passage, (B, S); `nobody` for tokens of the query and padding."""
     rows = [
         [passage if at >= each.question else nobody for passage, ids in enumerate(each.ids) for at in range(len(ids))]
         for each in prompts

@@ -1,9 +1,9 @@
-"""PERank: a language model reads one vector per passage, and names the passages best first.
+"""PERank: a language model reads one vector per passage and decodes the passages, best first.
 
 An encoder turns each passage into one vector, and a projector maps it into the input space of the language model, where
-it replaces the whole passage. So the prompt has a few tokens per passage instead of hundreds. The model decodes
-passages, not words: the next passage is the one whose vector has the largest product with the last state. Source: arXiv
-2406.14848.
+it replaces the text of the passage. So the prompt has a few tokens per passage instead of hundreds. The model decodes
+passages, not words: the next passage is the one whose vector has the largest dot product with the last hidden state.
+Source: arXiv 2406.14848.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pyterrier_lit.models.pe_checkpoint import PERankCheckpoint, new_pe_rank, re
 from pyterrier_lit.models.vector_lm import VectorReader
 from pyterrier_lit.windows import Window
 
-MODES = {"embedding": False, "text+embedding": True}  # whether the prompt has the text too
+MODES = {"embedding": False, "text+embedding": True}  # whether the prompt also contains the texts
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -32,37 +32,39 @@ class PERank(ListwiseReranker):
     Args:
         model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or what `save` wrote. No
             code of the checkpoint is run.
-        window_size, stride: passages per window, and positions from one window to the next. A list shorter than the
+        window_size, stride: passages per window, and how many positions the window moves. A list shorter than the
             window is one window.
         passes: sweeps over each list.
-        top_k: decode only the first k ranks, which are those of the full order; the order below is what the windows
-            leave. `((first >> PERank()) % 10).compile()` sets it.
-        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` is not
-            read).
-        encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the checkpoint's own encoder. A `doc_vec`
+        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the order below is where
+            the windows leave the passages. `((first >> PERank()) % 10).compile()` sets it.
+        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` column is
+            ignored).
+        encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint. A `doc_vec`
             column takes precedence over `vectors`, and `vectors` over an encoder. All vectors must come from the
-            encoder that the checkpoint was trained with. Only an encoder, or a mode with text, requires the text.
-        mode: what the prompt has of a passage: "embedding", as in the paper, its vector; "text+embedding" its vector
-            and then its text.
+            encoder that the checkpoint was trained with. The texts of the passages are needed only by an encoder or a
+            mode with text.
+        mode: how the prompt represents a passage: "embedding", as in the paper, by its vector; "text+embedding" by its
+            vector followed by its text.
         decoding: "constrained", as in the paper, decodes one passage after the other. "first" ranks by the logits of
-            the first step: one forward pass per window, which the checkpoints were not trained for.
+            the first decoding step, in one forward pass per window; the published checkpoints were not trained for
+            this.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
-        max_tokens: prompt tokens per batch of windows. Each takes memory for its keys and values (131 kB for a Mistral
-            of 7B in bfloat16). When memory runs out, it is halved and the batch retried.
+        max_tokens: prompt tokens per batch of windows. Each token needs memory for its keys and values (131 kB for a
+            Mistral 7B in bfloat16). When memory runs out, max_tokens is halved and the batch retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` is an untrained
-    one over a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2" and an encoder such as
-    "sentence-transformers/all-MiniLM-L6-v2", pooled by "mean", "cls" or "last_token". Without an encoder,
-    `embedding_size` is the dimension of the vectors. The projector is "linear", "mlp2x_gelu" (any number of layers) or
-    "identity".
+    `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` builds an
+    untrained PERank from a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2" and an encoder such as
+    "sentence-transformers/all-MiniLM-L6-v2", pooled by "mean", "cls" or "last_token". Without an encoder, give the
+    dimension of the vectors as `embedding_size`. The projector is "linear", "mlp2x_gelu" (with any number in place of
+    2) or "identity".
 
-    Scores are n, n - 1, ... 1 in the decoded order. Source: Liu et al., WWW 2025; in float32 equal to
-    liuqi6777/pe_rank, except for lists of window_size - stride passages, which liuqi6777/pe_rank does not rank, and for
-    texts with special tokens.
+    Scores are n, n - 1, ... 1 in the decoded order. Source: Liu et al., WWW 2025. In float32 the orders equal those of
+    liuqi6777/pe_rank, except for texts with special tokens and for lists of window_size - stride passages, which
+    liuqi6777/pe_rank does not rank.
     """
 
     model: str = "liuqi6777/pe-rank-mistral-jina"
@@ -81,7 +83,7 @@ class PERank(ListwiseReranker):
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
         """The positions of each query's passages, best first.
 
-        columns: `docno`, and of `doc_vec` and `text_field` what the mode and the source of the vectors need.
+        columns: `docno`, and `doc_vec` or `text_field` as the mode and the source of the vectors require.
         """
         decode, shows_text = self.option("decoding", DECODINGS), self.option("mode", MODES)
         checkpoint: PERankCheckpoint = self.load()
@@ -103,7 +105,8 @@ class PERank(ListwiseReranker):
         return self.slide(queries, columns, shape, prompts, lambda batch: decode(checkpoint, batch), budget)
 
     def column_sets(self) -> ColumnSets:
-        """The vectors, or what they are made from or found by; and the text where the prompt shows it."""
+        """A column of vectors, or the column from which they are computed or looked up; and the text if the prompt
+        contains it."""
         text = self.text_column()
         shown: dict[str, type] = text if self.option("mode", MODES) else {}
         return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
@@ -111,7 +114,7 @@ class PERank(ListwiseReranker):
     def vectors_of(
         self, checkpoint: PERankCheckpoint, columns: Columns, budget: Budget
     ) -> tuple[torch.Tensor, list[list[int]]]:
-        """Vectors of length 1 (D, d), and each passage's row among them, by query. Equal passages share a row."""
+        """Unit vectors (D, d) of the distinct passages, and for each query the rows of its passages."""
         docnos = columns["docno"]
         if "doc_vec" in columns:
             keys: Sequence[Sequence[Any]] = [[(i, j) for j in range(len(ranking))] for i, ranking in enumerate(docnos)]
@@ -129,7 +132,7 @@ class PERank(ListwiseReranker):
         return normalised(vectors, names, checkpoint.embedding_size, checkpoint.trained_on), rows
 
     def subtransformers(self) -> dict[str, Any]:
-        """Nothing: an index or encoder that is asked for vectors is no stage of the pipeline."""
+        """None: an index or encoder used for vectors is not a stage of the pipeline."""
         return {}
 
     def _encode(self, checkpoint: PERankCheckpoint, texts: list[str], budget: Budget) -> torch.Tensor:
@@ -142,15 +145,15 @@ class PERank(ListwiseReranker):
 
 
 def constrained(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> Choices:
-    """The paper's decoding: the best passage not yet named is named, and read as the next word."""
+    """The paper's decoding: each step chooses the best unused passage, whose vector is the next input."""
     counts = [prompt.n for prompt in batch]
-    return in_turn(_read(checkpoint, batch), _symbols(counts), counts, [prompt.top for prompt in batch])
+    return in_turn(_read(checkpoint, batch), _tokens(counts), counts, [prompt.top for prompt in batch])
 
 
 def first(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> Choices:
-    """All passages by the logits of the first step alone."""
+    """Order the passages by the logits of the first decoding step."""
     counts = [prompt.n for prompt in batch]
-    return at_once(_read(checkpoint, batch), _symbols(counts), counts)
+    return at_once(_read(checkpoint, batch), _tokens(counts), counts)
 
 
 DECODINGS = {"constrained": constrained, "first": first}
@@ -161,6 +164,6 @@ def _read(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> VectorReader:
     return checkpoint.network.read(list(ids), list(vectors))
 
 
-def _symbols(counts: list[int]) -> list[list[int]]:
-    """Each passage is a symbol of its own."""
+def _tokens(counts: list[int]) -> list[list[int]]:
+    """Each passage is one token."""
     return [[passage] for passage in range(max(counts))]

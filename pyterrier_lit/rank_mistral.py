@@ -1,8 +1,8 @@
-"""RankMistral: a language model reads the texts of a window of passages, and writes their numbers best first.
+"""RankMistral: a language model reads the texts of a window of passages and generates their identifiers, best first.
 
-It is the baseline that PE-Rank is compared with: the same language model, the same windows and nearly the same prompt,
-but with the full text of each passage. So a prompt has thousands of tokens instead of hundreds, and an identifier takes
-several decoding steps where PE-Rank's passage takes one. arXiv 2406.14848, section 4.
+This is PE-Rank's uncompressed baseline: the same language model, the same windows and nearly the same prompt, but with
+the full text of each passage. So a prompt has thousands of tokens instead of hundreds, and an identifier takes several
+decoding steps where a passage of PE-Rank takes one. arXiv 2406.14848, section 4.
 """
 
 import dataclasses
@@ -18,35 +18,35 @@ from pyterrier_lit.models.text_lm import TextCheckpoint, read_text_lm
 from pyterrier_lit.order import parse
 from pyterrier_lit.windows import Window
 
-ANSWER_LENGTH = 256  # tokens of a free answer
+ANSWER_LENGTH = 256  # tokens that decoding="free" may generate
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class RankMistral(ListwiseReranker):
-    """Rerank lists by a causal language model that reads the passages' texts: PE-Rank's uncompressed baseline.
+    """Rerank by a causal language model that reads the texts of the passages: PE-Rank's uncompressed baseline.
 
     Args:
-        model: hub id or folder of a causal language model of transformers with a chat template, trained to rank by this
-            prompt, or what `save` wrote. No code of the checkpoint is run.
-        window_size, stride: passages per window, and positions from one window to the next. A list shorter than the
+        model: hub id or folder of a causal language model of transformers that has a chat template and was trained to
+            rank with this prompt, or a folder that `save` wrote. Code inside a checkpoint is never run.
+        window_size, stride: passages per window, and how many positions the window moves. A list shorter than the
             window is one window.
         passes: sweeps over each list.
-        top_k: decode only the first k ranks, which are those of the full order; the order below is what the windows
-            leave. `((first >> RankMistral(...)) % 10).compile()` sets it.
-        decoding: "constrained" writes each identifier once, so the result is a permutation. "free" is
+        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the order below is where
+            the windows leave the passages. `((first >> RankMistral(...)) % 10).compile()` sets it.
+        decoding: "constrained" generates each identifier exactly once, so the result is a permutation. "free" is
             unconstrained greedy decoding of 256 tokens with the original code's clean-up: repeated identifiers are
-            dropped, missing ones follow in incoming order. Where the free text is a permutation, written as
-            "[4] > [2] > ...", both agree.
-        text_field: the column with the passages. They are not truncated: a window whose prompt is longer than the
-            model's maximum length is an error.
-        max_tokens: prompt tokens per batch of windows. Each takes memory for its keys and values (131 kB for a Mistral
-            of 7B in bfloat16). When memory runs out, it is halved and the batch retried.
+            dropped, missing ones follow in incoming order. Where its text is a permutation in the form "[4] > [2] >
+            ...", both agree.
+        text_field: the column with the passages. They are not truncated: a prompt longer than the model's maximum
+            length is an error.
+        max_tokens: prompt tokens per batch of windows. Each token needs memory for its keys and values (131 kB for a
+            Mistral 7B in bfloat16). When memory runs out, max_tokens is halved and the batch retried.
         device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
         dtype: None is bfloat16 on a GPU that has it, else float32.
         verbose: show a progress bar.
 
-    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` has not learned to rank. Scores
-    are n, n - 1, ... 1 in the decoded order. Source: the text mode of liuqi6777/pe_rank.
+    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` starts from a model that has not learned to rank.
+    Scores are n, n - 1, ... 1 in the decoded order. Source: the text mode of liuqi6777/pe_rank.
     """
 
     _: dataclasses.KW_ONLY
@@ -77,17 +77,17 @@ class RankMistral(ListwiseReranker):
 
 
 def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """Greedily, at each step the likeliest token that continues an identifier not yet written."""
+    """Greedy decoding in which each step chooses among tokens that continue an unused identifier."""
     counts = [prompt.n for prompt in batch]
     opening, words = checkpoint.prompter.identifiers(max(counts))
     pieces = sorted(set(chain.from_iterable(words)))
-    symbols = [[pieces.index(piece) for piece in word] for word in words]
+    tokens = [[pieces.index(piece) for piece in word] for word in words]
     reader = checkpoint.network.begin([prompt.content + opening for prompt in batch], pieces)
-    return in_turn(reader, symbols, counts, [prompt.top for prompt in batch])
+    return in_turn(reader, tokens, counts, [prompt.top for prompt in batch])
 
 
 def free(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """The reference's orders: greedy text without constraint, repaired. All ranks are written, whatever `top` is."""
+    """The reference's decoding: unconstrained greedy text, then its clean-up. Generates all ranks and ignores `top`."""
     reader = checkpoint.network.begin([prompt.content for prompt in batch])
     ends = torch.tensor(checkpoint.ends(), device=reader.device)
     logits, written = reader.start(), []

@@ -23,13 +23,13 @@ def spell(speller, logits):
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 10_000))
-def test_passages_as_symbols_come_best_first_each_once(counts, seed):
+def test_passages_as_tokens_come_best_first_each_once(counts, seed):
     logits = torch.rand(8, len(counts), 7, generator=torch.Generator().manual_seed(seed))
-    rows = spell(Speller([[symbol] for symbol in range(7)], counts), list(logits))
+    rows = spell(Speller([[token] for token in range(7)], counts), list(logits))
     for row, n in enumerate(counts):
         left, expected = list(range(n)), []
         for step in range(n):
-            expected.append(max(left, key=lambda symbol: logits[step, row, symbol].item()))
+            expected.append(max(left, key=lambda token: logits[step, row, token].item()))
             left.remove(expected[-1])
         assert rows[row] == expected
 
@@ -38,20 +38,20 @@ WORDS = [[1], [2], [0, 3], [0, 4], [0, 5, 6]]  # 0 begins three words
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 10_000))
-def test_words_of_several_symbols_are_completed_each_once(counts, seed):
+def test_words_of_several_tokens_are_completed_each_once(counts, seed):
     logits = torch.rand(9, len(counts), 7, generator=torch.Generator().manual_seed(seed))
     for row, n in zip(spell(Speller(WORDS, counts), list(logits)), counts, strict=True):
         assert sorted(row) == list(range(n))
 
 
-def test_a_symbol_is_allowed_only_while_an_unused_word_goes_on_with_it():
+def test_a_token_is_allowed_only_while_an_unused_word_goes_on_with_it():
     speller = Speller(WORDS, [4])
     best = torch.tensor([[9.0, 1, 2, 7, 6, 8, 8]])  # 5 and 6 spell only the fifth word, which the row may not use
     assert [tuple(map(int, speller.step(best))) for _ in range(6)] == [(0, -1), (3, 2), (0, -1), (4, 3), (2, 1), (1, 0)]
     assert speller.step(best)[1].tolist() == [-1]
 
 
-def test_of_equal_logits_the_lowest_symbol_wins_as_in_the_references_argmax():
+def test_of_equal_logits_the_lowest_token_wins_as_in_the_references_argmax():
     speller = Speller(WORDS, [5])
     assert [speller.step(torch.zeros(1, 7))[0].item() for _ in range(3)] == [0, 3, 0]
 
@@ -81,8 +81,8 @@ def test_logits_that_are_not_finite_are_told_and_decoding_ends(value):
         def start(self):
             return torch.tensor([[1.0, 3, 2, 0], [value] * 4])
 
-        def read(self, symbols):
-            return self.start()[:, None].expand(-1, symbols.shape[1], -1)
+        def read(self, tokens):
+            return self.start()[:, None].expand(-1, tokens.shape[1], -1)
 
         def keep(self, counts):
             pass
@@ -101,14 +101,14 @@ class Moody:
 
     device = torch.device("cpu")
 
-    def __init__(self, rows, symbols, seed, mood=1.0, grain=0.0, costs=(1.0,) * 8):
+    def __init__(self, rows, tokens, seed, mood=1.0, grain=0.0, costs=(1.0,) * 8):
         self.has_read = [[] for _ in range(rows)]
-        self.symbols, self.seed, self.mood, self.grain, self.costs = symbols, seed, mood, grain, costs
-        self.passes = []  # the number of symbols of each
+        self.tokens, self.seed, self.mood, self.grain, self.costs = tokens, seed, mood, grain, costs
+        self.passes = []  # the number of tokens of each
 
     def logits(self, row, has_read):
         stays, mood = (
-            torch.rand(self.symbols, generator=torch.Generator().manual_seed(hash((self.seed, row, *more)) % 2**31))
+            torch.rand(self.tokens, generator=torch.Generator().manual_seed(hash((self.seed, row, *more)) % 2**31))
             for more in ((), tuple(has_read))
         )
         logits = stays + self.mood * mood
@@ -117,11 +117,11 @@ class Moody:
     def start(self):
         return torch.stack([self.logits(row, has_read) for row, has_read in enumerate(self.has_read)])
 
-    def read(self, symbols):
-        self.passes.append(symbols.shape[1])
+    def read(self, tokens):
+        self.passes.append(tokens.shape[1])
         after = []
-        for at in range(symbols.shape[1]):
-            self.has_read = [[*has_read, int(symbols[row, at])] for row, has_read in enumerate(self.has_read)]
+        for at in range(tokens.shape[1]):
+            self.has_read = [[*has_read, int(tokens[row, at])] for row, has_read in enumerate(self.has_read)]
             after.append(self.start())
         return torch.stack(after, 1)
 
@@ -132,14 +132,14 @@ class Moody:
 
 
 def one_by_one(reader, row, words, n, top):
-    """The order by its definition: at each step the best symbol that some unused candidate goes on with."""
+    """The order by its definition: at each step the best token that some unused candidate goes on with."""
     order, has_read = [], []
     while len(order) < min(top, n - 1):
         prefix = ()
         while prefix not in words[:n]:
             unused = [words[i] for i in range(n) if i not in order and words[i][: len(prefix)] == prefix]
             logits = reader.logits(row, has_read)
-            best = max(sorted({word[len(prefix)] for word in unused}), key=lambda symbol: logits[symbol].item())
+            best = max(sorted({word[len(prefix)] for word in unused}), key=lambda token: logits[token].item())
             prefix, has_read = (*prefix, best), [*has_read, best]
         order.append(words.index(prefix))
     return order
@@ -182,12 +182,12 @@ def test_drafts_change_nothing_but_the_number_of_passes(words, rows, mood, grain
     assert orders == [one_by_one(reader, row, words, n, top) for row, (n, top) in enumerate(rows)]
     assert not any(broken)
     assert max(reader.passes, default=1) <= 1 + longest
-    symbols = max(sum(len(words[candidate]) for candidate in order) for order in orders)
-    assert len(reader.passes) <= max(symbols - 1, 0)
+    tokens = max(sum(len(words[candidate]) for candidate in order) for order in orders)
+    assert len(reader.passes) <= max(tokens - 1, 0)
 
 
 @given(st.integers(0, 10_000))
-def test_where_no_draft_is_right_each_pass_still_gives_its_symbol(seed):
+def test_where_no_draft_is_right_each_pass_still_gives_its_token(seed):
     """A reader that always turns against the draft: what it said is best next is worst when asked."""
 
     class Contrary(Moody):
@@ -232,12 +232,12 @@ def test_a_draft_is_only_read_where_it_is_expected_to_pay(cost, passes):
     assert pace.length(2) <= 2 and pace.length(0) == 0
 
 
-def test_a_reader_that_is_unpredictable_soon_goes_one_symbol_a_pass():
+def test_a_reader_that_is_unpredictable_soon_goes_one_token_a_pass():
     for costs in (*t5.COSTS.values(), *vector_lm.COSTS.values()):
         for top in (10, 99):
             spent = 0.0
             for seed in range(20):
                 reader = Moody(1, 100, seed, mood=1e6, costs=costs)
                 in_turn(reader, [(i,) for i in range(100)], [100], [top])
-                spent += sum(costs[symbols - 1] for symbols in reader.passes)
+                spent += sum(costs[tokens - 1] for tokens in reader.passes)
             assert spent < 1.1 * 20 * (top - 1)

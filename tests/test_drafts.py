@@ -1,4 +1,4 @@
-"""Draft and verify on real networks: the order of one symbol a pass, in fewer passes; near ties may fall otherwise."""
+"""Draft and verify on real networks: the order of one token a pass, in fewer passes; near ties may fall otherwise."""
 
 import copy
 import random
@@ -15,7 +15,7 @@ from pyterrier_lit.models.vector_lm import VectorReader
 
 # How near to each other, relative to their range, two logits are that another kernel may put in another order
 NEAR = {"float32": 1e-5, "bfloat16": 2e-2}
-FREE = (1.0,) * 4  # costs of passes: further symbols for nothing
+FREE = (1.0,) * 4  # costs of passes: further tokens for nothing
 LINES = (ROOT / "experiments" / "python_docs" / "queries.tsv").read_text(encoding="utf-8").splitlines()
 QUERIES = [line.split("\t")[1] for line in LINES]
 
@@ -35,9 +35,9 @@ class Watched:
         self.logits.append(self.reader.start())
         return self.logits[-1]
 
-    def read(self, symbols):
-        self.widths.append(symbols.shape[1])
-        logits = self.reader.read(symbols)
+    def read(self, tokens):
+        self.widths.append(tokens.shape[1])
+        logits = self.reader.read(tokens)
         self.logits += logits.unbind(1)
         return logits
 
@@ -47,7 +47,7 @@ class Watched:
 
 
 class Twice:
-    """`in_turn` with drafts, after a comparison with one symbol a pass from the same start.
+    """`in_turn` with drafts, after a comparison with one token a pass from the same start.
 
     costs: None leaves the reader's own; with FREE each draft is as long as can be.
     """
@@ -91,7 +91,7 @@ CASES = {
 @pytest.mark.parametrize(
     "case, costs", [*((case, FREE) for case in CASES), *((case, None) for case in CASES if "tiny" in case)]
 )
-def test_drafts_give_the_order_of_one_symbol_a_pass(case, dtype, costs, monkeypatch):
+def test_drafts_give_the_order_of_one_token_a_pass(case, dtype, costs, monkeypatch):
     """Three queries of 100, 45 and 7 passages in one batch."""
     twice = Twice(dtype, costs)
     for module in (lit5_distill, pe_rank):

@@ -181,9 +181,9 @@ def test_what_a_row_takes_back_is_as_if_it_had_not_been_read(kind):
     assert len(together.costs) == 4
     length, at = together.cache.get_seq_length(), [0, 0, 0]
     for width, kept in ((4, [3, 1, 3]), (2, [1, 2, 1]), (5, [5, 2, 2]), (1, [1, 1, 1]), (3, [0, 3, 1]), (4, [2, 2, 4])):
-        symbols = torch.stack([row[start : start + width] for row, start in zip(named, at, strict=True)])
+        tokens = torch.stack([row[start : start + width] for row, start in zip(named, at, strict=True)])
         wrong = torch.arange(width) >= torch.tensor(kept)[:, None]
-        logits = together.read(torch.where(wrong, 8 - symbols, symbols))
+        logits = together.read(torch.where(wrong, 8 - tokens, tokens))
         for row, (start, count) in enumerate(zip(at, kept, strict=True)):
             close = {"atol": 1e-3, "rtol": 1e-3}
             torch.testing.assert_close(logits[row, :count], expected[row, start : start + count], **close)
@@ -194,11 +194,11 @@ def test_what_a_row_takes_back_is_as_if_it_had_not_been_read(kind):
 
 
 @torch.inference_mode()
-def test_a_model_that_minds_gaps_is_asked_for_one_symbol_a_pass(monkeypatch):
+def test_a_model_that_minds_gaps_is_asked_for_one_token_a_pass(monkeypatch):
     network = random_network("mistral")
     reader = network.read([[1, 2, 59, 59, 59, 59, 4]] * 2, list(torch.randn(2, 4, 32)))
     widths, read = [], reader.read
-    monkeypatch.setattr(reader, "read", lambda symbols: widths.append(symbols.shape[1]) or read(symbols))
+    monkeypatch.setattr(reader, "read", lambda tokens: widths.append(tokens.shape[1]) or read(tokens))
     orders, _ = in_turn(reader, [[i] for i in range(4)], [4, 3], [4, 4])
     assert reader.costs == (1.0,) and widths == [1, 1] and [len(order) for order in orders] == [3, 2]
 

@@ -277,9 +277,9 @@ class FiD:
 
 
 class PieceReader:
-    """A `decoding.Reader` over B windows of prompts. Symbol i is the id pieces[i] of the vocabulary.
+    """A `decoding.Reader` over B windows of prompts. Token i is the id pieces[i] of the vocabulary.
 
-    steps: how many symbols a window reads; what is taken back is room besides.
+    steps: how many tokens a window reads; what is taken back is room besides.
     """
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
@@ -301,13 +301,13 @@ class PieceReader:
         """Logits (B, S) of the first piece."""
         return self._after(torch.full((self.rows, 1), START, device=self.device))[:, -1]
 
-    def read(self, symbols: torch.Tensor) -> torch.Tensor:
-        """symbols (B, m) -> logits (B, m, S) of the piece after each."""
-        self.last = symbols.shape[1]
-        return self._after(self.pieces[symbols])
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, m) -> logits (B, m, S) of the piece after each."""
+        self.last = tokens.shape[1]
+        return self._after(self.pieces[tokens])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Take back what the last pass read, but for the first counts[b] symbols of each window."""
+        """Take back what the last pass read, but for the first counts[b] tokens of each window."""
         self.memory.read = [read - self.last + count for read, count in zip(self.memory.read, counts, strict=True)]
 
     def _after(self, ids: torch.Tensor) -> torch.Tensor:

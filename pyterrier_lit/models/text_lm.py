@@ -1,7 +1,7 @@
 """A causal language model that continues prompts of words, as transformers has it; and its files.
 
 The reader is PE-Rank's (`vector_lm`) without vectors: prompts are padded on the left, and what they begin with in
-common is read once. In the shapes B is the number of prompts, S that of symbols, H the width of the model.
+common is read once. In the shapes B is the number of prompts, S that of tokens, H the width of the model.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class TextLM(VectorLM):
         self.model = model
 
     def begin(self, prompts: list[list[int]], pieces: Sequence[int] | None = None) -> "TextReader":
-        """Begin with B prompts. pieces: the ids that may follow, in the order of their symbols; None is all."""
+        """Begin with B prompts. pieces: the ids that may follow, in the order of their tokens; None is all."""
         embeddings: Any = self.body.get_input_embeddings()
         begun = self.read(prompts, [torch.empty(0, self.body.config.hidden_size)] * len(prompts))
         ids = torch.arange(embeddings.num_embeddings) if pieces is None else torch.tensor(pieces, device="cpu")
@@ -44,9 +44,9 @@ class TextLM(VectorLM):
 
 
 class TextReader(VectorReader):
-    """A `decoding.Reader` over B prompts whose symbols are words: `passages` holds their embeddings, (B, S, H).
+    """A `decoding.Reader` over B prompts whose tokens are words: `passages` holds their embeddings, (B, S, H).
 
-    ids: (S,), of the symbols in the vocabulary.
+    ids: (S,), of the tokens in the vocabulary.
     """
 
     def __init__(

@@ -109,7 +109,7 @@ class VectorLM(nn.Module):
 
 
 class VectorReader:
-    """A `decoding.Reader` over B prompts whose symbols are the numbers of the prompt's vectors.
+    """A `decoding.Reader` over B prompts whose tokens are the numbers of the prompt's vectors.
 
     inputs: (B, L, H), the prompt or what is left of it to read. mask: (B, C + L), 0 on padding, over what `cache` holds
     (C tokens) and the inputs. passages: (B, N, H), the projected vectors.
@@ -141,16 +141,16 @@ class VectorReader:
         """Logits (B, N) after the prompt: the dot products of the last state with each vector, float32."""
         return self._logits(last=1)[:, 0]
 
-    def read(self, symbols: torch.Tensor) -> torch.Tensor:
-        """symbols (B, m), numbers of vectors -> logits (B, m, N) after each of them."""
-        rows = torch.arange(len(symbols), device=symbols.device)[:, None]
-        self.inputs = self.passages[rows, symbols]
-        self.mask = F.pad(self.mask, (0, symbols.shape[1]), value=1)
-        self.positions = self.positions[:, -1:] + torch.arange(1, symbols.shape[1] + 1, device=symbols.device)
-        return self._logits(last=symbols.shape[1])
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, m), numbers of vectors -> logits (B, m, N) after each of them."""
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        self.inputs = self.passages[rows, tokens]
+        self.mask = F.pad(self.mask, (0, tokens.shape[1]), value=1)
+        self.positions = self.positions[:, -1:] + torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        return self._logits(last=tokens.shape[1])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Take back what the last pass read, but for the first counts[b] symbols of each row.
+        """Take back what the last pass read, but for the first counts[b] tokens of each row.
 
         What no row keeps is cut off the cache. What some row keeps is hidden from the others, whose positions continue
         as if they had not read it.

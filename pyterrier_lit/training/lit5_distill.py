@@ -134,7 +134,7 @@ def first_step_loss(
 
 
 class Beginning:
-    """A `decoding.Reader` of an answer's first symbols, with a gradient. Symbol i is pieces[i] of the vocabulary."""
+    """A `decoding.Reader` of an answer's first tokens, with a gradient. Token i is pieces[i] of the vocabulary."""
 
     def __init__(self, fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, pieces: list[int]):
         self.fid, self.memory = fid, (states, attention_mask)
@@ -146,11 +146,11 @@ class Beginning:
         return self.fid.device
 
     def start(self) -> torch.Tensor:
-        """Logits (B, S) of the first symbol."""
+        """Logits (B, S) of the first token."""
         return self.read(self.pieces.new_empty((len(self.begin), 0)))[:, -1]
 
-    def read(self, symbols: torch.Tensor) -> torch.Tensor:
-        """symbols (B, m), which follow the start -> logits (B, m, S) after each; after the start where m is 0."""
-        written = torch.cat([self.begin, self.pieces[symbols]], 1)
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, m), which follow the start -> logits (B, m, S) after each; after the start where m is 0."""
+        written = torch.cat([self.begin, self.pieces[tokens]], 1)
         states = decode(self.fid, *self.memory, written)
-        return self.fid.logits(states[:, min(symbols.shape[1], 1) :], self.pieces)
+        return self.fid.logits(states[:, min(tokens.shape[1], 1) :], self.pieces)

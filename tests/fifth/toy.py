@@ -67,9 +67,9 @@ class ToyReader:
         """(B, N)"""
         return self.logits
 
-    def read(self, symbols: torch.Tensor) -> torch.Tensor:
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, m) -> (B, m, N)"""
-        return self.logits[:, None].expand(-1, symbols.shape[1], -1)
+        return self.logits[:, None].expand(-1, tokens.shape[1], -1)
 
     def keep(self, counts: list[int]) -> None:
         """What was read is forgotten anyway."""
