@@ -1,4 +1,4 @@
-"""The command line: `pyterrier-lit rerank`, `train` and `tirex`. Knows options and messages alone."""
+"""The command line: `pyterrier-lit rerank`, `train` and `tirex`. Knows only options and messages."""
 
 import argparse
 import ast
@@ -19,13 +19,13 @@ from pyterrier_lit.files.teachers import is_taught
 from pyterrier_lit.files.tirex import About, candidates_in, describe, run_in, write_submission
 from pyterrier_lit.reranker import Reranker
 
-RERANKERS: dict[str, type[Reranker]] = {  # by the name of their module
+RERANKERS: dict[str, type[Reranker]] = {  # module name -> class
     kind.__module__.rpartition(".")[2].replace("_", "-"): kind
     for kind in (getattr(pyterrier_lit, name) for name in pyterrier_lit.__all__)
 }
-SET_HERE = ("model", "text_field", "answer_field", "verbose")  # arguments that are no options of their own
+SET_HERE = ("model", "text_field", "answer_field", "verbose")  # arguments that get no generated option
 
-Parameters = dict[str, dict[str, inspect.Parameter]]  # by name, then by reranker
+Parameters = dict[str, dict[str, inspect.Parameter]]  # argument name -> reranker -> parameter
 
 
 def rerank(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
@@ -126,7 +126,7 @@ def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
     return run
 
 
-COMMANDS = (rerank, train, tirex)  # each adds its options to a parser and returns what is to be done with them
+COMMANDS = (rerank, train, tirex)  # each adds its options to a parser and returns the function that runs the command
 
 
 def add_candidates(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +140,7 @@ def add_candidates(parser: argparse.ArgumentParser) -> None:
 def candidates(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, path: Path
 ) -> Callable[[], Iterator[Candidates]]:
-    """How the candidates in a file are read, each time from the start."""
+    """A function that reads the candidates in a file from the start."""
     if (arguments.topics is None) != (arguments.documents is None):
         parser.error("--topics and --documents go together, with a run as --input")
     if arguments.topics is None and not {".jsonl", ".json"} & set(path.suffixes):
@@ -152,9 +152,9 @@ def candidates(
 
 
 def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
-    """The options that all commands have: which reranker, and how it is set.
+    """The options that all commands have: the reranker and its arguments.
 
-    named: the reranker whose options alone the help shows; None shows those of all.
+    named: the reranker whose options the help shows; None shows those of all rerankers.
     """
     parser.add_argument("--reranker", choices=RERANKERS, required=True)
     parser.add_argument("--model", help="hub id or folder; default: the reranker's published checkpoint")
@@ -171,7 +171,7 @@ def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
 
 
 def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | None) -> str:
-    """What the docstrings of the rerankers that take an argument say of it, or that of the one that is named."""
+    """The help for an argument, from the docstring of the named reranker or of all that have the argument."""
     if named is not None and named not in parameters:
         return argparse.SUPPRESS
     owners: dict[str, list[str]] = {}
@@ -185,7 +185,7 @@ def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | 
 
 
 def documented(kind: Callable[..., Any]) -> dict[str, str]:
-    """What the docstring of a class or function says of each of its arguments, under Args."""
+    """The description of each argument in the Args section of a docstring."""
     _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
     entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
     return {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
@@ -198,7 +198,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk",
         type=positive,
-        help="pairs reranked before they are written: more is faster, fewer lose less in a crash"
+        help="pairs reranked between two writes: more is faster, fewer means less to repeat after a crash"
         f" (default {CHUNKS['cpu']}, on a GPU {CHUNKS['cuda']:,})",
     )
     parser.add_argument(
@@ -211,7 +211,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
     """The options for a reranker that is trained from a pre-trained model."""
     parser.add_argument(
-        "--backbone", help="hub id or folder of a pre-trained model to start from; else --model is trained further"
+        "--backbone",
+        help="hub id or folder of a pre-trained model to start from; without it, training continues from --model",
     )
     for name, kind in RERANKERS.items():
         for option, parameter in kind.begin_options().items():
@@ -222,7 +223,7 @@ def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
-    """The options that say what is learned from, and how."""
+    """The options for the training data and the recipe."""
     taught = parser.add_mutually_exclusive_group(required=True)
     taught.add_argument("--labels", type=Path, help="learn from these qrels")
     meaning = "learn from this ranking: TREC run[.gz], .jsonl[.gz] or .parquet; or RankGPT's permutations of --input"
@@ -231,16 +232,18 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "learn the order of --input: that of the run, or of the teacher in RankZephyr's, PE-Rank's or TWOLAR's data"
     )
     taught.add_argument("--order", action="store_true", help=meaning)
-    taught.add_argument("--answers", action="store_true", help="learn to answer: --input holds question, answers, ctxs")
+    taught.add_argument(
+        "--answers", action="store_true", help="learn to generate answers: --input holds question, answers, ctxs"
+    )
     taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, stage 1)")
     parser.add_argument("--depth", type=positive, help="candidates per query; default: all")
     parser.add_argument("--valid", type=Path, help="validation candidates for nDCG@10, in the format of --input")
     parser.add_argument("--valid-labels", type=Path, help="the qrels for --valid")
-    parser.add_argument("--recipe", help="the name of a recipe; default: the paper's")
+    parser.add_argument("--recipe", help="the name of a recipe; default: the paper's recipe")
     meaning = "a hyperparameter of the recipe, such as steps=1000"
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="NAME=VALUE", help=meaning)
     parser.add_argument("--every", type=positive, help="steps between checkpoints and between measurements")
-    parser.add_argument("--patience", type=positive, help="stop after so many measurements without a better nDCG@10")
+    parser.add_argument("--patience", type=positive, help="stop after this many measurements without a better nDCG@10")
     parser.add_argument("--seed", type=int, default=42, help="random seed (default %(default)s)")
     parser.add_argument("--state", type=Path, help="folder for checkpoints, to resume from")
 
@@ -257,7 +260,7 @@ def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
 
 
 def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """What is wrong with a training and needs neither model nor data to be seen."""
+    """Raise the errors of training that can be found without reading model or data."""
     plan = learner(reranker(parser, arguments), arguments)
     plan.chosen_recipe()
     plan.chosen_settings()
@@ -270,7 +273,7 @@ def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 
 def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker that the options describe; it is not loaded, and the model is the one to be trained further."""
+    """The reranker that the options describe, not loaded."""
     given = {name: getattr(arguments, name) for name in constructor_options() if hasattr(arguments, name)}
     for name in given:
         owners = constructor_options()[name]
@@ -284,7 +287,7 @@ def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 
 def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker that is trained; with --backbone a new one."""
+    """The reranker to train: the one that --model names, or an untrained one on --backbone."""
     kind, named = RERANKERS[arguments.reranker], reranker(parser, arguments)
     if arguments.backbone is None:
         return named
@@ -292,12 +295,12 @@ def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> R
     given |= {name: getattr(arguments, name) for name in kind.begin_options() if hasattr(arguments, name)}
     import torch
 
-    torch.manual_seed(arguments.seed)  # so that a training that was killed begins from the same weights
+    torch.manual_seed(arguments.seed)  # so that a resumed training starts from the same weights
     return kind.from_backbone(arguments.backbone, **given)
 
 
 def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, Any]:
-    """The arguments of `write_run` that the options give."""
+    """The arguments of `write_run` that the options set."""
     by_itself = f"{arguments.reranker}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(named.model).resolve().name)}"
     return {
         "system": arguments.system or by_itself,
@@ -308,7 +311,7 @@ def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, An
 
 
 def constructor_options() -> Parameters:
-    """The arguments that constructors take and a command line can give, by name, with the rerankers that take them."""
+    """The constructor arguments that can be command line options, with the rerankers that have them."""
     found: Parameters = {}
     for name, kind in RERANKERS.items():
         for parameter in inspect.signature(kind).parameters.values():
@@ -318,10 +321,10 @@ def constructor_options() -> Parameters:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as Python writes it, or else as text."""
+    """Parse NAME=VALUE; the value is a Python literal, else text."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -329,7 +332,8 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def value_types(parameter: inspect.Parameter) -> list[type]:
-    """How a word of the command line can become a value, the best first; none for objects, such as a dense index."""
+    """The types that a command line word can have for a parameter, preferred first; empty for objects such as an
+    index."""
     kinds = get_args(parameter.annotation) or (parameter.annotation,)
     return [kind for kind in (int, float, str) if kind in kinds]
 
@@ -339,20 +343,20 @@ def flag(name: str) -> str:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a positive whole number."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def program() -> str:
-    """How this was called."""
+    """The name under which this program was called."""
     script = Path(sys.argv[0]).stem
     return script if script == "pyterrier-lit" else "python -m pyterrier_lit"
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command; what goes wrong is one line on stderr, and not 0 is returned."""
+    """Run one command. An error prints one line to stderr and gives a nonzero exit code."""
     words = sys.argv[1:] if words is None else words
     asked = re.search(r"--reranker[ =](\S+)", " ".join(words))
     named = asked[1] if asked and asked[1] in RERANKERS else None
@@ -375,7 +379,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def failed(parser: argparse.ArgumentParser, what: str, error: BaseException, code: int) -> int:
-    """Say on one line what went wrong and what was kept; `resume` is an option here. Returns the exit code."""
+    """Print one line with the error and what was kept. Returns the exit code."""
     told = " ".join("; ".join([what, *getattr(error, "__notes__", ())]).split())
     print(f"{parser.prog}: {told.replace('resume continues', '--resume continues')}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""Token-budget batches: items of similar length together, answers back in input order. Knows no text and no models."""
+"""Batches of similar lengths within a token budget, answers in input order. Knows no text and no models."""
 
 import contextlib
 import contextvars
@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-Batch = tuple[list[int], Any]  # which items, and their answers
+Batch = tuple[list[int], Any]  # the indices of its items, and their answers
 
 
 class Budget:
-    """How many tokens are computed at once: `tokens` with padding, and half of what was tried whenever memory runs out.
+    """The most tokens in a batch, including padding. Whenever memory runs out, it becomes half of what was tried.
 
-    Calls of `map_batches` that share one learn once how much memory there is, and warn once.
+    Calls of `map_batches` that share a budget find out only once how much fits into memory, and warn once.
     """
 
     def __init__(self, tokens: int):
         if not isinstance(tokens, int) or tokens < 1:
-            raise ValueError(f"max_tokens={tokens!r}; wanted a whole number from 1 on")
+            raise ValueError(f"max_tokens={tokens!r}; wanted a positive whole number")
         self.tokens = tokens
         self.warned = False
 
     def halve(self, items: int, longest: int) -> None:
-        """A batch of so many items, padded to `longest`, did not fit."""
+        """Called when a batch of this many items, padded to `longest` tokens, did not fit into memory."""
         self.tokens = items // 2 * longest
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -41,7 +41,7 @@ class Budget:
 
 @dataclasses.dataclass
 class Tokens:
-    """Tokens of computed batches: of their items alone, and with the padding between them."""
+    """The number of tokens in computed batches, without and with padding."""
 
     real: int = 0
     padded: int = 0
@@ -52,10 +52,10 @@ _counting: contextvars.ContextVar[Tokens] = contextvars.ContextVar("tokens")
 
 @contextlib.contextmanager
 def counted_tokens() -> Iterator[Tokens]:
-    """Count the tokens of all batches that this thread computes in the block.
+    """Count the tokens of all batches that this thread computes inside the block.
 
-    A batch whose function calls `map_batches` itself, as for a window whose prompts are encoded, is counted by those
-    inner batches alone.
+    Where the function of a batch calls `map_batches` itself (LiT5 encodes the prompts of a window so), only the inner
+    batches are counted.
     """
     tokens = Tokens()
     before = _counting.set(tokens)
@@ -67,7 +67,7 @@ def counted_tokens() -> Iterator[Tokens]:
 
 @contextlib.contextmanager
 def inference() -> Iterator[None]:
-    """Compute without gradients, and in the model's own dtype whatever autocast is on around the call."""
+    """Compute without gradients and in the model's own dtype, even inside the caller's autocast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for device in ("cpu", "cuda"):
@@ -77,12 +77,13 @@ def inference() -> Iterator[None]:
 
 
 def encoder_tokens(device: torch.device) -> int:
-    """How many tokens an encoder should read at once: on a CPU what stays in its caches, else what fills a GPU."""
+    """The default batch of an encoder in tokens: on a CPU small enough for its caches, else large enough to fill a
+    GPU."""
     return 1_024 if device.type == "cpu" else 16_384
 
 
 def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Batches of item numbers: similar lengths together, the longest first, at most `max_tokens` with padding."""
+    """Batches of item indices with similar lengths, the longest first, of at most `max_tokens` including padding."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         count = max(max_tokens // max(lengths[order[0]], 1), 1)
@@ -104,16 +105,18 @@ def map_batches(
     max_tokens: int | Budget,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> list[Any]:
-    """`function` over all items, in batches of at most `max_tokens` tokens with padding, the longest items first.
+    """Apply `function` to all items in batches of at most `max_tokens` tokens including padding, the longest items
+    first.
 
-    function: list of items -> one answer per item, as a list or as a tensor with the batch first. A tensor may be
-        asynchronous (a GPU still computes it): it is read one batch late, so that the GPU never waits for the host.
-    lengths: tokens of each item; one that is longer than `max_tokens` makes a batch of its own.
-    max_tokens: a number, or a `Budget` that remembers between calls what did not fit.
-    progress: told how many items more are done, such as the `update` of a progress bar.
+    function: list of items -> one answer per item, as a list or as a tensor whose first dimension is the batch. A
+        tensor may still be being computed on a GPU: it is read after the next batch has started, so that the GPU never
+        waits.
+    lengths: tokens of each item. An item longer than `max_tokens` is a batch of its own.
+    max_tokens: a number, or a `Budget` that several calls share.
+    progress: called with the number of items that were just finished, such as the `update` of a progress bar.
 
-    Returns the answers in the order of the items, tensors as (nested) lists. Where memory runs out the batch is halved,
-    the following ones with it, and one warning says so. Raises MemoryError when a single item does not fit.
+    Returns the answers in the order of the items, tensors as (nested) lists. When memory runs out, this batch and the
+    following ones are halved, with one warning. Raises MemoryError when a single item does not fit.
     """
     budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
     answers: list[Any] = [None] * len(items)
@@ -138,7 +141,7 @@ def _computed(
         if computed is None:
             budget.halve(len(batch), longest)
             continue
-        if tokens.padded == counted:  # else the function has mapped batches of its own
+        if tokens.padded == counted:  # else the function called map_batches itself
             tokens.real += sum(lengths[i] for i in batch)
             tokens.padded += len(batch) * longest
         yield batch, computed
@@ -146,7 +149,7 @@ def _computed(
 
 
 def _attempt(function: Callable[[list[Any]], Any], batch: list[Any], longest: int) -> Any:
-    """The answers, or None when the batch did not fit into memory (which is free again once this has returned)."""
+    """The answers, or None when the batch did not fit into memory, which is free again after the return."""
     try:
         return function(batch)
     except (RuntimeError, MemoryError) as error:
@@ -166,7 +169,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _one_late(made: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield each batch after the next one was started."""
+    """Yield each batch after the next one has started."""
     held: list[Batch] = []
     for thing in made:
         held.append(thing)

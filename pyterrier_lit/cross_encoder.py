@@ -130,7 +130,7 @@ class CrossEncoder(Reranker):
             own = getattr(self, name)
             lengths[name] = length = checkpoint.lengths[name] if own is None else own
             if length is not None and (not isinstance(length, int) or length < 1):
-                raise ValueError(f"{name}={length!r}; wanted a whole number of pieces from 1 on")
+                raise ValueError(f"{name}={length!r}; wanted a positive whole number of tokens")
         return lengths
 
     def save(self, path: str | Path, layout: str | None = None) -> None:

@@ -35,7 +35,7 @@ class LiT5Distill(ListwiseReranker):
         window_size, stride: passages per window (at most 100), and how many positions the window moves. window_size
             None takes the size that the checkpoint records; else 100 or 20 if its name or path says v2 or v1; else 20
             with a warning. stride None is half the window. A list shorter than the window is one window.
-        passes: sweeps over each list.
+        passes: how often the windows slide over each list.
         max_length: maximum tokens of a prompt, which is truncated on the right. None takes the length that the
             checkpoint records, else 150, as in the papers for MS MARCO (512 for BEIR). Queries are not truncated; a
             query that leaves no room for a passage causes a warning.

@@ -34,7 +34,7 @@ class PERank(ListwiseReranker):
             code of the checkpoint is run.
         window_size, stride: passages per window, and how many positions the window moves. A list shorter than the
             window is one window.
-        passes: sweeps over each list.
+        passes: how often the windows slide over each list.
         top_k: decode only the first k ranks. They equal the first k ranks of the full order; the order below is where
             the windows leave the passages. `((first >> PERank()) % 10).compile()` sets it.
         vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` column is

@@ -30,7 +30,7 @@ class RankMistral(ListwiseReranker):
             rank with this prompt, or a folder that `save` wrote. Code inside a checkpoint is never run.
         window_size, stride: passages per window, and how many positions the window moves. A list shorter than the
             window is one window.
-        passes: sweeps over each list.
+        passes: how often the windows slide over each list.
         top_k: decode only the first k ranks. They equal the first k ranks of the full order; the order below is where
             the windows leave the passages. `((first >> RankMistral(...)) % 10).compile()` sets it.
         decoding: "constrained" generates each identifier exactly once, so the result is a permutation. "free" is

@@ -1,4 +1,4 @@
-"""What every reranker is: a transformer with keyword arguments, whose checkpoint is read on first use."""
+"""The base class of all rerankers: a transformer with keyword arguments that loads its checkpoint on first use."""
 
 import copy
 import dataclasses
@@ -24,18 +24,18 @@ from pyterrier_lit.models.checkpoints import Folder, fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype, converted, dtype_name
 from pyterrier_lit.models.hub import CARD, again, base_of, card, in_place_of, is_hub_id, push, read_card, trainings_of
 
-Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or more about them, column by column
+Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or several columns of them
 Loaded = TypeVar("Loaded")
 Named = TypeVar("Named")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Reranker(pt.Transformer):
-    """A transformer that gives every passage a new score, by a checkpoint that is loaded on first use.
+    """A transformer that gives every passage a new score. It loads its checkpoint on first use.
 
-    A subclass is a dataclass whose fields are its arguments. It names the functions that load its checkpoint (`read`)
-    and start one from a pre-trained model (`begin`), and implements `results`. Copies share the checkpoint in memory, a
-    pickle contains it, and several threads may call one reranker.
+    A subclass is a dataclass whose fields are its arguments. It names the functions that load a checkpoint (`read`) and
+    create an untrained one from a pre-trained model (`begin`), and implements `results`. Copies share the checkpoint in
+    memory, a pickle contains it, and several threads may use one reranker.
     """
 
     model: str
@@ -47,12 +47,17 @@ class Reranker(pt.Transformer):
     dtype: str | torch.dtype | None = None
     verbose: bool = False
 
-    loads_from: ClassVar[tuple[str, ...]] = ("model", "revision", "device", "dtype")  # what `read` depends on
+    loads_from: ClassVar[tuple[str, ...]] = (
+        "model",
+        "revision",
+        "device",
+        "dtype",
+    )  # the arguments that `read` depends on
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
-    begin: ClassVar[Callable[..., Any]]  # the same for a pre-trained model, perhaps with keyword arguments of its own
+    begin: ClassVar[Callable[..., Any]]  # the same for a pre-trained model; may have further keyword arguments
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
-        """TypeError for batch_size, which other libraries have."""
+        """Raises TypeError for batch_size, an argument of other libraries."""
         if "batch_size" in arguments:
             raise TypeError(
                 f"{cls.__name__} has no batch_size: a batch holds as many inputs as fit into max_tokens; set that, to"
@@ -69,9 +74,9 @@ class Reranker(pt.Transformer):
         return rerank(inp, self.results, self.column_sets(), self.query_columns(), context=self)
 
     def score(self, queries: list[str], passages: Passages) -> list[list[float]]:
-        """The score of every passage, higher is better: Q queries, Q lists of passages -> Q lists of scores.
+        """The score of every passage (higher is better): Q queries, Q lists of passages -> Q lists of scores.
 
-        Raises TypeError for a string where a list is required, or something else where a string is, and ValueError
+        Raises TypeError for a string in place of a list and for anything else in place of a string, and ValueError
         where the model returned NaN.
         """
         if isinstance(queries, str):
@@ -89,8 +94,9 @@ class Reranker(pt.Transformer):
     ) -> list[dict[str, Any]]:
         """The passages of one query, best first, as sentence-transformers' CrossEncoder.rank returns them.
 
-        One dict for each of the first top_k passages (None: all): `corpus_id`, its position in `passages`; `score`; and
-        with return_documents `text`. Equal scores keep the order of `passages`. Raises what `score` does.
+        Returns a dict for each of the first top_k passages (None: all) with `corpus_id`, its position in `passages`;
+        `score`; and, with return_documents, `text`. Passages with equal scores keep their order. Raises what `score`
+        does.
         """
         if not passages:
             return []
@@ -104,11 +110,11 @@ class Reranker(pt.Transformer):
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
     def column_sets(self) -> ColumnSets:
-        """Which columns of passages it takes. The first set that a frame has is used."""
+        """Alternative sets of input columns. The first set that a frame has is used."""
         return [self.text_column()]
 
     def text_column(self) -> dict[str, type]:
-        """The column with the passages. TypeError where `text_field` is not one name."""
+        """The column with the passages. Raises TypeError where `text_field` is not a single name."""
         if not isinstance(self.text_field, str):
             raise TypeError(
                 f"text_field={self.text_field!r}; wanted the name of one column. Join several before:"
@@ -117,11 +123,11 @@ class Reranker(pt.Transformer):
         return {self.text_field: str}
 
     def query_columns(self) -> list[str]:
-        """The columns that it adds to a frame, beside score and rank."""
+        """The columns that are added to a frame, besides score and rank."""
         return []
 
     def columns(self, passages: Passages) -> Columns:
-        """Passages as columns; those that come as texts alone have their positions as docnos."""
+        """Passages as columns. For plain texts, the docnos are their positions."""
         if isinstance(passages, dict):
             return passages
         for number, given in enumerate(passages):
@@ -135,9 +141,9 @@ class Reranker(pt.Transformer):
     def load(self) -> Any:
         """Load the checkpoint, or return the one in memory. Call it to warm up before the first query.
 
-        After a change of `model` or `revision` it is loaded again. After a change of `device` or `dtype` too, except
-        for weights that exist in memory only (untrained, trained, or given to `hold`), which are converted. Raises
-        FileNotFoundError or ValueError, which say what is missing, damaged or of another kind.
+        A change of `model`, `revision`, `device` or `dtype` loads it again. Weights that exist in memory only
+        (untrained, trained, or passed to `hold`) are converted instead when `device` or `dtype` changes. Raises
+        FileNotFoundError or ValueError with what is missing, damaged or of the wrong kind.
         """
         while True:
             held, source = self._held, self._source()
@@ -147,25 +153,26 @@ class Reranker(pt.Transformer):
                     _mind_forks()
                 if held.source == source:
                     return held.checkpoint
-                if self._held is held:  # one of our own: copies go on with theirs
+                if self._held is held:  # copies of this reranker keep the old one
                     self._held = self._converted(held) if held.given and self._is_of(held) else Held()
 
     def hold(self, checkpoint: Any) -> None:
-        """Use this checkpoint for the present arguments, in place of the one that `load` would read."""
+        """Use this checkpoint instead of the one that `load` would read for the current arguments."""
         self._held = Held(checkpoint, self._source(), given=True)
         _mind_forks()
 
     def hold_trained(self) -> None:
-        """Say that the weights in memory are trained there: they are no longer those of `model`."""
+        """Mark the weights in memory as trained: they are no longer those of `model`."""
         self.load()
         self._held.given, self._held.trained, self._held.saved = True, uuid.uuid4().hex[:8], ""
 
     def note_training(self, training: dict[str, str]) -> None:
-        """Remember for the card what a training was, by name."""
+        """Record a training run (name -> value) for the model card."""
         self._held.trainings = (*self._held.trainings, training)
 
     def in_its_dtype(self) -> Self:
-        """This, or where its weights are in another dtype, as while they are trained, a copy with them in its own."""
+        """This reranker; or, where its weights are in another dtype than `dtype` says (as during training), a converted
+        copy."""
         checkpoint, device = self.load(), choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         if all(parameter.dtype == dtype for parameter in checkpoint.network.parameters()):
@@ -175,25 +182,27 @@ class Reranker(pt.Transformer):
         return ready
 
     def in_memory(self) -> Any | None:
-        """The checkpoint, if it is loaded."""
+        """The checkpoint if it is loaded, else None."""
         held = self._held
         return held.checkpoint if held.source == self._source() else None
 
     def once(self, build: Callable[[], Loaded]) -> Loaded:
-        """What `build` returns: a part of the checkpoint that is read later, with the lock and the errors of `load`."""
+        """The result of `build`, which reads a part of the checkpoint later: under the lock of `load` and with its
+        errors."""
         with self._held.lock:
             return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor loads. Raises OSError on failure, and then keeps what was there before.
+        """Write a folder that the constructor can load. Raises OSError on failure, and then keeps what was there
+        before.
 
-        It also writes a model card, README.md. An earlier card of `save` is replaced and its license kept; a README.md
-        of your own is kept.
+        It also writes a model card, README.md. A card that `save` wrote earlier is replaced, but its license is kept;
+        any other README.md is left as it is.
         """
         self.write(path, self.load())
 
     def write(self, path: str | Path, checkpoint: Any) -> None:
-        """Save this checkpoint, which gives the scores of the one that is loaded, and remember where."""
+        """Save a checkpoint that gives the same scores as the loaded one, and record the path."""
         settings, place = self.saved_settings(), Path(path).expanduser()
         there, text = read_card(place), self._card(place.absolute().name, checkpoint, settings)
         new = text if there is None else in_place_of(text, there)
@@ -219,7 +228,7 @@ class Reranker(pt.Transformer):
         """Save to a repository on the hub, created if necessary, and return the commit's id, which `revision=` accepts.
 
         private: whether a new repository is private; None is the account's default. revision: the branch, created if
-        necessary; None is main. token: None is HF_TOKEN's, or that of `hf auth login`. layout: further arguments of
+        necessary; None is main. token: None uses HF_TOKEN or the token of `hf auth login`. layout: further arguments of
         `save`. A README.md that `save` did not write is kept. Raises OSError when the upload fails.
         """
         held = self._held
@@ -238,11 +247,11 @@ class Reranker(pt.Transformer):
         return commit
 
     def saved_settings(self) -> dict[str, Any]:
-        """What `save` records beside the weights: arguments that belong to the checkpoint, such as lengths."""
+        """What `save` records with the weights: arguments that belong to the checkpoint, such as lengths."""
         return {}
 
     def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
-        """The card of what is loaded: that of the folder it was read from, else a new one."""
+        """The model card of the loaded checkpoint: the card in its folder, else a new one."""
         held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
         before = held.card
         if before is not None and not held.given and model.is_dir():
@@ -260,11 +269,11 @@ class Reranker(pt.Transformer):
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:
-        """An untrained reranker over a pre-trained model. `torch.manual_seed` fixes its random weights.
+        """An untrained reranker on top of a pre-trained model. `torch.manual_seed` fixes its random weights.
 
         Args:
             name: hub id or folder of the model.
-            arguments: the constructor's, and the keyword arguments of `begin`.
+            arguments: those of the constructor, and the keyword arguments of `begin`.
         """
         options = {option: arguments.pop(option) for option in cls.begin_options() if option in arguments}
         reranker = cls(name, **arguments)
@@ -276,8 +285,7 @@ class Reranker(pt.Transformer):
         return reranker
 
     def apply_attributes(self, **changes: Any) -> Self:
-        """The same with other arguments, as `pt.inspect.transformer_apply_attributes` asks for it, over the same
-        weights."""
+        """A copy with other arguments and the same weights, for `pt.inspect.transformer_apply_attributes`."""
         known = {attribute.name for attribute in pt.inspect.transformer_attributes(self)}
         if unknown := changes.keys() - known:
             raise pt.inspect.InspectError(f"{type(self).__name__} has no argument {', '.join(sorted(unknown))}")
@@ -288,36 +296,36 @@ class Reranker(pt.Transformer):
 
     @classmethod
     def begin_options(cls) -> dict[str, inspect.Parameter]:
-        """What `from_backbone` takes beside the constructor's arguments."""
+        """What `from_backbone` accepts besides the constructor's arguments."""
         parameters = inspect.signature(cls.begin).parameters
         return {name: parameter for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
 
     def folder(self) -> Folder:
-        """The files of the model, brought from the hub where they are not here. Raises what `fetch` does."""
+        """The files of the model, downloaded from the hub if necessary. Raises what `fetch` does."""
         return fetch(self.model, revision=self.revision)
 
     def option(self, argument: str, known: Mapping[str, Named]) -> Named:
-        """What an argument names. ValueError lists what it may name."""
+        """Look up the value of an argument that is a name. ValueError lists the known names."""
         name = getattr(self, argument)
         if name not in known:
             raise ValueError(f"{argument}={name!r}; wanted one of {', '.join(map(repr, known))}")
         return known[name]
 
     def progress(self, total: int, unit: str) -> tqdm:
-        """A bar over `total` units of work, shown when `verbose`."""
+        """A progress bar over `total` units of work, shown when `verbose`."""
         bar: tqdm = pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
         return bar
 
     def _read(self) -> tuple[Any, str | None]:
-        """The checkpoint, and the card beside it."""
+        """The checkpoint, and the model card in its folder."""
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         folder = self.folder()
         return type(self).read(folder, device, dtype), read_card(folder.path)
 
     def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
-        """What `build` returns, whose tensors can learn wherever the call stands. Whatever a library raises for a field
-        that makes no sense becomes a ValueError."""
+        """The result of `build`, called outside inference mode so that its tensors can be trained. Unexpected errors of
+        a library become a ValueError that names the model."""
         try:
             with torch.inference_mode(False):
                 return build()
@@ -338,11 +346,11 @@ class Reranker(pt.Transformer):
         return tuple(getattr(self, name) for name in self.loads_from)
 
     def _is_of(self, held: "Held") -> bool:
-        """Whether what is held came from the model that is now asked for."""
+        """Whether the held checkpoint came from the current `model` and `revision`."""
         return held.source is not None and held.source[:2] == (self.model, self.revision)
 
     def call(self) -> str:
-        """The constructor's call with these arguments, whatever became of the weights."""
+        """The constructor call with these arguments, whether or not the weights were trained since."""
         return representation(self, last=[field.name for field in dataclasses.fields(Reranker) if field.kw_only])
 
     def __repr__(self) -> str:
@@ -354,11 +362,11 @@ class Reranker(pt.Transformer):
 
 
 class Held:
-    """A checkpoint in memory, the arguments it was read for, and the lock that is held while it is read.
+    """A checkpoint in memory, the arguments that it was read with, and a lock for reading it.
 
-    given: whether it was not read from the model. trained: what tells it from all others if it was trained in memory.
-    saved: the folder where `save` has written it. trainings: what is known of each. card: the model card that lay
-    beside what was read. Copies of a reranker share one. A pickle leaves the lock out.
+    given: whether it was passed to `hold` instead of read from `model`. trained: a unique name if it was trained in
+    memory. saved: the folder to which `save` wrote it. trainings: facts about each training run, for the model card.
+    card: the model card that was read with it. Copies of a reranker share one `Held`. A pickle omits the lock.
     """
 
     _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
@@ -385,7 +393,8 @@ class Held:
 
     @classmethod
     def after_fork(cls) -> None:
-        """A forked process has no other threads: torch must not wait for its thread pool, nor anybody for a lock."""
+        """A forked process has no other threads, so torch must not wait for its thread pool, nor anything for a
+        lock."""
         torch.set_num_threads(1)
         for held in cls._all:
             held.lock = threading.RLock()
@@ -393,13 +402,13 @@ class Held:
 
 @functools.cache
 def _mind_forks() -> None:
-    """Prepare forks of this process, from the first checkpoint on."""
+    """Prepare this process for forks, once a checkpoint is loaded."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=Held.after_fork)
 
 
 def texts(name: str, given: Sequence[str]) -> list[str]:
-    """The texts as a tokenizer takes them. TypeError names what is no string."""
+    """The texts in valid UTF-8, as tokenizers require. TypeError names the first that is not a string."""
     wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
     if wrong is not None:
         raise TypeError(f"{name}[{wrong}] is {given[wrong]!r}; wanted a string")
@@ -407,9 +416,9 @@ def texts(name: str, given: Sequence[str]) -> list[str]:
 
 
 def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str:
-    """The call that rebuilds a transformer: arguments by position, and by name those that are not the default.
+    """The constructor call that rebuilds a transformer, with the arguments that differ from their defaults.
 
-    last: arguments that stand behind the others.
+    last: arguments to print after the others.
     """
     shown = []
     for argument in sorted(pt.inspect.transformer_attributes(transformer), key=lambda argument: argument.name in last):
@@ -428,5 +437,5 @@ def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str
 
 
 def _in_one_line(value: Any) -> str:
-    """How an argument is shown; of a frame or an array, which no call in a line rebuilds, its kind and shape."""
+    """The repr of an argument on one line; for a frame or an array, its type and shape."""
     return f"<{type(value).__name__} of {value.shape}>" if hasattr(value, "shape") else repr(value)

@@ -1,4 +1,4 @@
-"""The same reranker on many processes, GPUs or machines, by Ray. Knows queries and columns of passages: no model."""
+"""One reranker on several processes, GPUs or machines, with Ray. Knows queries and columns of passages: no model."""
 
 import copy
 import gc
@@ -18,38 +18,39 @@ from pyterrier_lit import signals
 from pyterrier_lit.frames import Columns, rerank
 from pyterrier_lit.reranker import Reranker
 
-CHARACTERS = 4  # of a text to a token, about
-READ = 2_048  # characters of a passage that count: models read no more than its beginning
-SMALLEST, LARGEST = 32_768, 1_000_000  # tokens of a shard: some full batches, and what fits into memory several times
-IN_FLIGHT = 2  # shards that a worker has: one in work, one waiting
-ATTEMPTS = 3  # workers that may die over one shard, or while they load
-PATIENCE = 30  # seconds to wait for room that others hold
+CHARACTERS = 4  # per token, on average
+READ = 2_048  # characters of a passage that count towards its cost: models truncate the rest
+SMALLEST, LARGEST = 32_768, 1_000_000  # tokens of a shard: a few full batches; fits into memory several times
+IN_FLIGHT = 2  # shards per worker: one being computed, one waiting
+ATTEMPTS = 3  # how often workers may die on one shard or while loading
+PATIENCE = 30  # seconds to wait for resources that are in use
 
-# Beside a JVM: Ray reads this when it is imported, and would take the JVM's signals in ray.shutdown()
+# With a JVM in the process: Ray reads this at import; otherwise ray.shutdown() would take over the JVM's signals
 TAKES_SIGNALS = "ray" in sys.modules and "RAY_DISABLE_FAILURE_SIGNAL_HANDLER" not in os.environ
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 
 class Distributed(pt.Transformer):
-    """Rerank on Ray: `num_workers` processes with a copy of the model each, on this machine or on a cluster.
+    """Rerank with Ray: `num_workers` processes, each with a copy of the model, on this machine or on a cluster.
 
     Args:
         reranker: any reranker of this package. Each worker loads its checkpoint (on a cluster: a hub id, or a folder
-            that all machines can read). Weights that were already loaded or trained in this process are sent to the
+            that all machines can read). Weights that this process has already loaded or trained are sent to the
             workers.
-        num_workers: copies of the model.
-        num_gpus: GPUs per worker. Leave the reranker's device=None: each worker uses its own.
-        num_cpus: cores, and threads, per worker.
+        num_workers: how many processes, each with a copy of the model.
+        num_gpus: GPUs per worker. Leave the reranker's device=None, so that each worker uses its own GPU.
+        num_cpus: cores per worker, and threads.
         verbose: show a progress bar.
 
-    Ray (extra `ray`) starts on this machine unless `ray.init` was called or RAY_ADDRESS names a cluster. Queries are
-    split into shards by their estimated tokens; the largest are sent first, at most two to a worker at a time. The
-    queries of a worker that dies are sent to another, and a new worker replaces it.
+    Requires Ray (extra `ray`). Ray is started on this machine unless `ray.init` was called or RAY_ADDRESS names a
+    cluster. Queries are split into shards by their estimated number of tokens; the largest shards are sent first, at
+    most two to a worker at a time. When a worker dies, its queries are sent to another worker, and a new worker
+    replaces it.
 
-    Results are those of the reranker: this process reads, checks and ranks the frame, and the workers only score.
-    Scores may differ in the last bits of a float, as with any other batching. `% k` fuses as with the reranker itself.
-    Workers start on first use and stay until `close`, or until this object and its copies are deleted. Copies share
-    their workers as long as they have the same reranker and weights; after more training new workers start.
+    The results are those of the reranker: this process reads, checks and ranks the frame, and the workers only compute
+    scores. As with any change of batching, scores may differ in the last bits of a float. `% k` fuses as with the
+    reranker itself. Workers start on first use and live until `close`, or until this object and its copies are deleted.
+    Copies share workers as long as they have the same reranker and weights; after further training, new workers start.
     """
 
     schematic: ClassVar[dict[str, str]] = {"label": "Distributed"}
@@ -66,7 +67,7 @@ class Distributed(pt.Transformer):
         if not isinstance(reranker, Reranker):
             raise TypeError(f"reranker={reranker!r}; wanted a reranker of this package")
         if not isinstance(num_workers, int) or num_workers < 1:
-            raise ValueError(f"num_workers={num_workers!r}; wanted a whole number from 1 on")
+            raise ValueError(f"num_workers={num_workers!r}; wanted a positive whole number")
         self.reranker = reranker
         self.num_workers = num_workers
         self.num_gpus = num_gpus
@@ -75,16 +76,16 @@ class Distributed(pt.Transformer):
         self.pool = Pool()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """What the reranker returns.
+        """Rerank as the reranker does.
 
-        ImportError without Ray, ValueError where no machine has room for a worker, RuntimeError where others hold that
-        room, where workers keep dying, or where `close` is called meanwhile.
+        Raises ImportError without Ray, ValueError where no machine has the resources for a worker, and RuntimeError
+        where these resources stay in use, where workers keep dying, or where `close` is called meanwhile.
         """
         reranker = self.reranker
         return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """The reranker with its cutoff, on the same workers."""
+        """The reranker with the cutoff fused into it, on the same workers."""
         fused = self.reranker.fuse_rank_cutoff(k) if hasattr(self.reranker, "fuse_rank_cutoff") else None
         if fused is None:
             return None
@@ -115,7 +116,7 @@ class Distributed(pt.Transformer):
         return results
 
     def started(self) -> tuple["Pool", "Wanted"]:
-        """The workers for the reranker as it is now, which are there or start, and what they are started for."""
+        """The workers for the current reranker, started if necessary, and the `Wanted` that they were started for."""
         job = _ray_started().get_runtime_context().get_job_id()
         wanted = Wanted(self.reranker, self.num_workers, self.num_gpus, self.num_cpus, job)
         while True:
@@ -126,7 +127,7 @@ class Distributed(pt.Transformer):
                 if pool.wanted == wanted:
                     return pool, pool.wanted
                 if self.pool is pool:
-                    self.pool = Pool()  # of our own: copies go on with theirs
+                    self.pool = Pool()  # copies keep the old one
 
     def __repr__(self) -> str:
         reranker, *others = pt.inspect.transformer_attributes(self)
@@ -135,7 +136,7 @@ class Distributed(pt.Transformer):
 
 
 def costs(queries: Sequence[str], columns: Columns) -> list[int]:
-    """About how many tokens a model reads for each query, from the lengths of the texts."""
+    """The approximate number of tokens that a model reads for each query, from the lengths of the texts."""
     return [
         sum(
             1 + (len(query) + sum(min(len(value), READ) for value in cells if isinstance(value, str))) // CHARACTERS
@@ -146,8 +147,9 @@ def costs(queries: Sequence[str], columns: Columns) -> list[int]:
 
 
 def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
-    """All numbers of `costs` in shards, the dearest first. A shard is half of what is left to each worker, so that the
-    last ones are small and all workers end together; none is beyond LARGEST, but for a single query that is.
+    """Split the queries 0, 1, ... into shards, the most expensive queries first. A shard has half of a worker's share
+    of the remaining cost, so that the last shards are small and all workers end at about the same time. No shard costs
+    more than LARGEST, except a single query that does.
     """
     order = deque(sorted(range(len(costs)), key=lambda i: -costs[i]))
     left = sum(costs)
@@ -165,7 +167,7 @@ def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
 
 
 class Worker:
-    """What runs on Ray: one reranker with its weights."""
+    """The Ray actor: one reranker with its weights."""
 
     def __init__(self, reranker: Reranker):
         self.reranker = reranker
@@ -179,8 +181,8 @@ class Worker:
 
 
 class Wanted:
-    """What workers are started for: a reranker with its weights, so many, the GPUs and cores of each, and this job of
-    Ray's. Equal for rerankers that differ in what goes along with each call.
+    """What a set of workers is started with: a reranker with its weights, the number of workers, the GPUs and cores of
+    each, and the Ray job. Rerankers that differ only in arguments that are sent with each call compare equal.
     """
 
     def __init__(self, reranker: Reranker, workers: int, num_gpus: float, num_cpus: float, job: str):
@@ -200,14 +202,14 @@ class Pool:
 
     def __init__(self) -> None:
         self.workers: list[Any] = []
-        self.wanted: Wanted | None = None  # what the workers are for, once they are started
+        self.wanted: Wanted | None = None  # what the workers were started with, or None
         self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Pool, ()  # a pickle starts workers of its own
 
     def start(self, wanted: Wanted) -> None:
-        """Start the workers, as many as there is room for. ValueError or RuntimeError where there is none."""
+        """Start as many of the workers as the resources allow. ValueError or RuntimeError where they allow none."""
         ray = _ray()
         n = _placeable(ray, wanted)
         quiet = copy.copy(wanted.reranker)
@@ -218,12 +220,12 @@ class Pool:
         self.workers, self.wanted = [self._make() for _ in range(n)], wanted
 
     def run(self, asked: Sequence[Callable[[], tuple[Any, ...]]], wanted: Wanted) -> Iterator[tuple[int, Any]]:
-        """Yield (number, answer) of each call as it is done, by workers that were started for `wanted`. The arguments
-        of a call are made when a worker is free.
+        """Yield (index, answer) of each call as it finishes, computed by the workers that were started for `wanted`.
+        The arguments of a call are built when a worker is free.
         """
         ray = _ray()
         waiting = deque(range(len(asked)))
-        # Of each call its worker, and the number of what was asked: None while it loads the model
+        # Ray's reference of a call -> its worker and the index in `asked`, or None while the worker loads the model
         pending: dict[Any, tuple[Any, int | None]] = {}
         deaths: Counter[int | None] = Counter()
         known: list[Any] = []
@@ -243,7 +245,7 @@ class Pool:
                     answer = ray.get(done)
                 except ray.exceptions.RayTaskError as error:
                     if number is None:
-                        self.stop()  # without a model they hold room for nothing
+                        self.stop()  # free the resources: no worker has a model
                     raise error.cause from error
                 except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                     deaths[number] += 1
@@ -276,7 +278,7 @@ class Pool:
             _ray().kill(worker)
 
     def _living(self, wanted: Wanted) -> list[Any]:
-        """The workers. RuntimeError where those that were started for `wanted` are gone."""
+        """The workers. Raises RuntimeError where those that were started for `wanted` are gone."""
         with self.lock:
             if self.wanted is not wanted:
                 raise RuntimeError("the workers were closed while they ranked; call again")
@@ -297,7 +299,7 @@ def _ray() -> Any:
 
 
 def _ray_started() -> Any:
-    """Ray, started here if it is not; a JVM in this process gets its signals back."""
+    """Ray, started if necessary. A JVM in this process gets its signal handlers back."""
     ray = _ray()
     if not ray.is_initialized():
         ray.init()
@@ -311,7 +313,7 @@ def _ray_started() -> Any:
 
 
 def _placeable(ray: Any, wanted: Wanted) -> int:
-    """How many of the workers find room, waiting a while where others hold all of it."""
+    """How many of the workers the resources allow, after waiting a while for resources in use."""
     machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
     each = _words(wanted.each)
     room = [
@@ -320,14 +322,14 @@ def _placeable(ray: Any, wanted: Wanted) -> int:
     ]
     if not any(room):
         there = "; ".join(_words({kind: machine.get(kind, 0) for kind in wanted.each}) for machine in machines)
-        raise ValueError(f"a worker needs {each}, and Ray's machines have {there}; give less as num_gpus or num_cpus")
+        raise ValueError(f"a worker needs {each}, and Ray's machines have {there}; reduce num_gpus or num_cpus")
     until = time.monotonic() + PATIENCE
     while any(ray.available_resources().get(kind, 0) < n for kind, n in wanted.each.items()):
-        gc.collect()  # workers of a Distributed that nobody can reach any more
+        gc.collect()  # stops the workers of Distributed objects that are no longer referenced
         if time.monotonic() > until:
             raise RuntimeError(
-                f"a worker needs {each}, and others hold all that Ray has: {_words(ray.cluster_resources())}; close"
-                " another Distributed, or give num_workers, num_gpus and num_cpus that fit beside it"
+                f"a worker needs {each}, and all that Ray has is in use: {_words(ray.cluster_resources())}; close"
+                " another Distributed, or reduce num_workers, num_gpus or num_cpus"
             )
         time.sleep(0.5)
     if sum(room) < wanted.workers:
@@ -343,7 +345,7 @@ def _words(resources: dict[str, float]) -> str:
 
 
 def _weights(reranker: Reranker) -> tuple[Any, int]:
-    """The weights that are in memory, and how often a training has changed them."""
+    """The checkpoint in memory, and a count of the changes that training made to its weights."""
     checkpoint = reranker.in_memory()
     network = getattr(checkpoint, "__dict__", {}).get("network")
     tensors = [] if network is None else network.parameters()
@@ -363,7 +365,7 @@ def _arguments(reranker: Reranker) -> dict[str, Any]:
 
 
 def _is_light(reranker: Reranker, name: str, value: Any) -> bool:
-    """Whether an argument can change without other weights, and goes along with each call."""
+    """Whether an argument does not affect which weights are loaded, and so can be sent with each call."""
     return name not in reranker.loads_from and isinstance(value, str | int | float | None)
 
 

@@ -1,7 +1,7 @@
-"""The signals that a JVM lives by, given back to it where another library took them. Knows neither Terrier nor Ray.
+"""Restores the signal handlers of a JVM after another library replaced them. Knows neither Terrier nor Ray.
 
-A JVM raises SIGSEGV, SIGBUS, SIGFPE and SIGILL in its normal course and handles them itself. Where somebody else
-handles them the process dies in one of the JVM's next steps.
+A JVM raises SIGSEGV, SIGBUS, SIGFPE and SIGILL in normal operation and handles them itself. With another handler, the
+process soon dies.
 """
 
 import ctypes
@@ -11,11 +11,11 @@ import signal
 import sys
 
 JAVAS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
-SIZE = 512  # bytes, more than any system's struct sigaction; its first field is the handler's address
+SIZE = 512  # bytes, larger than struct sigaction on any system; its first field is the handler's address
 
 
 class _Symbol(ctypes.Structure):
-    """What dladdr tells of an address: first the library in which it lies."""
+    """dladdr's result for an address: the first field is the library that contains it."""
 
     _fields_ = (("library", ctypes.c_char_p), *((name, ctypes.c_void_p) for name in ("base", "name", "address")))
 
@@ -26,10 +26,11 @@ def jvm() -> bool:
 
 
 def back_to_java() -> bool:
-    """Whether the JVM of this process handles its signals, perhaps after Python's faulthandler has given them back."""
+    """Let the JVM of this process handle its signals again, by disabling Python's faulthandler. Returns whether it
+    does."""
     if os.name != "posix" or _are_javas():
         return True
-    faulthandler.disable()  # puts back what stood before it was enabled
+    faulthandler.disable()  # restores the handlers from before it was enabled
     return _are_javas()
 
 
@@ -38,14 +39,14 @@ def _are_javas() -> bool:
 
 
 def handler(number: int) -> int:
-    """The address of what handles a signal; 0 for the system's default."""
+    """The address of a signal's handler; 0 for the system's default."""
     action = ctypes.create_string_buffer(SIZE)
     ctypes.CDLL(None).sigaction(number, None, action)
     return ctypes.c_void_p.from_buffer(action).value or 0
 
 
 def library(address: int) -> str:
-    """The file name of the library that an address lies in, or nothing."""
+    """The file name of the library that contains an address, or ""."""
     symbol = _Symbol()
     found = ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(symbol))
     return os.path.basename(symbol.library.decode()) if found and symbol.library else ""

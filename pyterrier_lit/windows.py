@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """Positions start..stop-1 of a ranking; of their new order the first `top` must be right, the rest may stay."""
+    """Positions start..stop-1 of a ranking. Only the first `top` of their new order are needed; the rest may stay as
+    they are."""
 
     start: int
     stop: int
@@ -14,7 +15,8 @@ class Span(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A window to order: the number of its query, the numbers of its passages in that list, how many to order."""
+    """A window to order: the index of its query, the indices of its passages in that query's list, and how many to
+    order."""
 
     query: int
     passages: list[int]
@@ -22,15 +24,15 @@ class Window(NamedTuple):
 
 
 def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> list[Span]:
-    """The windows of one sweep over n positions, from the bottom up; the top one is shorter where strides do not fit.
+    """The windows of one pass over n positions, from bottom to top. The top window is shorter where strides do not fit.
 
-    k: how many final ranks must be right; None is all. A window must then be right only where the window above it reads
-    (its first len - stride) and in ranks below k.
+    k: how many final ranks are needed; None is all. A window then only needs the ranks that the next window includes
+    (its first len - stride) and those among the final k.
     """
     if not 1 <= stride <= size:
         raise ValueError(f"window_size={size!r} with stride={stride!r}; wanted 1 <= stride <= window_size")
     if k is not None and k < 1:
-        raise ValueError(f"top_k={k!r}; wanted None or a number from 1 on")
+        raise ValueError(f"top_k={k!r}; wanted None or a positive number")
     spans, stop = [], n
     while stop > 0:
         start, length = max(stop - size, 0), min(size, stop)
@@ -51,15 +53,15 @@ def slide(
     passes: int = 1,
     k: int | None = None,
 ) -> list[list[int]]:
-    """Order the lists of all queries by windows: round r holds the r-th window of every query that has so many.
+    """Order the lists of all queries by sliding windows. Round r orders the r-th window of every query that has one.
 
-    counts: passages per query. order_windows: gives for each window of a round an order, a permutation of its positions
-    (best first). passes: sweeps over each list; only the last may leave what lies below rank k as it is.
+    counts: passages per query. order_windows: the windows of a round -> for each a permutation of its positions, best
+    first. passes: how often the windows slide over each list; only the last pass may stop at rank k.
 
-    Returns for each query the numbers of its passages, best first.
+    Returns for each query the indices of its passages, best first.
     """
     if passes < 1:
-        raise ValueError(f"passes={passes!r}; wanted a number from 1 on")
+        raise ValueError(f"passes={passes!r}; wanted a positive number")
     rankings = [list(range(n)) for n in counts]
     cutoffs = [k if sweep == passes - 1 else None for sweep in range(passes)]
     schedules = [[span for cutoff in cutoffs for span in sliding_windows(n, size, stride, cutoff)] for n in counts]

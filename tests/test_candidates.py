@@ -75,7 +75,7 @@ def test_a_missing_field_is_named_with_its_line(tmp_path, name):
         ({"query": 7}, "line 2 has query 7; wanted a string"),
         ({"docno": 7.5}, "line 2 has docno 7.5; wanted a string or a whole number"),
         ({"qid": True}, "line 2 has qid True"),
-        ({"docno": "d 2"}, "line 2 has docno 'd 2'; it may not be empty or hold white space"),
+        ({"docno": "d 2"}, "line 2 has docno 'd 2'; it may not be empty or contain white space"),
         ({"docno": ""}, "line 2 has docno ''"),
         ({"docno": "d\0"}, "line 2 has docno 'd\\x00'"),
         ({"rank": "first"}, "line 2 has rank 'first'; wanted a number"),

@@ -11,8 +11,8 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.files.rerankers import check_values, chunk_for, fingerprint
 
 WRONG = [
-    (CrossEncoder, {"max_tokens": 0}, "max_tokens=0; wanted a whole number from 1 on"),
-    (CrossEncoder, {"doc_length": -5}, "doc_length=-5; wanted a whole number from 1 on"),
+    (CrossEncoder, {"max_tokens": 0}, "max_tokens=0; wanted a positive whole number"),
+    (CrossEncoder, {"doc_length": -5}, "doc_length=-5; wanted a positive whole number"),
     (CrossEncoder, {"special_tokens": "keep"}, "special_tokens='keep'; wanted one of 'parse', 'text'"),
     (CrossEncoder, {"device": "toaster"}, "device='toaster' cannot be used here"),
     (CrossEncoder, {"dtype": "int8"}, "dtype='int8'; wanted None, 'auto', 'float32'"),

@@ -205,7 +205,7 @@ def test_options_that_do_not_go_together_are_named(tmp_path, file, capsys):
         (["--window-size", 7], "--window-size is an option of lit5-distill and pe-rank, not of cross-encoder"),
         (["--topics", "q.tsv"], "--topics and --documents go together"),
         (["--input", "run.txt"], "a run needs --topics and --documents with it"),
-        (["--depth", 0], "'0' is no whole number from 1 on"),
+        (["--depth", 0], "'0' is not a positive whole number"),
         (["--max-tokens", "many"], "invalid int value"),
         (["--reranker", "bm25"], "invalid choice: 'bm25'"),
     ):
@@ -220,7 +220,7 @@ def test_options_that_do_not_go_together_are_named(tmp_path, file, capsys):
     [
         (["--special-tokens", "keep"], "special_tokens='keep'; wanted one of"),
         (["--device", "toaster"], "device='toaster' cannot be used here"),
-        (["--query-length", "0"], "query_length=0; wanted a whole number from 1 on"),
+        (["--query-length", "0"], "query_length=0; wanted a positive whole number"),
         (["--system", "two words"], "system='two words'"),
     ],
 )

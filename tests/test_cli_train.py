@@ -149,7 +149,7 @@ def test_mistakes_are_one_line(file, cross_encoder_folder, tmp_path, capsys, arg
     "arguments, words",
     [
         ([], "one of the arguments --labels --teacher --order --answers --passages is required"),
-        (["--order", "--set", "steps"], "'steps' is no NAME=VALUE"),
+        (["--order", "--set", "steps"], "'steps' is not NAME=VALUE"),
         (["--order", "--valid", "x.jsonl"], "--valid and --valid-labels go together"),
     ],
 )
@@ -164,7 +164,7 @@ def test_options_that_do_not_go_together_are_named(file, cross_encoder_folder, t
     [
         (["--labels", "qrels.txt", "--recipe", "best"], "recipe='best'; CrossEncoder has"),
         (["--labels", "qrels.txt", "--set", "speed=1"], "'speed' is no setting of PairRecipe"),
-        (["--labels", "qrels.txt", "--doc-length", 0], "doc_length=0; wanted a whole number from 1 on"),
+        (["--labels", "qrels.txt", "--doc-length", 0], "doc_length=0; wanted a positive whole number"),
         (["--labels", "no.txt"], "No such file or directory: 'no.txt'"),
         (["--teacher", "no.run"], "No such file or directory: 'no.run'"),
         (["--labels", "qrels.txt", "--valid", "no.jsonl", "--valid-labels", "qrels.txt"], "'no.jsonl'"),

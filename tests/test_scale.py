@@ -195,7 +195,7 @@ def test_what_cannot_be_placed_is_refused_with_what_there_is(unstarted, one, mon
     ):
         assert placed(two, num_workers=9, num_cpus=3) == 1
     monkeypatch.setattr(scale, "PATIENCE", 0.2)
-    with pytest.raises(RuntimeError, match="a worker needs 1 CPU, and others hold all that Ray has: 6 CPU; close"):
+    with pytest.raises(RuntimeError, match="a worker needs 1 CPU, and all that Ray has is in use: 6 CPU; close"):
         placed(machines({"CPU": 2.0}, {"CPU": 4.0}, free={"memory": 1.0}))
 
 

@@ -1,7 +1,8 @@
-"""Candidates in files, a query at a time: a re-ranking file, or a run with topics and documents. Knows no model.
+"""Reads candidates from files, one query at a time: a re-ranking file, or a run with topics and documents. Knows no
+model.
 
-Whatever the size of the files, what is held is one query with its passages, and the qids that went by; of a file that
-is one JSON array all of it.
+Memory does not grow with the files: it holds one query with its passages, and the qids read so far. Only a file that is
+one JSON array is held whole.
 """
 
 import json
@@ -26,28 +27,28 @@ class Candidates(NamedTuple):
     texts: list[str]
 
 
-Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> the texts of those that are known
-LISTS = {"candidates", "hits", "ctxs"}  # the passages of a query in a record of rank_llm, PE-Rank and LiT5
-TEXTS = ("text", "segment", "contents", "content", "body", "passage")  # what rank_llm's documents call their text
+Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> the texts of the known ones
+LISTS = {"candidates", "hits", "ctxs"}  # fields with a query's passages, in rank_llm, PE-Rank and LiT5
+TEXTS = ("text", "segment", "contents", "content", "body", "passage")  # fields with the text of a document in rank_llm
 ID = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query of JSON lines, or of one JSON array, in the order of the file.
+    """The first `depth` candidates of each query in JSON lines or one JSON array, in the order of the file.
 
-    In TIRA's format (rerank.jsonl) a line is an object with qid, query, docno and text, and perhaps rank and score;
-    other fields, such as original_document, are not read. qid and docno may be numbers. The lines of a query stand
-    together. Best is the lowest rank, whatever the first is called, and among equal ranks the highest score; where
-    lines of a query have no rank the highest score; else the first line.
+    In TIRA's format (rerank.jsonl) a line is an object with qid, query, docno, text, and optionally rank and score;
+    other fields, such as original_document, are ignored. qid and docno may be numbers. The lines of a query must be
+    consecutive. Candidates are ordered by rank (from 0 or from 1), ties by descending score; by score where a query has
+    no ranks; else by line.
 
-    Where an object has a list it is a query with all of its passages, best first, as the papers' authors publish them:
-    rank_llm's {query: {qid, text}, candidates: [{docid, doc}]}, whose doc has a text and perhaps a title, read as
-    "Title: ... Content: ..."; PE-Rank's {query, hits: [{qid, docid, content}]}; and LiT5's {id, question, ctxs:
-    [{docid, text}]}, where a title stands before the text. A query without passages is left out.
+    An object with a list is a query with all of its passages, best first, in the formats that the papers' authors
+    publish: rank_llm's {query: {qid, text}, candidates: [{docid, doc}]}, where a doc with a title is read as "Title:
+    ... Content: ..."; PE-Rank's {query, hits: [{qid, docid, content}]}; and LiT5's {id, question, ctxs: [{docid,
+    text}]}, where a title is put before the text. A query without passages is left out.
 
-    Raises OSError when the file cannot be read, and ValueError naming the line for anything else that is wrong: a
-    missing field, a (qid, docno) that comes twice, a query that comes again after another, a file that is empty, a
-    pipe, or what `numbered_lines` refuses.
+    Raises OSError when the file cannot be read, and ValueError, with the line, for any other fault: a missing field, a
+    repeated (qid, docno), a query whose lines are not consecutive, an empty file, a pipe, or what `numbered_lines`
+    refuses.
     """
     for rows in _queries(path, _rerank_rows(path)):
         differing = next((row for row in rows if row.query != rows[0].query), None)
@@ -61,11 +62,11 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
 
 def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query of a TREC run[.gz], in the order of the file.
+    """The first `depth` candidates of each query in a TREC run[.gz], in the order of the file.
 
-    Best is the lowest rank, and among equal ranks the highest score.
+    Candidates are ordered by rank, ties by descending score.
 
-    Raises what `read_rerank_file` does, also for a qid or docno that topics or documents do not know.
+    Raises what `read_rerank_file` does, and ValueError for a qid or docno that is missing from topics or documents.
     """
     for best in best_first(path, run_rows(path), depth):
         queries, texts = topics([best[0].qid]), documents([row.docno for row in best])
@@ -79,14 +80,16 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
 
 def topics(source: str) -> Lookup:
-    """The query of each qid: from lines {qid, query} of .jsonl[.gz], `qid tab query` of any other file, or irds:ID."""
+    """The query of each qid: from .jsonl[.gz] lines {qid, query}, from `qid tab query` in any other file, or from
+    irds:ID."""
     if source.startswith("irds:"):
         return OnDisk(source, ((query.query_id, query.default_text()) for query in _irds(source).queries_iter()))
     return OnDisk(source, _texts(Path(source), "qid", "query"))
 
 
 def documents(source: str) -> Lookup:
-    """The text of each docno: from lines {docno, text} of .jsonl[.gz], `docno tab text` of other files, or irds:ID."""
+    """The text of each docno: from .jsonl[.gz] lines {docno, text}, from `docno tab text` in any other file, or from
+    irds:ID."""
     if source.startswith("irds:"):
         store = _irds(source).docs_store()
         return lambda docnos: {doc.doc_id: _whole(doc.default_text()) for doc in store.get_many_iter(docnos)}
@@ -94,9 +97,9 @@ def documents(source: str) -> Lookup:
 
 
 class OnDisk:
-    """Texts by id in a temporary database, which the system removes with the process.
+    """Texts by id in a temporary database, which is deleted when the process ends.
 
-    It holds UTF-8, where half a surrogate pair becomes U+FFFD, as it does for the model.
+    The texts are stored as UTF-8; a lone surrogate becomes U+FFFD, as it does for the model.
     """
 
     def __init__(self, source: str, texts: Iterable[tuple[str, str]]):
@@ -116,7 +119,7 @@ class OnDisk:
 
 
 class Row(NamedTuple):
-    """A line of a file of candidates. query and text are empty where they stand in other files."""
+    """A line of a file of candidates. query and text are empty if they are in other files."""
 
     where: str  # the file and the line, for messages
     qid: str
@@ -128,12 +131,13 @@ class Row(NamedTuple):
 
 
 def best_first(path: Path, rows: Iterable[Row], depth: int | None = None) -> Iterator[list[Row]]:
-    """The first `depth` rows of each query of a file, best first, as `read_run` reads them; it says what is raised."""
+    """The first `depth` rows of each query of a file, best first, as `read_run` orders them. Raises what `read_run`
+    does."""
     return (_best_first(group)[:depth] for group in _queries(path, rows))
 
 
 def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows of each query. Every query comes once, and every passage once in it."""
+    """The rows of each query. Each query may occur once, and each passage once per query."""
     if path.is_fifo() or path.is_char_device():
         raise ValueError(f"{path} is a pipe or a terminal; candidates are read twice, so write them into a file")
     finished: set[str] = set()
@@ -170,7 +174,7 @@ def _rerank_rows(path: Path) -> Iterator[Row]:
 
 
 def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
-    """The rows of a query that stands with all of its passages in one record, in the list of that name."""
+    """The rows of a query whose passages are all in one record, in the list with this name."""
     passages = record[name]
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
         raise ValueError(f"{where} has no list of passages under {name}; wanted an object for each")
@@ -191,7 +195,7 @@ def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
 
 
 def _composed(passage: dict[str, Any], name: str, where: str) -> str:
-    """The text of a passage with its title, as the readers of its format put them together."""
+    """The text of a passage with its title, combined as each format's own reader does."""
     doc = passage.get("doc", passage) if name == "candidates" else passage
     if not isinstance(doc, dict):
         return _text(passage, "doc", where)
@@ -215,7 +219,7 @@ def _rerank_row(where: str, record: dict[str, Any]) -> Row:
 
 
 def run_rows(path: Path) -> Iterator[Row]:
-    """The lines of a TREC run[.gz]. ValueError names the one that is none."""
+    """The lines of a TREC run[.gz]. ValueError names the first malformed line."""
     for where, line in numbered_lines(path):
         columns = line.split()
         if len(columns) != 6:
@@ -246,7 +250,7 @@ def _texts(path: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of JSON lines or of one JSON array, each with its place."""
+    """The objects in JSON lines or one JSON array, each with its place in the file."""
     lines = numbered_lines(path)
     first = next(lines, None)
     if first is None:
@@ -278,11 +282,11 @@ def key(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def _id(value: str, name: str, where: str) -> str:
-    """A qid or docno as a run file can hold it."""
+    """A qid or docno that a run file can hold; ValueError for any other."""
     if not ID.fullmatch(value):
         raise ValueError(
-            f"{where} has {name} {value!r}; it may not be empty or hold white space, which parts columns, control"
-            " characters or half a surrogate pair"
+            f"{where} has {name} {value!r}; it may not be empty or contain white space, control characters or a"
+            " lone surrogate"
         )
     return value
 
@@ -295,12 +299,12 @@ def _text(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def _whole(text: str) -> str:
-    """The text as UTF-8 can hold it: half a surrogate pair becomes U+FFFD, two halves become their character."""
+    """The text in valid UTF-8: a lone surrogate becomes U+FFFD, and two halves of a pair become their character."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def number(record: dict[str, Any], name: str, where: str) -> float | None:
-    """The number in a field, None where there is none. ValueError for what is no finite number."""
+    """The number in a field, or None without one. ValueError for anything but a finite number."""
     if record.get(name) is None:
         return None
     try:

@@ -1,4 +1,5 @@
-"""Lines of text files as the world has them: gzipped or not, marked or not, in UTF-8 or UTF-16. Knows no fields."""
+"""Lines of text files in any common form: gzipped or not, with or without a byte order mark, UTF-8 or UTF-16. Knows no
+fields."""
 
 import gzip
 import io
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 GZIP = b"\x1f\x8b"
-OTHERS = {  # first bytes: what is no text, and is not unpacked here
+OTHERS = {  # first bytes -> a format that is not text and is not unpacked here
     b"PK\x03\x04": "a zip archive",
     b"BZh": "packed by bzip2",
     b"\xfd7zXZ": "packed by xz",
@@ -21,16 +22,16 @@ OTHERS = {  # first bytes: what is no text, and is not unpacked here
     b"PAR1": "a parquet file",
     b"version https://git-lfs": "a pointer of git LFS; `git lfs pull` fetches the file itself",
 }
-UNDECODED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are no UTF-8
+UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, after surrogateescape
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file, each with its place for messages; those without a letter are left out.
+    """The lines of a text file, each with its place for error messages; blank lines are left out.
 
-    Its bytes say what it is, not its name: gzipped (also in several members) by the first two, UTF-16 and UTF-32 by
-    their mark or their NULs, else UTF-8. A byte order mark before a line is no part of it.
+    The format is detected from the bytes, not from the name: gzip (also with several members) from the first two bytes,
+    UTF-16 and UTF-32 from their byte order mark or NULs, else UTF-8. A byte order mark before a line is removed.
 
-    Raises OSError when the file cannot be read, and ValueError naming file and line when it is cut short, damaged, in
+    Raises OSError when the file cannot be read, and ValueError, with file and line, when it is truncated, damaged, in
     another encoding or format, or changes while it is read.
     """
     number = 0
@@ -46,7 +47,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield (
                         f"{path}, line {number}",
                         line.lstrip("\ufeff"),
-                    )  # files with marks, one behind the other, have some inside
+                    )  # concatenated files have byte order marks inside
             if _state(file) != before:
                 raise ValueError(f"{path} changed while it was read; run again when it is complete")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
@@ -54,14 +55,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _damaged(path: Path, number: int, found: str) -> ValueError:
-    """The error for a file that is whole up to a line."""
+    """The error for a file that is intact only up to a line."""
     return ValueError(
         f"{path} cannot be read beyond line {number}: it is cut short or damaged; fetch it again ({found})"
     )
 
 
 def _not_utf8(path: Path, number: int, line: str, at: int, gzipped: bool) -> ValueError:
-    """The error for a line that has a byte which does not belong to any character there."""
+    """The error for a line with a byte that is not valid at its place."""
     found = f"byte {ord(line[at]) - 0xDC00:#x} at character {at + 1}"
     if not line.endswith("\n") and at >= len(line) - 3:
         return _damaged(path, number - 1, f"the last line ends within a character: {found}")
@@ -71,7 +72,7 @@ def _not_utf8(path: Path, number: int, line: str, at: int, gzipped: bool) -> Val
 
 
 def _text(path: Path, opened: io.BufferedReader) -> io.TextIOWrapper:
-    """The text of a file that was opened, unpacked if it is gzipped, even twice."""
+    """The text of an opened file, unpacked if it is gzipped (even twice)."""
     while opened.peek(2).startswith(GZIP):
         opened = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=opened, mode="rb")))
     start = opened.peek(32)
@@ -83,6 +84,6 @@ def _text(path: Path, opened: io.BufferedReader) -> io.TextIOWrapper:
 
 
 def _state(file: BinaryIO) -> tuple[int, int] | None:
-    """What changes when somebody writes to a file; None for a pipe, which changes as it is read."""
+    """A value that changes when the file is written to; None for a pipe, which changes as it is read."""
     found = os.fstat(file.fileno())
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

@@ -1,4 +1,4 @@
-"""One writer for each output, as long as it lives. Knows no runs."""
+"""A lock that allows one writer per output. Knows no runs."""
 
 import contextlib
 import os
@@ -11,17 +11,17 @@ from typing import IO
 
 @contextlib.contextmanager
 def only_writer(output: Path) -> Iterator[None]:
-    """Hold the lock of an output, `.{name}.lock` beside it, whose folder is made if need be.
+    """Hold the lock of an output: `.{name}.lock` in its folder, which is created if necessary.
 
-    The system lets go of it when the process ends, however that happens. Where it knows no locks a warning says so.
-    Raises BlockingIOError where another process, or a thread of this one, holds it, and OSError for a folder that
+    The operating system releases it when the process ends, even by a crash. A warning tells where the file system has
+    no locks. Raises BlockingIOError where another process or thread holds the lock, and OSError for a folder that
     cannot be written to.
     """
     path = output.with_name(f".{output.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held = _opened(path)
-        while not _locked(held, output):  # the one before has just removed it: what is held is no longer there
+        while not _locked(held, output):  # the previous writer has just removed the locked file
             held.close()
             held = _opened(path)
     except BlockingIOError:
@@ -41,7 +41,7 @@ def _opened(path: Path) -> IO[str]:
 
 
 def _locked(file: IO[str], output: Path) -> bool:
-    """Lock an opened file and write into it who holds it. Returns whether it is still the one of that name."""
+    """Lock an opened file and write the holder into it. Returns whether the file still has that name."""
     try:
         import fcntl
 

@@ -1,4 +1,4 @@
-"""What a run depends on in its reranker: which values are right, which weights these are, how much at a time."""
+"""What a run needs from its reranker: checked arguments, a fingerprint of the weights, and the chunk size."""
 
 import contextlib
 import dataclasses
@@ -10,23 +10,23 @@ from pathlib import Path
 from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.reranker import Reranker
 
-CHUNKS = {"cpu": 100, "cuda": 1_000}  # pairs in some seconds: on a CPU one query of the usual depth
+CHUNKS = {"cpu": 100, "cuda": 1_000}  # pairs that take a few seconds: on a CPU one query of depth 100
 READ = ("*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.safetensors", "*.bin")  # the files of a checkpoint
-BLOB = r"[0-9a-f]{40}|[0-9a-f]{64}"  # how the hub's cache calls a file, by its content
+BLOB = r"[0-9a-f]{40}|[0-9a-f]{64}"  # names of files in the hub's cache, which are hashes of their content
 
 
 class _Loads(Exception):
-    """The model would be loaded now."""
+    """Raised at the point where the model would be loaded."""
 
 
 def check_values(reranker: Reranker) -> None:
-    """ValueError for arguments that cannot be, as far as that shows without the model."""
+    """Raise ValueError for invalid arguments, as far as they can be checked without loading the model."""
     device = choose_device(reranker.device)
     choose_dtype(reranker.dtype, device)
     given = vars(reranker)
     wrong = [name for name, value in given.items() if type(value) is int and value < 1]
     if wrong:
-        raise ValueError(f"{wrong[0]}={given[wrong[0]]}; wanted a whole number from 1 on")
+        raise ValueError(f"{wrong[0]}={given[wrong[0]]}; wanted a positive whole number")
     size, stride = given.get("window_size"), given.get("stride")
     if size is not None and stride is not None and stride > size:
         raise ValueError(f"window_size={size} with stride={stride}; wanted 1 <= stride <= window_size")
@@ -37,9 +37,10 @@ def check_values(reranker: Reranker) -> None:
 
 
 def fingerprint(reranker: Reranker) -> str:
-    """What the scores depend on beside the arguments: device, dtype, and every byte of the checkpoint's files.
+    """A digest of what the scores depend on besides the arguments: device, dtype, and every byte of the checkpoint's
+    files.
 
-    A file in the hub's cache is called by its content; others are read, at about a gigabyte a second.
+    A file in the hub's cache is named by a hash of its content; other files are read, at about 1 GB per second.
     """
     device = choose_device(reranker.device)
     folder = reranker.folder().path
@@ -49,7 +50,7 @@ def fingerprint(reranker: Reranker) -> str:
 
 
 def chunk_for(reranker: Reranker) -> int:
-    """How many pairs its device reranks in some seconds."""
+    """How many pairs to rerank between two writes: a few seconds of work on the device."""
     return CHUNKS.get(choose_device(reranker.device).type, CHUNKS["cpu"])
 
 

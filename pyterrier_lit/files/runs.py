@@ -1,4 +1,4 @@
-"""Candidates to a TREC run, a chunk of queries at a time, each written when it is done. Knows no model."""
+"""Candidates -> a TREC run, written in chunks of queries as they are finished. Knows no model."""
 
 import contextlib
 import gzip
@@ -22,8 +22,8 @@ from pyterrier_lit.batching import counted_tokens
 from pyterrier_lit.files.candidates import Candidates
 from pyterrier_lit.files.locks import only_writer
 
-CHUNK = 100  # pairs reranked between two writes: a query of the usual depth
-PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # behind the name of the output
+CHUNK = 100  # pairs reranked between two writes: one query of depth 100
+PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # follows the name of the output
 HASHED = (  # what the three are of
     "another reranker, model, option, chunk or system",
     "other weights or another device",
@@ -36,7 +36,7 @@ class Summary(NamedTuple):
 
     queries: int
     pairs: int
-    found: int  # queries whose ranking was there already
+    found: int  # queries whose ranking existed already
     seconds: float
     real_tokens: int
     padded_tokens: int
@@ -63,20 +63,21 @@ def write_run(
 ) -> Summary:
     """Rerank every query of an input into `output`, a TREC run, gzipped if its name ends in .gz.
 
-    reranker: a transformer that keeps every row. read: yields the queries from the start each time it is called; it is
-        called twice, the first time to check all of the input before any reranking.
-    system: the last column. chunk: pairs of whole queries that are reranked together and then written; more fills
-        batches better, fewer loses less in a crash.
+    reranker: a transformer that keeps every row. read: yields the queries from the start. It is called twice: the first
+        time, all of the input is checked before any reranking.
+    system: the last column. chunk: how many pairs (of whole queries) are reranked together and then written. A larger
+        chunk     fills batches better, a smaller one loses less in a crash.
     resume: resume an interrupted call and repeat no finished query. Arguments, weights and input must be unchanged.
     weights: identifies the reranker's weights, as `fingerprint` does; called after the input is checked.
 
-    Until it is complete the run is called {output}.{hashes of arguments, weights and input}.part, a run file that a
-    later call resumes. Queries are in the order of the input, passages by rank from 1, with falling scores (see
+    Until it is complete, the run is named {output}.{hashes of arguments, weights and input}.part, which a later call
+    resumes. Queries are in the order of the input, passages by rank from 1, with strictly decreasing scores (see
     `falling`).
 
-    Raises FileExistsError for an output or part that is there already and not to be resumed, BlockingIOError while
-    another process writes it, ValueError for a part that was begun otherwise and for an input that changes meanwhile,
-    OSError when it cannot be written, and what `read` and the reranker raise; a note says what was kept.
+    Raises FileExistsError for an output or part that exists and is not to be resumed, BlockingIOError while another
+    process writes it, ValueError for a part with other arguments, weights or input and for an input that changes while
+    it is read, OSError when the run cannot be written, and what `read` and the reranker raise; a note on the error says
+    what was kept.
     """
     check_settings(system, chunk)
     output = Path(os.path.realpath(output)) if output.is_symlink() else output
@@ -101,15 +102,15 @@ def write_run(
 
 
 def check_settings(system: str, chunk: int) -> None:
-    """ValueError for what cannot stand in a run's last column, and for a chunk without a pair."""
+    """Raise ValueError for a system name that a run's last column cannot hold, and for a chunk below 1."""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", system):
         raise ValueError(f"system={system!r}; a run file allows letters, digits, '.', '_' and '-' in it")
     if chunk < 1:
-        raise ValueError(f"chunk={chunk}; wanted a number of pairs from 1 on")
+        raise ValueError(f"chunk={chunk}; wanted a positive number of pairs")
 
 
 def check_new(output: Path, resume: bool) -> None:
-    """FileExistsError for an output that is there already, whole or, unless that is to be resumed, in part."""
+    """Raise FileExistsError for an output that exists, or for a part of it that is not to be resumed."""
     if output.exists():
         raise FileExistsError(f"{output} is there already; move it away to make it anew")
     begun = _parts(output)
@@ -120,11 +121,10 @@ def check_new(output: Path, resume: bool) -> None:
 
 
 def falling(scores: Sequence[float]) -> Iterator[float]:
-    """Scores of a ranking, best first, as float32 and each below the one before: a tie moves to the next number below.
+    """Make the scores of a ranking strictly decreasing as float32: a tie becomes the next smaller number.
 
-    Evaluation orders a run by its scores, which trec_eval reads as float32, and breaks ties by docno. So ranks that a
-    reranker gives to equal scores (the order in which they came) would be lost in a file; apart from ties nothing
-    changes.
+    trec_eval reads scores as float32, orders a run by them and breaks ties by docno. The order that a reranker gives to
+    equal scores (their incoming order) would be lost. Only ties are changed.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
     below, lowest, *given = numbers.unbind()
@@ -134,9 +134,9 @@ def falling(scores: Sequence[float]) -> Iterator[float]:
 
 
 class Part:
-    """A run that is being written, from its beginning or from where it was left.
+    """An unfinished run file, new or resumed.
 
-    It always ends with a whole chunk, unless the process was killed.
+    It always ends with a complete chunk, unless the process was killed.
     """
 
     def __init__(self, path: Path):
@@ -145,29 +145,29 @@ class Part:
             self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise OSError(f"{path.parent} cannot be written to ({error}); give another output") from error
-        self.end = path.stat().st_size  # of what is to be kept
+        self.end = path.stat().st_size  # end of the part to keep
 
     def skip(self, queries: list[Candidates], system: str) -> bool:
-        """Go past the rankings of these queries, if they come next and are whole. Returns whether they did."""
+        """Skip the rankings of these queries if they come next and are complete. Returns whether they were."""
         start = self.file.tell()
         if all(_is_ranking(list(islice(self.file, len(query.docnos))), query, system) for query in queries):
             return True
-        self.end = self.file.seek(start)  # a chunk that was not finished, or what a failing disk has made of one
+        self.end = self.file.seek(start)  # an unfinished or damaged chunk
         return False
 
     def append(self, lines: str) -> None:
-        """Write the next rankings, in place of what is left of a chunk that was not finished."""
+        """Write the next rankings, overwriting the rest of an unfinished chunk."""
         try:
             self.file.truncate()
             self.file.write(lines.encode())
             self.file.flush()
-            self.path.stat()  # not into a file that was removed meanwhile
+            self.path.stat()  # fails if the file was removed meanwhile
         except OSError as error:
             raise OSError(f"{self.path} cannot be written on ({error})") from error
         self.end = self.file.tell()
 
     def finish(self, output: Path) -> None:
-        """Give the run its name when it is safe on the disk, gzipped if the name ends in .gz."""
+        """Flush the run to disk and rename it to the output, gzipped if that ends in .gz."""
         try:
             self.file.truncate()
             if output.suffix == ".gz":
@@ -196,12 +196,12 @@ class Part:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        with contextlib.suppress(OSError):  # a disk that is full refuses what is still in the buffer once more
+        with contextlib.suppress(OSError):  # a full disk refuses the buffered rest again
             self.file.close()
         if error is None or not self.path.exists():
             return
         if self.end:
-            with contextlib.suppress(OSError):  # then resuming cuts it off
+            with contextlib.suppress(OSError):  # otherwise resuming removes it
                 os.truncate(self.path, self.end)
             error.add_note(f"what was finished is in {self.path}, a run file; resume continues it")
         else:
@@ -209,7 +209,7 @@ class Part:
 
 
 def _parts(output: Path) -> dict[Path, list[str]]:
-    """The unfinished runs beside an output that have something in them, with their hashes."""
+    """The unfinished, non-empty runs of an output, with their hashes."""
     found = {
         part: re.fullmatch(re.escape(output.name) + PARTS, part.name) for part in sorted(output.parent.glob("*.part"))
     }
@@ -217,7 +217,7 @@ def _parts(output: Path) -> dict[Path, list[str]]:
 
 
 def _part_of(output: Path, *made_of: bytes) -> Path:
-    """The part of a run that is made of these. ValueError where there is one that was begun with others."""
+    """The path of the unfinished run with these hashes. ValueError where one with other hashes exists."""
     hashes = [f"{zlib.crc32(each):08x}" for each in made_of]
     for other, begun in _parts(output).items():
         differing = [what for what, own, its in zip_longest(HASHED, hashes, begun) if own != its]
@@ -236,12 +236,12 @@ def _read_through(queries: Iterable[Candidates]) -> tuple[list[bytes], int]:
 
 
 def _digest(query: Candidates) -> bytes:
-    """Eight bytes that stand for a query, its passages, all texts and their order."""
+    """An 8-byte digest of a query, its passages, all texts and their order."""
     return hashlib.blake2b(json.dumps(query).encode(), digest_size=8).digest()
 
 
 def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator[Candidates]:
-    """The queries, as long as they are those that were seen before."""
+    """The queries, after checking each against its digest from the first reading."""
     for number, (query, digest) in enumerate(zip_longest(queries, seen), 1):
         if query is None or digest is None or _digest(query) != digest:
             raise ValueError(
@@ -252,7 +252,7 @@ def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator
 
 
 def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidates]]:
-    """Whole queries in lists of at most so many pairs; a longer query is a list of its own."""
+    """Lists of whole queries with at most `pairs` pairs; a longer query is a list of its own."""
     together: list[Candidates] = []
     n = 0
     for query in queries:
@@ -266,7 +266,7 @@ def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidat
 
 
 def _is_ranking(lines: list[bytes], query: Candidates, system: str) -> bool:
-    """Whether these are the lines that `_ranked` gives of a query."""
+    """Whether these lines are the ranking of a query, as `_ranked` writes it."""
     columns = [line.decode(errors="replace").split(" ") for line in lines]
     fixed = [[*given[:2], *given[3:4], *given[5:]] for given in columns]
     wanted = [[query.qid, "Q0", str(rank), f"{system}\n"] for rank in range(1, len(query.docnos) + 1)]
@@ -287,7 +287,7 @@ def _ranked(reranker: pt.Transformer, queries: list[Candidates], system: str) ->
     for row in sorted(reranker.transform_iter(rows), key=lambda row: row["rank"]):
         rankings[row["qid"]].append(row)
     return "".join(
-        f"{qid} Q0 {row['docno']} {rank} {score:.9g} {system}\n"  # nine digits tell all float32 apart
+        f"{qid} Q0 {row['docno']} {rank} {score:.9g} {system}\n"  # nine digits distinguish all float32 values
         for qid, ranking in rankings.items()
         for rank, (row, score) in enumerate(zip(ranking, falling([row["score"] for row in ranking]), strict=True), 1)
     )

@@ -1,4 +1,5 @@
-"""Public teacher data in files: queries with passages, as a teacher was shown them, and its order. Knows no model."""
+"""Reads public teacher data: queries with the passages that a teacher was shown, and the teacher's order. Knows no
+model."""
 
 import hashlib
 import json
@@ -13,47 +14,47 @@ from pyterrier_lit.files.candidates import key, objects
 from pyterrier_lit.files.lines import numbered_lines
 from pyterrier_lit.order import complete
 
-SHAPES = {"conversations", "extra_texts", "retrieved_passages"}  # the field that tells each kind of file from others
+SHAPES = {"conversations", "extra_texts", "retrieved_passages"}  # the field that identifies each format
 HEAD = re.compile(r"relevance to (?:the )?(?:search )?query: (.*?)\.?[ \t]*\n\s*(?=\[(?:1|A)\] )", re.DOTALL)
 PE_HEAD = re.compile(r"relevance to the search query: (.*?)\.\n(?=Passage 1: )", re.DOTALL)
-SAID = re.compile(r"([0-9]+) passages")  # how many a prompt says that it holds
+SAID = re.compile(r"([0-9]+) passages")  # the number of passages that a prompt states
 TAIL = "Search Query: "
 
 
 class Taught(NamedTuple):
-    """A query, its passages as the teacher was shown them, and the teacher's order of their positions, best first."""
+    """A query, its passages in the order shown to the teacher, and the teacher's order of their positions, best
+    first."""
 
     qid: str
     query: str
     docnos: list[str]
     texts: list[str]
     order: list[int]
-    repaired: bool  # whether the order was completed, or had a passage twice
+    repaired: bool  # whether the order was incomplete or had repetitions
 
 
 def is_taught(path: Path) -> bool:
-    """Whether the first record of a file of JSON has one of the SHAPES."""
+    """Whether the first record of a JSON file has one of the SHAPES."""
     _, first = next(objects(path), ("", {}))
     return bool(SHAPES & first.keys())
 
 
 def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
-    """The lists of a file of public teacher data, in the order of the file. Shapes are told apart by their fields:
+    """The lists in a file of public teacher data, in the order of the file. The format is recognised by its fields:
 
-    - conversations (RankZephyr's and others of rank_llm's): the last two turns are rank_llm's prompt and the order,
-      "[2] > [1]", or "[B] > [A]" as in FIRST;
-    - extra_texts (PE-Rank's train.jsonl): 2n passages, n of them as shown; `ranking` holds their numbers, best first,
-      and a turn of messages_wo_content the query;
-    - retrieved_passages (RankGPT's and TWOLAR's): the i-th of `orders`, which is one JSON array of texts such as
-      "[2] > [1]", is the order for the i-th record; without `orders` the passages stand in it already, as TWOLAR's do.
+    - conversations (RankZephyr and others of rank_llm): the last two turns are rank_llm's prompt and the order, "[2] >
+    [1]", or "[B] > [A]" as in FIRST; - extra_texts (PE-Rank's train.jsonl): 2n passages, of which n were shown;
+    `ranking` holds their numbers, best first, and a turn of messages_wo_content contains the query; -
+    retrieved_passages (RankGPT and TWOLAR): the i-th entry of `orders`, a JSON array of texts such as "[2] > [1]", is
+      the order for the i-th record; without `orders`, the passages are already in the teacher's order, as TWOLAR's are.
 
-    A qid is the field `id` or `qid`, else the record's number; one that comes again has the record's number after it. A
-    passage without docid gets one from its text, so that equal texts are one passage. An order with numbers that are
-    missing, beyond the list or repeated is completed as RankGPT's are: first mentions, then the rest as shown.
+    A qid is the field `id` or `qid`, else the record's number; a repeated qid gets the record's number appended. A
+    passage without docid gets one from its text, so that equal texts are one passage. An order with missing, invalid or
+    repeated numbers is completed as RankGPT does: first mentions, then the rest as shown.
 
-    Raises OSError when a file cannot be read, and ValueError naming file and line for what has another shape, for a
-    query that stands twice in a prompt and differs, for a prompt that says another number of passages than it holds,
-    and for an order without any passage in it.
+    Raises OSError when a file cannot be read, and ValueError, with file and line, for another format, for a prompt that
+    contains two different queries or states another number of passages than it has, and for an order that names no
+    passage.
     """
     given = None if orders is None else _orders(orders)
     seen: set[str] = set()
@@ -83,7 +84,7 @@ Passage = tuple[str, str]  # docno, text
 
 
 def _read(where: str, record: dict[str, Any], order: str | None) -> tuple[str, list[Passage], list[int]]:
-    """Query, passages as shown, and the positions that the teacher named, as they stand."""
+    """The query, the passages as shown, and the positions that the teacher named, unchecked."""
     if "conversations" in record:
         return _conversation(where, record)
     if "extra_texts" in record:
@@ -124,7 +125,7 @@ def _conversation(where: str, record: dict[str, Any]) -> tuple[str, list[Passage
 
 
 def _parted(text: str, names: Any) -> list[str]:
-    """The passages of a prompt: one begins where a line starts with the next name in brackets."""
+    """The passages of a prompt. Each begins where a line starts with the next identifier in brackets."""
     names, passages = iter(names), list[list[str]]()
     following = f"[{next(names)}] "
     for line in text.split("\n"):
@@ -148,7 +149,7 @@ def _pe_rank(where: str, record: dict[str, Any]) -> tuple[str, list[Passage], li
     if head is None:
         raise ValueError(f"{where}: no turn of messages_wo_content is PE-Rank's prompt, '... search query: QUERY.'")
     _agree(where, head[1], head.string[head.string.rfind(TAIL) :])
-    first = min(ranking, default=0)  # numbers count from 1, or from 0 where there is a 0
+    first = min(ranking, default=0)  # numbers start at 1, or at 0 if there is a 0
     return head[1], [(_docno(text), text) for text in texts[:n]], [number - min(first, 1) for number in ranking]
 
 
@@ -167,7 +168,7 @@ def _passage(where: str, passage: Any) -> Passage:
 
 
 def _once(passages: Sequence[Passage], order: Sequence[int]) -> tuple[list[str], list[str], list[int]]:
-    """Each passage once, where it is shown first and where the teacher has it first."""
+    """The passages and the order without repetitions: the first occurrence counts."""
     docnos = list(dict.fromkeys(docno for docno, _ in passages))
     text_of = dict(reversed(passages))
     place = {docno: position for position, docno in enumerate(docnos)}
@@ -186,8 +187,8 @@ def _orders(path: Path) -> list[str]:
 
 
 def _positions(text: str, name: str) -> list[int]:
-    """The positions that an order in text names, as they stand: "[3] > [1]" -> [2, 0], "[C] > [A]" too."""
-    found = [name for name in re.findall(name, text) if len(name) < 19]  # Python refuses to read thousands
+    """The positions that an order names, unchecked: "[3] > [1]" or "[C] > [A]" -> [2, 0]."""
+    found = [name for name in re.findall(name, text) if len(name) < 19]  # Python refuses to parse thousands of digits
     return [int(name) - 1 if name.isdecimal() else ord(name) - ord("A") for name in found]
 
 

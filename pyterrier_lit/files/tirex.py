@@ -1,4 +1,4 @@
-"""TIRA's conventions around a run: what a system finds in its input directory and leaves in its output directory.
+"""TIRA's conventions: what a system finds in its input directory and writes to its output directory.
 
 Source: tira 0.0.207 and tirex-tracker 0.2.24, which check the output and measure the hardware. Knows no model.
 """
@@ -25,10 +25,10 @@ FORMATS = ("run.txt", "ir_metadata", "run-with-metadata")
 def candidates_in(
     folder: Path, first_stage: Path | None = None, depth: int | None = None
 ) -> Callable[[], Iterator[Candidates]]:
-    """A reader of the queries that TIRA asks about: of rerank.jsonl[.gz], or of the run of an earlier system.
+    """A reader of TIRA's candidates: from rerank.jsonl[.gz], or from the run of an earlier system.
 
-    folder: the input directory. first_stage: the directory with the earlier system's run.txt[.gz], for a folder with
-    queries.jsonl and documents.jsonl. Raises FileNotFoundError when neither is there.
+    folder: the input directory. first_stage: the directory with the earlier system's run.txt[.gz], for an input
+    directory with queries.jsonl and documents.jsonl. Raises FileNotFoundError when neither exists.
     """
     if (file := _either(folder, "rerank.jsonl")) is not None:
         return partial(read_rerank_file, file, depth)
@@ -44,12 +44,12 @@ def candidates_in(
 
 
 class About(NamedTuple):
-    """What a run says of itself."""
+    """The metadata of a run."""
 
     system: str  # the method's name
-    description: str  # what one needs to repeat it
+    description: str  # what is needed to repeat it
     dataset: str  # TIRA's id
-    team: str  # who made it
+    team: str  # its name in TIRA
     repository: str  # where the code is, a URL
 
 
@@ -62,11 +62,11 @@ def write_submission(
     compress: bool = False,
     **settings: Any,
 ) -> Summary:
-    """Rerank all candidates into run.txt (or run.txt.gz), measure it into ir-metadata.yml, and have TIRA check both.
+    """Rerank all candidates into run.txt (or run.txt.gz), write ir-metadata.yml, and check both with TIRA's checker.
 
-    folder: the output directory, made if need be. settings: further arguments of `write_run`, which raises what this
-    does besides. Files get their names when they are complete. Raises ImportError where the tirex extra is not
-    installed, and ValueError with the checker's words when the output is not right.
+    folder: the output directory, created if necessary. settings: further arguments of `write_run`. Files get their
+    names only when they are complete. Raises what `write_run` does, ImportError where the tirex extra is not installed,
+    and ValueError with the checker's message when the output is invalid.
     """
     absent = [name for name in ("tira", "tirex_tracker") if importlib.util.find_spec(name) is None]
     if absent:
@@ -87,12 +87,12 @@ def write_submission(
 
 
 def run_in(folder: Path, compress: bool) -> Path:
-    """Where the run is looked for in an output directory."""
+    """The path of the run in an output directory."""
     return folder / ("run.txt.gz" if compress else "run.txt")
 
 
 def describe(reranker: Reranker, depth: int | None) -> str:
-    """What one needs to repeat a run: every argument, the revision of the model, device and dtype."""
+    """What is needed to repeat a run: every argument, the revision of the model, device and dtype."""
     values = {argument.name: argument.value for argument in pt.inspect.transformer_attributes(reranker)}
     device = choose_device(reranker.device)
     values |= {"device": device.type, "dtype": str(choose_dtype(reranker.dtype, device)).removeprefix("torch.")}
@@ -105,12 +105,13 @@ def describe(reranker: Reranker, depth: int | None) -> str:
 
 @contextlib.contextmanager
 def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
-    """Measure hardware, energy and versions in the block, and write them with our metadata to `path` at its end."""
+    """Track hardware, energy and versions inside the block; at its end, write them and the run's metadata to `path`."""
     import yaml
     from tirex_tracker import ALL_MEASURES, Measure, tracking
 
     with tempfile.TemporaryDirectory() as temporary:
-        # Not into the output: the tracker zips every file of the git work tree that is not ignored, data and keys too
+        # Not into the output: the tracker zips every file of the git work tree that is not ignored, including data and
+        # keys
         file = Path(temporary) / METADATA
         with tracking(ALL_MEASURES - {Measure.GIT_ROOT}, 1_000, export_file_path=file):
             yield
@@ -123,7 +124,7 @@ def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
 
 
 def check(folder: Path) -> None:
-    """ValueError, in the words of TIRA's own checker, unless the run, the metadata and both together are right."""
+    """Raise ValueError with the message of TIRA's checker unless the run and the metadata are valid."""
     from tira.check_format import check_format
 
     for wanted in FORMATS:
@@ -133,11 +134,11 @@ def check(folder: Path) -> None:
 
 
 def _either(folder: Path, name: str) -> Path | None:
-    """The file of that name, gzipped or not."""
+    """The file with that name, gzipped or not."""
     return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)
 
 
 def _merged(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Both, our own before what was found, at every depth."""
+    """Merge two nested mappings; values of `own` take precedence."""
     both = {key: _merged(found[key], own[key]) for key in found.keys() & own.keys() if isinstance(own[key], dict)}
     return found | own | both
