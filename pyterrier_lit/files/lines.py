@@ -44,10 +44,8 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
                 if number == 1 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
                     raise ValueError(f"{path} ends its lines with carriage returns alone; save it with line feeds")
                 if line.strip():
-                    yield (
-                        f"{path}, line {number}",
-                        line.lstrip("\ufeff"),
-                    )  # concatenated files have byte order marks inside
+                    # Concatenated files have byte order marks inside
+                    yield f"{path}, line {number}", line.lstrip("\ufeff")
             if _state(file) != before:
                 raise ValueError(f"{path} changed while it was read; run again when it is complete")
     except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:

@@ -66,7 +66,7 @@ def write_run(
     reranker: a transformer that keeps every row. read: yields the queries from the start. It is called twice: the first
         time, all of the input is checked before any reranking.
     system: the last column. chunk: how many pairs (of whole queries) are reranked together and then written. A larger
-        chunk     fills batches better, a smaller one loses less in a crash.
+        chunk fills batches better, a smaller one loses less in a crash.
     resume: resume an interrupted call and repeat no finished query. Arguments, weights and input must be unchanged.
     weights: identifies the reranker's weights, as `fingerprint` does; called after the input is checked.
 

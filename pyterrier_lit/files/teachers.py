@@ -42,10 +42,11 @@ def is_taught(path: Path) -> bool:
 def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
     """The lists in a file of public teacher data, in the order of the file. The format is recognised by its fields:
 
-    - conversations (RankZephyr and others of rank_llm): the last two turns are rank_llm's prompt and the order, "[2] >
-    [1]", or "[B] > [A]" as in FIRST; - extra_texts (PE-Rank's train.jsonl): 2n passages, of which n were shown;
-    `ranking` holds their numbers, best first, and a turn of messages_wo_content contains the query; -
-    retrieved_passages (RankGPT and TWOLAR): the i-th entry of `orders`, a JSON array of texts such as "[2] > [1]", is
+    - conversations (RankZephyr and others of rank_llm): the last two turns are rank_llm's prompt and the order,
+      "[2] > [1]", or "[B] > [A]" as in FIRST;
+    - extra_texts (PE-Rank's train.jsonl): 2n passages, of which n were shown; `ranking` holds their numbers, best
+      first, and a turn of messages_wo_content contains the query;
+    - retrieved_passages (RankGPT and TWOLAR): the i-th entry of `orders`, a JSON array of texts such as "[2] > [1]", is
       the order for the i-th record; without `orders`, the passages are already in the teacher's order, as TWOLAR's are.
 
     A qid is the field `id` or `qid`, else the record's number; a repeated qid gets the record's number appended. A

@@ -1,9 +1,9 @@
-"""How a CrossEncoder learns: to score the passages of a query so that their order becomes that of labels or a teacher.
+"""Training of CrossEncoder: its scores learn the order of a query's passages, from labels or from a teacher.
 
-An example is a query with some passages of its list. Each (query, passage) pair goes through the network to one score,
-and a loss compares the scores of a query with the targets of its passages. Rank-DistiLLM (arXiv 2405.07920) does this
-twice: first from labels, by contrasting one relevant passage with others of the first stage ("lce"), then from the
-rankings of a large language model, by comparing each two passages of a ranking ("ranknet").
+A training example is a query with some passages of its list. The network scores each (query, passage) pair, and a loss
+compares the scores with the targets of the passages. Rank-DistiLLM (arXiv 2405.07920) trains in two stages: first on
+labels, with one relevant passage against non-relevant passages of the first stage ("lce"), then on the rankings of a
+large language model, with all pairs of passages in a ranking ("ranknet").
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PairRecipe(Recipe):
-    """A CrossEncoder's recipe: an example is a query with some of its passages.
+    """A recipe for CrossEncoder: a training example is a query with some of its passages.
 
     Args:
         loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse", "mse" or "list_mle"; see `training.losses`.
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
-        n_passages, sampling: how many passages of a list an example has, and which; see `data.sample`.
-        max_tokens: tokens, with padding, that go through the network together; None is 1,024 on a CPU, 16,384 on a GPU.
+        n_passages, sampling: how many passages of a list are sampled for an example, and how; see `data.sample`.
+        max_tokens: tokens, including padding, in one forward pass; None is 1,024 on a CPU, 16,384 on a GPU.
     """
 
     loss: str = "ranknet"
@@ -53,19 +53,19 @@ class PairRecipe(Recipe):
     max_tokens: int | None = None
 
     def objective(self, student: CrossEncoder) -> Objective:
-        """A loss over the scores of a query's passages. Raises ValueError for an unknown loss."""
+        """The loss over the scores of a query's passages. Raises ValueError for an unknown loss."""
         return objective(student, self)
 
 
 RECIPES: dict[str, Recipe] = {
-    # Rank-DistiLLM, appendix C and the authors' configurations: AdamW 1e-5, weight decay 0.01 on all parameters, no
+    # Rank-DistiLLM, appendix C and the authors' configurations: AdamW at 1e-5, weight decay 0.01 on all parameters, no
     # warm-up, no schedule
     "rank-distillm-labels": PairRecipe(
         1e-5, steps=20_000, loss="lce", n_passages=8, sampling="single_relevant", micro_batch=8
     ),
     "rank-distillm-rankings": PairRecipe(1e-5, epochs=3, loss="ranknet"),
 }
-FINE_TUNE, DISTIL = "rank-distillm-labels", "rank-distillm-rankings"  # the recipes taken when none is named
+FINE_TUNE, DISTIL = "rank-distillm-labels", "rank-distillm-rankings"  # the default recipes
 
 
 class Example(NamedTuple):
@@ -77,14 +77,14 @@ class Example(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """The pairs of Q queries in ids, those of a query together, and the targets of each query's passages."""
+    """The tokenised pairs of Q queries, grouped by query, and the targets of each query's passages."""
 
     pairs: list[Pair]
     targets: list[list[float]]
 
 
 def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
-    """What a CrossEncoder learns by a recipe."""
+    """The training objective of a CrossEncoder for a recipe."""
     checkpoint: PairCheckpoint = student.load()
     if recipe.loss not in LOSSES:
         raise ValueError(f"loss={recipe.loss!r}; wanted one of {', '.join(map(repr, LOSSES))}")
@@ -102,20 +102,20 @@ def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
 
 
 def sample_passages(text_field: str, recipe: PairRecipe, given: Ranking, rng: random.Random) -> Example:
-    """Some passages of a list, as the recipe says."""
+    """Sample passages of a list as the recipe says."""
     passages, targets = given.columns[text_field], given.columns["target"]
     positions = sample(targets, recipe.n_passages, recipe.sampling, rng)
     return Example(given.query, take(passages, positions), [targets[i] for i in positions])
 
 
 def collate(student: CrossEncoder, examples: list[Example]) -> PairBatch:
-    """Q examples in ids."""
+    """Tokenise Q examples."""
     _, pairs = student.pairs([(example.query, passage) for example in examples for passage in example.passages])
     return PairBatch(pairs, [example.targets for example in examples])
 
 
 def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, batch: PairBatch) -> torch.Tensor:
-    """The recipe's loss of the scores (Q, N) of Q queries, where N is the most passages that one of them has."""
+    """The recipe's loss for the scores (Q, N) of Q queries, where N is the largest number of passages of a query."""
     counts = [len(targets) for targets in batch.targets]
     scores = pad_sequence(
         list(score(checkpoint, layout, batch.pairs, recipe.max_tokens).split(counts)), batch_first=True
@@ -126,7 +126,7 @@ def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, bat
 
 
 def score(checkpoint: PairCheckpoint, layout: PairLayout, pairs: list[Pair], max_tokens: int | None) -> torch.Tensor:
-    """The scores (P,) of P pairs, computed in parts of like length."""
+    """The scores (P,) of P pairs, computed in batches of similar lengths."""
     lengths = [layout.length(pair) for pair in pairs]
     parts = list(like_lengths(lengths, max_tokens or encoder_tokens(checkpoint.device)))
     computed = torch.cat(

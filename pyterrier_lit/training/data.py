@@ -1,7 +1,7 @@
-"""Training data: result frames with targets, samples of their lists, and files of runs and questions.
+"""Training data: targets for result frames, sampling from their lists, and files of runs and questions.
 
-A target is a number that says how good a passage is for its query, higher is better: its label in the qrels, or the
-score that a teacher gives it. It stands in the column `target` of a result frame.
+The target of a passage says how relevant it is to its query (higher is better): its label in the qrels, or its score
+from a teacher. Result frames hold it in the column `target`.
 """
 
 import hashlib
@@ -24,15 +24,15 @@ from pyterrier_lit.files.teachers import SHAPES, read_taught
 from pyterrier_lit.frames import Ranking, numbers, places
 
 KEY = ["qid", "docno"]
-NAMES = {"query_id": "qid", "doc_id": "docno"}  # in Rank-DistiLLM's files
+NAMES = {"query_id": "qid", "doc_id": "docno"}  # column names in Rank-DistiLLM's files
 Teacher = pt.Transformer | pd.DataFrame | str | Path | None
 
 
 def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "passages") -> pd.DataFrame:
-    """A result frame with the labels of the qrels as targets, and 0 for passages without one.
+    """A result frame with the labels of the qrels as targets; unjudged passages get 0.
 
-    what: the passages, as the error calls them. Raises ValueError without qrels, for a label that is no finite number,
-    and where none of the passages is judged relevant.
+    what: how error messages call the passages. Raises ValueError without qrels, for a label that is not a finite
+    number, and where none of the passages is judged relevant.
     """
     labelled = _joined(frame, label_values(qrels)).fillna({"target": 0})
     if not (labelled["target"] > 0).any():
@@ -41,13 +41,13 @@ def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "pa
 
 
 def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
-    """A result frame with a teacher's scores as targets, or, where it has only ranks, their negative.
+    """A result frame with a teacher's scores as targets; for a teacher with ranks only, the negative ranks.
 
-    teacher: a transformer, which reranks the frame; a run, as a frame or as a file that `read_run` reads; None is the
-        order in which the passages come, as a reranker reads them: the first is worth 0, the second -1.
+    teacher: a transformer that reranks the frame; or a run, as a frame or as a file that `read_run` reads. None is the
+        incoming order of the passages: the first has target 0, the second -1.
 
     Passages that the teacher does not rank are left out, with a warning. Raises ValueError where none is left, and for
-    a score that is no finite number.
+    a score that is not a finite number.
     """
     if teacher is None:
         return frame.assign(target=[-float(place) for place in places(frame)])
@@ -60,14 +60,14 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
 
 
 def none_relevant(n: int, what: str = "passages") -> ValueError:
-    """The error for n passages of which the qrels judge none relevant."""
+    """The error for n passages none of which is judged relevant in the qrels."""
     return ValueError(
         f"none of the {n} {what} is judged relevant in the qrels: check that qids and docnos are of one collection"
     )
 
 
 def check_ranked(ranked: int, n: int) -> None:
-    """ValueError where a teacher ranks none of n passages, a warning where not all."""
+    """Raise ValueError where a teacher ranks none of n passages; warn where it ranks only some."""
     if not ranked:
         raise ValueError(
             f"the teacher ranks none of the {n} passages: check that qids and docnos are of one collection"
@@ -77,10 +77,10 @@ def check_ranked(ranked: int, n: int) -> None:
 
 
 def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
-    """The qrels of a result frame's queries, as ir_measures takes them.
+    """The qrels of a result frame's queries, in the form that ir_measures takes.
 
-    Raises ValueError for a label that is no whole number, and where none of the passages is judged relevant: whatever
-    is learned, nDCG would be 0.
+    Raises ValueError for a label that is not a whole number, and where none of the passages is judged relevant, since
+    nDCG would always be 0.
     """
     with_labels(frame, qrels, "validation passages")
     labels = numbers(qrels, "label").to_numpy()
@@ -92,7 +92,7 @@ def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """What tells data from other data: equal for lists of equal queries, passages, targets and vectors."""
+    """A digest of training data: equal for lists with equal queries, passages, targets and vectors."""
     found = hashlib.sha256()
     for part in parts:
         found.update(json.dumps(part, default=_content).encode())
@@ -100,18 +100,18 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _content(value: Any) -> Any:
-    """A vector or a number of another library for JSON."""
-    if hasattr(value, "numpy"):  # torch's
+    """A vector or a number of another library in a form that JSON can hold."""
+    if hasattr(value, "numpy"):  # a torch tensor
         value = value.numpy()
     is_vector = hasattr(value, "tobytes") and value.dtype != object
     return hashlib.sha256(value.tobytes()).hexdigest() if is_vector else getattr(value, "tolist", value.__repr__)()
 
 
 def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
-    """The positions of n passages of a list to learn from; of all, if there are no more or n is None.
+    """Sample the positions of n passages of a list; of all of them where the list has no more or n is None.
 
-    targets: those of the passages, in the order of the first stage. how: the name of one of SAMPLERS (the names are
-    those of lightning-ir); ValueError for another.
+    targets: the targets of the passages, in the order of the first stage. how: one of SAMPLERS (lightning-ir's names);
+    ValueError for any other.
     """
     if how not in SAMPLERS:
         raise ValueError(f"sampling={how!r}; wanted one of {', '.join(map(repr, SAMPLERS))}")
@@ -139,18 +139,18 @@ SAMPLERS: dict[str, Callable[[Sequence[float], int, random.Random], list[int]]] 
         *sorted(rng.sample(range(n // 2, len(targets)), n - n // 2)),
     ],
     "log_random": _log_random,  # a passage at rank r with weight 1 / log(1 + r)
-    "single_relevant": _one_relevant,  # one of the relevant passages first, then others at random
+    "single_relevant": _one_relevant,  # a random relevant passage first, then random other passages
 }
 
 
 def window(
     targets: Sequence[float], smallest: int, largest: int, shuffle: float, rng: random.Random
 ) -> tuple[list[int], list[int]]:
-    """A window of `smallest` to `largest` passages of a list, where all sizes are equally likely.
+    """Sample a window of `smallest` to `largest` passages of a list. All sizes are equally likely.
 
-    Returns the positions of the passages in the list, in the order in which the student is shown them (the list's, or
-    with probability `shuffle` a random one), and their positions in the window best first. Of passages with equal
-    targets the one that is shown first counts as the better.
+    Returns the positions of the passages in the list, in the order shown to the student (that of the list, or with
+    probability `shuffle` a random order); and their positions in the window, best first. Among passages with equal
+    targets, the one that is shown first counts as better.
     """
     size = min(rng.randint(smallest, largest), len(targets))
     shown = sorted(rng.sample(range(len(targets)), size))
@@ -160,7 +160,7 @@ def window(
 
 
 class Lists(Sequence[Ranking]):
-    """Those of some lists that stand at these positions."""
+    """A view of some lists: those at the given positions."""
 
     def __init__(self, lists: Sequence[Ranking], positions: Iterable[int]):
         self.lists, self.positions = lists, array("q", positions)
@@ -173,12 +173,12 @@ class Lists(Sequence[Ranking]):
 
 
 def uneven(lists: Sequence[Ranking]) -> Lists:
-    """The lists with at least two different targets: from the others no order can be learned."""
+    """The lists with at least two different targets. No order can be learned from the other lists."""
     return Lists(lists, (i for i, given in enumerate(lists) if len(set(given.columns["target"])) > 1))
 
 
 class Texts(Sequence[str]):
-    """A column whose values are looked up when they are asked for, by the docnos of a query's passages."""
+    """A column of texts that are looked up on access, by the docnos of a query's passages."""
 
     def __init__(self, look_up: Callable[[str, list[str]], list[str]], qid: str, docnos: list[str]):
         self.look_up, self.qid, self.docnos = look_up, qid, docnos
@@ -197,19 +197,19 @@ class Texts(Sequence[str]):
 
 
 def take(column: Sequence[Any], positions: Sequence[int]) -> list[Any]:
-    """The values of a column at these positions, with one look-up where it is looked up."""
+    """The values of a column at these positions; a `Texts` column needs only one look-up."""
     if isinstance(column, Texts):
         return column.look_up(column.qid, [column.docnos[i] for i in positions])
     return [column[i] for i in positions]
 
 
 def some_of(given: Ranking, positions: Sequence[int]) -> Ranking:
-    """A list of these passages alone, in this order."""
+    """A list reduced to these passages, in this order."""
     return given._replace(columns={name: take(column, positions) for name, column in given.columns.items()})
 
 
 class Passages(Sequence[Ranking]):
-    """The passages of some lists as lists of one: each text once, and none that is empty."""
+    """The passages of some lists as lists of one passage each, without repeated and empty texts."""
 
     def __init__(self, lists: Sequence[Ranking], text_field: str):
         self.lists, self.positions, self.places = lists, array("q"), array("q")
@@ -230,13 +230,14 @@ class Passages(Sequence[Ranking]):
 
 
 def read_run(path: str | Path) -> pd.DataFrame:
-    """A run from a TREC file, a parquet file or JSON lines, perhaps compressed (.gz): Rank-DistiLLM's files, TIREx's
-    re-ranking input, the rankings that rank_llm writes, permutations {qid, final_list: [docno, ...]}, and what
+    """Read a run from a TREC file, a parquet file or JSON lines, each optionally gzipped: Rank-DistiLLM's files,
+    TIREx's re-ranking input, the rankings that rank_llm writes, permutations {qid, final_list: [docno, ...]}, and what
     `pt.io.write_results` writes.
 
-    Returns qid, docno, score, rank (from 0) and, where the file has them, query and text. Ranks follow from the scores;
-    a file without scores gets them from its ranks. Of a passage that stands twice under a query the first is kept.
-    Raises ValueError, with the line, for one without qid, docno, or both score and rank, and for numbers that are none.
+    Returns qid, docno, score, rank (from 0) and, if the file has them, query and text. Ranks follow from the scores; in
+    a file without scores, scores follow from the ranks. Of a repeated passage of a query, the first is kept. Raises
+    ValueError, with the line, for a row without qid, without docno or with neither score nor rank, and for invalid
+    numbers.
     """
     path = Path(path).expanduser()
     rows = list(run_records(path))
@@ -254,10 +255,10 @@ def read_run(path: str | Path) -> pd.DataFrame:
 
 
 def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a run, one at a time, as they stand in a file that `read_run` reads: where, qid, docno, score, rank,
-    query and text, None for what there is not.
+    """Yield the rows of a run file that `read_run` reads: place in the file, qid, docno, score, rank, query and text,
+    with None for missing values.
 
-    columns: those of these names that are read from a parquet file; None is all.
+    columns: which of these columns to read from a parquet file; None is all.
     """
     if path.suffix == ".parquet":
         for number, record in enumerate(_parquet(path, columns), 1):
@@ -285,19 +286,19 @@ def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def is_trec(path: Path) -> bool:
-    """Whether a run is in TREC's format, by its name: what is neither parquet nor JSON."""
+    """Whether a run is in TREC's format: by its name, it is neither parquet nor JSON."""
     return not {".parquet", ".jsonl", ".json"} & set(path.suffixes)
 
 
 def basis_of(path: Path) -> str:
-    """What a run's order follows from: "score" where all rows have one, as in TREC's files, else "rank"."""
+    """What defines the order of a run: "score" if all rows have one, as in TREC's format, else "rank"."""
     if is_trec(path):
         return "score"
     return "score" if all(row["score"] is not None for row in run_records(path, ["qid", "docno", "score"])) else "rank"
 
 
 def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, a batch in memory at a time. A number that is none counts as missing."""
+    """The rows of a parquet file, with one batch in memory at a time. NaN counts as missing."""
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
@@ -308,7 +309,7 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, An
 
 
 def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A passage of a run, from a JSON object or the row of a table."""
+    """A row of a run, from a JSON object or a row of a table."""
     record = {NAMES.get(name, name): value for name, value in record.items()}
     ids = {name: key(record, name, where) for name in KEY}
     values = {name: number(record, name, where) for name in ("score", "rank")}
@@ -316,7 +317,7 @@ def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The passages of a permutation of ids, best first."""
+    """The rows of a permutation of docnos, best first."""
     docnos = record.get("final_list")
     if not isinstance(docnos, list) or not all(isinstance(docno, str | int) for docno in docnos):
         raise ValueError(f"{where} has no list of docnos in final_list")
@@ -325,15 +326,15 @@ def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataFrame:
-    """Public teacher data whose passages travel inside, for `Distil`: RankZephyr's conversations, PE-Rank's
-    train.jsonl, RankGPT's and TWOLAR's permutations, as JSON lines or one array, perhaps gzipped.
+    """Read public teacher data that contains its passages, for `Distil`: RankZephyr's conversations, PE-Rank's
+    train.jsonl, RankGPT's and TWOLAR's permutations, as JSON lines or one JSON array, optionally gzipped.
 
-    orders: RankGPT's second file, one JSON array of the teacher's answers. Without it retrieved_passages count as
-        ranked by the teacher already, as TWOLAR's are.
+    orders: RankGPT's second file, one JSON array of the teacher's answers. Without it, retrieved_passages are taken to
+        be in the teacher's order already, as TWOLAR's are.
 
-    Returns qid, query, docno, text, rank (the teacher's, from 0) and shown (the position at which the teacher was shown
-    the passage). How records become rows, and what is raised, says `files.teachers.read_taught`; a warning counts the
-    orders that had to be completed.
+    Returns qid, query, docno, text, rank (the teacher's, from 0) and shown (the position of the passage in the
+    teacher's input). `files.teachers.read_taught` documents the formats and the errors. A warning counts the orders
+    that had to be completed.
     """
     names = ["qid", "query", "docno", "text", "rank", "shown"]
     rows, repaired, lists = [], 0, 0
@@ -351,11 +352,11 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
 
 def read_qa(path: str | Path) -> pd.DataFrame:
-    """Questions with their answers and passages, as `FineTune` of a LiT5Score takes them: qid, query, docno, text,
+    """Read questions with their answers and passages, for `FineTune` of a LiT5Score. Returns qid, query, docno, text,
     answers and rank.
 
-    path: JSON lines or one JSON array of records with question, answers, and ctxs, which have text and perhaps title
-    and docid (or id). Raises ValueError, with the place in the file, where one of these is missing.
+    path: JSON lines or one JSON array of records with question, answers, and ctxs; each of the ctxs has a text, and
+    optionally title and docid (or id). Raises ValueError, with the place in the file, for a missing field.
     """
     rows = []
     for position, (where, record) in enumerate(objects(Path(path).expanduser())):
@@ -381,7 +382,7 @@ def _key_or(record: dict[str, Any], names: Sequence[str], default: str, where: s
 
 
 def read_qrels(path: Path | None) -> pd.DataFrame | None:
-    """Judgements in TREC's format; None without a file. ValueError names the line that is none."""
+    """Read qrels in TREC's format; None without a file. ValueError names the first malformed line."""
     if path is None:
         return None
     rows = []
@@ -396,7 +397,7 @@ def read_qrels(path: Path | None) -> pd.DataFrame | None:
 
 
 def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
-    """A result frame of candidates, which are ranked as they come."""
+    """A result frame of candidates, ranked in their incoming order."""
     rows = [
         (given.qid, given.query, docno, text, rank)
         for given in candidates
@@ -406,7 +407,7 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
 
 
 def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]:
-    """The labels of qrels, each with its qid and docno. Raises ValueError without qrels, and what `_values` raises."""
+    """The labels of qrels with their qids and docnos. Raises ValueError without qrels, and what `_values` raises."""
     if qrels is None:
         raise ValueError(
             "there are no labels to learn from: give fit(topics, qrels), or take Distil for a teacher's ranking"
@@ -415,16 +416,16 @@ def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]
 
 
 def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
-    """The scores of a teacher's run, or where it has only ranks their negative. Raises what `_values` raises."""
+    """The scores of a teacher's run; for a run with ranks only, the negative ranks. Raises what `_values` raises."""
     if "score" not in run and "rank" in run:
         run = run.assign(score=-numbers(run, "rank").to_numpy())
     return _values(run, "score", "the teacher's ranking")
 
 
 def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
-    """A column of numbers, each with its qid and docno as text.
+    """A column of numbers with their qids and docnos as text.
 
-    ValueError for a column that is missing, for a row without qid or docno, and for a number that is not finite.
+    Raises ValueError for a missing column, for a row without qid or docno, and for a number that is not finite.
     """
     missing = [name for name in (*KEY, column) if name not in given]
     if missing:
@@ -444,9 +445,9 @@ def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, s
 
 
 def _joined(frame: pd.DataFrame, values: Iterable[tuple[str, str, float]]) -> pd.DataFrame:
-    """The frame with targets from the values of qids and docnos, NaN where there is none.
+    """The frame with the column `target`, looked up by qid and docno; NaN where there is no value.
 
-    Keys are compared as text; of a passage that stands twice the first value counts.
+    Keys are compared as text. Of repeated keys, the first counts.
     """
     value_of: dict[tuple[str, str], float] = {}
     for qid, docno, target in values:

@@ -1,8 +1,8 @@
-"""FineTune and Distil: a student that is trained inside a pipeline, from labels or from a teacher's ranking.
+"""FineTune and Distil: train a student inside a pipeline, from labels or from a teacher's ranking.
 
-Both read the student's columns from the training frame, add a target for each passage, and give `trainer.train` what
-the student's recipe says. How a student learns stands in the module of this folder with the name of its own module:
-`pyterrier_lit.cross_encoder.CrossEncoder` learns as `pyterrier_lit.training.cross_encoder` says.
+Both read the student's columns from the training frame, add a target for each passage, and call `trainer.train` with
+the student's recipe. The module of this folder with the same name as the student's own module defines its recipes and
+objectives: for `pyterrier_lit.cross_encoder.CrossEncoder` this is `pyterrier_lit.training.cross_encoder`.
 """
 
 import copy
@@ -28,33 +28,34 @@ from pyterrier_lit.training.data import Teacher, digest, judgements, with_labels
 from pyterrier_lit.training.stored import StoredLists, StoredRun
 from pyterrier_lit.training.trainer import MEASURE, Log, Objective, Recipe, Settings, train
 
-Given = pd.DataFrame | StoredRun  # what is learned from
+Given = pd.DataFrame | StoredRun  # training data
 FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings))
 
 
 class Training(pt.Estimator):
-    """What FineTune and Distil share: in a pipeline they rank as their student does, which `fit` trains."""
+    """What FineTune and Distil share: `fit` trains the student, and in a pipeline the student ranks."""
 
     def __init__(self, student: Reranker, *, recipe: str | Recipe | None = None, verbose: bool = True, **settings: Any):
         self.student = student
         self.recipe = recipe
         self.verbose = verbose
         self.settings = settings
-        self._logs: list[pd.DataFrame] = []  # of each `fit`, also of those by way of a copy that was compiled
+        self._logs: list[pd.DataFrame] = []  # one per `fit`; shared with compiled copies
 
     @property
     def log(self) -> pd.DataFrame:
-        """What the last `fit` measured, in a row for each step that was logged. AttributeError before the first."""
+        """Losses and measurements of the last `fit`, one row per logged step. Raises AttributeError before the first
+        `fit`."""
         if not self._logs:
             raise AttributeError(f"{type(self).__name__} has no log before it is fitted")
         return self._logs[-1]
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """The frame as the student reranks it, with a warning if nothing was fitted."""
+        """Rerank with the student; warns if `fit` was never called."""
         if len(inp) and not self._logs:
             name = type(self).__name__
             warnings.warn(
-                f"{name} has not been fitted: its student ranks with the weights that it came with. A pipeline's fit"
+                f"{name} has not been fitted: its student ranks with its initial weights. A pipeline's fit"
                 f" reaches the stages of a `>>` alone, and no {name} inside `+`, `**` or a cache; fit that one by"
                 " itself, on a result frame",
                 stacklevel=2,
@@ -62,7 +63,7 @@ class Training(pt.Estimator):
         return self.student.transform(inp)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """This with a student that stops at rank k, and the cutoff; None where the student gains nothing by that."""
+        """A copy whose student stops at rank k, followed by the cutoff; None where the student has no such fusion."""
         fuse = getattr(self.student, "fuse_rank_cutoff", None)
         fused = fuse(k) if fuse else None
         if fused is None:
@@ -73,7 +74,7 @@ class Training(pt.Estimator):
         return pipeline
 
     def default_recipe(self, module: ModuleType) -> str:
-        """The name of the recipe that is taken when none is named, from the student's training module."""
+        """The name of the default recipe in the student's training module."""
         raise NotImplementedError
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
@@ -81,7 +82,7 @@ class Training(pt.Estimator):
         raise NotImplementedError
 
     def chosen_recipe(self) -> Recipe:
-        """The recipe, by name or by default, with those of the settings that are its fields.
+        """The recipe (named or default) with the settings that override its fields.
 
         Raises TypeError for a student that cannot be trained and for an unknown setting, and ValueError for an unknown
         recipe.
@@ -97,7 +98,7 @@ class Training(pt.Estimator):
         return recipe.replace(**{name: self.settings[name] for name in self.settings if name not in FOR_EVERY_RECIPE})
 
     def chosen_settings(self) -> Settings:
-        """Those of the settings that do not depend on the recipe."""
+        """The settings that are not fields of the recipe, as `trainer.Settings`."""
         chosen = {name: self.settings[name] for name in self.settings if name in FOR_EVERY_RECIPE}
         return Settings(verbose=self.verbose, **chosen)
 
@@ -108,11 +109,11 @@ class Training(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train the student on result frames with the columns that it reads, starting from its current weights: a
-        second `fit` continues the first. `log` holds the losses and measurements. A StoredRun instead of the first
-        frame gives the same lists from files.
+        """Train the student on result frames with the columns that it reads, starting from its current weights, so that
+        a second `fit` continues the first. Afterwards `log` holds the losses and measurements. A StoredRun in place of
+        the first frame reads the same lists from files.
 
-        With validation frames nDCG@10 is measured every `every` steps, as `pt.Experiment` does on these queries, and
+        With validation frames, nDCG@10 is measured every `every` steps as `pt.Experiment` would on these queries, and
         the student keeps the weights of the best measurement. Raises what `chosen_recipe`, `data.with_labels`,
         `data.with_teacher`, `StoredRun`, `validation` and `trainer.train` raise, and ValueError where no list can be
         learned from.
@@ -147,7 +148,7 @@ class Training(pt.Estimator):
         self.student.note_training(self.told(recipe, objective, len(lists), log))
 
     def told(self, recipe: Recipe, objective: Objective, n_lists: int, log: Log) -> dict[str, str]:
-        """What the student's card says of a `fit`."""
+        """What the student's model card records about a `fit`."""
         name = self.default_recipe(training_module(self.student)) if self.recipe is None else self.recipe
         name = type(name).__name__ if isinstance(name, Recipe) else name
         fields = [f"{name}={value!r}" for name, value in vars(recipe).items() if value is not None and value != {}]
@@ -164,13 +165,13 @@ class Training(pt.Estimator):
         return told
 
     def learned_from(self, columns: set[str]) -> str:
-        """What the student learns from, in words. columns: those that are read."""
+        """A description of the training data. columns: those that the student reads."""
         raise NotImplementedError
 
     def validation(
         self, frame: pd.DataFrame | None, qrels: pd.DataFrame | None
     ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-        """A validation frame and the judgements of its queries; None without either.
+        """The validation frame and the qrels of its queries; None if neither is given.
 
         Raises ValueError for one without the other and for qrels that judge none of the passages relevant, and what the
         student raises for a frame that it cannot read.
@@ -183,7 +184,7 @@ class Training(pt.Estimator):
         return frame, judgements(frame, qrels)
 
     def described(self, given: Iterable[Any], measured_on: tuple[pd.DataFrame, pd.DataFrame] | None) -> dict[str, str]:
-        """What must be the same for a folder's checkpoint to be resumed."""
+        """What must be unchanged for training to resume from a folder's checkpoint."""
         valid: list[Any] = []
         if measured_on:
             valid = [*rankings(measured_on[0], self.student.column_sets()), *measured_on[1].to_numpy().tolist()]
@@ -194,7 +195,7 @@ class Training(pt.Estimator):
         }
 
     def apply_attributes(self, **changes: Any) -> "Training":
-        """The same with other arguments or settings, as `pt.inspect.transformer_apply_attributes` asks for it."""
+        """A copy with other arguments or settings, for `pt.inspect.transformer_apply_attributes`."""
         given = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(self)} | changes
         return type(self)(**given.pop("settings") | given)
 
@@ -206,8 +207,8 @@ class FineTune(Training):
     """Train a student on labels: `pipe = first_stage >> text >> FineTune(student); pipe.fit(topics, qrels)`.
 
     Args:
-        student: a reranker, usually from `from_backbone`. It is trained in place, and a pipeline ranks with it.
-        recipe: the name of one of the student's recipes, or a Recipe. None is the paper's.
+        student: a reranker, usually from `from_backbone`. It is trained in place; in a pipeline it ranks.
+        recipe: the name of one of the student's recipes, or a Recipe. None is the paper's recipe.
         verbose: show progress.
         settings: hyperparameters of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
             class), and fields of `trainer.Settings`: folder= (where checkpoints are saved, to resume from), every=
@@ -223,7 +224,7 @@ class FineTune(Training):
         return str(module.FINE_TUNE)
 
     def learned_from(self, columns: set[str]) -> str:
-        """Labels, or what else the recipe reads."""
+        """Labels, or the column that the recipe reads instead."""
         return "labels" if "target" in columns else "answers" if "answers" in columns else "the passages alone"
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
@@ -238,9 +239,9 @@ class Distil(Training):
     Args:
         student, recipe, verbose, settings: as for FineTune.
         teacher: a transformer that reranks the passages of the training queries; or a run, as a frame or a file. None
-            is the order of the first stage.
+            takes the order of the first stage.
 
-    `first_stage % 50` sets the depth (50 in the paper), `topics.sample(1_000)` the number of queries.
+    `first_stage % 50` sets the depth of the lists (50 in the paper), and `topics.sample(1_000)` the number of queries.
     """
 
     def __init__(
@@ -256,7 +257,7 @@ class Distil(Training):
         self.teacher = teacher
 
     def default_recipe(self, module: ModuleType) -> str:
-        """The student's recipe for a teacher's ranking. Raises TypeError for a student that learns from answers."""
+        """The student's recipe for a teacher's ranking. Raises TypeError for a student that is trained on answers."""
         if module.DISTIL is None:
             raise TypeError(
                 f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; take FineTune"
@@ -264,7 +265,7 @@ class Distil(Training):
         return str(module.DISTIL)
 
     def learned_from(self, columns: set[str]) -> str:
-        """The teacher. Of files and folders on this machine the last part of their path."""
+        """The teacher; of local files and folders, only the last part of the path."""
         if self.teacher is None:
             return "the order of the candidates"
         if isinstance(self.teacher, str | Path):
@@ -281,9 +282,9 @@ class Distil(Training):
 
 
 def training_module(student: pt.Transformer) -> ModuleType:
-    """The module that says how a student learns, or how the nearest of its parent classes does that has one.
+    """The training module of a student's class, or of its nearest parent class that has one.
 
-    Raises TypeError for what cannot be trained.
+    Raises TypeError for a student that has none.
     """
     package, _, here = __package__.rpartition(".")
     for kind in type(student).__mro__:
@@ -297,12 +298,12 @@ def training_module(student: pt.Transformer) -> ModuleType:
 
 
 def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> float:
-    """nDCG@10 of a result frame as a student reranks it, over its queries that have judgements (`data.judgements`)."""
+    """nDCG@10 of a result frame after reranking by the student, over the judged queries (`data.judgements`)."""
     run = student.in_its_dtype().transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
     run = run[["query_id", "doc_id", "score"]].astype({"query_id": "str", "doc_id": "str"})
     return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])
 
 
 def _without_folders(call: str) -> str:
-    """The same with the last part alone of each path of this machine that is quoted in it."""
+    """The text with each quoted local path shortened to its last part."""
     return re.sub(r"(?<=['\"])[/~][^'\"]*/", "", call)

@@ -1,9 +1,10 @@
-"""How the two LiT5 learn to write a text after reading many passages: Fusion-in-Decoder (arXiv 2007.01282).
+"""Training of Fusion-in-Decoder (arXiv 2007.01282), which both LiT5 rerankers share: generate a text after many
+passages.
 
-The encoder of a T5 reads each passage alone, in a prompt with the query; one decoder attends to the tokens of all
-passages of a query at once and learns to write its answer by cross-entropy. A hundred passages would fill a GPU with
-activations of the encoder. With gradient checkpointing only the states that it gives are kept: the encoder runs again
-in the backward pass, for a part of the passages at a time.
+The encoder of a T5 reads each passage alone, in a prompt with the query. The decoder attends to the tokens of all
+passages and learns to generate the answer by cross-entropy. The encoder's activations for a hundred passages would fill
+a GPU. With gradient checkpointing only the encoder's output states are kept, and the backward pass recomputes the
+encoder for a part of the passages at a time.
 """
 
 import dataclasses
@@ -19,16 +20,16 @@ from pyterrier_lit.models.t5 import EOS, START, FiD, T5Checkpoint
 from pyterrier_lit.training.losses import decayed_cross_entropy
 from pyterrier_lit.training.trainer import Recipe
 
-PromptsAndAnswer = tuple[list[list[int]], list[int]]  # of one query: a prompt per passage, and the answer with EOS
+PromptsAndAnswer = tuple[list[list[int]], list[int]]  # one query's token ids: prompts, and the answer with EOS
 
 
 @dataclasses.dataclass(frozen=True)
 class FiDRecipe(Recipe):
-    """What the recipes of the two LiT5 share.
+    """Fields that the recipes of both LiT5 rerankers share.
 
     Args:
-        dropout: of the T5.
-        max_tokens: tokens, with padding, that the encoder reads together; None is 1,024 on a CPU, 16,384 on a GPU.
+        dropout: the dropout rate of the T5.
+        max_tokens: tokens, including padding, in one pass of the encoder; None is 1,024 on a CPU, 16,384 on a GPU.
     """
 
     dropout: float = 0.1
@@ -37,20 +38,20 @@ class FiDRecipe(Recipe):
 
 
 class AnswerBatch(NamedTuple):
-    """The prompts of the passages of B queries, and the answer of each query with EOS, in ids."""
+    """The tokenised prompts of the passages of B queries, and the tokenised answer of each query with EOS."""
 
     prompts: list[list[list[int]]]
     answers: list[list[int]]
 
 
 def collate(read: Callable[[Any], PromptsAndAnswer], examples: list[Any]) -> AnswerBatch:
-    """B examples in ids; `read` gives those of one."""
+    """Tokenise B examples; `read` tokenises one."""
     prompts, answers = zip(*map(read, examples), strict=True)
     return AnswerBatch(list(prompts), list(answers))
 
 
 def set_dropout(network: Any, dropout: float) -> None:
-    """Set the dropout of every layer: T5 has it in modules, and as a number for the attention weights."""
+    """Set the dropout rate of every layer. T5 stores it in modules, and as a number for the attention weights."""
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -61,9 +62,9 @@ def set_dropout(network: Any, dropout: float) -> None:
 def answer_loss(
     t5: T5Checkpoint, decay: float, max_tokens: int | None, checkpointing: bool, batch: AnswerBatch
 ) -> torch.Tensor:
-    """The mean cross-entropy of the answers' tokens, where token t of an answer weighs decay^t.
+    """The mean cross-entropy of the answers' tokens, with weight decay^t for token t of an answer.
 
-    max_tokens: tokens, with padding, that the encoder reads together; None is 1,024 on a CPU, 16,384 on a GPU.
+    max_tokens: tokens, including padding, in one pass of the encoder; None is 1,024 on a CPU, 16,384 on a GPU.
     """
     fid = FiD(t5.network)
     states, attention_mask = encode(fid, batch.prompts, max_tokens, checkpointing)
@@ -73,14 +74,14 @@ def answer_loss(
 def text_loss(
     fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, answers: Sequence[Sequence[int]], decay: float
 ) -> torch.Tensor:
-    """The loss of B answers, from the states (B, S, D) of their passages and the mask (B, S)."""
+    """The loss of B answers, given the encoder states (B, S, D) of their passages and a mask (B, S)."""
     labels, inside = (tensor.to(fid.device) for tensor in padded(answers, EOS))
-    written = torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1]], 1)  # what the decoder has before it
+    written = torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1]], 1)  # the decoder's inputs
     return decayed_cross_entropy(fid.logits(decode(fid, states, attention_mask, written)), labels, inside, decay)
 
 
 def decode(fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """The decoder's states (B, T, D) after each of the ids (B, T) that were written."""
+    """The decoder's states (B, T, D) for the input ids (B, T)."""
     decoder = fid.network.decoder
     read = decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=attention_mask)
     decoded: torch.Tensor = read.last_hidden_state
@@ -90,8 +91,8 @@ def decode(fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, written
 def encode(
     fid: FiD, windows: Sequence[Sequence[Sequence[int]]], max_tokens: int | None, checkpointing: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompts of B queries -> states (B, S, D) and their mask (B, S): a query's passages one behind the other, S
-    tokens at most."""
+    """The prompts of B queries -> encoder states (B, S, D) and a mask (B, S). The passages of a query are concatenated;
+    S is the most tokens that a query has."""
     prompts = [prompt for window in windows for prompt in window]
     encoded: list[Any] = [None] * len(prompts)
     for part in like_lengths([len(prompt) for prompt in prompts], max_tokens or encoder_tokens(fid.device)):

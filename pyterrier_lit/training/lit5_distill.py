@@ -1,12 +1,12 @@
-"""How a LiT5Distill learns: to write the order of a window of passages as its teacher would.
+"""Training of LiT5Distill: it learns to generate the teacher's order of a window of passages.
 
-An example is a window of passages from a teacher's ranking. The student reads the passages with their identifiers, and
-learns to write the identifiers best first, such as "3 1 2". So that it neither counts on a certain number of passages
-nor on the order in which they come, the windows vary in size and, some of them, have their passages shuffled. Early
-tokens weigh more in the loss, as they name the best passages. Source: LiT and Lean, ECIR 2025; arXiv 2312.16098.
+A training example is a window of passages from a teacher's ranking. The student reads the passages with their
+identifiers and learns to generate the identifiers, best first, such as "3 1 2". The windows vary in size and some are
+shuffled, so that the student depends neither on the number of passages nor on their order. Early tokens have a larger
+weight in the loss, as they name the best passages. Source: LiT and Lean, ECIR 2025; arXiv 2312.16098.
 
-For `decoding="first"` the student also learns that the probabilities of the first identifier order all passages (FIRST,
-arXiv 2406.15657).
+For `decoding="first"`, a second loss trains the logits of the first decoding step to rank all passages (FIRST, arXiv
+2406.15657).
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class WindowRecipe(FiDRecipe):
-    """A LiT5Distill's recipe: an example is a window sampled from a list. The paper varies the windows' size and order,
-    and does not say by which distributions.
+    """A recipe for LiT5Distill: a training example is a window sampled from a list. The paper varies the size and the
+    order of the windows, but does not state the distributions.
 
     Args:
-        smallest, largest: passages of a window; None for largest is the student's window size.
-        shuffle: the probability that the passages of a window are shuffled; else they keep the first stage's order.
-        decay: how much a token weighs in the loss relative to the token before it.
-        first_weight: of the loss on the first step, for decoding="first"; 0 leaves it out.
+        smallest, largest: range of the number of passages in a window; largest=None is the student's window size.
+        shuffle: the probability that a window is shuffled; otherwise it keeps the order of the first stage.
+        decay: the weight of a token in the loss relative to the previous token.
+        first_weight: the weight of the loss on the first decoding step, for decoding="first"; 0 omits this loss.
         dropout, max_tokens: see `training.fid.FiDRecipe`.
     """
 
@@ -47,22 +47,22 @@ class WindowRecipe(FiDRecipe):
     first_weight: float = 0.0
 
     def objective(self, student: LiT5Distill) -> Objective:
-        """The cross-entropy of the order as text, and RankNet on the first step. Raises ValueError for sizes of windows
-        that cannot be."""
+        """The cross-entropy of the target ranking string, and RankNet on the first decoding step. Raises ValueError for
+        invalid window sizes."""
         return objective(student, self)
 
 
-# LiT and Lean, section 3, which does not give the number of epochs: the best on development queries was taken
+# LiT and Lean, section 3. The paper does not give the number of epochs: it took the best on development queries
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
-    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first"; the weight is that of FIRST's code
+    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first"; the weight in FIRST's code
 }
-FINE_TUNE = DISTIL = "lit5-distill-v2"  # the recipe taken when none is named
+FINE_TUNE = DISTIL = "lit5-distill-v2"  # the default recipe
 
 
 class OrderExample(NamedTuple):
-    """A query, passages in the order in which the student reads them, and their positions best first."""
+    """A query, passages in the order shown to the student, and their positions, best first."""
 
     query: str
     passages: list[str]
@@ -70,7 +70,7 @@ class OrderExample(NamedTuple):
 
 
 def objective(student: LiT5Distill, recipe: WindowRecipe) -> Objective:
-    """What a LiT5Distill learns by a recipe."""
+    """The training objective of a LiT5Distill for a recipe."""
     t5: T5Checkpoint = student.load()
     largest = recipe.largest or student.window()[0]
     if not 2 <= recipe.smallest <= largest:
@@ -89,13 +89,14 @@ def objective(student: LiT5Distill, recipe: WindowRecipe) -> Objective:
 def sample_window(
     text_field: str, recipe: WindowRecipe, largest: int, given: Ranking, rng: random.Random
 ) -> OrderExample:
-    """A window of some passages of a list."""
+    """Sample a window of passages from a list."""
     shown, order = window(given.columns["target"], recipe.smallest, largest, recipe.shuffle, rng)
     return OrderExample(given.query, take(given.columns[text_field], shown), order)
 
 
 class WindowBatch(NamedTuple):
-    """B windows: the prompts of their passages and the orders as text with EOS, in ids, and the orders themselves."""
+    """B windows: the tokenised prompts of their passages, the tokenised target ranking strings with EOS, and the
+    orders."""
 
     prompts: list[list[list[int]]]
     answers: list[list[int]]
@@ -103,7 +104,7 @@ class WindowBatch(NamedTuple):
 
 
 def collate(student: LiT5Distill, examples: list[OrderExample]) -> WindowBatch:
-    """B examples in ids."""
+    """Tokenise B examples."""
     texts = [" ".join(str(position + 1) for position in example.order) for example in examples]
     return WindowBatch(
         prompts=[student.prompts(example.query, example.passages) for example in examples],
@@ -113,7 +114,7 @@ def collate(student: LiT5Distill, examples: list[OrderExample]) -> WindowBatch:
 
 
 def loss(t5: T5Checkpoint, recipe: WindowRecipe, batch: WindowBatch) -> torch.Tensor:
-    """L = cross-entropy of the order as text + a RankNet(first step), a mean over B windows; a is first_weight."""
+    """The mean over B windows of cross-entropy(target ranking string) + first_weight * RankNet(first decoding step)."""
     fid = FiD(t5.network)
     memory = encode(fid, batch.prompts, recipe.max_tokens, recipe.checkpointing)
     total = text_loss(fid, *memory, batch.answers, recipe.decay)
@@ -125,7 +126,8 @@ def loss(t5: T5Checkpoint, recipe: WindowRecipe, batch: WindowBatch) -> torch.Te
 def first_step_loss(
     t5: T5Checkpoint, states: torch.Tensor, attention_mask: torch.Tensor, orders: list[list[int]]
 ) -> torch.Tensor:
-    """Weighted RankNet over how likely each identifier is to come first: what decoding="first" orders by."""
+    """Weighted RankNet over the log-probability that each identifier is generated first, by which decoding="first"
+    ranks."""
     counts = [len(order) for order in orders]
     words, pieces = identifiers(t5, max(counts))
     scores, inside = first_scores(Beginning(FiD(t5.network), states, attention_mask, pieces), words, counts)
@@ -134,11 +136,12 @@ def first_step_loss(
 
 
 class Beginning:
-    """A `decoding.Reader` of an answer's first tokens, with a gradient. Token i is pieces[i] of the vocabulary."""
+    """A `decoding.Reader` for the first tokens of an answer, with gradients. Token i has the vocabulary id
+    pieces[i]."""
 
     def __init__(self, fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, pieces: list[int]):
         self.fid, self.memory = fid, (states, attention_mask)
-        self.pieces = torch.tensor(pieces, device=fid.device)  # (S,)
+        self.pieces = torch.tensor(pieces, device=fid.device)  # (R,)
         self.begin = self.pieces.new_full((len(states), 1), START)
 
     @property
@@ -146,11 +149,12 @@ class Beginning:
         return self.fid.device
 
     def start(self) -> torch.Tensor:
-        """Logits (B, S) of the first token."""
+        """Logits (B, R) of the first token."""
         return self.read(self.pieces.new_empty((len(self.begin), 0)))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m), which follow the start -> logits (B, m, S) after each; after the start where m is 0."""
+        """tokens (B, m) after the start token -> logits (B, m, R) after each; for m = 0, those after the start
+        token."""
         written = torch.cat([self.begin, self.pieces[tokens]], 1)
         states = decode(self.fid, *self.memory, written)
         return self.fid.logits(states[:, min(tokens.shape[1], 1) :], self.pieces)

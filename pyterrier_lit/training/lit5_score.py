@@ -1,8 +1,8 @@
-"""How a LiT5Score learns: to answer questions from passages. It is never told which passage is relevant.
+"""Training of LiT5Score: it learns to answer questions from passages, without any relevance labels.
 
-An example is a question with the first passages of its list and one of its known answers, which the student learns to
-write. To do so it has to attend to the passages that hold the answer, and this attention becomes their score when it
-ranks. Source: arXiv 2312.16098; the reader is that of Izacard and Grave, arXiv 2007.01282.
+A training example is a question with the first passages of its list and one of its answers, which the student learns to
+generate. To do so it must attend to the passages that contain the answer; at inference this attention is their score.
+Source: arXiv 2312.16098; the model is the FiD reader of Izacard and Grave, arXiv 2007.01282.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRecipe(FiDRecipe):
-    """A LiT5Score's recipe: an example is a question with the first passages of its list and one of its answers.
+    """A recipe for LiT5Score: a training example is a question with the first passages of its list and one of its
+    answers.
 
     Args:
-        n_passages: passages of an example; None is as many as the student reads.
+        n_passages: passages per example; None is the student's n_passages.
         dropout, max_tokens: see `training.fid.FiDRecipe`.
     """
 
@@ -35,16 +36,17 @@ class AnswerRecipe(FiDRecipe):
 
 
 RECIPES: dict[str, Recipe] = {
-    # LiT5-Score's own is not published; this is the large reader of FiD (Izacard and Grave), from which it descends
+    # LiT5-Score's own recipe is not published; this is the one of FiD's large reader (Izacard and Grave), its
+    # predecessor
     "fid-reader": AnswerRecipe(
         5e-5, batch_size=64, steps=15_000, warmup=1_000, schedule="linear", weight_decay=0.01, clip=1.0
     ),
 }
-FINE_TUNE, DISTIL = "fid-reader", None  # the recipe taken when none is named; a teacher's ranking holds no answers
+FINE_TUNE, DISTIL = "fid-reader", None  # the default recipes; a teacher's ranking has no answers
 
 
 class AnswerExample(NamedTuple):
-    """A question, its passages, and the answer to write."""
+    """A question, its passages, and the answer to generate."""
 
     query: str
     passages: list[str]
@@ -52,7 +54,7 @@ class AnswerExample(NamedTuple):
 
 
 def objective(student: LiT5Score, recipe: AnswerRecipe) -> Objective:
-    """What a LiT5Score learns by a recipe."""
+    """The training objective of a LiT5Score for a recipe."""
     t5: T5Checkpoint = student.load()
     set_dropout(t5.network, recipe.dropout)
     return Objective(
@@ -72,19 +74,19 @@ def answered(lists: Sequence[Ranking]) -> list[Ranking]:
 
 
 def sample_answer(text_field: str, n_passages: int, given: Ranking, rng: random.Random) -> AnswerExample:
-    """The first passages of a question, and one of its answers."""
+    """The first passages of a question, and one of its answers at random."""
     return AnswerExample(given.query, given.columns[text_field][:n_passages], rng.choice(answers_of(given)))
 
 
 def read(student: LiT5Score, example: AnswerExample) -> PromptsAndAnswer:
-    """The prompts of the passages, and as much of the answer as the student may write, in ids."""
+    """The tokenised prompts of the passages, and the tokenised answer, truncated to the student's answer_length."""
     pieces = student.load().pieces([example.answer])[0]
-    most = student.lengths()["answer_length"] - 2  # which counts START and EOS
+    most = student.lengths()["answer_length"] - 2  # answer_length counts START and EOS
     return student.prompts(example.query, example.passages).ids, [*pieces[:most], EOS]
 
 
 def answers_of(given: Ranking) -> list[str]:
-    """The answers in the first row of a question, which may hold one text or several."""
+    """The answers in the first row of a question: one text or a list of texts."""
     found = given.columns["answers"][0]
     texts = [found] if isinstance(found, str) else list(found) if isinstance(found, Sequence) else []
     return [text for text in texts if isinstance(text, str) and text.strip()]

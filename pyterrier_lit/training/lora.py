@@ -1,6 +1,6 @@
-"""LoRA: a network whose linear layers learn by small matrices beside their frozen weights. Knows no texts.
+"""LoRA: low-rank adapters on the frozen linear layers of a network. Knows no texts.
 
-Source: Hu et al., arXiv 2106.09685, as the library peft does it.
+Source: Hu et al., arXiv 2106.09685, with the library peft.
 """
 
 import contextlib
@@ -13,10 +13,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def adapted(network: Any, rank: int, seed: int) -> Iterator[None]:
-    """Put adapters of a rank beside every linear layer of a model of transformers, which is frozen, and begin them by
-    a seed. Afterwards they are merged into its weights; or, where learning failed, gone without a trace.
+    """Freeze a model of transformers and train adapters of this rank on each of its linear layers, initialised with
+    `seed`. At the end of the block the adapters are merged into the weights; after an error they are removed.
 
-    W x becomes W x + 2 B A x with A (rank, in) and B (out, rank) in float32, B zero at first. ImportError without peft.
+    W x becomes W x + 2 B A x with A (rank, in) and B (out, rank) in float32, where B starts at zero. Raises ImportError
+    without peft.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

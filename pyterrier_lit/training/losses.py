@@ -1,8 +1,8 @@
-"""Losses: pure functions of (scores, targets) that give one number. Knows no texts and no models.
+"""Losses: pure functions of (scores, targets) that return a scalar. Knows no texts and no models.
 
 Scores s and targets t are (Q, N): Q queries with N passages, higher is better. `mask` (Q, N) is true where there is a
-passage, None where every list has N; what stands outside it changes nothing. Losses over pairs take nothing from a list
-without any (one passage, or ties alone), and are 0 when no list has one.
+passage; None means that every list has N. Values outside the mask have no effect. In pairwise losses, a list without
+pairs (a single passage, or only ties) contributes nothing, and the loss is 0 when no list has a pair.
 """
 
 import torch
@@ -12,22 +12,22 @@ Mask = torch.Tensor | None
 
 
 def ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
-    """Mean over all pairs of the batch with t_i > t_j of log(1 + exp(-T (s_i - s_j))). Ties make no pair.
+    """Mean over all pairs in the batch with t_i > t_j of log(1 + exp(-T (s_i - s_j))). Ties are not pairs.
 
-    Source: Burges et al., ICML 2005; Rank-DistiLLM, whose printed sign is the wrong way round; a mean as in
-    lightning-ir, where the paper prints a sum.
+    Source: Burges et al., ICML 2005; Rank-DistiLLM, whose printed formula has the wrong sign and a sum; the mean is
+    that of lightning-ir.
     """
     return _mean(F.softplus(-temperature * _differences(_filled(scores, mask))), _better(targets, mask))
 
 
 def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """RankNet whose pairs weigh more the higher they stand: mean over all pairs of the batch with t_i > t_j of::
+    """RankNet with larger weights for pairs near the top: mean over all pairs in the batch with t_i > t_j of::
 
         log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
-    Source: FIRST, arXiv 2406.15657, section 3.2, which prints a sum, and its code, which takes the mean over the pairs
-    of each list.
+    Source: FIRST, arXiv 2406.15657, section 3.2. The paper prints a sum; its code takes the mean over the pairs of each
+    list.
     """
     inside = _inside(scores, mask)
     rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)
@@ -47,8 +47,8 @@ def margin_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -
 def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
     """Mean over all passages of the batch of (s_i - t_i)^2: the student learns a teacher's scores themselves.
 
-    Unlike the others it asks for the teacher's scale too. Source: Hinton et al., arXiv 1503.02531, section 2.1, where
-    matching the logits is the limit of high temperatures.
+    Unlike the other losses, this one also fits the scale of the teacher's scores. Source: Hinton et al., arXiv
+    1503.02531, section 2.1, where matching the logits is the limit of high temperatures.
     """
     inside = _inside(scores, mask)
     return _mean((_filled(scores, mask) - _filled(targets, mask)).square(), inside)
@@ -60,13 +60,13 @@ def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
         p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)   the approximate rank
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
-    Source: Rank-DistiLLM, appendix B, whose printed p_i is no rank (this is that of Qin et al., 2010); a mean as in
-    lightning-ir, where the paper prints a sum. The weight is float32 as there.
+    Source: Rank-DistiLLM, appendix B. The p_i printed there is not a rank; this one is from Qin et al., 2010. The mean
+    (the paper prints a sum) and the float32 weights are those of lightning-ir.
     """
     inside = _inside(scores, mask)
     pairs = inside[:, :, None] & inside[:, None]  # (Q, i, j)
     higher = (-_differences(_filled(scores, mask)) / temperature).sigmoid()
-    approximate = 0.5 + torch.where(pairs, higher, 0).sum(2)  # the pair of i with itself adds the other half
+    approximate = 0.5 + torch.where(pairs, higher, 0).sum(2)  # sigmoid(0) of the pair (i, i) adds the other 0.5
     rank = 1 + _order(targets, inside).argsort(dim=1)
     weight = 1 / torch.log2(rank.float() + 1)
     return _mean((approximate - rank).square() * weight, inside)
@@ -76,7 +76,8 @@ def lce(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch
     """Localised contrastive estimation, InfoNCE: mean over queries of -log softmax(s) at the passage with the
     highest target.
 
-    Among several with that target it is the first one. Source: Gao et al., ECIR 2021; Rank-DistiLLM, stage 1.
+    If several passages have the highest target, the first one counts. Source: Gao et al., ECIR 2021; Rank-DistiLLM,
+    stage 1.
     """
     inside = _inside(scores, mask)
     return F.cross_entropy(scores.masked_fill(~inside, float("-inf")), _order(targets, inside)[:, 0])
@@ -93,12 +94,12 @@ def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperatu
 
 
 def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "mean") -> torch.Tensor:
-    """The likelihood of the target order, one rank after the other (Plackett and Luce): mean over queries of the mean
-    (reduction="mean") or sum ("sum") over ranks i of::
+    """Negative log-likelihood of the target order (Plackett-Luce): mean over queries of the mean (reduction="mean") or
+    sum ("sum") over ranks i of::
 
         -log softmax(s_i over the passages not yet ranked) at the passage of rank i
 
-    scores: (Q, N), or (Q, N, N) where row i holds the scores at rank i, as PE-Rank's decoder gives anew at each step.
+    scores: (Q, N), or (Q, N, N) where row i holds the scores at rank i, since PE-Rank computes new scores at each step.
     Ties are ranked in the order of their positions. Source: Xia et al., ICML 2008; PE-Rank, stage 2.
     """
     logs, ranks = _stepwise(scores, targets, mask)
@@ -110,7 +111,8 @@ def list_kl(
 ) -> torch.Tensor:
     """Mean over queries of the sum or mean over ranks of KL(teacher || student), each over the passages not yet ranked.
 
-    scores, teacher: as `list_mle` takes them; the gradient reaches both. Source: PE-Rank, stage 2; a sum in its code.
+    scores, teacher: in the shapes of `list_mle`; both receive gradients. Source: PE-Rank, stage 2, whose code uses the
+    sum.
     """
     logs, ranks = _stepwise(scores, targets, mask)
     taught, _ = _stepwise(teacher, targets, mask)
@@ -120,10 +122,10 @@ def list_kl(
 def decayed_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, mask: Mask = None, decay: float = 0.95
 ) -> torch.Tensor:
-    """Mean over all tokens of the batch of -log softmax(logits) at the label; token t of an answer weighs decay^t.
+    """Weighted mean over all tokens in the batch of -log softmax(logits) at the label, with weight decay^t for token t.
 
-    logits: (B, T, V). labels: (B, T). mask: (B, T). decay=1 is the ordinary cross-entropy of a writer.
-    Source: LiT and Lean, ECIR 2025, section 3, which does not say how the weights are normalised: here by their sum.
+    logits: (B, T, V). labels: (B, T). mask: (B, T). decay=1 is the ordinary cross-entropy of a language model. Source:
+    LiT and Lean, ECIR 2025, section 3, which does not say how the weights are normalised; here, by their sum.
     """
     inside = _inside(labels, mask)
     weights = decay ** torch.arange(labels.shape[1], device=labels.device) * inside
@@ -136,7 +138,7 @@ def _inside(values: torch.Tensor, mask: Mask) -> torch.Tensor:
 
 
 def _filled(values: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """Zero outside the mask, where there may be anything."""
+    """The values, with zeros outside the mask."""
     return values if mask is None else values.masked_fill(~mask.bool(), 0)
 
 
@@ -146,13 +148,13 @@ def _differences(values: torch.Tensor) -> torch.Tensor:
 
 
 def _better(targets: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """(Q, N) -> (Q, i, j), whether i and j are passages and i's target is higher."""
+    """(Q, N) -> (Q, i, j): true where i and j are passages and the target of i is higher."""
     inside = _inside(targets, mask)
     return (_differences(_filled(targets, mask)) > 0) & inside[:, :, None] & inside[:, None]
 
 
 def _order(targets: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Positions by descending target, ties as they stand; what is not inside comes last."""
+    """Positions in descending order of target, ties in their order; positions outside the mask come last."""
     last = _filled(targets, inside).min() - 1
     return targets.masked_fill(~inside, last).argsort(dim=1, descending=True, stable=True)
 
@@ -162,14 +164,14 @@ def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 def _divergence(teacher: torch.Tensor, student: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Elementwise terms of KL from logarithms; 0 outside, where both may be -inf."""
+    """Elementwise terms of the KL divergence from log-probabilities; 0 where `where` is false."""
     teacher, student = teacher.masked_fill(~where, 0), student.masked_fill(~where, 0)
     return torch.where(where, teacher.exp() * (teacher - student), 0)
 
 
 def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax at each rank over the passages not yet ranked, (Q, rank, passages by rank), -inf on the others; and
-    which ranks (Q, N) there are."""
+    """log softmax at each rank over the passages not yet ranked, (Q, rank, passages by rank), with -inf for ranked
+    passages; and a mask of the ranks, (Q, N)."""
     inside = _inside(targets, mask)
     order = _order(targets, inside)
     scores = scores if scores.ndim == 3 else scores[:, None].expand(-1, scores.shape[1], -1)
@@ -177,7 +179,7 @@ def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[
     by_rank = scores.gather(2, order[:, None].expand_as(scores))
     ranks = inside.gather(1, order)
     left = torch.ones_like(by_rank, dtype=torch.bool).triu() & ranks[:, None]
-    outside = ~left & ranks[:, :, None]  # rows that are no rank stay as they are: nothing reads them
+    outside = ~left & ranks[:, :, None]  # rows beyond the last rank are not used
     return by_rank.masked_fill(outside, float("-inf")).log_softmax(2), ranks
 
 
