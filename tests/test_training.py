@@ -764,7 +764,7 @@ def test_recipes_are_the_papers():
             "learns from answers, not from a teacher's ranking; take FineTune",
         ),
         (lambda s: FineTune(LiT5Distill(str(LIT5), device="cpu"), smallest=30), ValueError, "windows of 30 to 20"),
-        (lambda s: FineTune(s, recipe=Recipe(1e-3)), NotImplementedError, "names no objective"),
+        (lambda s: FineTune(s, recipe=Recipe(1e-3)), NotImplementedError, "has no objective"),
     ],
 )
 def test_what_makes_no_sense_is_refused(student, candidates, qrels, build, error, words):

@@ -1,12 +1,12 @@
-"""How a PERank learns: first to understand the vector of a passage, then to rank by such vectors (arXiv 2406.14848).
+"""Training of PERank in two stages: alignment of the passage vectors, then ranking by them (arXiv 2406.14848).
 
-Stage 1, alignment: the language model is shown the vector of a passage in place of its text and asked for the text.
-Only the projector, which brings the vector into the input space of the language model, learns from how well it does.
+Stage 1, alignment: the language model sees the vector of a passage in place of its text and must reconstruct the text.
+Only the projector, which maps the vector into the input space of the language model, is trained.
 
-Stage 2, ranking: an example is a window of passages from a teacher's ranking. The language model reads their vectors
-and then, rank by rank, the vector of the passage that the teacher has at that rank; before each rank its state should
-be nearest to the vector of that passage, among those not yet ranked (ListMLE). It learns the same from a second prompt
-that also holds the texts, and to rank without the texts as it does with them (KL divergence).
+Stage 2, ranking: a training example is a window of passages from a teacher's ranking. The prompt contains their vectors
+and is followed by the vectors in the teacher's order. Before each rank, the hidden state should have the largest dot
+product with the vector of the next passage, among those not yet ranked (ListMLE). A second prompt also contains the
+texts and is trained in the same way, and a KL divergence distils its rankings into those without texts.
 """
 
 import dataclasses
@@ -33,35 +33,36 @@ from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_o
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentRecipe(Recipe):
-    """A PERank's recipe, stage 1: only the projector learns, and each passage of the lists is an example.
+    """A recipe for stage 1 of PERank: only the projector is trained, and each passage of the lists is an example.
 
     Args:
-        max_length: tokens of a question with its answer, the text; what is longer is cut.
+        max_length: maximum tokens of the prompt with its answer, the text, which is truncated.
     """
 
     max_length: int = 512
 
     def objective(self, student: PERank) -> Objective:
-        """The cross-entropy of a passage's text, written from its vector. Raises ValueError for a PERank that was saved
-        before, which has no output layer for words."""
+        """The cross-entropy of a passage's text given its vector. Raises ValueError for a PERank that was saved before:
+        saving drops the output layer for words."""
         return alignment(student, self)
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingRecipe(Recipe):
-    """A PERank's recipe, stage 2: an example is a window sampled from a list.
+    """A recipe for stage 2 of PERank: a training example is a window sampled from a list.
 
     Args:
-        smallest, largest: passages of a window; None is the student's window size.
-        shuffle: the probability that the passages of a window are shuffled; else they keep the first stage's order.
-        text_weight: of ranking with the texts in the prompt; 0 leaves them out.
-        kl_weight: of the divergence between both rankings.
-        reduction: the loss of a window is the "sum" over its ranks, as in the published code until 2024-10, or their
-            "mean", as since then; the divergence is a sum in both, so that with "mean" it weighs n times as much. With
-            "mean" a retraining is reported to be far worse (the code's issue tracker: .6355 for .7046).
-        max_length: the most tokens of a prompt with its answer.
-        lora: the rank of adapters by which the language model learns, in place of all its weights: for one GPU. They
-            are merged when it has learned. None trains all weights. The projector learns in either case.
+        smallest, largest: range of the number of passages in a window; None is the student's window size.
+        shuffle: the probability that a window is shuffled; otherwise it keeps the order of the first stage.
+        text_weight: the weight of ranking with the texts in the prompt; 0 omits that prompt.
+        kl_weight: the weight of the KL divergence between both rankings.
+        reduction: "sum" or "mean" over the ranks of a window in ListMLE. The published code used the sum until 2024-10
+            and uses the mean since then. The KL divergence is always a sum, so that with "mean" its relative weight is
+            n times as large. A retraining with "mean" is reported to be far worse (the code's issue tracker: .6355
+            instead of .7046).
+        max_length: maximum tokens of a prompt with its answer.
+        lora: train the language model by LoRA adapters of this rank instead of all weights, for a single GPU; they are
+            merged after training. None trains all weights. The projector is trained in either case.
     """
 
     smallest: int | None = None
@@ -74,12 +75,12 @@ class RankingRecipe(Recipe):
     lora: int | None = None
 
     def objective(self, student: PERank) -> Objective:
-        """ListMLE over the passages' vectors, with and without texts in the prompt, and the divergence of the two."""
+        """ListMLE with and without texts in the prompt, plus the KL divergence between the two."""
         return ranking(student, self)
 
 
-# The published scripts: AdamW, cosine, warm-up of 3 %; stage 1 on 4 GPUs of (by README and paper) 1 or 8, stage 2 on
-# 4 x 4 x 2
+# The published scripts: AdamW, cosine, warm-up of 3 %; stage 1 on 4 GPUs of 1 or 8 (README or paper), stage 2 on 4 x 4
+# x 2
 RECIPES: dict[str, Recipe] = {
     "pe-rank-alignment": AlignmentRecipe(
         1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True
@@ -88,19 +89,19 @@ RECIPES: dict[str, Recipe] = {
         2e-5, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, clip=1.0, checkpointing=True
     ),
 }
-FINE_TUNE = DISTIL = "pe-rank-ranking"  # the recipe taken when none is named
+FINE_TUNE = DISTIL = "pe-rank-ranking"  # the default recipe
 
 
-# What both stages do
+# Both stages
 
 
 class Read(NamedTuple):
-    """What the language model made of B prompts with at most N passages each."""
+    """The language model's output for B prompts with at most N passages each."""
 
-    states: torch.Tensor  # (B, L, H), after each token
+    states: torch.Tensor  # (B, L, H), the hidden state after each token
     ids: torch.Tensor  # (B, L), padded on the right
     passages: torch.Tensor  # (B, N, H), the projected vectors
-    inside: torch.Tensor  # (B, N), which passages there are
+    inside: torch.Tensor  # (B, N), mask of the passages
 
 
 def read(
@@ -109,9 +110,10 @@ def read(
     vectors: Sequence[torch.Tensor],
     orders: Sequence[Sequence[int]],
 ) -> Read:
-    """Read B prompts in ids, with placeholders for passages, and rank tokens for the same passages in a given order.
+    """Run the language model on B tokenised prompts with placeholders for the passages, followed by rank tokens for the
+    passages in a given order.
 
-    vectors: for each prompt the vectors (n, d) of its passages. orders: for each prompt a permutation of these.
+    vectors: for each prompt the vectors (n, d) of its passages. orders: for each prompt a permutation of its passages.
     """
     network, device = checkpoint.network, device_of(checkpoint.network)
     ids, mask = (tensor.to(device) for tensor in padded(prompts))
@@ -128,13 +130,14 @@ Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]  # lists -> the vector
 
 
 def embedding(student: PERank) -> Embed:
-    """A function that gives a batch its vectors, from where the student reads them. An encoder is not trained."""
+    """A function that returns the vectors of a batch's passages, from the student's source of vectors. Encoders are not
+    trained."""
     checkpoint, budget, quiet = student.load(), Budget(student.max_tokens), student.apply_attributes(verbose=False)
 
     def embed(lists: Sequence[Ranking]) -> list[torch.Tensor]:
         columns = {name: [list(given.columns[name]) for given in lists] for name in lists[0].columns}
         if checkpoint.encoder:
-            checkpoint.encoder.network.to(device_of(checkpoint.network))  # each process of several has a GPU of its own
+            checkpoint.encoder.network.to(device_of(checkpoint.network))  # with several processes, each has its own GPU
         with inference():
             vectors, rows = quiet.vectors_of(checkpoint, columns, budget)
         return [vectors[each] for each in rows]
@@ -143,8 +146,8 @@ def embedding(student: PERank) -> Embed:
 
 
 def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
-    """The lists, after reading the vectors of the first one, or of all where they are in a `doc_vec` column, so that
-    wrong vectors are an error before the first step."""
+    """The lists, after reading the vectors of the first list (of all lists for a `doc_vec` column), so that wrong
+    vectors raise an error before the first step."""
     for given in lists:
         embed([given])
         if "doc_vec" not in given.columns:
@@ -156,7 +159,7 @@ def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
 
 
 class AlignmentBatch(NamedTuple):
-    """B questions with their answers in ids, where the answers begin, and the passages, each a list of its own."""
+    """B tokenised prompts with their answers, where the answers begin, and the passages, each as a list of one."""
 
     conversations: list[list[int]]
     starts: list[int]
@@ -164,7 +167,7 @@ class AlignmentBatch(NamedTuple):
 
 
 def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
-    """What a PERank learns in stage 1."""
+    """The training objective of a PERank in stage 1."""
     checkpoint: PERankCheckpoint = student.load()
     head = output_layer(checkpoint)
     checkpoint.network.body.requires_grad_(False)
@@ -184,7 +187,7 @@ def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
 
 
 def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
-    """The layer (H -> V) with which the language model writes words. It is used here alone, and does not learn."""
+    """The language model's output layer (H -> V). It is used only in stage 1, and is frozen."""
     weight = checkpoint.head()
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight, requires_grad=False)
@@ -192,14 +195,14 @@ def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
 
 
 def the_passage(passage: Ranking, rng: random.Random) -> Ranking:
-    """The passage itself: nothing about it is random."""
+    """The passage itself; nothing is sampled."""
     return passage
 
 
 def collate_conversations(
     prompter: Prompter, max_length: int, text_field: str, passages: list[Ranking]
 ) -> AlignmentBatch:
-    """For each passage the question with its vector, and its text as the answer."""
+    """For each passage, a prompt with its vector, and its text as the answer."""
     answered = [prompter.answered(*prompter.alignment(*passage.columns[text_field])) for passage in passages]
     return AlignmentBatch(
         conversations=[ids[:max_length] for ids, _ in answered],
@@ -223,8 +226,8 @@ def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, embed: Embed, 
 
 
 class RankingExample(NamedTuple):
-    """A window: its prompts with their answers in ids, without and perhaps with the texts; its passages as they are
-    shown; and their positions best first."""
+    """A window: its tokenised prompts with answers, without and optionally with the texts; its passages as shown to the
+    student; and their positions, best first."""
 
     prompts: list[list[int]]
     window: Ranking
@@ -232,7 +235,7 @@ class RankingExample(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """B windows: the prompts of all without and perhaps of all with the texts, and their passages and orders."""
+    """B windows: all prompts without the texts, optionally all prompts with the texts, and the passages and orders."""
 
     views: list[list[list[int]]]
     windows: list[Ranking]
@@ -240,7 +243,7 @@ class RankingBatch(NamedTuple):
 
 
 def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
-    """What a PERank learns in stage 2."""
+    """The training objective of a PERank in stage 2."""
     checkpoint: PERankCheckpoint = student.load()
     checkpoint.network.requires_grad_(True)
     if recipe.lora:
@@ -264,7 +267,7 @@ def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
 def sample_window(
     prompter: Prompter, recipe: RankingRecipe, size: int, text_field: str, given: Ranking, rng: random.Random
 ) -> RankingExample:
-    """A window of some passages of a list. Raises ValueError where its prompt is too long."""
+    """Sample a window of passages from a list. Raises ValueError where its prompt is too long."""
     largest = recipe.largest or size
     shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
     passages = some_of(given, shown)
@@ -276,13 +279,13 @@ def sample_window(
     if len(prompts[-1]) > recipe.max_length:
         raise ValueError(
             f"the prompt for query {given.query!r} with {len(shown)} passages has {len(prompts[-1])} tokens; wanted at"
-            f" most {recipe.max_length}: cut the texts, or take fewer passages (largest=) or text_weight=0"
+            f" most {recipe.max_length}: truncate the texts, or use fewer passages (largest=) or text_weight=0"
         )
     return RankingExample(prompts, passages, order)
 
 
 def collate_windows(examples: list[RankingExample]) -> RankingBatch:
-    """B windows, and their prompts view by view."""
+    """Collect B windows; the prompts are grouped by view (without or with texts)."""
     views = [list(view) for view in zip(*(example.prompts for example in examples), strict=True)]
     return RankingBatch(views, [example.window for example in examples], [example.order for example in examples])
 
@@ -290,9 +293,9 @@ def collate_windows(examples: list[RankingExample]) -> RankingBatch:
 def ranking_loss(
     checkpoint: PERankCheckpoint, recipe: RankingRecipe, embed: Embed, batch: RankingBatch
 ) -> torch.Tensor:
-    """L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts || vectors), a mean over B windows.
+    """L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts || vectors), the mean over B windows.
 
-    a is the recipe's text_weight, b its kl_weight; with a = 0 only the first term is left.
+    a is the recipe's text_weight and b its kl_weight; with a = 0, only the first term remains.
     """
     vectors = embed(batch.windows)
     scores, insides = zip(*(rank_scores(checkpoint, view, vectors, batch.orders) for view in batch.views), strict=True)
@@ -308,8 +311,8 @@ def ranking_loss(
 def rank_scores(
     checkpoint: PERankCheckpoint, prompts: list[list[int]], vectors: list[torch.Tensor], orders: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """h . e_j with the state h before each rank, and each passage j, of B windows: (B, rank, N); and which passages
-    there are, (B, N)."""
+    """The dot products h . e_j of the hidden state h before each rank with each passage j, for B windows: (B, rank, N).
+    Also a mask of the passages, (B, N)."""
     states, ids, passages, inside = read(checkpoint, prompts, vectors, orders)
     before = states[:, :-1][ids[:, 1:] == checkpoint.prompter.rank]
     at_ranks = torch.zeros_like(passages).masked_scatter(inside[..., None], before.to(passages.dtype))
@@ -317,6 +320,6 @@ def rank_scores(
 
 
 def worth(order: list[int]) -> list[int]:
-    """Of n positions best first: n for the first of them, 1 for the last, by position."""
+    """Targets by position for an order of n positions: n for the first, 1 for the last."""
     value_of = dict(zip(order, range(len(order), 0, -1), strict=True))
     return [value_of[position] for position in range(len(order))]

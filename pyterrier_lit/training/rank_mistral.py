@@ -1,8 +1,9 @@
-"""How a RankMistral learns: to write the order of a window of passages as its teacher would.
+"""Training of RankMistral: it learns to generate the teacher's order of a window of passages.
 
-An example is a window of passages from a teacher's ranking. The language model reads their texts in one prompt and
-learns to write "[4] > [2] > ...": the cross-entropy of the answer's tokens, its end among them, as instruction tuning
-has it. PE-Rank's authors publish no recipe for this baseline; what is not said here is taken from PE-Rank's stage 2.
+A training example is a window of passages from a teacher's ranking. The language model reads their texts in one prompt
+and learns to generate "[4] > [2] > ...". As in instruction tuning, the loss is the cross-entropy of the answer's
+tokens, including the end token. PE-Rank's authors publish no recipe for this baseline; the hyperparameters are those of
+PE-Rank's stage 2.
 """
 
 import dataclasses
@@ -24,12 +25,12 @@ from pyterrier_lit.training.trainer import Objective, Recipe, device_of, enable_
 
 @dataclasses.dataclass(frozen=True)
 class TextRankingRecipe(Recipe):
-    """A RankMistral's recipe: an example is a window sampled from a list.
+    """A recipe for RankMistral: a training example is a window sampled from a list.
 
     Args:
-        smallest, largest: passages of a window; None is the student's window size.
-        shuffle: the probability that the passages of a window are shuffled; else they keep the first stage's order.
-        max_length: the most tokens of a prompt with its answer.
+        smallest, largest: range of the number of passages in a window; None is the student's window size.
+        shuffle: the probability that a window is shuffled; otherwise it keeps the order of the first stage.
+        max_length: maximum tokens of a prompt with its answer.
     """
 
     smallest: int | None = None
@@ -38,7 +39,7 @@ class TextRankingRecipe(Recipe):
     max_length: int = 4096
 
     def objective(self, student: RankMistral) -> Objective:
-        """The cross-entropy of the order as text."""
+        """The cross-entropy of the target ranking string."""
         return objective(student, self)
 
 
@@ -47,18 +48,18 @@ RECIPES: dict[str, Recipe] = {
         2e-5, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, clip=1.0, checkpointing=True
     ),
 }
-FINE_TUNE = DISTIL = "rank-mistral"  # the recipe taken when none is named
+FINE_TUNE = DISTIL = "rank-mistral"  # the default recipe
 
 
 class Conversation(NamedTuple):
-    """A prompt with its answer in ids, and where the answer begins."""
+    """A tokenised prompt with its answer, and where the answer begins."""
 
     ids: list[int]
     start: int
 
 
 def objective(student: RankMistral, recipe: TextRankingRecipe) -> Objective:
-    """What a RankMistral learns by a recipe."""
+    """The training objective of a RankMistral for a recipe."""
     checkpoint: TextCheckpoint = student.load()
     checkpoint.network.requires_grad_(True)
     if recipe.checkpointing:
@@ -76,7 +77,7 @@ def objective(student: RankMistral, recipe: TextRankingRecipe) -> Objective:
 def sample_window(
     prompter: TextPrompter, recipe: TextRankingRecipe, text_field: str, size: int, given: Ranking, rng: random.Random
 ) -> Conversation:
-    """A window of some passages of a list. Raises ValueError where its prompt is too long."""
+    """Sample a window of passages from a list. Raises ValueError where its prompt is too long."""
     largest = recipe.largest or size
     shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
     texts = take(given.columns[text_field], shown)
@@ -84,7 +85,7 @@ def sample_window(
     if len(ids) > recipe.max_length:
         raise ValueError(
             f"the prompt for query {given.query!r} with {len(shown)} passages and its answer have {len(ids)} tokens;"
-            f" wanted at most {recipe.max_length}: cut the texts, or take fewer passages (largest=)"
+            f" wanted at most {recipe.max_length}: truncate the texts, or use fewer passages (largest=)"
         )
     return Conversation(ids, start)
 

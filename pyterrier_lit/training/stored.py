@@ -1,7 +1,7 @@
-"""A stored run as training data, for runs that no frame could hold: some bytes a row, texts when a batch is made.
+"""Training from a stored run, for runs too large for a frame: a few bytes per row, texts looked up for each batch.
 
-What is held of a row is its docno and its target; of a query its qid, its text and where its rows begin. A list of the
-run is the list that the result frame with the same rows gives, so that a student learns the same from both.
+Memory holds the docno and the target of each row; and the qid, text and first row of each query. A list of the run
+equals the list from a result frame with the same rows, so training gives the same student from both.
 """
 
 import math
@@ -31,40 +31,40 @@ from pyterrier_lit.training.data import (
     score_values,
 )
 
-SHOWN = 20_000  # passages that a teacher is given together
-LOOKED_AT = 100  # lists whose texts are looked up before the first step
+SHOWN = 20_000  # passages per call of a teacher
+LOOKED_AT = 100  # lists whose texts are checked before the first step
 COLUMNS = ("qid", "docno", "score", "rank")
 
 Values = Iterable[tuple[str, str, float]]
 
 
 class StoredRun:
-    """A run in a file and where its texts are, which `fit` takes in place of a result frame::
+    """A run in a file with the source of its texts, which `fit` takes in place of a result frame::
 
         first = StoredRun("colbert.run.gz", topics, dataset, depth=100)
         Distil(student, "rankzephyr.run.gz").fit(first)
 
     Args:
-        path: a TREC run, a parquet file or JSON lines, perhaps compressed (.gz), with the rows of a query together.
-            Best is the lowest rank, and among equal ranks the highest score.
-        topics: the text of each query: a frame with qid and query, a mapping, or a file (`qid tab query`, or lines
-            {qid, query} of .jsonl[.gz]).
-        texts: the text of each docno: a text loader, what has one (a dataset, an index), a document store of
-            ir_datasets, a mapping, or a file (`docno tab text`, or lines {docno, text} of .jsonl[.gz]). Of what a
-            loader adds, the student's `text_field` is read.
-        depth: the first so many passages of each query; None is all.
+        path: a TREC run, a parquet file or JSON lines, optionally gzipped. The rows of a query must be consecutive.
+            They are ordered by rank, ties by descending score.
+        topics: the text of each query: a frame with qid and query, a mapping, or a file (`qid tab query`, or
+            .jsonl[.gz] with lines {qid, query}).
+        texts: the text of each docno: a text loader or an object with one (a dataset, an index), a document store of
+            ir_datasets, a mapping, or a file (`docno tab text`, or .jsonl[.gz] with lines {docno, text}). From a text
+            loader, the column `text_field` of the student is read.
+        depth: how many passages of each query to use, from the top; None is all.
 
-    The file is read once. Raises OSError when it cannot be read, and ValueError for a file without rows, for what is no
-    run, for a query that stands at two places or has a passage twice, and for one that the topics do not know, each
-    with its line. A passage that the texts do not hold is named with its qid: of a hundred queries before the first
-    step, else when it is drawn.
+    The file is read once. Raises OSError when it cannot be read, and ValueError, with the line, for a malformed or
+    empty run, for a query whose rows are not consecutive, for a repeated passage, and for a qid that is missing from
+    the topics. A passage without text raises an error with its qid and docno: for a hundred queries before the first
+    step, for the others when the passage is sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
         self.path, self.texts = Path(path).expanduser(), texts
         self.qids, self.queries, self.docnos = Strings(), Strings(), Strings()
-        self.starts = array("q", [0])  # where the rows of each query begin, and their number
-        self.targets: array[float] | None = None  # of each row, nan where there is none
+        self.starts = array("q", [0])  # the first row of each query, and the number of rows
+        self.targets: array[float] | None = None  # per row, nan where there is none
         ask = queries_of(topics)
         for rows in best_first(self.path, rows_in(self.path), depth):
             query = ask([rows[0].qid]).get(rows[0].qid)
@@ -83,21 +83,21 @@ class StoredRun:
         return f"StoredRun({str(self.path)!r}: {len(self.qids)} queries, {len(self)} passages)"
 
     def docnos_of(self, query: int) -> list[str]:
-        """The docnos of the query of that number, best first."""
+        """The docnos of the query with this index, best first."""
         docnos: str = self.docnos[query]
         return docnos.split(" ")
 
     def labelled(self, qrels: pd.DataFrame | None) -> "StoredRun":
-        """The same with labels as targets, as `data.with_labels` gives them to a frame."""
+        """A copy with labels as targets, as `data.with_labels` adds them to a frame."""
         targets = self._joined(label_values(qrels), missing=0.0)
         if not any(target > 0 for target in targets):
             raise none_relevant(len(self))
         return self._with(targets)
 
     def taught(self, teacher: Teacher, text_field: str) -> "StoredRun":
-        """The same with a teacher's scores as targets, as `data.with_teacher` gives them to a frame.
+        """A copy with a teacher's scores as targets, as `data.with_teacher` adds them to a frame.
 
-        A transformer is shown some thousand passages at a time, with their texts in the column `text_field`.
+        A transformer is called with some thousand passages at a time, with their texts in the column `text_field`.
         """
         if teacher is None:
             lengths = (end - start for start, end in pairwise(self.starts))
@@ -114,9 +114,9 @@ class StoredRun:
         return self._with(targets)
 
     def lists(self, column_sets: ColumnSets, text_field: str) -> "StoredLists":
-        """The lists that a student reads: those that `frames.rankings` gives of a frame with the same rows.
+        """The lists that a student reads, equal to those of `frames.rankings` for a frame with the same rows.
 
-        Raises ValueError where each of the column sets has a column that a run has not.
+        Raises ValueError where every column set needs a column that a run does not have.
         """
         held = {text_field, "target"}
         columns = next((columns for columns in column_sets if columns.keys() <= held), None)
@@ -133,7 +133,7 @@ class StoredRun:
         return run
 
     def _joined(self, values: Values, missing: float) -> "array[float]":
-        """The value of each row. Of a passage that stands twice the first counts."""
+        """The value of each row. Of repeated passages, the first counts."""
         found, number_of = array("d", [math.nan]) * len(self), {qid: i for i, qid in enumerate(self.qids)}
         last, row_of = None, dict[str, int]()
         for qid, docno, value in values:
@@ -150,7 +150,7 @@ class StoredRun:
         return found if missing != missing else array("d", (missing if v != v else v for v in found))
 
     def _asked(self, teacher: pt.Transformer, text_field: str) -> Values:
-        """The scores that a transformer gives all passages."""
+        """A transformer's scores of all passages."""
         lists, rows = self.lists([{text_field: str}], text_field), list[dict[str, Any]]()
         for i, given in enumerate(lists):
             passages = zip(given.columns["docno"], given.columns[text_field], strict=True)
@@ -164,12 +164,12 @@ class StoredRun:
 
 
 class StoredLists(Sequence[Ranking]):
-    """The lists of a stored run. What is asked for is made anew each time.
+    """The lists of a stored run, built on each access.
 
-    They stand as those of a frame do, where a query comes as early as its best passage: where a teacher left out the
-    first passages of a query, it comes after those that kept them. Without any passage it is no list.
+    The lists are in the order of a frame's lists, where queries are ordered by the row of their best passage: a query
+    whose first passages the teacher left out comes later. A query without passages has no list.
 
-    text_field: the column of the texts, None where they are not read. look_up: qid, docnos -> the text of each.
+    text_field: the column of the texts, or None if they are not read. look_up: qid, docnos -> the texts.
     """
 
     def __init__(self, run: StoredRun, text_field: str | None, look_up: Callable[[str, list[str]], list[str]]):
@@ -178,7 +178,7 @@ class StoredLists(Sequence[Ranking]):
         self.order = array("q", sorted((i for i, place in enumerate(first) if place >= 0), key=first.__getitem__))
 
     def _first(self, query: int) -> int:
-        """The place of the first passage of a query that has a target, -1 where none has."""
+        """The index of a query's first passage with a target, or -1 without any."""
         start, targets = self.run.starts[query], self.run.targets
         if targets is None:
             return 0
@@ -201,13 +201,13 @@ class StoredLists(Sequence[Ranking]):
         return Ranking(qid, self.run.queries[i], columns | {"docno": docnos})
 
     def some_texts(self) -> list[list[str]]:
-        """The texts of a hundred lists that lie evenly in the run. Raises ValueError for one that there is not."""
+        """Look up the texts of a hundred lists, evenly spaced in the run. Raises ValueError for a missing text."""
         some = range(0, len(self), max(len(self) // LOOKED_AT, 1))
         return [] if self.text_field is None else [list(self[i].columns[self.text_field]) for i in some]
 
 
 class Strings(Sequence[str]):
-    """Many texts one behind the other in memory, which takes their bytes and eight more for each."""
+    """Many strings concatenated in memory, which needs their bytes plus eight bytes each."""
 
     def __init__(self) -> None:
         self.bytes, self.ends = bytearray(), array("q")
@@ -225,7 +225,7 @@ class Strings(Sequence[str]):
 
 
 def rows_in(path: Path) -> Iterator[Row]:
-    """The rows of a run in a file. ValueError for a docno with white space."""
+    """The rows of a run file. ValueError for a docno with white space."""
     if is_trec(path):
         yield from run_rows(path)
         return
@@ -236,8 +236,7 @@ def rows_in(path: Path) -> Iterator[Row]:
 
 
 def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
-    """The scores of the rows of a run in a file, or where one has none the negative ranks of all, as `data.read_run`
-    reads them."""
+    """The scores of the rows of a run file; if any row has none, the negative ranks of all, as in `data.read_run`."""
     basis, row = basis_of(path), None
     for row in rows_in(path):
         value = row.score if basis == "score" else row.rank
@@ -252,7 +251,7 @@ def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def queries_of(topics: Any) -> Lookup:
-    """How the text of a query is found by its qid. TypeError for topics of another kind than StoredRun takes."""
+    """A function qid -> query text. TypeError for topics of a type that StoredRun does not take."""
     if isinstance(topics, str | Path):
         return topics_in(str(topics))
     if isinstance(topics, pd.DataFrame) and {"qid", "query"} <= set(topics.columns):
@@ -263,9 +262,9 @@ def queries_of(topics: Any) -> Lookup:
 
 
 def look_up(texts: Any, column: str, run: Path) -> Callable[[str, list[str]], list[str]]:
-    """How the texts of docnos of a query are found. TypeError for texts of another kind than StoredRun takes.
+    """A function qid, docnos -> texts. TypeError for texts of a type that StoredRun does not take.
 
-    column: where a text loader puts them. The function raises ValueError for a docno that has none.
+    column: the column that a text loader adds. The function raises ValueError for a docno without text.
     """
     if isinstance(texts, str | Path):
         find = documents(str(texts))
@@ -288,7 +287,7 @@ def _texts(find: Lookup, run: Path, qid: str, docnos: list[str]) -> list[str]:
         found, error = find(docnos), None
     except TypeError:
         raise
-    except Exception as raised:  # a text loader's own, where it knows one of them not
+    except Exception as raised:  # text loaders raise different errors for an unknown docno
         if len(docnos) > 1:
             return [text for docno in docnos for text in _texts(find, run, qid, [docno])]
         found, error = {}, raised

@@ -1,8 +1,8 @@
-"""The training loop: transformers' Trainer around a network and the functions that give it examples and their loss.
+"""The training loop: transformers' Trainer with a network, and with functions for its examples and their loss.
 
-Each step samples `batch_size` training lists (a query with its passages), makes an example of each, and updates the
-weights once by the mean loss of these examples. Where they do not fit into memory together, the gradient is accumulated
-over micro batches. What differs between rerankers is handed to `train` as an `Objective`.
+Each step takes `batch_size` training lists (a query with its passages), samples an example from each, and updates the
+weights once with the mean loss of these examples. Gradients are accumulated over micro-batches that fit into memory.
+What differs between rerankers is passed to `train` as an `Objective`.
 
 Knows no frames, no texts and no rerankers.
 """
@@ -33,17 +33,15 @@ from pyterrier_lit.models.devices import choose_dtype
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-MEASURE = "nDCG@10"  # what `validate` measures, in the log
-STARTED_WITH = "training.json"  # in the folder of a training: the recipe, the seed and what else it was started with
-WHOLE = "whole.json"  # in a saved state, written last: the size of each of its files
-WEIGHTS = "digest of the starting weights"  # its name there
-# Networks that learn with a folder, and the digest of the weights they had before: a training that was stopped may
-# resume in the same process, where they have moved
+MEASURE = "nDCG@10"  # the log's name for the result of `validate`
+STARTED_WITH = "training.json"  # in the training folder: the recipe, the seed and the other settings it started with
+WHOLE = "whole.json"  # in a checkpoint, written last: the size of each of its files
+WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
+# Networks trained with a folder -> the digest of their initial weights: training may resume in the same process, where
+# the weights have changed
 _began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
-Log = list[
-    dict[str, float]
-]  # in order of the steps: step, and of loss, learning_rate, grad_norm, nDCG@10 what there is
+Log = list[dict[str, float]]  # by step: step, and those of loss, learning_rate, grad_norm and nDCG@10 that were logged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +49,11 @@ class Settings:
     """How training runs, for every recipe.
 
     Args:
-        folder: where checkpoints are saved. Training resumes from there when it is started again with the same recipe,
-            data and initial weights. None saves nothing.
+        folder: where checkpoints are saved. Training that is started again with the same recipe, data and initial
+            weights resumes from there. None saves nothing.
         every: steps between checkpoints, and between measurements on validation frames. None is a tenth of all steps.
         patience: stop after this many measurements in a row without a better nDCG@10. None never stops early.
-        seed: fixes the order of the lists and everything that is sampled.
+        seed: determines the order of the lists and everything that is sampled.
         verbose: show progress.
     """
 
@@ -68,21 +66,21 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How much and how fast to train. A paper's setting is a value of this; each reranker's own recipe adds fields.
+    """The hyperparameters of training. Each reranker's recipe class adds fields, and a paper's setting is an instance.
 
     Args:
-        learning_rate: of AdamW, the same for all parameters.
+        learning_rate: the peak learning rate of AdamW, the same for all parameters.
         batch_size: lists per step, over all devices (the global batch size).
-        steps: updates of the weights; None trains for `epochs`.
-        epochs: passes over all lists, where steps is None.
-        warmup: steps in which the learning rate rises from 0, or below 1 their share of all steps.
-        schedule: what follows the warm-up: "constant", "linear" or "cosine".
+        steps: number of weight updates; None trains for `epochs`.
+        epochs: passes over all lists, if steps is None.
+        warmup: steps of linear warm-up, or, if below 1, their fraction of all steps.
+        schedule: the learning rate schedule after warm-up: "constant", "linear" or "cosine".
         weight_decay: of AdamW.
-        clip: the largest norm of a gradient; 0 does not clip.
-        micro_batch: the most lists in memory at once on a device; batch_size is a multiple of it.
-        precision: "bfloat16" computes under autocast with weights in float32, "float32" without autocast; None is
-            bfloat16 on a GPU that has it.
-        checkpointing: gradient checkpointing, which recomputes activations in the backward pass: slower, less memory.
+        clip: the maximum gradient norm; 0 does not clip.
+        micro_batch: maximum lists per forward pass on a device (micro-batch size); batch_size must be a multiple of it.
+        precision: "bfloat16" is mixed precision (autocast with float32 weights), "float32" is full precision; None is
+            bfloat16 on a GPU that supports it, else float32.
+        checkpointing: gradient checkpointing, which saves memory by recomputing activations in the backward pass.
         workers: processes that prepare batches; 0 prepares them in the training process.
         options: further arguments of transformers.TrainingArguments, such as deepspeed.
     """
@@ -102,7 +100,7 @@ class Recipe:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "Recipe":
-        """This recipe with some fields changed. Raises TypeError, which lists the fields, for a name that is none."""
+        """This recipe with some fields changed. Raises TypeError for an unknown field, with the names of all fields."""
         names = [field.name for field in dataclasses.fields(self)]
         unknown = [name for name in changes if name not in names]
         if unknown:
@@ -114,38 +112,40 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def objective(self, student: Any) -> "Objective":
-        """What a student learns by this recipe."""
-        raise NotImplementedError(f"{type(self).__name__} names no objective; use one of a reranker's recipes")
+        """The training objective of a student for this recipe."""
+        raise NotImplementedError(f"{type(self).__name__} has no objective; use a recipe of a reranker")
 
 
 def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
-    """Learning that changes nothing of a network but its weights."""
+    """The default `Objective.learning`: the network is trained as it is."""
     return contextlib.nullcontext()
 
 
 class Objective(NamedTuple):
-    """What a student learns: its network, and the functions that lead from training lists to a loss.
+    """What a student learns: its network, and the functions from training lists to a loss.
 
-    With Recipe.workers the functions travel to other processes: they are functions of modules or `partial`s of these.
+    With Recipe.workers the functions are pickled for other processes, so they must be module-level functions or
+    `partial`s of these.
     """
 
     network: nn.Module
     """What is trained, in place."""
     column_sets: Sequence[Mapping[str, type]]
-    """The columns that a training frame must have: the first set that is complete is read, as by `frames.rankings`.
-    The column "target" among them asks for labels or for a teacher."""
+    """Alternative sets of columns of a training frame; the first complete set is read, as in `frames.rankings`. The
+    column "target" requires labels or a teacher."""
     prepare: Callable[[Sequence[Any]], Sequence[Any]]
-    """All lists -> those that something can be learned from, in any form that `sample` reads."""
+    """All lists -> the lists that can be trained on, in any form that `sample` reads."""
     sample: Callable[[Any, random.Random], Any]
-    """One of the prepared lists -> an example of it. Whatever is random comes from the given generator."""
+    """A prepared list -> a training example. All randomness comes from the given generator."""
     collate: Callable[[list[Any]], Any]
     """M examples -> a batch."""
     loss: Callable[[Any], torch.Tensor]
-    """A batch -> the mean loss of its examples, a scalar with a gradient."""
+    """A batch -> the mean loss of its examples, a scalar with gradients."""
     wanted: str = "wanted queries with passages that are not all worth the same"
-    """What the error says when `prepare` leaves nothing."""
+    """The error message when `prepare` returns no lists."""
     around: Callable[[int], contextlib.AbstractContextManager[None]] = as_it_is
-    """What the network is while it learns, by the seed, such as one with adapters."""
+    """A context manager that changes the network during training, such as by adding adapters; it is called with the
+    seed."""
 
 
 def train(
@@ -158,19 +158,19 @@ def train(
     validate: Callable[[], float] | None = None,
     begins: Callable[[], None] | None = None,
 ) -> Log:
-    """Train the objective's network in place, and return what was measured on the way.
+    """Train the objective's network in place, and return the log.
 
     Args:
         lists: what `objective.prepare` returned.
-        settings: None takes the defaults of `Settings`.
-        described: by name, what else a training in `settings.folder` must share to be resumed, such as a digest of the
-            data.
-        validate: measures the network, higher is better. It is called every `settings.every` steps, and the network
+        settings: None is `Settings()`.
+        described: what else must be unchanged for training in `settings.folder` to resume, by name, such as a digest of
+            the data.
+        validate: evaluates the network, higher is better. It is called every `settings.every` steps, and the network
             ends with the weights of the best measurement.
-        begins: called once all is checked, before the first step.
+        begins: called after all checks, before the first step.
 
-    Raises ValueError for no lists, for a batch_size that is no multiple of micro_batch times the devices, for less than
-    one step, and for a folder that holds a training with another recipe, seed, `described` or starting weights.
+    Raises ValueError for no lists, for a batch_size that is not a multiple of micro_batch times the devices, for less
+    than one step, and for a folder that was used with another recipe, seed, `described` or initial weights.
     """
     from transformers import TrainingArguments
 
@@ -206,7 +206,7 @@ def train(
 def training_arguments(
     n_lists: int, recipe: Recipe, settings: Settings, device: torch.device, *, validated: bool
 ) -> dict[str, Any]:
-    """A recipe and settings in the words of transformers.TrainingArguments. Raises ValueError as `train` does."""
+    """A recipe and settings as transformers.TrainingArguments. Raises ValueError as `train` does."""
     micro_batch, accumulated = _micro_batches(n_lists, recipe)
     steps = _steps(n_lists, recipe)
     every = settings.every or max(steps // 10, 1)
@@ -231,7 +231,7 @@ def training_arguments(
         "fp16": precision == torch.float16,
         "use_cpu": device.type == "cpu",
         "seed": settings.seed,
-        "train_sampling_strategy": "sequential",  # `Samples` has shuffled
+        "train_sampling_strategy": "sequential",  # `Samples` shuffles
         "logging_steps": max(steps // 200, 1),
         "logging_first_step": True,
         "save_strategy": "steps" if settings.folder or validated else "no",
@@ -251,8 +251,8 @@ def training_arguments(
 
 
 def _micro_batches(n_lists: int, recipe: Recipe) -> tuple[int, int]:
-    """Lists in memory at once on each device, and over how many such micro batches a step accumulates."""
-    devices = int(os.environ.get("WORLD_SIZE", 1))  # processes, as `accelerate launch` and torchrun say; one GPU each
+    """The micro-batch size per device, and the number of micro-batches over which a step accumulates gradients."""
+    devices = int(os.environ.get("WORLD_SIZE", 1))  # processes of `accelerate launch` or torchrun, one GPU each
     micro_batch = min(recipe.micro_batch, max(recipe.batch_size // devices, 1))
     accumulated, rest = divmod(recipe.batch_size, micro_batch * devices)
     if not n_lists or rest or not accumulated:
@@ -273,11 +273,11 @@ def _steps(n_lists: int, recipe: Recipe) -> int:
     return steps
 
 
-# The folder of a training
+# The training folder
 
 
 def _claim(folder: Path, started: dict[str, Any]) -> None:
-    """Take a folder, which holds no saved state, or that of a training which was started in the same way."""
+    """Use a folder that has no checkpoint, or checkpoints of training that started with the same settings."""
     file = folder / STARTED_WITH
     if _last_whole(folder) and file.exists():
         held = json.loads(file.read_text(encoding="utf-8"))
@@ -294,7 +294,7 @@ def _claim(folder: Path, started: dict[str, Any]) -> None:
 
 
 def _starting_weights(network: nn.Module, folder: Path) -> str:
-    """The digest of a network's weights, or if it already learns with this folder of those it had before."""
+    """The digest of a network's weights; if it was already trained with this folder, of its initial weights."""
     before = _began.get(network)
     if before is None or before[0] != folder or not _last_whole(folder):
         before = _began[network] = folder, digest(network)
@@ -302,7 +302,7 @@ def _starting_weights(network: nn.Module, folder: Path) -> str:
 
 
 def digest(network: nn.Module) -> str:
-    """What tells the weights of a network from others."""
+    """A digest of the weights of a network."""
     found = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -311,14 +311,14 @@ def digest(network: nn.Module) -> str:
 
 
 def _last_whole(folder: Path) -> str | None:
-    """The last saved state in a folder that is complete: a process may have been killed while it wrote the last."""
+    """The last complete checkpoint in a folder. The process may have been killed while it wrote a later one."""
     states = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     whole = [path for path in states if _is_whole(path)]
     return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def _find_best(state: Path) -> None:
-    """Let a saved state know the best one in the folder where both are now, which may have been moved."""
+    """Correct the path of the best checkpoint in a checkpoint's state, since the folder may have been moved."""
     file, whole = state / "trainer_state.json", state / WHOLE
     held = json.loads(file.read_text(encoding="utf-8"))
     best = held.get("best_model_checkpoint")
@@ -337,7 +337,7 @@ def _is_whole(state: Path) -> bool:
 
 
 def _keeper() -> "TrainerCallback":
-    """Notes in each saved state, when all else is written, what belongs to it."""
+    """A callback that writes WHOLE last into each checkpoint."""
     from transformers import TrainerCallback
 
     class Keeper(TrainerCallback):
@@ -351,18 +351,18 @@ def _keeper() -> "TrainerCallback":
     return Keeper()
 
 
-# Loop
+# The loop
 
 
 class Samples(torch.utils.data.Dataset[Any]):
-    """Examples by number: number i is always the same one, so that a training resumes as if it had never stopped.
+    """Examples by index: example i is always the same, so that resumed training sees the same examples.
 
-    Every len(lists) numbers are an epoch, which has each list once, in an order of its own.
+    Every len(lists) indices are an epoch, which contains each list once, in a new order.
     """
 
     def __init__(self, sample: Callable[[Any, random.Random], Any], lists: Sequence[Any], count: int, seed: int):
         self.sample, self.lists, self.count, self.seed = sample, lists, count, seed
-        self._order: tuple[int, list[int]] = (-1, [])  # the epoch, and its order of the lists
+        self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its order of the lists
 
     def __len__(self) -> int:
         return self.count
@@ -377,9 +377,10 @@ class Samples(torch.utils.data.Dataset[Any]):
 
 
 class NetworkWithLoss(nn.Module):
-    """A network whose `forward` is its loss on a batch: the Trainer calls a model and reads "loss" of what it returns.
+    """A network whose `forward` returns its loss on a batch, since the Trainer calls a model and reads "loss" from the
+    result.
 
-    The loss is a mean over a micro batch, which the Trainer divides by the number of micro batches.
+    The loss is the mean over a micro-batch; the Trainer divides it by the number of micro-batches.
     """
 
     def __init__(self, network: nn.Module, loss: Callable[[Any], torch.Tensor]):
@@ -387,18 +388,18 @@ class NetworkWithLoss(nn.Module):
         self.network, self.loss = network, loss
 
     def forward(self, batch: SimpleNamespace) -> dict[str, torch.Tensor]:
-        """The loss of one micro batch, as `_as_argument` gives it."""
+        """The loss of one micro-batch, which `_as_argument` has wrapped."""
         return {"loss": self.loss(batch.examples)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """What may change: no frozen parameter; and each tensor once, also where a network shares some, since
-        safetensors refuses two names for one tensor."""
+        """The trainable parameters and buffers. Shared tensors appear once, since safetensors refuses two names for one
+        tensor."""
         found = super().state_dict(*args, **kwargs)
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         return {name: found[name] for name in _first_names(found).values() if name not in frozen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """What `state_dict` gave, for all names; the rest stays as it is."""
+        """Load what `state_dict` returned, under all names of each tensor; other tensors are unchanged."""
         own = super().state_dict()
         first = _first_names(own)
         given = {name: state_dict[first[name]] for name in first if first[name] in state_dict}
@@ -406,13 +407,13 @@ class NetworkWithLoss(nn.Module):
 
 
 def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """For each name of a tensor the first name that it has."""
+    """Each name of a tensor -> the first name of that tensor."""
     first: dict[tuple[int, torch.Size], str] = {}
     return {name: first.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}
 
 
 def _as_argument(collate: Callable[[list[Any]], Any], examples: list[Any]) -> dict[str, SimpleNamespace]:
-    """A batch as the argument of `NetworkWithLoss.forward`, in a wrapper that the Trainer does not take apart."""
+    """A batch as the argument of `NetworkWithLoss.forward`, wrapped so that the Trainer does not unpack it."""
     return {"batch": SimpleNamespace(examples=collate(examples))}
 
 
@@ -423,7 +424,7 @@ def _loop(
     validate: Callable[[], float] | None,
     patience: int | None,
 ) -> "Trainer":
-    """transformers.Trainer with AdamW over all parameters that learn, validated by a function."""
+    """transformers.Trainer with AdamW over all trainable parameters, and a function for validation."""
     import transformers
 
     class Loop(transformers.Trainer):
@@ -451,27 +452,27 @@ def _loop(
     )
     loop.remove_callback(transformers.PrinterCallback)
     if loop.accelerator.state.deepspeed_plugin is None:
-        loop.accelerator.gradient_accumulation_steps = 1  # the Trainer of 5.4 divides by them too
+        loop.accelerator.gradient_accumulation_steps = 1  # the Trainer of 5.4 would divide by them again
     return loop
 
 
 def _one_gpu(arguments: "TrainingArguments") -> "TrainingArguments":
-    """The arguments with at most one GPU: with several the Trainer would use DataParallel, and each would get the
+    """The arguments with at most one GPU. With several, the Trainer would use DataParallel, and each GPU would get the
     same batch."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
-# What the network is while it learns
+# The network during training
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where a network's parameters are. It can change between the making of an objective and its loss."""
+    """The device of a network's parameters, which can change between creating an objective and computing its loss."""
     return next(network.parameters()).device
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
-    """Make the models of transformers in a network recompute the activations of their layers in the backward pass."""
+    """Enable gradient checkpointing in all models of transformers inside a network."""
     for module in network.modules():
         if getattr(module, "supports_gradient_checkpointing", False):
             enable: Any = (
@@ -481,7 +482,7 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
 
 
 def _disable_gradient_checkpointing(network: nn.Module) -> None:
-    """The reverse of `enable_gradient_checkpointing`, with the hook that it leaves, which cannot be pickled."""
+    """Undo `enable_gradient_checkpointing`, including the hook that it leaves, which cannot be pickled."""
     for module in network.modules():
         if getattr(module, "supports_gradient_checkpointing", False):
             disable: Any = (
@@ -494,9 +495,8 @@ def _disable_gradient_checkpointing(network: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _float32_in_training_mode(network: nn.Module, autocast: bool) -> Iterator[None]:
-    """All in float32 and dropout on; under autocast what is frozen keeps its dtype, for less memory. Afterwards the
-    network has its device and each tensor its dtype again, dropout is off, and nothing is left of gradient
-    checkpointing."""
+    """Inside the block, all weights are float32 and dropout is on; under autocast, frozen weights keep their dtype to
+    save memory. Afterwards, device, dtypes and evaluation mode are restored, and gradient checkpointing is off."""
     device = device_of(network)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(network)}
     try:
@@ -520,8 +520,8 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def _eager_attention_on_cpu(network: nn.Module) -> Iterator[None]:
-    """On a CPU attention as products of matrices, "eager": there the gradient of the fused kernel ("sdpa") takes
-    several times as long. Afterwards every model has its own attention again."""
+    """On a CPU, use "eager" attention inside the block: there, the gradient of the fused kernel ("sdpa") is several
+    times slower. Afterwards, every model has its own attention implementation again."""
     models: list[Any] = [module for module in network.modules() if hasattr(module, "set_attn_implementation")]
     before = [model.config._attn_implementation for model in models]
     try:
@@ -538,7 +538,7 @@ def _eager_attention_on_cpu(network: nn.Module) -> Iterator[None]:
 
 
 def _log(history: list[dict[str, float]]) -> Log:
-    """What the Trainer logged of the steps, without its summaries of the whole training."""
+    """The Trainer's log of the steps, without its summaries of the whole training."""
     kept = ("step", "loss", "learning_rate", "grad_norm", MEASURE)
     entries = [{name: entry[name] for name in kept if name in entry} for entry in history]
     return [entry for entry in entries if len(entry) > 1]
