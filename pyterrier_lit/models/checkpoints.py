@@ -21,11 +21,11 @@ from pyterrier_lit.models.tokenization import bare_tokenizer, no_panic, settle
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a tokenizer has one of these
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # one of these must exist
 ADAPTER = "adapter_config.json"
-BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # what is fetched from the hub with the weights
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # fetched from the hub with the weights
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# What a checkpoint's folder may hold that is read with it
+# Further files in a checkpoint's folder that are read
 FILES = (
     *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -36,9 +36,9 @@ FILES = (
 
 
 class Folder:
-    """The files of a checkpoint. Each is read when it is asked for, and an error says which is missing or damaged.
+    """The files of a checkpoint. Each is read on access, and errors name the file that is missing or damaged.
 
-    Methods raise FileNotFoundError for a file that is not there, and ValueError for one that cannot be read.
+    Methods raise FileNotFoundError for a missing file, and ValueError for one that cannot be read.
     """
 
     def __init__(self, path: str | Path):
@@ -54,7 +54,7 @@ class Folder:
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
-        """The fields of tokenizer_config.json, {} where there is none."""
+        """The fields of tokenizer_config.json, or {} without that file."""
         name = "tokenizer_config.json"
         fields = _read_json(self, name) if (self.path / name).exists() else {}
         limit = fields.get("model_max_length")
@@ -63,11 +63,11 @@ class Folder:
         return fields
 
     def weights(self) -> Weights:
-        """All tensors by name, on the CPU in their stored dtype: of safetensors, else of pytorch_model*.bin.
+        """All tensors by name, on the CPU in their stored dtype: from safetensors, else from pytorch_model*.bin.
 
-        They are copies: safetensors maps its file, and whoever overwrote the file would change a loaded model. A copy
-        of 1 GB takes 0.7 seconds (reading the map later takes 0.5 of them too) and 1 GB of memory in place of the
-        file's pages, 2 GB with these while it is made.
+        They are copies: safetensors maps its file into memory, so overwriting the file would change a loaded model.
+        Copying 1 GB takes 0.7 seconds, of which reading the mapped file would take 0.5 in any case; the peak is 2 GB of
+        memory.
         """
         weights: Weights = {}
         for file in _weight_files(self):
@@ -81,25 +81,26 @@ class Folder:
         return weights
 
     def weight(self, name: str) -> torch.Tensor | None:
-        """One tensor, None where there is no such; of safetensors the others are not read."""
+        """One tensor, or None if it does not exist; from safetensors, no other tensor is read."""
         for file in _weight_files(self):
             if file.suffix != ".safetensors":
                 return self.weights().get(name)
             with safetensors.safe_open(file, "pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                if name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor: torch.Tensor = tensors.get_tensor(name).clone()
                     return tensor
         return None
 
     def tokenizer(self, kind: str | None = None) -> tokenizers.Tokenizer:
-        """The tokenizer without truncation or padding; `library_tokenizer` says which."""
+        """The tokenizer of `library_tokenizer`, without truncation or padding."""
         return bare_tokenizer(self.library_tokenizer(kind))
 
     def library_tokenizer(self, kind: str | None = None) -> "PreTrainedTokenizerFast":
-        """What the library makes of the folder: its vocabulary under the class and settings of tokenizer_config.json.
+        """The library's tokenizer for the folder: its vocabulary with the class and settings of tokenizer_config.json.
 
-        kind: the type of model ("bert", ...) whose tokenizer it is where the folder names no class of the library.
-        ValueError for a class that needs code of its own, or that does not run in the `tokenizers` package.
+        kind: the model type ("bert", ...) whose tokenizer class is used if the folder names none of the library's.
+        Raises ValueError for a class that needs code in the checkpoint, or that does not run in the `tokenizers`
+        package.
         """
         import transformers
 
@@ -119,7 +120,7 @@ class Folder:
             options["config"] = auto_config(self.config, model_type)
         try:
             with no_panic("any text"):
-                if has_file:  # of a damaged one the library may make another
+                if has_file:  # for a damaged file the library may build another tokenizer
                     tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
                 tokenizer: Any = reader.from_pretrained(
                     self.path, trust_remote_code=False, local_files_only=True, **options
@@ -136,17 +137,18 @@ class Folder:
         return fast
 
     def _check_tokenizer(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        """ValueError for one that runs in Python alone, or was made without the vocabulary that its class reads."""
+        """Raise ValueError for a tokenizer that is implemented in Python only, or lacks the vocabulary file of its
+        class."""
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} does not run in the tokenizers package")
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
         if not any((self.path / file).exists() for file in files):
             raise ValueError(f"{type(tokenizer).__name__} reads {' or '.join(sorted(files))}")
-        # A vocabulary that was cut to nothing fails at the first word it does not know
+        # An empty vocabulary fails at the first unknown word
         tokenizer.backend_tokenizer.encode("\u2603")
 
     def check_vocabulary(self) -> None:
-        """FileNotFoundError where there is no vocabulary: transformers would make a tokenizer without pieces."""
+        """Raise FileNotFoundError without a vocabulary: transformers would build an empty tokenizer."""
         if not any(found for name in VOCABULARIES for found in self.path.glob(name)):
             raise self.missing("tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
 
@@ -159,11 +161,11 @@ class Folder:
 
 
 def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
-    """The folder of a checkpoint: the path itself, or the hub's files in the local cache.
+    """The folder of a checkpoint: the given folder, or the files from the hub in the local cache.
 
     revision: a branch, tag or commit on the hub; None is its main branch.
 
-    Raises FileNotFoundError when it is neither here nor on the hub, saying how to bring it to a machine without a
+    Raises FileNotFoundError when the checkpoint is neither a folder nor on the hub, with advice for a machine without a
     network, and ValueError for a revision of a folder.
     """
     if revision is not None and not (isinstance(revision, str) and revision):
@@ -188,9 +190,9 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
 def fetch_from_hub(
     model: str, *, revision: str | None = None, weights: bool = True, use: str = "pass its path as model="
 ) -> Folder:
-    """`fetch` for a hub id alone, whatever folders of that name lie here.
+    """`fetch` for a hub id only, even if a folder with that name exists.
 
-    weights: whether they are brought too. use: what to do with a copy on a machine without a network.
+    weights: whether to fetch them too. use: for the error message, how to use a copy on a machine without a network.
     """
     from huggingface_hub import snapshot_download
 
@@ -210,7 +212,7 @@ def fetch_from_hub(
 
 
 def _whole(folder: Folder) -> Folder:
-    """The folder. ValueError where an adapter lies in it: alone it is no model, and beside one it may count or not."""
+    """The folder. Raises ValueError if it contains an adapter, which is not a model on its own and is never applied."""
     if (folder.path / ADAPTER).exists():
         raise ValueError(
             f"{folder} holds an adapter ({ADAPTER}), which is not applied. Merge it into its base model, by peft's"
@@ -221,7 +223,7 @@ def _whole(folder: Folder) -> Folder:
 
 
 def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=", revision: str | None = None) -> str:
-    """How a checkpoint comes to a machine without a network: a part of a sentence for errors."""
+    """Advice for error messages on how to bring a checkpoint to a machine without a network."""
     which = f"{name} --revision {revision}" if revision else name
     return f"run `hf download {which} --local-dir FOLDER` on a machine that has one, copy FOLDER here and {use}"
 
@@ -244,18 +246,18 @@ def save_json(file: Path, fields: dict[str, Any]) -> None:
 
 
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
-    """Save a checkpoint: `fill` writes into a new folder, whose files go to `path` only when all of them are complete.
+    """Save a checkpoint: `fill` writes into a new folder, whose files are moved to `path` only when all are complete.
 
-    Until then an older checkpoint at `path` stays as it was; then those of its files that the new one has not are
-    removed, since loading would read them. Other files stay in any case. OSError when the new one cannot be written, as
-    when a disk is full.
+    Until then, an older checkpoint at `path` is unchanged. Its files that the new checkpoint does not have are then
+    removed, since loading would read them. Files that are not part of a checkpoint stay. Raises OSError when the
+    checkpoint cannot be written, for example on a full disk.
     """
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=path) as new:
         try:
             fill(Path(new))
-        except Exception as error:  # safetensors and tokenizers raise their own for a full disk
+        except Exception as error:  # safetensors and tokenizers raise their own errors for a full disk
             raise OSError(f"{path} could not be saved and is as it was before ({first_line(error)})") from error
         written = sorted(Path(new).iterdir())
         for file in written:
@@ -282,7 +284,7 @@ def _weight_files(folder: Folder) -> list[Path]:
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    """The files that an index names. ValueError for one that leads out of the folder."""
+    """The files that an index names. ValueError for a path outside the folder."""
     weight_map = _read_json(folder, index).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:

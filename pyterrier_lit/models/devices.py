@@ -1,4 +1,4 @@
-"""Where and in which precision a reranker computes."""
+"""The device and the precision of a reranker."""
 
 import copy
 from typing import Any
@@ -9,16 +9,16 @@ from torch import nn
 from pyterrier_lit.models.errors import first_line
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OTHER_NAMES = {  # that people use
+OTHER_NAMES = {  # common aliases
     **{"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"},
     **{"fp64": "float64", "double": "float64"},
 }
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; None is the first GPU (CUDA's, else Apple's mps), else the CPU.
+    """The requested device; None is the first GPU (CUDA's, else Apple's mps), else the CPU.
 
-    ValueError when it is unknown or not there.
+    Raises ValueError for an unknown or unavailable device.
     """
     if device is None:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -34,10 +34,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; None is bfloat16 on a GPU that computes in it, else float32.
+    """The requested dtype; None is bfloat16 on a GPU that supports it, else float32.
 
-    "auto" is bfloat16 also on a CPU that computes in it (AVX512-BF16 or AMX). ValueError for what is no floating point
-    type of inference.
+    "auto" is bfloat16 also on a CPU that supports it (AVX512-BF16 or AMX). Raises ValueError for anything but a
+    floating point type for inference.
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         native = _computes_in_bfloat16(device) and (device.type == "cuda" or dtype == "auto")
@@ -52,15 +52,15 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
-    """The name by which torch has it: "bfloat16" for "bf16", torch.bfloat16 and "torch.bfloat16"."""
+    """torch's name of a dtype: "bfloat16" for "bf16", torch.bfloat16 and "torch.bfloat16"."""
     name = str(dtype).removeprefix("torch.")
     return OTHER_NAMES.get(name, name)
 
 
 def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A copy of a checkpoint in memory, with its networks on a device and their weights in a dtype.
+    """A copy of a checkpoint in memory, moved to a device and converted to a dtype.
 
-    Tables that are no weights, such as those of positions, keep their dtype.
+    Buffers, such as position tables, keep their dtype.
     """
     networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
     copies = {
@@ -68,7 +68,7 @@ def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
         for network in networks
         for weight in network.parameters()
     }
-    copied = copy.deepcopy(checkpoint, copies)  # which takes these in place of the weights
+    copied = copy.deepcopy(checkpoint, copies)  # uses these in place of the weights
     for part in (copied, getattr(copied, "encoder", None)):
         if part is not None:
             part.network.to(device)

@@ -1,10 +1,10 @@
-"""What is wrong with a checkpoint, in words."""
+"""Error messages for faulty checkpoints."""
 
 from pathlib import Path
 
 
 def wrong_weights(source: str, problems: list[str]) -> ValueError:
-    """The error for a checkpoint whose weights are not those of its architecture; `problems` are listed, up to ten."""
+    """The error for a checkpoint whose weights do not match its architecture; it lists up to ten `problems`."""
     listed = "; ".join(sorted(problems)[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
     return ValueError(f"{source} does not hold the weights of this model: {listed}")
 
@@ -15,5 +15,5 @@ def damaged(file: Path, error: BaseException) -> ValueError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The message of an error, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

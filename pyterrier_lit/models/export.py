@@ -1,7 +1,8 @@
-"""A cross-encoder of lightning-ir as a sequence classifier of the library, with the same scores. Knows no rankings.
+"""Converts a cross-encoder of lightning-ir to a sequence classifier of the library with the same scores.
 
-The library's classifiers have two layers above the state of the first token, which lightning-ir's head, w . h + b, has
-not. Both are made linear: GELU(x) - GELU(-x) = x for ELECTRA's, and tanh(e x) / e = x - e^2 x^3 / 3 + ... for BERT's.
+The library's classifiers have two layers with a nonlinearity on the state of the first token, where lightning-ir has w
+. h + b. Their weights are set so that they compute a linear function: for ELECTRA by GELU(x) - GELU(-x) = x, for BERT
+by tanh(e x) / e = x - e^2 x^3 / 3 + ... with a small e.
 """
 
 import dataclasses
@@ -13,16 +14,17 @@ from pyterrier_lit.models.library import NO_SHAPE, Weights, library_model
 from pyterrier_lit.models.pair_encoder import IDENTITY, PairCheckpoint
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
 
-SCALE = 2.0**-13  # e: a score of 20 changes by 4e-5; a power of two, by which a weight is multiplied exactly
+SCALE = 2.0**-13  # e: changes a score of 20 by 4e-5; multiplying a weight by a power of two is exact
 READS = ["input_ids", "token_type_ids", "attention_mask"]
 NAMED = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) -> PairCheckpoint:
-    """The checkpoint as a classifier with one label: a BERT's, or an ELECTRA's where embeddings are projected.
+    """The checkpoint as a classifier with one label: a BERT, or an ELECTRA where the embeddings are projected.
 
-    lengths: the pieces kept of a query and of a passage, whose sum limits the pair. A checkpoint that is a classifier
-    comes back as it is. ValueError for one whose score is not a linear function of the first token's state.
+    lengths: maximum tokens of a query and of a passage; their sum limits the pair. A checkpoint that is a classifier
+    already is returned unchanged. Raises ValueError where the score is not a linear function of the first token's
+    state.
     """
     network = checkpoint.network
     if isinstance(network, LabelScorer):
@@ -64,7 +66,7 @@ def _classifier(network: PooledScorer) -> Any:
 
 
 def _head(kind: str, row: torch.Tensor, bias: torch.Tensor | None) -> Weights:
-    """The two layers above the body that give w . h + b; row: w, (1, H)."""
+    """The two layers of the classifier that compute w . h + b; row: w, (1, H)."""
     size = row.shape[1]
     inner, outer = row.new_zeros(size, size), row.new_zeros(1, size)
     inner[0] = row[0] * SCALE if kind == "bert" else row[0]

@@ -1,4 +1,4 @@
-"""What goes to the hub with a checkpoint, its card, and how a folder becomes a commit there. Knows no networks."""
+"""Model cards, and uploads of a checkpoint's folder to the hub. Knows no networks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from pyterrier_lit.models.checkpoints import FILES, HUB_ID
 from pyterrier_lit.models.errors import first_line
 
 CARD = "README.md"
-KEPT = ("license", "language")  # what of a card's head is the user's to say
+KEPT = ("license", "language")  # fields of a card's header that the user sets
 MARK = (
-    "<!-- Written by `save` of pyterrier_lit, which writes it anew when it saves here again, unless this line is gone."
+    "<!-- Written by `save` of pyterrier_lit, which replaces it when it saves here again, unless this line is gone."
     " Give your license above, as `license: ...` -->"
 )
 ELSEWHERE = """
@@ -39,11 +39,11 @@ def card(
     earlier: str = "",
     classifier: bool = False,
 ) -> str:
-    """The card of a checkpoint.
+    """The text of a checkpoint's model card.
 
-    name: of its folder. kind: its class here. about: a sentence on that. base_model: a hub id, or None.
-    facts: what is recorded of it. trainings: of each, what it was. earlier: what another card says of those before.
-    classifier: whether transformers reads it.
+    name: of its folder. kind: its class in this package. about: a sentence on that class. base_model: a hub id, or
+    None. facts: recorded settings. trainings: facts on each training run. earlier: the section on training runs of an
+    older card. classifier: whether transformers can load the checkpoint.
     """
     from huggingface_hub import ModelCardData
 
@@ -72,7 +72,7 @@ pipeline = first_stage % 100 >> {kind}("{name}")  # after any first stage of PyT
 
 
 def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
-    """A card for the same checkpoint by another name, and perhaps in the layout of transformers."""
+    """The card of the same checkpoint under another name, optionally in the layout of transformers."""
     from huggingface_hub import ModelCard
 
     if MARK in text:
@@ -85,7 +85,8 @@ def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
 
 
 def in_place_of(text: str, before: str) -> str | None:
-    """The card that is written over an earlier one: with its license and language, or None where that is the user's."""
+    """The card that replaces an earlier one and keeps its license and language; None if the earlier card is the user's
+    own."""
     from huggingface_hub import ModelCard
 
     if MARK not in before:
@@ -98,7 +99,7 @@ def in_place_of(text: str, before: str) -> str | None:
 
 
 def read_card(folder: Path) -> str | None:
-    """The card in a folder."""
+    """The card in a folder, or None."""
     file = folder / CARD
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
@@ -112,23 +113,24 @@ def base_of(text: str) -> str | None:
 
 
 def trainings_of(text: str) -> str:
-    """What a card that `save` wrote says of trainings, without the heading; of another card, nothing."""
+    """The section on training runs in a card that `save` wrote, without its heading; "" for any other card."""
     told = text.partition("\n## Training\n")[2].partition("\n## Use\n")[0].strip()
     return f"{told}\n" if told and MARK in text else ""
 
 
 def is_hub_id(model: object) -> bool:
-    """Whether this is the name of a repository, and of no folder here."""
+    """Whether this is the name of a repository on the hub and not of a local folder."""
     return bool(HUB_ID.fullmatch(str(model))) and not Path(str(model)).exists()
 
 
 def push(
     folder: Path, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
 ) -> str:
-    """Make the files of a checkpoint's folder those of a repository on the hub, made if need be; the commit's id.
+    """Upload the files of a checkpoint's folder to a repository on the hub, created if necessary. Returns the commit's
+    id.
 
-    revision: the branch, made if need be; None is main. A card that stands there and is not ours stays, and so do
-    files that are no checkpoint's. Raises OSError with what the hub's client said.
+    revision: the branch, created if necessary; None is main. A card in the repository that `save` did not write is
+    kept, as are files that do not belong to a checkpoint. Raises OSError with the message of the hub's client.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError

@@ -1,4 +1,4 @@
-"""Networks of the transformers library, built to a config.json and filled with exactly a checkpoint's weights."""
+"""Builds networks of the transformers library from a config.json, and loads a checkpoint's weights strictly."""
 
 import re
 from collections.abc import Callable
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 Weights = dict[str, torch.Tensor]
 Network = TypeVar("Network", bound=nn.Module)
-NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # what layer norms were called before 2019
+NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # names of layer norm weights before 2019
 _OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
-# Fields of a config.json that say nothing about the shape of the network
+# Fields of a config.json that do not affect the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-# Fields by which a checkpoint would choose how the library runs: its code, kernels, packing and outputs. A name that
-# begins with _ is one too
+# Fields that would let a checkpoint choose how the library runs: code, kernels, packing and outputs. Names that begin
+# with _ are also ignored
 NOT_HANDED_ON = (
     *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
     *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript"),
 )
-# What architectures call the number of their layers
+# Names of the number of layers in different architectures
 LAYERS = (
     *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"),
     *("encoder_layers", "decoder_layers"),
@@ -33,7 +33,7 @@ LAYERS = (
 
 
 def library_config(config: dict[str, Any], config_class: type) -> Any:
-    """A configuration of the library from the fields of config.json that say what the network looks like."""
+    """A configuration of the library with the fields of config.json that describe the network."""
     known = config_class().to_dict()
     return config_class(
         **{key: value for key, value in handed_on(config).items() if key in known and key not in NO_SHAPE}
@@ -41,9 +41,10 @@ def library_config(config: dict[str, Any], config_class: type) -> Any:
 
 
 def auto_config(config: dict[str, Any], kind: str) -> Any:
-    """`library_config` for a model_type, with the fields that only it knows. KeyError where the library has no such.
+    """`library_config` for a model_type, including its own fields. Raises KeyError for a model_type that the library
+    lacks.
 
-    Names of code in the config are not followed.
+    References to code in the config are ignored.
     """
     from transformers import CONFIG_MAPPING
 
@@ -53,7 +54,7 @@ def auto_config(config: dict[str, Any], kind: str) -> Any:
 
 
 def handed_on(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json, and of the configs inside it, that the library may see."""
+    """The fields of a config.json, and of nested configs, that are passed to the library."""
     return {
         key: handed_on(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -62,9 +63,10 @@ def handed_on(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights, source: str) -> Network:
-    """The network that `make` makes of a config.json, on the CPU, its weights still to be loaded.
+    """The network that `make` builds from a config.json, on the CPU, before its weights are loaded.
 
-    ValueError where it would have more layers than there are weights, or far more numbers: before any is made.
+    Raises ValueError, before anything is allocated, where it would have more layers or far more parameters than the
+    weights.
     """
     check_size(make, config, weights, source)
     with torch.device("cpu"):
@@ -77,12 +79,12 @@ def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: W
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in make().parameters())
     held = sum(tensor.numel() for tensor in weights.values())
-    if numbers > 2 * held:  # twice: the library may store shared tensors once
+    if numbers > 2 * held:  # factor 2: shared tensors may be stored once
         raise wrong_weights(source, [f"the config describes {numbers:,} numbers, and the weights are {held:,}"])
 
 
 def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
-    """The part of `build`'s check that needs no network: to list or make a million layers would take hours."""
+    """The part of the check that needs no network: building a million layers, even without memory, would take hours."""
     for name, value in config.items():
         if isinstance(value, dict):
             check_layers(value, weights, source)
@@ -91,7 +93,7 @@ def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
 
 
 def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
-    """Put weights into a module; ValueError names every weight that is missing, left over or of another shape."""
+    """Load weights into a module. ValueError names each weight that is missing, unexpected or of another shape."""
     own = module.state_dict()
     problems = [f"missing {name}" for name in own.keys() - weights.keys()]
     problems += [f"unexpected {name}" for name in weights.keys() - own.keys()]
@@ -108,9 +110,9 @@ def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
 def library_model(
     mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
 ) -> "PreTrainedModel":
-    """The library's model for a config.json, from a mapping such as transformers.MODEL_MAPPING, with these weights.
+    """The library's model for a config.json, from a mapping such as transformers.MODEL_MAPPING, with the given weights.
 
-    Raises KeyError where the library has no such model, and ValueError for weights that are missing, left over or of
+    Raises KeyError where the library has no such model, and ValueError for weights that are missing, unexpected or of
     another shape.
     """
     model, found = _library_model(mapping, config, kind, weights, source, dtype)
@@ -119,7 +121,7 @@ def library_model(
 
 
 def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """The body of a model of the library, whose weights may be those of the whole model. Raises as `library_model`."""
+    """The body of a model of the library; the weights may include those of a head. Raises what `library_model` does."""
     from transformers import MODEL_MAPPING
 
     model, found = _library_model(MODEL_MAPPING, config, str(config.get("model_type")), weights, source, dtype)
@@ -128,9 +130,9 @@ def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: t
 
 
 def library_student(config: dict[str, Any], weights: Weights, source: str) -> "PreTrainedModel":
-    """The library's sequence classifier over a pre-trained body; what the weights lack above it is drawn at random.
+    """The library's sequence classifier on a pre-trained body. Missing weights of the head are initialised at random.
 
-    Raises as `library_model`, for the weights of the body.
+    Raises what `library_model` does for the weights of the body.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -162,7 +164,7 @@ def _library_model(
 
 
 def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> None:
-    """ValueError for the weights in which the library found one of these problems."""
+    """Raise ValueError for the weights in which the library found one of these problems."""
     names = [
         (problem, name if isinstance(name, str) else name[0])
         for problem in problems
@@ -174,9 +176,9 @@ def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> No
 
 
 def positions(network: nn.Module) -> int | None:
-    """Tokens of the longest input by a network's table of positions, None where it has none."""
+    """The maximum input length in tokens by a network's position table, or None without one."""
     counts = [
-        # RoBERTa counts its positions from behind the padding
+        # RoBERTa's positions start after its padding index
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         for name, module in network.named_modules()
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
@@ -185,10 +187,10 @@ def positions(network: nn.Module) -> int | None:
 
 
 def position_limit(config: Any) -> float:
-    """Tokens of the longest input of a language model, by its library config.
+    """The maximum input length of a language model in tokens, by its library config.
 
-    Rotary positions that change beyond some length change for the whole batch: such lengths are left out, so that an
-    order does not depend on company.
+    Some rotary embeddings change for the whole batch when one input exceeds a certain length. Such lengths are
+    excluded, so that an order does not depend on the other prompts in the batch.
     """
     limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -199,11 +201,12 @@ def position_limit(config: Any) -> float:
 
 
 def today(weights: Weights) -> Weights:
-    """Weights by today's names: layer norms were called gamma and beta, and positions were saved as a buffer."""
+    """Weights under their current names: layer norms used to be named gamma and beta, and positions were saved as a
+    buffer."""
     kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
     return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
 
 
 def below(weights: Weights, prefix: str) -> Weights:
-    """The weights whose names begin so, without that beginning."""
+    """The weights whose names start with a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Which LiT5 a checkpoint is: by what `save` recorded in its config, else by its names. Knows no network."""
+"""Identifies LiT5 checkpoints: by what `save` recorded in the config, else by their names. Knows no network."""
 
 import os.path
 import re
@@ -13,15 +13,16 @@ import torch
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.t5 import T5Checkpoint, read_t5
 
-WINDOWS = {"v1": 20, "v2": 100}  # passages that the families of LiT5-Distill were trained to order
+WINDOWS = {"v1": 20, "v2": 100}  # window size in training of each LiT5-Distill family
 NAME = re.compile(r"lit5[-_. ]?(distill|score)", re.IGNORECASE)  # as in castorini/LiT5-Distill-base-v2
 V2 = re.compile(r"(?<![a-z0-9])v2(?![a-z0-9])", re.IGNORECASE)
 
 
 def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpoint]:
-    """How the trained checkpoints of LiT5Distill or of LiT5Score are read.
+    """The function that loads trained checkpoints of LiT5Distill or of LiT5Score.
 
-    ValueError for one that `save` recorded as the other's, and a warning where only its name says so.
+    It raises ValueError for a checkpoint that `save` recorded as the other reranker's, and warns if only the name says
+    so.
     """
 
     def read(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Checkpoint:
@@ -46,7 +47,7 @@ def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpo
 
 
 def recorded_kind(config: dict[str, Any]) -> str | None:
-    """The reranker that `save` recorded; earlier versions did so by its settings."""
+    """The reranker that `save` recorded. Earlier versions recorded only its settings."""
     if isinstance(config.get("reranker"), str):
         return str(config["reranker"])
     lengths = config.get("lengths")
@@ -56,21 +57,21 @@ def recorded_kind(config: dict[str, Any]) -> str | None:
 
 
 def named_kind(place: str) -> str | None:
-    """The reranker that the innermost part of a path or hub id names."""
+    """The reranker that a path or hub id names; its last part with a name counts."""
     found = NAME.findall(place)
     return f"LiT5{found[-1].capitalize()}" if found else None
 
 
 def came_from(config: dict[str, Any]) -> str:
-    """What the library recorded as the place where it had read a checkpoint that it saved again."""
+    """The source of a checkpoint that the library recorded when it saved it again."""
     return str(config.get("_name_or_path", ""))
 
 
 def family(places: Iterable[str]) -> str | None:
-    """ "v1" or "v2", by the first of some paths or hub ids that tells; None where none does.
+    """ "v1" or "v2", by the first of some paths or hub ids that tells them apart; None if none does.
 
-    A path tells by what follows "LiT5-Distill" in it, which is all of it in the hub's cache (.../snapshots/HASH), or
-    by a "v2" in its last part.
+    What counts is the text after "LiT5-Distill" in a path (also in the hub's cache, .../snapshots/HASH), or a "v2" in
+    its last part.
     """
     for place in places:
         *_, named = [None, *NAME.finditer(place)]
@@ -82,8 +83,8 @@ def family(places: Iterable[str]) -> str | None:
 
 
 def warn_of_full_prompts(checkpoint: T5Checkpoint, queries: Sequence[str], heads: Sequence[str], length: int) -> None:
-    """One warning for the queries that leave no room for passages: what stands before a passage fills the prompt."""
-    characters = [len(unicodedata.normalize("NFKC", head)) for head in heads]  # a head has one piece more at most
+    """Warn once about queries that leave no room for passages, because the text before a passage fills the prompt."""
+    characters = [len(unicodedata.normalize("NFKC", head)) for head in heads]  # a head has at most one token more
     long = [i for i, number in enumerate(characters) if number >= length - 2]
     taken = map(len, checkpoint.pieces([heads[i] for i in long]))
     full = [(queries[i], tokens) for i, tokens in zip(long, taken, strict=True) if tokens >= length - 1]  # and </s>

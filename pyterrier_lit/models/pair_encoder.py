@@ -1,7 +1,8 @@
-"""Encoders that read two texts as one input and give one score, in all published formats of cross-encoders.
+"""Checkpoints of cross-encoders in all published formats: networks that read two texts as one input and return one
+score.
 
-Read are lightning-ir's checkpoints since 2024 (Rank-DistiLLM's monoELECTRA) and the library's sequence classifiers with
-one label or two. Knows ids and tensors: no rankings.
+Supported are lightning-ir's checkpoints since 2024 (Rank-DistiLLM's monoELECTRA), and the library's sequence
+classifiers with one or two labels. Knows token ids and tensors: no rankings.
 """
 
 import copy
@@ -39,14 +40,14 @@ from pyterrier_lit.models.tokenization import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# The model_type that lightning-ir gave a cross-encoder: in 2024-05, 2024-06, and since 2025-08
+# The model_type of lightning-ir's cross-encoders: in 2024-05, in 2024-06, and since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
-BODIES = {"electra": "Electra", "bert": "Bert"}  # of lightning-ir's cross-encoders, as the library calls them
-# Else sentence-transformers puts a sigmoid on a single label, and high scores would tie
+BODIES = {"electra": "Electra", "bert": "Bert"}  # of lightning-ir's cross-encoders -> the library's class prefix
+# Without this, sentence-transformers applies a sigmoid to a single label, and high scores would tie
 IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
-POOLINGS = ("first", "mean", "sum", "max")  # by lightning-ir's names
-UNLIMITED = 10**9  # what transformers writes where a tokenizer has no longest input is more
-LENGTHS = {"query_length": 32, "doc_length": 256}  # pieces that Rank-DistiLLM keeps of a query and of a passage
+POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names
+UNLIMITED = 10**9  # transformers writes a larger number for tokenizers without a maximum length
+LENGTHS = {"query_length": 32, "doc_length": 256}  # Rank-DistiLLM's maximum tokens of a query and of a passage
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,18 +59,19 @@ class PairCheckpoint:
     config: dict[str, Any]  # config.json
     tokenizer_config: dict[str, Any]  # tokenizer_config.json
     reading: Reading
-    files: dict[str, Any] = dataclasses.field(default_factory=dict)  # others beside these, by name
+    files: dict[str, Any] = dataclasses.field(default_factory=dict)  # further files, by name
     _layouts: dict[bool, PairLayout] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def lengths(self) -> dict[str, int | None]:
-        """The pieces kept of a query and of a passage: as recorded, else lightning-ir's; None cuts the pair alone."""
+        """Maximum tokens of a query and of a passage: as recorded, else lightning-ir's; None truncates only the
+        pair."""
         default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
         return {name: self.config.get(name) or length for name, length in default.items()}
 
     @property
     def stock(self) -> bool:
-        """Whether it is a classifier of transformers, which other libraries read too."""
+        """Whether it is a classifier of transformers, which other libraries can load."""
         return isinstance(self.network, LabelScorer)
 
     @property
@@ -81,7 +83,8 @@ class PairCheckpoint:
         return next(self.network.parameters()).device
 
     def layout(self, *, special_tokens_as_text: bool = False) -> PairLayout:
-        """How two texts become one input; special tokens inside a text are control tokens, or plain characters."""
+        """The layout of two texts as one input, where special tokens inside a text are control tokens or plain
+        characters."""
         if special_tokens_as_text not in self._layouts:
             tokenizer = self.tokenizer
             if special_tokens_as_text or self.tokenizer_config.get("split_special_tokens"):
@@ -91,7 +94,8 @@ class PairCheckpoint:
         return self._layouts[special_tokens_as_text]
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids (B, L) -> float32 scores (B,), perhaps still being computed."""
+        """input_ids, attention_mask, token_type_ids (B, L) -> float32 scores (B,), possibly still being computed on a
+        GPU."""
         if self.device.type == "cuda":
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
@@ -99,7 +103,7 @@ class PairCheckpoint:
         return scores.float()
 
     def save(self, folder: Path, **lengths: int | None) -> None:
-        """Write config, weights and tokenizer, with the lengths that are not None, into an existing folder."""
+        """Write config, weights and tokenizer into an existing folder, and record the lengths that are not None."""
         recorded = {name: length for name, length in lengths.items() if length is not None}
         save_json(folder / "config.json", self.network.save(folder, self.config) | recorded)
         settings = {name: value for name, value in self.tokenizer_config.items() if name != CHAT_TEMPLATE}
@@ -110,11 +114,12 @@ class PairCheckpoint:
             save_json(folder / name, fields)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_layouts": {}}  # a pickled tokenizer loses its flag
+        return vars(self) | {"_layouts": {}}  # pickling loses a tokenizer's flag
 
 
 def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """A trained cross-encoder of any supported format; which one it is, the weights decide before the config does."""
+    """A trained cross-encoder in any supported format, which is recognised by the weights first and then by the
+    config."""
     config, weights = folder.config, folder.weights()
     kind = config.get("model_type")
     if "linear.weight" in weights:
@@ -139,10 +144,11 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """The body of an ELECTRA or BERT, or of a cross-encoder over one, under a new head: lightning-ir's.
+    """An untrained cross-encoder in lightning-ir's format: the body of an ELECTRA, a BERT or a cross-encoder, with a
+    new head.
 
-    w ~ N(0, initializer_range) from torch's generator, and no bias. Over another encoder the library's classifier with
-    one label, whose head is pre-trained as far as the checkpoint has it.
+    The head is w ~ N(0, initializer_range) from torch's generator, without bias. For other encoders, the library's
+    classifier with one label, whose head takes those weights that the checkpoint has.
     """
     backbone = _backbone(folder.config)
     if backbone not in BODIES:
@@ -158,7 +164,7 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
 
 
 def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """A classifier of the library with a new head, and Rank-DistiLLM's lengths."""
+    """A classifier of the library with a new head and Rank-DistiLLM's lengths."""
     kept = {name: value for name, value in folder.config.items() if name not in ("id2label", "label2id")}
     config = kept | {"num_labels": 1} | IDENTITY | LENGTHS
     try:
@@ -175,7 +181,7 @@ def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) ->
 def _lightning_ir(
     folder: Folder, network: PooledScorer, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """A checkpoint of lightning-ir: token types always, and texts that are cut by way of decoded text."""
+    """A checkpoint of lightning-ir, which always uses token types and truncates via decoded text."""
     tokenizer = folder.library_tokenizer(config["backbone_model_type"])
     reading = Reading(
         _limit(network.body, tokenizer), types=config.get("type_vocab_size") or 2, clean_up=_cleans_up(folder)
@@ -189,7 +195,7 @@ def _lightning_ir(
 def _classifier(
     folder: Folder, network: LabelScorer, beside: SentenceFiles, device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """A classifier of the library, with the tokenizer, token types and lengths that its libraries take."""
+    """A classifier of the library, with the tokenizer, token types and lengths of sentence-transformers."""
     tokenizer = folder.library_tokenizer()
     if beside.chat and tokenizer.chat_template and chats_about_pairs(tokenizer):
         raise ValueError(
@@ -217,7 +223,8 @@ def _classifier(
 
 
 def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
-    """ValueError for a tokenizer of another model, and for one that puts nothing between two texts."""
+    """Raise ValueError for a tokenizer that does not match the model, or that puts no special token between two
+    texts."""
     check_pieces(pieces_known(checkpoint.tokenizer), pieces, source)
     if checkpoint.pad_id not in range(pieces):
         raise ValueError(f"{source}: pad_token_id={checkpoint.pad_id!r} is no piece of {pieces}")
@@ -229,9 +236,9 @@ def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
 
 
 def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: str) -> PairCheckpoint:
-    """The checkpoint so read that a pair's score does not depend on what stands beside it.
+    """The checkpoint, with padding chosen so that a pair's score does not depend on the batch.
 
-    Padded is on the right, or on the left, or not at all where a network does not look at the mask.
+    Padding is on the right or on the left; networks that ignore the mask get batches of equal lengths, without padding.
     """
     for side, reads_padding in (("right", False), ("left", False), ("right", True)):
         network.reads_padding = reads_padding
@@ -243,10 +250,10 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 (alone,) = network(**layout.tensors([short], checkpoint.pad_id))
                 beside, longer, _ = network(**layout.tensors([short, long, short], checkpoint.pad_id))
-        except ValueError:  # some models say that they take one input at a time
+        except ValueError:  # some models accept only one input at a time
             continue
         noise = 1e-6 + 1e-4 * (alone.abs() + longer.abs())
-        if not (alone - beside).abs() > noise:  # NaN is found later, and named
+        if not (alone - beside).abs() > noise:  # NaN is reported later
             return dataclasses.replace(checkpoint, reading=reading, _layouts={})
     raise ValueError(
         f"{source} holds a {type(network.model).__name__}, whose score of a pair depends on what is computed beside it:"
@@ -255,7 +262,7 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
 
 
 def _limit(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", max_length: int | None = None) -> int | None:
-    """Tokens of the longest input, as sentence-transformers has it; None where nothing limits it."""
+    """The maximum input length in tokens, as in sentence-transformers; None without any limit."""
     config: Any = model.config
     limits = [max_length or tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     limit = min(limit for limit in [*limits, positions(model)] if limit and limit > 0)
@@ -269,7 +276,7 @@ def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledS
             f"{folder}: pooling_strategy={pooling!r} with scoring_strategy={scoring!r} is not supported; wanted"
             f" {', '.join(POOLINGS)} with 'rank' or 'mono'"
         )
-    bias = "linear.bias" in weights  # the file decides: some configs forgot that a bias was trained
+    bias = "linear.bias" in weights  # the weights decide: some configs do not record a trained bias
     network = PooledScorer(
         _body(folder, config, weights), pooling=pooling, rows=2 if scoring == "mono" else 1, bias=bias
     )
@@ -298,12 +305,12 @@ def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
 
 
 def _backbone(config: dict[str, Any]) -> str:
-    """The kind of the body: "electra", "bert", ..."""
+    """The model type of the body: "electra", "bert", ..."""
     return config.get("backbone_model_type") or str(config.get("model_type")).removeprefix("mono-")
 
 
 def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrainedModel":
-    """A bare ELECTRA or BERT, without pooler, of the shape that a config gives; its weights are still random."""
+    """An ELECTRA or BERT without pooler, in the shape of a config, with random weights."""
     import transformers
 
     backbone = config["backbone_model_type"]
@@ -317,7 +324,7 @@ def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrain
 
 
 def _bare(weights: Weights, backbone: str) -> Weights:
-    """Weights by the names of the bare body: without "electra." in front."""
+    """Weights under the names of the bare body, without the prefix "electra."."""
     return {name.removeprefix(f"{backbone}."): tensor for name, tensor in today(weights).items()}
 
 

@@ -1,4 +1,4 @@
-"""The networks of cross-encoders: ids of pairs, laid out and padded -> a score for each. Knows no tokenizer."""
+"""The networks of cross-encoders: padded token ids of pairs -> a score for each. Knows no tokenizer."""
 
 import functools
 import inspect
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Classifiers of the library whose head reads the first token, and whose layers have the modules of BERT's
+# Classifiers of the library whose head reads the first token and whose layers have BERT's modules
 READ_FIRST = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 class PooledScorer(nn.Module):
-    """score = w . pool(h) + b over a bare encoder; with two rows in w, the log-probability of the second."""
+    """score = w . pool(h) + b on a bare encoder; if w has two rows, the log-probability of the second."""
 
     def __init__(self, body: "PreTrainedModel", *, pooling: str = "first", rows: int = 1, bias: bool = True):
         super().__init__()
@@ -44,12 +44,12 @@ class PooledScorer(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         states = self.body(**inputs).last_hidden_state
         pooled, bias = POOLING[self.pooling](states, attention_mask), self.linear.bias
-        # In float32 whatever the body's dtype: rounded to bfloat16, close scores would tie
+        # In float32 regardless of the body's dtype: rounded to bfloat16, close scores would tie
         logits = F.linear(pooled.float(), self.linear.weight.float(), None if bias is None else bias.float())
         return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(-1)[:, 1]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights as lightning-ir names them since 2025-08; returns config.json's fields."""
+        """Write the weights under lightning-ir's names since 2025-08. Returns the fields of config.json."""
         save_weights(folder, {name.removeprefix("body."): tensor for name, tensor in self.state_dict().items()})
         backbone = config["backbone_model_type"]
         return {key: value for key, value in config.items() if key != "auto_map"} | {
@@ -62,10 +62,10 @@ class PooledScorer(nn.Module):
 
 
 class LabelScorer(nn.Module):
-    """The logit of a sequence classifier with one label, or the second's with two, less the first's.
+    """The logit of a sequence classifier with one label; with two labels, the second logit minus the first.
 
-    reads_types: whether it is given token types; others take theirs for granted.
-    reads_padding: whether padding changes its score, so that inputs of one length alone are computed together.
+    reads_types: whether it takes token types. reads_padding: whether padding changes its score, so that only inputs of
+    equal length may share a batch.
     """
 
     reads_padding = False
@@ -84,12 +84,12 @@ class LabelScorer(nn.Module):
 
     @property
     def is_decoder(self) -> bool:
-        """Whether it is a language model, which reads its class at the last token."""
+        """Whether it is a decoder, which predicts the class at the last token."""
         return hasattr(self.model, "score")
 
     @property
     def pieces(self) -> int:
-        """How many pieces its vocabulary has."""
+        """The size of its vocabulary."""
         embeddings: Any = self.model.get_input_embeddings()
         return int(embeddings.num_embeddings)
 
@@ -105,7 +105,7 @@ class LabelScorer(nn.Module):
     def _logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """inputs (B, L) each -> (B, labels)"""
         if self.is_decoder and self.pad_id not in range(self.pieces):
-            # It knows no token for padding, and the library would not tell which is the last before it
+            # Without a padding token, the library would not find the last token of each input
             states = self.model.base_model(**inputs).last_hidden_state
             last: torch.Tensor = self.model.get_submodule("score")(
                 POOLING["last_token"](states, inputs["attention_mask"])
@@ -115,7 +115,8 @@ class LabelScorer(nn.Module):
             logits: torch.Tensor = self.model(**inputs).logits
             return logits
         lengths = inputs["attention_mask"].sum(1)
-        # Encoder-decoders read their class at the last end token, and want equally many in a batch: texts may hold some
+        # Encoder-decoders predict the class at the last end token, and require equally many of them in each input of a
+        # batch; texts may contain some
         alike = lengths if self.reads_padding else (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
         groups = [(alike == value).nonzero()[:, 0] for value in alike.unique()]
         parts = [
@@ -125,15 +126,17 @@ class LabelScorer(nn.Module):
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights as transformers does; returns config.json's fields."""
+        """Write the weights as transformers does. Returns the fields of config.json."""
         self.model.save_pretrained(folder)
         return Folder(folder).config
 
 
 def end_at_first_token(body: Any) -> None:
-    """Let the last layer of a BERT or its like give the state of the first token alone: (B, 1, H), not (B, L, H).
+    """Let the last layer of a BERT-like encoder compute only the state of the first token: (B, 1, H) instead of (B, L,
+    H).
 
-    The other tokens are still its keys and values, but the rest of the layer is computed for one row. Not in training.
+    All tokens still provide keys and values; query, feed-forward and norms are computed for one row. Not used in
+    training.
     """
     layer = body.encoder.layer[-1]
     layer.forward = functools.partial(_first_state, layer)
@@ -142,7 +145,7 @@ def end_at_first_token(body: Any) -> None:
 def _first_state(
     layer: Any, states: torch.Tensor, mask: torch.Tensor | None = None, *others: Any, **named: Any
 ) -> torch.Tensor:
-    """A layer's forward: states (B, L, H), mask (B, 1, L, L) or None -> (B, 1, H)."""
+    """The forward pass of a layer: states (B, L, H), mask (B, 1, L, L) or None -> (B, 1, H)."""
     if layer.training:
         whole: torch.Tensor = type(layer).forward(layer, states, mask, *others, **named)
         return whole

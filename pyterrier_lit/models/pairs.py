@@ -1,4 +1,4 @@
-"""Two texts as one input: cut each, lay them out with the tokenizer's special tokens, pad a batch. Knows no model."""
+"""Two texts as one input: truncation, the tokenizer's special tokens, padding of a batch. Knows no model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ import torch
 from pyterrier_lit.batching import padded
 from pyterrier_lit.models.tokenization import encode
 
-Pair = tuple[list[int], list[int]]  # the pieces of a query, the pieces of a passage
+Pair = tuple[list[int], list[int]]  # the token ids of a query, the token ids of a passage
 
 
 class Pieces(NamedTuple):
-    """The pieces of a text, without special tokens around them."""
+    """The tokens of a text, without special tokens around them."""
 
-    ids: list[int]  # those that an input has room for at most
-    total: int  # how many it has, after it was cut to a length
-    cut: bool  # whether it was
+    ids: list[int]  # truncated to the longest input
+    total: int  # the number of tokens, after truncation to a length
+    cut: bool  # whether it was truncated
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a checkpoint reads two texts, beside the special tokens that its tokenizer sets.
+    """How a checkpoint reads two texts, in addition to the special tokens of its tokenizer.
 
     Args:
-        limit: the longest input in tokens; None has no limit.
-        types: how many token types the model knows; None leaves those of the tokenizer.
-        prompt: put before each query.
-        clean_up: cut as lightning-ir does, by way of decoded text (specs: `do n't` becomes `don't` after the cut).
-        truncation_side, padding_side: the end of a text that is cut, and that of an input that is padded.
+        limit: maximum input length in tokens; None has no limit.
+        types: the number of token types of the model; None keeps those of the tokenizer.
+        prompt: a text before each query.
+        clean_up: truncate as lightning-ir does, via decoded text (`do n't` becomes `don't` after truncation).
+        truncation_side, padding_side: "left" or "right".
     """
 
     limit: int | None = None
@@ -42,7 +42,7 @@ class Reading:
 
 
 class PairLayout:
-    """How a tokenizer writes two texts:  prefix query middle passage suffix,  each part with its token types."""
+    """A tokenizer's layout of two texts: prefix, query, middle, passage, suffix, each with its token types."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, reading: Reading | None = None):
         self.tokenizer = tokenizer
@@ -62,7 +62,7 @@ class PairLayout:
         highest = max(joined.type_ids) if self.reading.types is None else self.reading.types - 1
         types = [min(kind, highest) for kind in joined.type_ids]
         before, between, behind = (types[part] for part in parts)
-        # A type for each special token, and one for each text, whichever its length
+        # A type for each special token, and one type for each text
         each = [*before, types[at_query], *between, types[at_passage], *behind]
         self._types = torch.tensor(each, dtype=torch.long, device="cpu")
         self._texts = [len(before), len(before) + 1 + len(between)]
@@ -71,17 +71,17 @@ class PairLayout:
         self._ts = {id for piece, id in vocabulary.items() if piece.startswith("t")}
 
     def queries(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """The first `length` pieces of each query behind the checkpoint's prompt, all of them without a length."""
+        """The first `length` tokens of each query after the checkpoint's prompt; None keeps all."""
         return self.pieces([self.reading.prompt + text for text in texts], length)
 
     def pieces(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """The first `length` pieces of each text, all of them without a length."""
+        """The first `length` tokens of each text; None keeps all."""
         return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: Pieces, passage: Pieces) -> Pair:
-        """The pair within the limit: the longer side is cut until both have half, as `tokenizers` does it.
+        """Truncate a pair to the limit: the longer side first, until both have half, as `tokenizers` does.
 
-        Of an odd number the longer side has one more, the passage where they are equal.
+        With an odd number of tokens, the longer side keeps one more, or the passage if they are equal.
         """
         if self.reading.limit is None:
             return query.ids, passage.ids
@@ -92,7 +92,7 @@ class PairLayout:
         return self._cut(query.ids, of_query), self._cut(passage.ids, of_passage)
 
     def length(self, pair: Pair) -> int:
-        """Tokens of the input that a pair makes."""
+        """The number of tokens of a pair's input."""
         return len(self.prefix) + len(pair[0]) + len(self.middle) + len(pair[1]) + len(self.suffix)
 
     def tensors(self, pairs: Sequence[Pair], pad_id: int) -> dict[str, torch.Tensor]:
@@ -117,13 +117,13 @@ class PairLayout:
         return Pieces(self._cut(kept, self.reading.limit), len(kept), length is not None and len(ids) > length)
 
     def _cut(self, ids: list[int], count: int | None) -> list[int]:
-        """So many of the ids, all without a count."""
+        """The ids truncated to `count`; None keeps all."""
         if count is None or len(ids) <= count:
             return ids
         return ids[:count] if self.reading.truncation_side == "right" else ids[len(ids) - count :]
 
     def _cleaned(self, ids: list[int]) -> list[int]:
-        """lightning-ir's cut goes through text, and decoding glues a free-standing n't to the word before it."""
+        """lightning-ir truncates via decoded text, and decoding joins a separate n't to the word before it."""
         if not (self.reading.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
             return ids
         from transformers import PreTrainedTokenizerFast

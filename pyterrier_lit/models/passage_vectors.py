@@ -1,4 +1,4 @@
-"""Vectors of passages from a column, a dense index or an encoder; errors name the docno. Knows no language model."""
+"""Vectors of passages from a column, a dense index or an encoder. Errors name the docno. Knows no language model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 def distinct(
     keys: Sequence[Sequence[Any]], docnos: Sequence[Sequence[Any]]
 ) -> tuple[list[Any], list[Any], list[list[int]]]:
-    """The distinct keys of Q lists of passages, a docno of each, and for each list the rows of its passages."""
+    """The distinct keys in Q lists of passages, a docno for each key, and for each list the rows of its passages."""
     docno_of = {
         key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)
     }
@@ -19,7 +19,7 @@ def distinct(
 
 
 def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
-    """N vectors as they stand in a result frame (arrays, tensors or lists) -> (N, d) float32."""
+    """N vectors in a result frame (arrays, tensors or lists) -> (N, d) float32."""
     rows = []
     for value, docno in zip(values, docnos, strict=True):
         try:
@@ -40,10 +40,10 @@ def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
 
 
 def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
-    """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. ValueError names docnos that are missing.
+    """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. ValueError names missing docnos.
 
-    Each number that the index gives for a docno is read back: for a docno that it does not hold some give -1, which is
-    the last vector, some the number of another docno ("d01" for "d1"), and some an error.
+    Each index position is mapped back to a docno to check it: for an unknown docno, some indexes return -1 (the last
+    vector), some the position of another docno ("d01" for "d1"), and some raise an error.
     """
     if not hasattr(index, "payload"):
         raise TypeError(
@@ -68,16 +68,16 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
 
 
 def from_encoder(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
-    """What a pyterrier_dr.BiEncoder makes of N texts -> (N, d) float32."""
+    """N texts encoded by a pyterrier_dr.BiEncoder -> (N, d) float32."""
     if not hasattr(encoder, "encode_docs"):
         raise TypeError(f"encoder={encoder!r} cannot encode passages; wanted a pyterrier_dr.BiEncoder")
     return _tensor(encoder.encode_docs(list(texts)))
 
 
 def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, trained_on: str) -> torch.Tensor:
-    """(N, d) -> each row of length 1. ValueError when d is not `wanted`, or a number is not finite.
+    """(N, d) -> unit vectors (N, d). ValueError when d is not `wanted`, or a number is not finite.
 
-    trained_on: the encoder of the checkpoint, for the error.
+    trained_on: the encoder of the checkpoint, for the error message.
     """
     if vectors.shape[1] != wanted:
         raise ValueError(
@@ -95,12 +95,12 @@ def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, traine
 
 
 def _tensor(values: Any) -> torch.Tensor:
-    """Numbers in float32 on the CPU, whatever torch's defaults are."""
+    """A float32 tensor on the CPU, regardless of torch's defaults."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _number(held: Any, name: str) -> int:
     try:
         return int(held.inv[[name]][0])
-    except ValueError:  # a docno that is not of the form of this index's docnos
+    except ValueError:  # the docno does not have the form of this index's docnos
         return -1

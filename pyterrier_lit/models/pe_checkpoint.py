@@ -1,4 +1,4 @@
-"""PE-Rank's checkpoints: the reference's layout on disk -> language model, prompts and passage encoder, and back."""
+"""Reads and writes PE-Rank's checkpoints in the reference's format: language model, prompts and passage encoder."""
 
 import dataclasses
 import json
@@ -25,9 +25,9 @@ from pyterrier_lit.models.text_encoder import TextEncoder, bare, read_text_encod
 from pyterrier_lit.models.tokenization import no_panic
 from pyterrier_lit.models.vector_lm import VectorLM, projector
 
-ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # in front of the names of their weights
+ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # prefixes of the names of their weights
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
-KIND = "embed_"  # in front of the model_type of the language model
+KIND = "embed_"  # prefix of the language model's model_type
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,7 +38,7 @@ class PERankCheckpoint:
     prompter: Prompter
     config: dict[str, Any]  # config.json
     folder: Folder
-    encoder_weights: Weights  # of the encoder inside, which is built when a text is to be encoded
+    encoder_weights: Weights  # of the encoder inside, which is built on first use
     encoder: TextEncoder | None = None
 
     @property
@@ -56,7 +56,8 @@ class PERankCheckpoint:
         )
 
     def warn_of_other_encoders(self) -> None:
-        """Warn that vectors must come from the encoder of the checkpoint: those of another give a senseless order."""
+        """Warn that vectors must come from the encoder of the checkpoint; with other vectors, the order is
+        meaningless."""
         if self.config.get("encoder_name"):
             warnings.warn(
                 "neither a 'doc_vec' column nor an index says which encoder made its vectors; this checkpoint reads"
@@ -65,7 +66,7 @@ class PERankCheckpoint:
             )
 
     def prompts(self, queries: list[str], texts: list[list[str]], counts: list[int]) -> list[list[int]]:
-        """The ids of the prompt for each query and its n passages, with their texts where there are any."""
+        """The token ids of the prompt for each query and its n passages, with their texts if given."""
         prompts = self.prompter.ids(queries, texts, counts)
         limit = self.limit()
         for ids, query, n in zip(prompts, queries, counts, strict=True):
@@ -77,17 +78,18 @@ class PERankCheckpoint:
         return prompts
 
     def limit(self) -> float:
-        """Tokens of the longest prompt and its answer."""
+        """The maximum length of a prompt with its answer, in tokens."""
         return position_limit(self.network.body.config)
 
     def text_encoder(self) -> TextEncoder:
-        """The encoder inside the checkpoint, built on first use, since given vectors need none."""
+        """The encoder inside the checkpoint, built on first use, since it is not needed for given vectors."""
         if self.encoder is None:
             self.encoder = _inner_encoder(self)
         return self.encoder
 
     def head(self) -> torch.Tensor:
-        """The language model's own output layer (V, H), which ranking does not use: its file's, or its embeddings."""
+        """The language model's output layer (V, H), which ranking does not use: from the weights, or the tied
+        embeddings."""
         words: Any = self.network.body.get_input_embeddings()
         tied = self.config.get("tie_word_embeddings")
         weight = words.weight.detach() if tied else self.folder.weight("lm_head.weight")
@@ -99,9 +101,9 @@ class PERankCheckpoint:
         return weight
 
     def save(self, folder: Path) -> None:
-        """Write config, weights and tokenizers into an existing folder, the encoder's too.
+        """Write config, weights and tokenizers into an existing folder, including those of the encoder.
 
-        With a warning without its files, where they are not to be had: then the folder names them, as ours did.
+        If the encoder's files are not available, a warning says so, and the folder only refers to them by name.
         """
         if self.encoder_weights:
             try:
@@ -120,7 +122,7 @@ class PERankCheckpoint:
 
 
 def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PERankCheckpoint:
-    """A trained PE-Rank, on a device in a dtype."""
+    """Load a trained PE-Rank onto a device in a dtype."""
     import transformers
 
     kind = str(folder.config.get("model_type"))
@@ -135,7 +137,7 @@ def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PE
     body_weights = {name.removeprefix("model."): w for name, w in weights.items() if not name.startswith(others)}
     kind = kind.removeprefix(KIND)
     _check_kind(folder, kind)
-    # Its position tables stay in float32, whatever the dtype
+    # Its position tables stay in float32, regardless of the dtype
     body = library_model(transformers.MODEL_MAPPING, folder.config, kind, body_weights, str(folder), dtype)
     hidden = body.config.hidden_size
     config = {"embedding_size": hidden} | folder.config
@@ -158,22 +160,24 @@ def new_pe_rank(
     embedding_size: int | None = None,
     projector_type: str = "mlp2x_gelu",
 ) -> PERankCheckpoint:
-    """A causal language model under an untrained projector.
+    """A causal language model with an untrained projector.
 
     Args:
-        encoder_name: hub id or folder of the encoder that goes inside, such as sentence-transformers/all-MiniLM-L6-v2.
-        encoder_pooling: how its states become a vector: "mean", "cls" or "last_token".
-        embedding_size: how long the vectors are, where no encoder says it.
-        projector_type: "linear", "mlp2x_gelu" (any number of layers) or "identity".
+        encoder_name: hub id or folder of the passage encoder, such as sentence-transformers/all-MiniLM-L6-v2.
+        encoder_pooling: the pooling of its states into a vector: "mean", "cls" or "last_token".
+        embedding_size: the dimension of the vectors, if no encoder is given.
+        projector_type: "linear", "mlp2x_gelu" (with any number in place of 2) or "identity".
     """
     encoder, encoder_weights = None, {}
     if encoder_name:
         encoder = read_text_encoder(fetch(encoder_name), encoder_pooling)
-        encoder_weights = encoder.network.state_dict()  # as they are stored, whatever the dtype here
+        encoder_weights = encoder.network.state_dict()  # in their stored dtype
         encoder.network.to(device, dtype).eval()
         embedding_size = encoder.config["hidden_size"]
     if not embedding_size:
-        raise ValueError("embedding_size=None without encoder_name=; one of them must say how long the vectors are")
+        raise ValueError(
+            "embedding_size=None without encoder_name=; one of them must give the dimension of the vectors"
+        )
     kind = str(folder.config.get("model_type"))
     _check_kind(folder, kind)
     body = library_body(folder.config, folder.weights(), str(folder), dtype)
@@ -188,14 +192,14 @@ def new_pe_rank(
         "embedding_size": embedding_size,
         "projector_type": projector_type,
     }
-    config.pop("_name_or_path", None)  # where it lay on this machine
+    config.pop("_name_or_path", None)  # a local path
     network = VectorLM(body, head.to(dtype), prompter.placeholder).to(device).eval()
     return PERankCheckpoint(network, prompter, config, folder, encoder_weights, encoder)
 
 
 def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
-    """The encoder inside a checkpoint: its weights from there, its config and tokenizer from `encoder_name`, or from
-    there too where `save` wrote it."""
+    """The encoder inside a checkpoint: its weights from the checkpoint; its config and tokenizer from `encoder_name`,
+    or from the checkpoint if `save` wrote it."""
     folder, name = checkpoint.folder, checkpoint.config.get("encoder_name")
     if not checkpoint.encoder_weights:
         raise ValueError(
@@ -219,9 +223,10 @@ def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
 
 
 def _encoder_folder(folder: Folder, name: Any) -> Folder:
-    """The folder with the config and the tokenizer of the encoder that a checkpoint names.
+    """The folder with the config and the tokenizer of a checkpoint's encoder.
 
-    It lies in the checkpoint's folder or beside it, or is a hub id: what a checkpoint says opens nothing else here.
+    The name must be a hub id, or a folder inside or next to the checkpoint's folder: a checkpoint must not open other
+    local files.
     """
     home = Path(os.path.abspath(folder.path))
     if isinstance(name, str) and not Path(name).is_absolute():
@@ -239,7 +244,7 @@ def _encoder_folder(folder: Folder, name: Any) -> Folder:
 
 
 def _check_kind(folder: Folder, kind: str) -> None:
-    """ValueError for a model_type that is no model of the library: code of a checkpoint's own is not run."""
+    """Raise ValueError for a model_type that the library does not have, since code inside a checkpoint is never run."""
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:

@@ -1,6 +1,7 @@
-"""PE-Rank's prompts: a query and its passages, in a checkpoint's chat template, as ids. Knows no model.
+"""PE-Rank's prompts: a query and its passages in a checkpoint's chat template, tokenised. Knows no model.
 
-A passage is shown as a placeholder, as a placeholder and its text, or in the baseline of its paper as its text alone.
+A prompt represents a passage by a placeholder for its vector, by a placeholder and its text, or (in the paper's
+baseline) by its text only.
 """
 
 import re
@@ -13,7 +14,7 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import first_line
 from pyterrier_lit.models.tokenization import check_pieces, no_panic
 
-PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # stands for a passage in the prompt; for a rank, in training alone
+PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # for a passage's vector in the prompt; for a rank, in training only
 
 PROMPT = (
     "I will provide you with {n} passages, each with a special token representing the passage enclosed in [], followed"
@@ -36,7 +37,7 @@ TEXT_PROMPT = (
 
 
 class ChatPrompter:
-    """What the prompts share: a tokenizer of transformers with a chat template, one user turn, clean texts."""
+    """What all prompts share: a tokenizer with a chat template, one user turn, cleaned texts."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -59,7 +60,7 @@ class ChatPrompter:
         raise NotImplementedError
 
     def tokenized(self, queries: Sequence[str], texts: Sequence[Sequence[Any]]) -> list[list[int]]:
-        """The ids of a prompt for each query and its passages."""
+        """The token ids of the prompt for each query and its passages."""
         rendered = [self.render(query, shown) for query, shown in zip(queries, texts, strict=True)]
         with no_panic(f"a prompt, such as that for query {queries[:1]}"):
             prompts: list[list[int]] = (
@@ -68,7 +69,7 @@ class ChatPrompter:
         return prompts
 
     def answered(self, messages: list[dict[str, str]], answer: str) -> tuple[list[int], int]:
-        """The ids of a conversation with its answer, to learn from, and where the answer begins."""
+        """For training: the token ids of a prompt with its answer, and where the answer begins."""
         turns = [*messages, {"role": "assistant", "content": answer}]
         asked, whole = (
             self.tokenizer(self.tokenizer.apply_chat_template(shown, tokenize=False), add_special_tokens=False)[
@@ -79,16 +80,17 @@ class ChatPrompter:
         return whole, len(asked)
 
     def _cleaned(self, text: str) -> str:
-        """A passage as the reference writes it: single blanks, and no [12] that could be taken for an identifier."""
+        """A passage, cleaned as in the reference: single spaces, and no [12] that could be mistaken for an
+        identifier."""
         return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
 
     def _neutral(self, text: str) -> str:
-        """The text with a blank inside what the tokenizer would read as one of its special tokens: `< PLACEHOLDER>`."""
+        """The text with a space inside each special token of the tokenizer: `< PLACEHOLDER>`."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 class Prompter(ChatPrompter):
-    """Writes prompts with vectors for one tokenizer, which has the token <PLACEHOLDER>."""
+    """Builds prompts with vectors for a tokenizer that has the token <PLACEHOLDER>."""
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)
@@ -97,9 +99,9 @@ class Prompter(ChatPrompter):
         self.rank = special.get(RANK)
 
     def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
-        """The ids of a prompt for each query and its n passages. texts: of all its passages, or none.
+        """The token ids of the prompt for each query and its n passages. texts: those of all passages, or None.
 
-        Raises ValueError where a prompt has not one placeholder for each passage.
+        Raises ValueError where a prompt does not have exactly one placeholder per passage.
         """
         prompts = self.tokenized(queries, [shown or [None] * n for shown, n in zip(texts, counts, strict=True)])
         for ids, query, n in zip(prompts, queries, counts, strict=True):
@@ -111,7 +113,7 @@ class Prompter(ChatPrompter):
         return prompts
 
     def messages(self, query: str, texts: Sequence[str | None]) -> list[dict[str, str]]:
-        """The prompt for n passages as one user turn, each shown as its placeholder, or as that and its text."""
+        """The prompt for n passages as one user turn. Each passage is a placeholder, followed by its text if given."""
         passages = "".join(
             f"Passage {i}: [{PLACEHOLDER}]{'' if text is None else ' ' + self._cleaned(text)}\n\n"
             for i, text in enumerate(texts, 1)
@@ -120,13 +122,14 @@ class Prompter(ChatPrompter):
         return [{"role": "user", "content": content}]
 
     def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
-        """A question that shows a passage as its placeholder, and the answer, its text. The wording is ours."""
+        """For stage 1: a prompt with a passage's placeholder, and the answer, its text. The wording is not the
+        paper's."""
         content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
         return [{"role": "user", "content": content}], self._neutral(text.strip())
 
 
 class TextPrompter(ChatPrompter):
-    """Writes prompts with texts alone, and the answers to them: "[4] > [2] > ..."."""
+    """Builds prompts with texts only, and their answers: "[4] > [2] > ..."."""
 
     def messages(self, query: str, texts: Sequence[str]) -> list[dict[str, str]]:
         """The prompt for n passages as one user turn."""
@@ -136,14 +139,14 @@ class TextPrompter(ChatPrompter):
 
     @staticmethod
     def answer(order: Sequence[int]) -> str:
-        """The text that names positions, best first."""
+        """The target ranking string for positions, best first."""
         return " > ".join(f"[{position + 1}]" for position in order)
 
     def identifiers(self, n: int) -> tuple[list[int], list[list[int]]]:
-        """How an answer begins, and how each of n identifiers is written from there to where the next one may follow:
-        the ids of "[", and of "1] > [", "2] > [", ...
+        """The token ids of the start of an answer, "[", and of each of n identifiers up to the start of the next: "1] >
+        [", "2] > [", ...
 
-        ValueError for a tokenizer that cuts an answer otherwise.
+        Raises ValueError where the tokenizer splits an answer in another way.
         """
         numbers = range(1, n + 1)
         with no_panic("identifiers"):
@@ -168,9 +171,9 @@ class TextPrompter(ChatPrompter):
 
 
 def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prompter:
-    """The tokenizer and the chat template of a folder. ValueError for those that are of no PE-Rank model.
+    """The tokenizer and the chat template of a folder. ValueError where they do not belong to a PE-Rank model.
 
-    vocab_size: that of the model. add: put the two tokens of PE-Rank in.
+    vocab_size: of the model. add: add PE-Rank's two tokens.
     """
     tokenizer = _read_tokenizer(folder)
     if add:
@@ -186,7 +189,7 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
 
 
 def read_text_prompter(folder: Folder, vocab_size: int) -> TextPrompter:
-    """The same for prompts with texts alone, of any model with a chat template."""
+    """Like `read_prompter`, for prompts with texts only and any model with a chat template."""
     tokenizer = _read_tokenizer(folder)
     _check_template(folder, tokenizer)
     prompter = TextPrompter(tokenizer)
@@ -206,15 +209,15 @@ def _check_template(folder: Folder, tokenizer: Any) -> None:
 def _try(folder: Folder, render: Callable[[], str]) -> None:
     try:
         render()
-    except Exception as error:  # whatever Jinja raises, and what a template raises itself
+    except Exception as error:  # errors of Jinja, and errors that a template raises
         raise ValueError(
             f"the chat template of {folder} cannot be used ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
 
 
 def _read_tokenizer(folder: Folder) -> Any:
-    """The library's tokenizer. Where there is a tokenizer.json, that file says all: transformers 5 would rebuild it by
-    the class that tokenizer_config.json names, and by Mistral's config choose another, with other ids."""
+    """The library's tokenizer, from tokenizer.json if that exists. transformers 5 would rebuild it with the class that
+    tokenizer_config.json names, or for Mistral with another class, which gives other ids."""
     import transformers
 
     folder.check_vocabulary()
@@ -235,7 +238,7 @@ def _read_tokenizer(folder: Folder) -> Any:
 
 
 def _check_sentencepieces(file: Path) -> None:
-    """RuntimeError for a file that is cut short, of which transformers would make an empty vocabulary."""
+    """Raise RuntimeError for a truncated file, from which transformers would build an empty vocabulary."""
     import sentencepiece
 
     try:

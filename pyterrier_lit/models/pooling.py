@@ -1,10 +1,10 @@
-"""Pooling: the states of an input's tokens -> one vector."""
+"""Pooling: the hidden states of an input's tokens -> one vector."""
 
 from collections.abc import Callable
 
 import torch
 
-# By name: states (B, L, H), mask (B, L) -> (B, H)
+# Name -> function: states (B, L, H), mask (B, L) -> (B, H)
 POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "first": lambda states, mask: states[:, 0],
     "cls": lambda states, mask: states[:, 0],
@@ -16,6 +16,6 @@ POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def check_pooling(name: str, names: tuple[str, ...], source: str) -> None:
-    """ValueError for a pooling that is not among those of a format; source: the field and where it stands."""
+    """Raise ValueError for a pooling that a format does not have. source: the field and its file, for the message."""
     if name not in names:
         raise ValueError(f"{source}={name!r}; wanted one of {', '.join(map(repr, names))}")

@@ -1,4 +1,4 @@
-"""What sentence-transformers keeps beside a cross-encoder's own files, in JSON. Knows no networks."""
+"""The JSON files that sentence-transformers adds to a cross-encoder. Knows no networks."""
 
 import dataclasses
 import json
@@ -8,16 +8,16 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-# What is known in READING, and of how its texts are processed
+# The known settings in READING, and those of how texts are processed
 KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
 PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
 
 
 @dataclasses.dataclass(frozen=True)
 class SentenceFiles:
-    """What they say of how texts are read: a prompt before each query, the longest input in tokens, lower case.
+    """Their settings for reading texts: a prompt before each query, the maximum input length in tokens, lower case.
 
-    chat: whether two texts become one by the tokenizer's chat template, where that has places for them.
+    chat: whether the tokenizer's chat template joins two texts, if it has placeholders for them.
     """
 
     prompt: str = ""
@@ -28,7 +28,8 @@ class SentenceFiles:
 
 
 def read_sentence_files(folder: Folder) -> SentenceFiles:
-    """Those of a folder, if they are of a cross-encoder. ValueError for what is not supported, with its file."""
+    """The settings in a folder, if they are of a cross-encoder. ValueError names an unsupported setting and its
+    file."""
     files = {name: _read(folder, name) for name in (MODULES, SETTINGS, READING) if (folder.path / name).exists()}
     settings, reading = files.get(SETTINGS, {}), files.get(READING, {})
     if MODULES not in files or settings.get("model_type") != "CrossEncoder":
@@ -49,12 +50,12 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
         raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is none of {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
     longest = texts.get("max_length") or reading.get("max_seq_length")
-    chat = not reading.get("modality_config")  # which names all ways of reading
+    chat = not reading.get("modality_config")  # lists all ways of reading
     return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), chat, files)
 
 
 def _check_modules(folder: Folder, modules: Any) -> None:
-    """ValueError for a head in modules of its own: only that of a sequence classifier is read."""
+    """Raise ValueError for a head in separate modules: only the head of a sequence classifier is supported."""
     listed = [f"{module['path'] or 'its root'} ({str(module['type']).split('.')[-1]})" for module in modules]
     if len(modules) != 1 or modules[0]["path"]:
         raise ValueError(

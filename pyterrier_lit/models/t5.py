@@ -1,11 +1,11 @@
 """T5 with Fusion-in-Decoder: each passage is encoded alone, and one decoder reads the states of all of them.
 
-So the encoder's work grows with the number of passages and not with its square, and the decoder still sees every
-passage when it writes. Knows token ids and tensors: no prompts, no identifiers, no rankings.
+So the cost of the encoder grows linearly with the number of passages, and the decoder still attends to every passage.
+Knows token ids and tensors: no prompts, no identifiers, no rankings.
 
-Source: Izacard and Grave, arXiv 2007.01282; LiT5's use of it, arXiv 2312.16098. In the shapes B is the number of
-windows, P the passages of a window, S the tokens of a window's passages together, D the model's width, H its heads, d
-the width of a head.
+Source: Izacard and Grave, arXiv 2007.01282; LiT5's use of it, arXiv 2312.16098. Shapes: B windows, P passages per
+window, S tokens in all passages of a window, D the model's width, H its heads, d the width of a head, R the tokens that
+may be generated.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from pyterrier_lit.models.library import check_layers, library_config, load_stri
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
-# Of passes over 1 to 4 pieces, beside one, at T5-base's size on two cores: bench_drafts.py. A fifth would take another
-# kernel (`attention.FEW`).
+# Costs of a pass over 1 to 4 tokens relative to one, at T5-base's size on two cores: bench_drafts.py. Five tokens would
+# use another kernel (`attention.FEW`).
 COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
-START, EOS = 0, 1  # the first input of T5's decoder (its pad token), and its end of sequence
+START, EOS = 0, 1  # the decoder's first input (T5's pad token), and the end of sequence
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,13 +39,13 @@ class T5Checkpoint:
     network: Any  # transformers' T5ForConditionalGeneration
     pieces: SentencePieces
     config: dict[str, Any]  # config.json
-    path: str = ""  # the folder that a trained one was read from
-    warned: bool = False  # that nothing tells what it is
+    path: str = ""  # the folder of a trained checkpoint
+    warned: bool = False  # whether it was warned that its family is unknown
 
     def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
-        """A number of tokens: the caller's own, else what `save` recorded under this name, else the default.
+        """A length in tokens: the caller's, else the length that `save` recorded under this name, else the default.
 
-        ValueError for anything but a whole number from `least` on.
+        Raises ValueError for anything but a whole number of at least `least`.
         """
         recorded = self.config.get("lengths", {})
         number = own if own is not None else recorded.get(name, default) if isinstance(recorded, dict) else recorded
@@ -63,12 +63,12 @@ class T5Checkpoint:
 
 
 def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Checkpoint:
-    """A T5 with its language model head, on a device in a dtype, ready for inference.
+    """Load a T5 with its language model head onto a device in a dtype, ready for inference.
 
     Raises FileNotFoundError for a missing file, and ValueError for another architecture, other weights and float16.
     """
     config = folder.config
-    if config.get("model_type") not in ("t5", "mt5"):  # of one architecture
+    if config.get("model_type") not in ("t5", "mt5"):  # they share one architecture
         raise ValueError(
             f"{folder} holds a {config.get('model_type')!r} checkpoint ({config.get('architectures')}); wanted a T5 or"
             " mT5"
@@ -82,13 +82,13 @@ def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Check
 
 
 def _read_network(folder: Folder) -> Any:
-    """The network on the CPU. Whether its output layer is the embedding, the weights say, since configs are wrong about
-    it: transformers 5 writes tie_word_embeddings=true for all T5s."""
+    """The network on the CPU. The weights decide whether the output layer is tied to the embedding, since configs are
+    unreliable: transformers 5 writes tie_word_embeddings=true for all T5s."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     weights = folder.weights()
     for name in [name for name in weights if name.endswith("EncDecAttention.relative_attention_bias.weight")]:
-        del weights[name]  # T5's first checkpoints hold this table, which no version of the model reads
+        del weights[name]  # T5's first checkpoints contain this unused table
     embedding = weights.get("shared.weight", weights.get("encoder.embed_tokens.weight"))
     head = weights.get("lm_head.weight", embedding)
     if embedding is None or head is None:
@@ -99,7 +99,7 @@ def _read_network(folder: Folder) -> Any:
     check_layers(folder.config, weights, str(folder))
     shape = library_config(folder.config, T5Config)
     if shape.dense_act_fn == "gelu_new":
-        shape.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one kernel in place of eight
+        shape.dense_act_fn = "gelu_pytorch_tanh"  # the same function in one kernel instead of eight
     buckets, farthest = shape.relative_attention_num_buckets, shape.relative_attention_max_distance
     with torch.device("meta"):
         network: Any = T5ForConditionalGeneration(shape)
@@ -118,20 +118,20 @@ def _read_network(folder: Folder) -> Any:
 
 @dataclasses.dataclass
 class Memory:
-    """What the decoders of B windows read: the passages, and the tokens that they have read or written so far."""
+    """The decoder's cache for B windows: keys and values of the passages, and of the decoder's tokens so far."""
 
     keys: list[torch.Tensor]  # per layer (B, H, S, d), of the passages' tokens
     values: list[torch.Tensor]
     mask: torch.Tensor | None  # (B, 1, 1, S), added to the attention: 0, and -inf on padding; None without padding
-    norms: list[torch.Tensor] | None  # per layer (B, H, S) float32, the length of each value, to compute attention mass
+    norms: list[torch.Tensor] | None  # per layer (B, H, S) float32, the norm of each value, to compute attention mass
     own_keys: torch.Tensor  # (layers, B, H, steps, d), of the decoder's own tokens
     own_values: torch.Tensor
-    distance_bias: torch.Tensor  # (H, steps): for a token so many positions back
-    read: list[int]  # tokens that each window's decoder has read so far
+    distance_bias: torch.Tensor  # (H, steps): by distance to an earlier token
+    read: list[int]  # decoder tokens of each window so far
 
 
 class FiD:
-    """A T5ForConditionalGeneration whose decoder reads many separately encoded inputs.
+    """A T5ForConditionalGeneration whose decoder attends to many separately encoded inputs.
 
     Encoder and decoder may differ in depth.
     """
@@ -141,7 +141,7 @@ class FiD:
 
     @property
     def tied(self) -> bool:
-        """Whether the output layer is the embedding, scaled."""
+        """Whether the output layer is tied to the embedding."""
         return bool(self.network.lm_head.weight is self.network.shared.weight)
 
     @property
@@ -150,11 +150,12 @@ class FiD:
         return embedding.device
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """n prompts of L_i ids -> n states (L_i, D). Padding is masked: the result does not depend on the batch."""
+        """n prompts of L_i token ids -> n encoder states (L_i, D). Padding is masked: the result does not depend on the
+        batch."""
         encoder = self.network.encoder
         ids, inside = (tensor.to(self.device) for tensor in padded(prompts))
         bias = encoder.block[0].layer[0].SelfAttention.compute_bias(*[ids.shape[1]] * 2)  # (1, H, L, L)
-        if len({len(prompt) for prompt in prompts}) > 1:  # hidden once for all layers, and not in each of them
+        if len({len(prompt) for prompt in prompts}) > 1:  # mask padding once for all layers
             bias = bias.masked_fill(~inside[:, None, None], torch.finfo(bias.dtype).min)
         hidden = encoder.dropout(self.network.shared(ids))
         for block in encoder.block:
@@ -163,9 +164,9 @@ class FiD:
         return [row[: len(prompt)] for row, prompt in zip(states, prompts, strict=True)]
 
     def read_prompts(self, windows: Sequence[Sequence[Sequence[int]]], steps: int, mass: bool = False) -> Memory:
-        """B windows of prompts -> the memory of decoders that read at most `steps` tokens.
+        """B windows of prompts -> a decoder cache with room for `steps` tokens.
 
-        Equal prompts are encoded once, those of like length together. mass: `read` also gives attention mass.
+        Equal prompts are encoded once, in batches of similar lengths. mass: whether `read` also returns attention mass.
         """
         prompts = list(dict.fromkeys(tuple(prompt) for window in windows for prompt in window))
         lengths = [len(prompt) for prompt in prompts]
@@ -174,9 +175,9 @@ class FiD:
         return self.memory([[state_of[tuple(prompt)] for prompt in window] for window in windows], steps, mass)
 
     def memory(self, windows: Sequence[Sequence[torch.Tensor]], steps: int, mass: bool = False) -> Memory:
-        """B windows of encoded passages -> the memory of decoders that read at most `steps` tokens.
+        """B windows of encoded passages -> a decoder cache with room for `steps` tokens.
 
-        Keys and values are computed once. Cross-attention has no positions, so states are joined without their padding.
+        Keys and values are computed once. Cross-attention has no positions, so states are concatenated without padding.
         """
         decoder, config = self.network.decoder, self.network.config
         joined = [torch.cat(list(passages)) for passages in windows]
@@ -197,11 +198,12 @@ class FiD:
         return Memory(keys, values, mask, norms, own_keys, own_values, bias, [0] * len(windows))
 
     def read(self, memory: Memory, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """One decoder pass over the next m tokens of each window: ids (B, m) -> states (B, m, D) after the final norm.
+        """A decoder pass over the next m tokens of each window: ids (B, m) -> hidden states (B, m, D) after the final
+        norm.
 
-        A token sees those before it. What a window takes back, by a smaller number in `memory.read`, is written over.
-        With the states, where the memory has norms, comes the attention mass of each token, per layer (B, m, S): the
-        mean over heads of attention weight times value length; otherwise an empty list.
+        Attention is causal. Tokens that a window removes, by a smaller number in `memory.read`, are overwritten. If the
+        memory has norms, the attention mass of each token is also returned, per layer (B, m, S): the mean over heads of
+        attention weight times value norm. Otherwise this list is empty.
         """
         decoder, mass = self.network.decoder, []
         places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -235,7 +237,7 @@ class FiD:
         return decoder.final_layer_norm(hidden), mass
 
     def logits(self, states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """states (..., D) -> logits (..., V), or (..., R) over the given rows of the vocabulary alone."""
+        """Hidden states (..., D) -> logits (..., V), or (..., R) for the given rows of the vocabulary."""
         scaled = states * self.network.config.d_model**-0.5 if self.tied else states
         weight = self.network.lm_head.weight
         return F.linear(scaled, weight if rows is None else weight[rows])
@@ -243,10 +245,10 @@ class FiD:
     def greedy(
         self, memory: Memory, max_length: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
-        """Write the likeliest token step by step, until every window has EOS or `max_length` tokens with START.
+        """Greedy decoding, until every window has generated EOS or has `max_length` tokens including START.
 
-        Yields at each step the tokens (B,), which windows had no EOS before it (B,), 0 or the nan or inf that stood
-        among the logits (B,), and the attention mass as `read` gives it, per layer (B, S).
+        Yields at each step: the tokens (B,); a mask (B,) of the windows without EOS so far; 0, or the nan or inf found
+        in the logits (B,); and the attention mass of `read`, per layer (B, S).
         """
         rows = memory.own_keys.shape[1]
         ids = torch.full((rows,), START, device=self.device)
@@ -277,14 +279,14 @@ class FiD:
 
 
 class PieceReader:
-    """A `decoding.Reader` over B windows of prompts. Token i is the id pieces[i] of the vocabulary.
+    """A `decoding.Reader` for B windows of prompts. Token i has the vocabulary id pieces[i].
 
-    steps: how many tokens a window reads; what is taken back is room besides.
+    steps: the maximum number of tokens that a window keeps; removed tokens come on top.
     """
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
         self.fid = fid
-        self.pieces = torch.tensor(pieces, device=fid.device)  # (S,)
+        self.pieces = torch.tensor(pieces, device=fid.device)  # (R,)
         self.memory = fid.read_prompts(windows, steps + len(self.costs))
         self.rows = len(windows)
 
@@ -294,20 +296,20 @@ class PieceReader:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """What a pass over 1, 2, ... pieces costs, in passes over one; there are no longer ones."""
+        """The cost of a pass over 1, 2, ... tokens, relative to a pass over one."""
         return COSTS.get(self.fid.network.shared.weight.dtype, COSTS[torch.bfloat16])
 
     def start(self) -> torch.Tensor:
-        """Logits (B, S) of the first piece."""
+        """Logits (B, R) of the first token."""
         return self._after(torch.full((self.rows, 1), START, device=self.device))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m) -> logits (B, m, S) of the piece after each."""
+        """tokens (B, m) -> logits (B, m, R) of the token after each."""
         self.last = tokens.shape[1]
         return self._after(self.pieces[tokens])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Take back what the last pass read, but for the first counts[b] tokens of each window."""
+        """Of the tokens of the last pass, keep the first counts[b] of window b and remove the rest."""
         self.memory.read = [read - self.last + count for read, count in zip(self.memory.read, counts, strict=True)]
 
     def _after(self, ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""T5's tokenizer: texts -> ids and back, from spiece.model or from the tokenizer.json that was made of one."""
+"""T5's tokenizer: texts -> token ids and back, from spiece.model or from a tokenizer.json that was converted from
+one."""
 
 import base64
 import json
@@ -9,39 +10,40 @@ from typing import Any
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
-NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # kinds of pieces, by SentencePiece's numbers
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # SentencePiece's types of tokens
 
 
 class SentencePieces:
-    """T5's pieces as the slow tokenizer makes them (`legacy=False`), from the bytes of a spiece.model alone.
+    """T5's tokens as the slow tokenizer splits them (`legacy=False`), from the bytes of a spiece.model.
 
-    Control tokens in a text, such as </s>, are read as plain characters. Source: specs of LiT5, section 3.
+    Control tokens in a text, such as </s>, are read as plain characters.
     """
 
     def __init__(self, model: bytes):
         import sentencepiece
 
-        # Two protobuf fields that are merged into the model: normalizer_spec (field 3, two bytes long) with
-        # add_dummy_prefix (field 3 of it) = false
+        # A protobuf message merged into the model: normalizer_spec (field 3, of two bytes) with add_dummy_prefix (its
+        # field 3) = false
         no_dummy_prefix = b"\x1a\x02\x18\x00"
-        self.model = model  # as `save` writes it
+        self.model = model  # the bytes that `save` writes
         self.processor = sentencepiece.SentencePieceProcessor()
         self.processor.LoadFromSerializedProto(self.model + no_dummy_prefix)
         self._guard = len(self.processor.encode("<unk>"))
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, without </s>. The <unk> in front keeps a leading blank from being normalised away."""
+        """The token ids of each text, without </s>. The <unk> in front prevents a leading space from being normalised
+        away."""
         guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
         return [ids[self._guard :] for ids in self.processor.encode(guarded)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids. Those that the tokenizer does not know (<extra_id_0>, ...) separate words."""
+        """The text of token ids. Ids that the tokenizer does not have (<extra_id_0>, ...) become spaces."""
         known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
         return " ".join(self.processor.decode(group) for group in known)
 
 
 def read_pieces(folder: Folder) -> SentencePieces:
-    """From spiece.model, else from tokenizer.json: transformers 5 saves no other."""
+    """Read spiece.model, else tokenizer.json, the only file that transformers 5 saves."""
     file, fast = folder.path / "spiece.model", folder.path / "tokenizer.json"
     if not file.exists() and not fast.exists():
         raise folder.missing("spiece.model or tokenizer.json, T5's tokenizer")
@@ -54,22 +56,22 @@ def read_pieces(folder: Folder) -> SentencePieces:
 
 
 def sentencepiece_model(fields: dict[str, Any]) -> bytes:
-    """The spiece.model that a tokenizer.json was made from: the same pieces, scores and normalisation of characters.
+    """The spiece.model that a tokenizer.json was converted from: the same tokens, scores and character normalisation.
 
-    fields: those of the file. ValueError for a tokenizer of another kind.
+    fields: the content of the file. Raises ValueError for a tokenizer of another type.
     """
     unigram, normalizers = fields["model"], [fields["normalizer"]]
     if unigram["type"] != "Unigram" or unigram.get("byte_fallback"):
         raise ValueError(f"it holds a {unigram['type']} tokenizer, wanted T5's Unigram")
     added, vocabulary = {token["content"] for token in fields["added_tokens"]}, list(unigram["vocab"])
-    while vocabulary[-1][0] in added:  # <extra_id_0> and the like stand behind the pieces
+    while vocabulary[-1][0] in added:  # <extra_id_0> and the like follow the vocabulary
         vocabulary.pop()
     message = []
     for id, (piece, score) in enumerate(vocabulary):
         kind = UNKNOWN if id == unigram["unk_id"] else CONTROL if piece in added else NORMAL
         numbers = b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])  # field 2, a float; field 3
         message.append(_field(1, _field(1, piece.encode()) + numbers))
-    for each in normalizers:  # it grows: some are sequences of others
+    for each in normalizers:  # grows, since some normalizers are sequences
         if each is not None and "normalizers" in each:
             normalizers += each["normalizers"]
         elif each is not None and each["type"] == "Precompiled":
@@ -78,7 +80,7 @@ def sentencepiece_model(fields: dict[str, Any]) -> bytes:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A protobuf field of bytes: its key, its length in groups of seven bits, its content."""
+    """A protobuf field of bytes: key, length in groups of seven bits, content."""
     size, rest = b"", len(content)
     while rest > 127:
         size, rest = size + bytes([128 | rest & 127]), rest >> 7

@@ -1,4 +1,4 @@
-"""The bi-encoder inside a checkpoint: texts to vectors, with the library's encoders or Jina v2's. Knows no queries."""
+"""The bi-encoder inside a checkpoint: texts -> vectors, with encoders of the library or Jina v2. Knows no queries."""
 
 import dataclasses
 import math
@@ -16,9 +16,9 @@ from pyterrier_lit.models.library import Weights, auto_config, below, build, loa
 from pyterrier_lit.models.pooling import POOLING, check_pooling
 from pyterrier_lit.models.tokenization import check_pieces, encode, pieces_known
 
-LENGTH = 512  # tokens kept of a passage
+LENGTH = 512  # maximum tokens of a passage
 POOLINGS = ("mean", "cls", "last_token")
-WORDS = "embeddings.word_embeddings.weight"  # a BERT under a head has its own name in front
+WORDS = "embeddings.word_embeddings.weight"  # has a prefix in a BERT with a head
 
 
 @dataclasses.dataclass
@@ -33,18 +33,19 @@ class TextEncoder:
     def __post_init__(self) -> None:
         limits = [self.config.get("max_position_embeddings"), positions(self.network), LENGTH]
         self.tokenizer.enable_truncation(min(limit for limit in limits if limit))
-        self.tokenizer.encode_special_tokens = True  # "[SEP]" in a passage is text
+        self.tokenizer.encode_special_tokens = True  # "[SEP]" in a passage is plain text
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text with special tokens around them, at most LENGTH; white space counts as one blank."""
+        """The token ids of each text with special tokens, at most LENGTH; white space is collapsed to single spaces."""
         return list(encode(self.tokenizer, [" ".join(text.split()) for text in texts], special_tokens=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.__post_init__()  # a pickled tokenizer loses its flag
+        self.__post_init__()  # pickling loses the tokenizer's flag
 
     def encode(self, batch: Sequence[list[int]]) -> torch.Tensor:
-        """The ids of B texts -> float32 vectors (B, d), not normalised, perhaps still being computed."""
+        """The token ids of B texts -> float32 vectors (B, d), not normalised, possibly still being computed on a
+        GPU."""
         pad = self.config.get("pad_token_id") or 0
         device = next(self.network.parameters()).device
         input_ids, mask = (tensor.to(device, torch.long) for tensor in padded(batch, pad))
@@ -54,14 +55,14 @@ class TextEncoder:
 
 
 def read_text_encoder(folder: Folder, pooling: str) -> TextEncoder:
-    """A trained encoder."""
+    """Load a trained encoder from a folder."""
     return text_encoder(folder.config, folder.weights(), folder.tokenizer(), pooling, str(folder))
 
 
 def text_encoder(
     config: dict[str, Any], weights: Weights, tokenizer: tokenizers.Tokenizer, pooling: str, source: str
 ) -> TextEncoder:
-    """An encoder from its parts. ValueError for a pooling that is not known, and for parts of different encoders."""
+    """An encoder from its parts. ValueError for an unknown pooling, and for parts of different encoders."""
     check_pooling(pooling, POOLINGS, f"{source}: encoder_pooling")
     padding = config.get("pad_token_id") or 0
     check_pieces(max(pieces_known(tokenizer), padding + 1), config["vocab_size"], source, "encoder")
@@ -72,9 +73,10 @@ def text_encoder(
 
 
 def empty_encoder(config: dict[str, Any]) -> nn.Module:
-    """An encoder of the shape that its config.json gives, without pooler, its weights still to be loaded.
+    """An encoder in the shape of its config.json, without pooler and before its weights are loaded.
 
-    ValueError for one that would need code of its own: loaded as its nearest relative it would give wrong vectors.
+    Raises ValueError for an encoder that needs code in the checkpoint: loaded as a similar model, it would give wrong
+    vectors.
     """
     import transformers
 
@@ -94,19 +96,19 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
 
 
 def bare(weights: Weights) -> Weights:
-    """Weights by the names of `empty_encoder`: without pooler or heads, and without the body's own name in front."""
+    """Weights under the names of `empty_encoder`: without pooler and heads, and without the body's prefix."""
     names = [name for name in weights if name.endswith(WORDS)]
     body = below(today(weights), names[0].removesuffix(WORDS)) if names else today(weights)
     return {name: tensor for name, tensor in body.items() if not name.startswith("pooler.")}
 
 
 class JinaBert(nn.Module):
-    """The body of jinaai/jina-embeddings-v2-*, its modules named as in that checkpoint so that it loads strictly.
+    """The body of jinaai/jina-embeddings-v2-*, with the module names of that checkpoint, so that it loads strictly.
 
     config: the fields of the checkpoint's config.json. Source: Günther et al., Jina Embeddings 2 (arXiv 2310.19923).
     """
 
-    embeddings: Any  # modules in modules: torch's types end at the first
+    embeddings: Any  # nested modules, beyond torch's types
     encoder: Any
 
     def __init__(self, config: dict[str, Any]):
@@ -137,7 +139,7 @@ class JinaBert(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention with a bias, then GELU(a) * b, each with its residual and norm after it."""
+    """Attention with a bias, then GELU(a) * b, each followed by residual and norm."""
 
     attention: Any
 
@@ -156,7 +158,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """states (B, L, H), bias on attention (B, heads, L, L) -> (B, L, H)"""
+        """states (B, L, H), attention bias (B, heads, L, L) -> (B, L, H)"""
         reads, writes = self.attention["self"], self.attention["output"]
         query, key, value = (
             reads[name](states).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
@@ -169,13 +171,14 @@ class Layer(nn.Module):
 
 
 def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """-slope_h * |i - j|: (heads, L, L)"""
+    """The bias -slope_h * |i - j|, (heads, L, L)."""
     at = torch.arange(length, device=device)
     return -torch.tensor(slopes(heads), dtype=torch.float32, device=device)[:, None, None] * (at[:, None] - at).abs()
 
 
 def slopes(heads: int) -> list[float]:
-    """2^-(8/n), 2^-(16/n), ... 2^-8 for a power of two n; other numbers add every second slope of the next power."""
+    """The slopes 2^-(8/n), 2^-(16/n), ... 2^-8 for n heads, a power of two; otherwise those of the power below and
+    every second slope of the power above."""
     n = 2 ** math.floor(math.log2(heads))
     own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     return own if n == heads else own + slopes(2 * n)[0::2][: heads - n]

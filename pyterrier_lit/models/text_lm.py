@@ -1,7 +1,7 @@
-"""A causal language model that continues prompts of words, as transformers has it; and its files.
+"""A causal language model of transformers that continues text prompts, and its checkpoint.
 
-The reader is PE-Rank's (`vector_lm`) without vectors: prompts are padded on the left, and what they begin with in
-common is read once. In the shapes B is the number of prompts, S that of tokens, H the width of the model.
+The reader is PE-Rank's (`vector_lm`) without vectors: prompts are padded on the left, and a common prefix is processed
+once. Shapes: B prompts, R tokens that may be generated, H the width of the model.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from pyterrier_lit.models.vector_lm import VectorLM, VectorReader
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NO_PLACEHOLDER = -1  # no id: these prompts have words alone
-LONGEST_IDENTIFIER = 6  # tokens of "100] > [" where every character is one of them
+NO_PLACEHOLDER = -1  # not an id: these prompts have no vectors
+LONGEST_IDENTIFIER = 6  # tokens of "100] > [" if every character is a token
 
 
 class TextLM(VectorLM):
-    """A causal language model of the library: its body, and the output layer with which it writes words."""
+    """A causal language model of the library: its body and its output layer."""
 
     def __init__(self, model: "PreTrainedModel"):
         body: Any = model.base_model
@@ -35,7 +35,7 @@ class TextLM(VectorLM):
         self.model = model
 
     def begin(self, prompts: list[list[int]], pieces: Sequence[int] | None = None) -> "TextReader":
-        """Begin with B prompts. pieces: the ids that may follow, in the order of their tokens; None is all."""
+        """A reader for B prompts. pieces: the vocabulary ids of the tokens that may be generated; None is all."""
         embeddings: Any = self.body.get_input_embeddings()
         begun = self.read(prompts, [torch.empty(0, self.body.config.hidden_size)] * len(prompts))
         ids = torch.arange(embeddings.num_embeddings) if pieces is None else torch.tensor(pieces, device="cpu")
@@ -44,9 +44,9 @@ class TextLM(VectorLM):
 
 
 class TextReader(VectorReader):
-    """A `decoding.Reader` over B prompts whose tokens are words: `passages` holds their embeddings, (B, S, H).
+    """A `decoding.Reader` for B prompts that generates text tokens: `passages` holds their embeddings, (B, R, H).
 
-    ids: (S,), of the tokens in the vocabulary.
+    ids: (R,), the vocabulary ids of the tokens.
     """
 
     def __init__(
@@ -64,22 +64,23 @@ class TextReader(VectorReader):
         self.bias = None if getattr(head, "bias", None) is None else head.bias[ids]
 
     def _logits(self, last: int) -> torch.Tensor:
-        """Logits (B, last, S), float32. What a model does to all of them alike, such as dividing them, is left out: it
-        changes no order."""
+        """Logits (B, last, R), float32. Transformations that do not change their order, such as scaling, are left
+        out."""
         states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
         return F.linear(states[:, -last:], self.weight, self.bias).float()
 
 
 @dataclasses.dataclass(eq=False)
 class TextCheckpoint:
-    """A causal language model in memory, and how it is spoken to."""
+    """A causal language model in memory, with its prompts."""
 
     network: TextLM
     prompter: TextPrompter
     config: dict[str, Any]  # config.json
 
     def prompts(self, queries: list[str], texts: list[list[str]]) -> list[list[int]]:
-        """The ids of the prompt for each query and its passages. ValueError for one that leaves no room to answer."""
+        """The token ids of the prompt for each query and its passages. ValueError for a prompt that leaves no room for
+        the answer."""
         prompts, limit = self.prompter.tokenized(queries, texts), position_limit(self.network.body.config)
         for ids, query, shown in zip(prompts, queries, texts, strict=True):
             answer = LONGEST_IDENTIFIER * len(shown)
@@ -97,7 +98,7 @@ class TextCheckpoint:
         return sorted(ends - {None})
 
     def answers(self, written: list[list[int]]) -> list[str]:
-        """The texts of written ids, each up to its end."""
+        """The texts of generated ids, each up to its end token."""
         ends = self.ends()
         kept = [ids[: next((at for at, id in enumerate(ids) if id in ends), None)] for ids in written]
         return [str(self.prompter.tokenizer.decode(ids)) for ids in kept]
@@ -105,13 +106,13 @@ class TextCheckpoint:
     def save(self, folder: Path) -> None:
         """Write config, weights and tokenizer into an existing folder, as transformers reads them."""
         weights = self.network.model.state_dict()
-        names = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}  # a tensor with two names: once
+        names = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}  # a shared tensor once
         save_checkpoint(folder, self.config, {name: weights[name] for name in names.values()})
         self.prompter.tokenizer.save_pretrained(folder)
 
 
 def read_text_lm(folder: Folder, device: torch.device, dtype: torch.dtype) -> TextCheckpoint:
-    """A causal language model with a chat template, on a device in a dtype. ValueError for any other."""
+    """Load a causal language model with a chat template onto a device in a dtype. ValueError for any other model."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = str(folder.config.get("model_type"))
@@ -123,5 +124,5 @@ def read_text_lm(folder: Folder, device: torch.device, dtype: torch.dtype) -> Te
     model = library_model(MODEL_FOR_CAUSAL_LM_MAPPING, folder.config, kind, weights, str(folder), dtype)
     prompter = read_text_prompter(folder, model.config.vocab_size)
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
-    config.pop("_name_or_path", None)  # where it lay on this machine
+    config.pop("_name_or_path", None)  # a local path
     return TextCheckpoint(TextLM(model).to(device).eval(), prompter, config)

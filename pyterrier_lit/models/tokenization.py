@@ -1,4 +1,4 @@
-"""Fast tokenizers: texts -> ids, with errors that name the text; settings that a checkpoint keeps beside them."""
+"""Fast tokenizers: texts -> token ids, with errors that name the text; and tokenizer settings of checkpoints."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1_000  # texts
 CHAT_TEMPLATE = "chat_template"  # the field of a tokenizer_config.json
-# How BERT reads letters: by its names in tokenizer_config.json, and in tokenizer.json
+# BERT's settings for letters: names in tokenizer_config.json -> names in tokenizer.json
 BERT = {
     "do_lower_case": "lowercase",
     "strip_accents": "strip_accents",
@@ -22,7 +22,7 @@ BERT = {
 
 
 def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
-    """ValueError for a tokenizer that knows more pieces than the model has embeddings. known: its highest id + 1."""
+    """Raise ValueError for a tokenizer with more tokens than the model has embeddings. known: its highest id + 1."""
     if known > size:
         raise ValueError(
             f"{source}: the tokenizer knows {known} pieces and the {model} {size}; they are of two checkpoints"
@@ -30,19 +30,19 @@ def check_pieces(known: int, size: int, source: str, model: str = "model") -> No
 
 
 def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
-    """The highest id that a tokenizer can write, + 1: of its pieces, and of the tokens that it puts around texts."""
+    """The highest id of a tokenizer, + 1: of its vocabulary and of the special tokens that it adds."""
     around = [*tokenizer.encode("").ids, *tokenizer.encode("", "").ids]
     return max([*tokenizer.get_vocab().values(), *around], default=-1) + 1
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether a tokenizer panicked. That is no Exception: it would pass whatever handles errors."""
+    """Whether an error is a panic of a tokenizer, which is not an Exception and so would pass error handlers."""
     return type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def no_panic(source: str) -> Iterator[None]:
-    """A tokenizer's panic in the block becomes a ValueError."""
+    """Turn a tokenizer's panic inside the block into a ValueError."""
     try:
         yield
     except BaseException as error:
@@ -52,9 +52,9 @@ def no_panic(source: str) -> Iterator[None]:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
-    """The ids of each text. The tokenizer is given CHUNK texts at a time: its results are some 10 kB each.
+    """The token ids of each text, tokenised in chunks of CHUNK texts, since a result takes some 10 kB.
 
-    ValueError names a text at which the tokenizer fails.
+    Raises ValueError with the text at which the tokenizer fails.
     """
     for start in range(0, len(texts), CHUNK):
         chunk = list(texts[start : start + CHUNK])
@@ -73,7 +73,7 @@ def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bo
 
 
 def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
-    """Let the settings of a tokenizer_config.json win over BERT's in a tokenizer.json, as transformers does."""
+    """Let the settings of tokenizer_config.json take precedence over BERT's in tokenizer.json, as transformers does."""
     normalizer = tokenizer.normalizer
     if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
         for setting in settings.keys() & BERT.keys():
@@ -82,7 +82,7 @@ def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
 
 
 def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:
-    """What stands behind a tokenizer of the library, without truncation or padding."""
+    """The `tokenizers` object behind a tokenizer of the library, without truncation or padding."""
     bare: tokenizers.Tokenizer = tokenizer.backend_tokenizer
     bare.no_truncation()
     bare.no_padding()
@@ -90,7 +90,8 @@ def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer
 
 
 def chats_about_pairs(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether its chat template has places for a query and a document, by which sentence-transformers writes pairs."""
+    """Whether its chat template has placeholders for a query and a document, which sentence-transformers uses for
+    pairs."""
 
     def written(query: Any, document: Any) -> str:
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
@@ -99,7 +100,7 @@ def chats_about_pairs(tokenizer: "PreTrainedTokenizerFast") -> bool:
     for content in (str, lambda text: [{"type": "text", "text": text}]):
         try:
             plain, *others = (written(content(query), content(text)) for query, text in ("ab", "cb", "ac"))
-        except Exception:  # a template may raise anything, and often does for a role that it does not know
+        except Exception:  # templates may raise any error, often for an unknown role
             continue
         if plain not in others:
             return True

@@ -1,9 +1,9 @@
-"""A causal language model that reads vectors among its words, and whose next word is one of these vectors.
+"""A causal language model whose prompts contain vectors, and whose next token is one of these vectors.
 
-A projector brings the vectors into the space of the model's input embeddings, where they stand in for placeholders. At
-the end of the prompt the score of a vector is its dot product with the last state: the vectors are the vocabulary.
-Knows no text and no queries. In the shapes B is the number of prompts, L their length, N the vectors of a prompt, H the
-width of the model. Source: PE-Rank (arXiv 2406.14848), section 3.
+A projector maps the vectors into the space of the model's input embeddings, where they replace placeholders. The logit
+of a vector is its dot product with the last hidden state: the vectors are the vocabulary. Knows no text and no queries.
+Shapes: B prompts, L their length, N vectors per prompt, H the width of the model. Source: PE-Rank (arXiv 2406.14848),
+section 3.
 """
 
 import functools
@@ -24,31 +24,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Of passes over 1 to 4 vectors, beside one, in layers of 512 and 1,024 on two cores, the mean of 1 and 8 prompts
+# Costs of a pass over 1 to 4 vectors relative to one, for widths of 512 and 1,024 on two cores, averaged over 1 and 8
+# prompts
 COSTS = {torch.float32: (1.0, 1.3, 1.45, 1.6), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 
 
 class VectorLM(nn.Module):
-    """The body of a causal language model, and the projector that brings vectors into its input space."""
+    """The body of a causal language model, and the projector that maps vectors into its input space."""
 
     def __init__(self, body: "PreTrainedModel", projector: nn.Module, placeholder: int):
         super().__init__()
         use_for_few_queries(body)
         self.body = body
         self.projector = projector
-        self.placeholder = placeholder  # the id that stands for a vector
+        self.placeholder = placeholder  # the token id in place of a vector
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        use_for_few_queries(self.body)  # the process that unpickles it may be another
+        use_for_few_queries(self.body)  # registers the attention function in a new process
 
     def forward(
         self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None
     ) -> tuple[torch.Tensor, Any]:
-        """Read inputs (B, L, H) at positions (B, L), under mask (B, C + L) over what the cache holds and these.
+        """Process inputs (B, L, H) at positions (B, L), with a mask (B, C + L) over the C cached tokens and the inputs.
 
-        Returns states (B, L, H) and the grown cache. RuntimeError where the library did not use the cache that it was
-        given.
+        Returns hidden states (B, L, H) and the extended cache. Raises RuntimeError where the library ignored the given
+        cache.
         """
         body: Any = type(self.body)
         name = _cache_argument(body)
@@ -65,9 +66,9 @@ class VectorLM(nn.Module):
         return states, grown
 
     def read(self, prompts: list[list[int]], vectors: list[torch.Tensor]) -> "VectorReader":
-        """Begin with B prompts, each with as many placeholders as its vectors (N, d) have rows.
+        """A reader for B prompts, each with one placeholder per row of its vectors (N, d).
 
-        The words that all of them begin with are read once, where the model sees all that came before. What follows is
+        A common prefix of the prompts is processed once, if the model attends to all previous tokens. The rest is
         padded on the left.
         """
         device = next(self.parameters()).device
@@ -89,7 +90,7 @@ class VectorLM(nn.Module):
         return VectorReader(self, inputs, F.pad(mask, (len(common), 0), value=1), passages, cache)
 
     def _common(self, prompts: list[list[int]]) -> list[int]:
-        """The ids before any vector that several prompts begin with, one less than the shortest prompt at most."""
+        """The common prefix of several prompts, before any vector, and shorter than the shortest prompt."""
         if len(prompts) < 2:
             return []
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
@@ -101,7 +102,7 @@ class VectorLM(nn.Module):
     ) -> torch.Tensor:
         """ids (B, L), mask (B, L) -> input embeddings (B, L, H).
 
-        The projected passages (B, N, H), where `inside` (B, N) is true, replace the placeholders in their order.
+        The projected passages (B, N, H), where `inside` (B, N) is true, replace the placeholders in order.
         """
         embedded: torch.Tensor = self.body.get_input_embeddings()(ids)
         at = ((ids == self.placeholder) & (mask == 1))[..., None]
@@ -109,10 +110,10 @@ class VectorLM(nn.Module):
 
 
 class VectorReader:
-    """A `decoding.Reader` over B prompts whose tokens are the numbers of the prompt's vectors.
+    """A `decoding.Reader` for B prompts, whose tokens are the indices of the prompt's vectors.
 
-    inputs: (B, L, H), the prompt or what is left of it to read. mask: (B, C + L), 0 on padding, over what `cache` holds
-    (C tokens) and the inputs. passages: (B, N, H), the projected vectors.
+    inputs: (B, L, H), the prompts without the cached prefix. mask: (B, C + L), 0 on padding, over the C tokens in
+    `cache` and the inputs. passages: (B, N, H), the projected vectors.
     """
 
     def __init__(
@@ -131,18 +132,18 @@ class VectorReader:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """What a pass over 1, 2, ... vectors costs, in passes over one; there are no longer ones. One at a time where a
-        model minds gaps, or its cache cannot be cut."""
+        """The cost of a pass over 1, 2, ... vectors, relative to a pass over one. Only one at a time where padding
+        inside a prompt would change the result, or the cache cannot be cropped."""
         if not _minds_no_gaps(self.network.body) or not _can_be_cut(self.cache):
             return COSTS[torch.float32][:1]
         return COSTS.get(self.network.body.dtype, COSTS[torch.bfloat16])
 
     def start(self) -> torch.Tensor:
-        """Logits (B, N) after the prompt: the dot products of the last state with each vector, float32."""
+        """Logits (B, N) after the prompt: the dot products of the last hidden state with each vector, float32."""
         return self._logits(last=1)[:, 0]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m), numbers of vectors -> logits (B, m, N) after each of them."""
+        """tokens (B, m), indices of vectors -> logits (B, m, N) after each of them."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         self.inputs = self.passages[rows, tokens]
         self.mask = F.pad(self.mask, (0, tokens.shape[1]), value=1)
@@ -150,10 +151,10 @@ class VectorReader:
         return self._logits(last=tokens.shape[1])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Take back what the last pass read, but for the first counts[b] tokens of each row.
+        """Of the tokens of the last pass, keep the first counts[b] of row b and remove the rest.
 
-        What no row keeps is cut off the cache. What some row keeps is hidden from the others, whose positions continue
-        as if they had not read it.
+        Tokens that no row keeps are cropped from the cache. Tokens that only some rows keep are masked for the other
+        rows, whose positions continue as if these tokens did not exist.
         """
         kept, most = torch.tensor(counts, device=self.device)[:, None], max(counts)
         read = self.inputs.shape[1]
@@ -170,10 +171,10 @@ class VectorReader:
 
 
 def _minds_no_gaps(body: Any) -> bool:
-    """Whether padding may stand among the words of a prompt, where only the mask and the positions show it.
+    """Whether padding may occur inside a prompt, with only the mask and the positions to indicate it.
 
-    Not with a window or a chunk of attention, which are counted in tokens of the cache, padding among them; nor where
-    the library takes no positions.
+    Not with sliding-window or chunked attention, which count padding as tokens, nor where the library accepts no
+    positions.
     """
     kinds = getattr(body.config, "layer_types", None)
     limits = [getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
@@ -182,7 +183,7 @@ def _minds_no_gaps(body: Any) -> bool:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Whether the library's cache, as it is after the prompt, holds keys and values of each token and nothing else."""
+    """Whether the library's cache, after the prompt, contains only keys and values per token."""
     from transformers.cache_utils import DynamicLayer
 
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -190,7 +191,7 @@ def _can_be_cut(cache: Any) -> bool:
 
 @functools.cache
 def _cache_argument(model: Any) -> str:
-    """What this version of transformers calls the cache of a model, which ignores arguments that it does not know."""
+    """This transformers version's name of a model's cache argument. Models ignore unknown arguments."""
     names = inspect.signature(model.forward).parameters
     known = [name for name in ("cache", "past_key_values") if name in names]
     if not known:
@@ -201,7 +202,8 @@ def _cache_argument(model: Any) -> str:
 
 
 def projector(kind: str, width: int, hidden: int) -> nn.Module:
-    """`linear`, `mlp{k}x_gelu` (k linear layers with GELU between them) or `identity`, from `width` to `hidden`."""
+    """A projector from `width` to `hidden`: `linear`, `mlp{k}x_gelu` (k linear layers with GELU between them) or
+    `identity`."""
     if kind == "identity" and width == hidden:
         return nn.Identity()
     linear = functools.partial(nn.Linear, dtype=torch.float32)
