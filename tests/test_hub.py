@@ -138,6 +138,8 @@ def test_a_push_that_fails_says_why_and_the_reranker_is_as_it_was(hub, small, mo
     reranker = small()
     before = repr(reranker)
     monkeypatch.setattr(hub, "create", None)
-    with pytest.raises(OSError, match=r"'me/mine' could not be pushed to the hub .*HF_TOKEN says who you are"):
+    with pytest.raises(
+        OSError, match=r"'me/mine' could not be pushed to the hub .*HF_TOKEN, by a token with write access"
+    ):
         reranker.push_to_hub("me/mine")
     assert repr(reranker) == before

@@ -101,7 +101,7 @@ def test_a_published_checkpoint_is_told_by_its_name(at, frame):
     hub = "models--castorini--LiT5-{}-base/snapshots/0123abc"
     for kind, name, named in ((LiT5Distill, "Score", "LiT5Score"), (LiT5Score, "Distill", "LiT5Distill")):
         said = told(lambda kind=kind, name=name: kind(at(hub.format(name)), device="cpu").load())[1]
-        assert len(said) == 1 and f"is by its name a checkpoint of {named}" in said[0]
+        assert len(said) == 1 and f"is a checkpoint of {named} by its name" in said[0]
     assert named_kind("/lit5-score/LiT5-Distill-base-v2") == "LiT5Distill"
     assert named_kind("/fix-lit5/t5-base") is None
 

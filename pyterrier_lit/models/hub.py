@@ -157,8 +157,8 @@ def push(
         )
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise OSError(
-            f"{repo_id!r} could not be pushed to the hub ({type(error).__name__}: {first_line(error)}). `hf auth login`"
-            " or HF_TOKEN says who you are, with a token that may write; `save` writes the same files into a folder"
+            f"{repo_id!r} could not be pushed to the hub ({type(error).__name__}: {first_line(error)}). Log in with"
+            " `hf auth login` or HF_TOKEN, by a token with write access; `save` writes the same files into a folder"
         ) from error
     return str(done.oid)
 

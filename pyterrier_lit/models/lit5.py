@@ -35,8 +35,8 @@ def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpo
         named = next(filter(None, map(named_kind, (str(folder), path, came_from(folder.config)))), kind)
         if recorded is None and named != kind:
             warnings.warn(
-                f"{folder} is by its name a checkpoint of {named}, and is read as one of {kind}: the order that it"
-                f" gives has no meaning if that is so; give it to {named}",
+                f"{folder} is a checkpoint of {named} by its name, but is loaded as {kind}, whose ranking would be"
+                f" meaningless; load it with {named}",
                 stacklevel=2,
             )
         checkpoint = read_t5(folder, device, dtype)
@@ -94,6 +94,6 @@ def warn_of_full_prompts(checkpoint: T5Checkpoint, queries: Sequence[str], heads
         warnings.warn(
             f"the query {query[:80] + '...' if len(query) > 80 else query!r} ({tokens} tokens with the words"
             f" around it){others} fills the prompts of max_length={length}: nothing of a passage is read, and the"
-            " ranking has no meaning; use a larger max_length, or shorten the query",
+            " ranking is meaningless; use a larger max_length, or shorten the query",
             stacklevel=2,
         )

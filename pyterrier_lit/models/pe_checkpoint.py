@@ -95,7 +95,7 @@ class PERankCheckpoint:
         weight = words.weight.detach() if tied else self.folder.weight("lm_head.weight")
         if weight is None:
             raise ValueError(
-                f"{self.folder} holds no lm_head.weight: a PE-Rank that was saved can no longer write; align it before,"
+                f"{self.folder} has no lm_head.weight, which saving a PE-Rank drops: run alignment before saving,"
                 " right after PERank.from_backbone"
             )
         return weight
