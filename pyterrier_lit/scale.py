@@ -305,8 +305,8 @@ def _ray_started() -> Any:
         ray.init()
     if signals.jvm() and (not signals.back_to_java() or TAKES_SIGNALS):
         warnings.warn(
-            "Java and Ray run in one process, and Ray takes signals that Java needs, in ray.shutdown() at the latest:"
-            " the process may die. Import pyterrier_lit.scale before ray, and let Distributed start it",
+            "Java and Ray run in one process, and Ray replaces signal handlers that Java needs, in ray.shutdown() at"
+            " the latest: the process may die. Import pyterrier_lit.scale before ray, and let Distributed start it",
             stacklevel=2,
         )
     return ray

@@ -101,12 +101,12 @@ def test_a_query_that_comes_again_after_another_is_an_error(tmp_path):
     [
         (b"", "holds no candidates"),
         (b"\n\n", "holds no candidates"),
-        (json.dumps(GOOD).encode()[:-9], "line 1 is no JSON, or is cut short"),
+        (json.dumps(GOOD).encode()[:-9], "line 1 is not valid JSON, or is cut short"),
         (b"[1, 2]\n", "item 1 holds a int, wanted an object"),
-        (json.dumps([GOOD]).encode()[:-9], "is no JSON, or is cut short"),
+        (json.dumps([GOOD]).encode()[:-9], "is not valid JSON, or is cut short"),
         (b"{}\n[1]".replace(b"{}", json.dumps(GOOD).encode()), "line 2 holds a list, wanted an object"),
-        (100_000 * b"[", "is no JSON, or is cut short"),
-        (bytes(100), "line 1 is no JSON, or is cut short"),
+        (100_000 * b"[", "is not valid JSON, or is cut short"),
+        (bytes(100), "line 1 is not valid JSON, or is cut short"),
         (
             json.dumps(GOOD | {"docno": "d\ud83d"}).encode(),
             r"line 1 has docno 'd\\ud83d'; it may not .* surrogate",
@@ -135,7 +135,7 @@ def test_a_truncated_or_damaged_gz_is_an_error_and_gives_no_query_in_part(tmp_pa
     path.write_bytes(damage(path.read_bytes()))
     queries = []
     with pytest.raises(
-        ValueError, match=r"rerank.jsonl.gz cannot be read beyond line \d+: it is cut short or damaged|no JSON"
+        ValueError, match=r"rerank.jsonl.gz cannot be read beyond line \d+: it is cut short or damaged|not valid JSON"
     ):
         queries.extend(read_rerank_file(path))
     assert queries == []

@@ -252,7 +252,7 @@ def test_the_default_prompt_stands_before_each_query(bert, tmp_path):
     edit(tmp_path / "own", "config_sentence_transformers.json", {"default_prompt_name": None})
     assert ours(tmp_path / "own") == pytest.approx(ours(tmp_path / "model"), abs=2e-4)
     edit(tmp_path / "own", "config_sentence_transformers.json", {"default_prompt_name": "web"})
-    with pytest.raises(ValueError, match="default_prompt_name='web' is none of p"):
+    with pytest.raises(ValueError, match="default_prompt_name='web' is not among p"):
         ours(tmp_path / "own")
 
 
@@ -395,5 +395,5 @@ def test_a_model_that_takes_one_input_at_a_time_is_refused_by_name(put):
 
 def test_an_encoder_whose_tokenizer_separates_nothing_is_refused(put):
     folder = put("bert", words(SPECIAL, "", "", pad_token="<pad>"), **SIZE)
-    with pytest.raises(ValueError, match="sets no special tokens between two texts"):
+    with pytest.raises(ValueError, match="puts no special tokens between two texts"):
         ours(folder)

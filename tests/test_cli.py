@@ -231,7 +231,7 @@ def test_options_are_checked_before_files_and_models_are_read(tmp_path, capsys, 
 def test_an_output_that_exists_is_named_before_documents_are_indexed_or_models_read(tmp_path, capsys):
     (tmp_path / "run.txt").write_text("a run\n")
     more = ["--topics", tmp_path / "no.tsv", "--documents", tmp_path / "no.tsv", "--model", "no/such"]
-    assert "run.txt is there already" in refused(words(tmp_path / "no.txt", tmp_path / "run.txt", *more), capsys)
+    assert "run.txt exists already" in refused(words(tmp_path / "no.txt", tmp_path / "run.txt", *more), capsys)
     assert "no.tsv" in refused(words(tmp_path / "no.txt", tmp_path / "new.txt", *more), capsys)
 
 
@@ -264,7 +264,7 @@ def test_ctrl_c_keeps_what_is_done_at_the_default_chunk_and_says_how_to_go_on(tm
     (part,) = tmp_path.glob("run.txt.*.part")
     assert said.endswith(f"interrupted; what was finished is in {part}, a run file; --resume continues it")
     assert pt.io.read_results(str(part)).qid.nunique() in range(4, 9)
-    assert "--resume continues it, or delete it to begin anew" in refused(arguments, capsys)
+    assert "--resume continues it, or delete it to start again" in refused(arguments, capsys)
     assert main([*arguments, "--resume"]) == 0
     assert main(words(tmp_path / "in.jsonl", tmp_path / "whole.txt")) == 0
     assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
@@ -291,13 +291,13 @@ def test_resume_refuses_what_would_mix_two_runs_in_one(tmp_path, file, monkeypat
         ["--doc-length", "9"],
         ["--dtype", "bfloat16"],
     ):
-        assert "was begun with another" in again(*more)
+        assert "was started with another" in again(*more)
     for changed in (rows[::-1], [*rows, rows[0] | {"qid": "new"}], [rows[0] | {"text": "changed"}, *rows[1:]]):
         write_jsonl(file, changed)
-        assert "was begun with another input, order or depth; give the same again" in again()
+        assert "was started with another input, order or depth; use the same again" in again()
     write_jsonl(file, rows)
     (model / "model.safetensors").write_bytes(half + bytes(100) + weights[len(half) + 100 :])
-    assert "was begun with other weights or another device; give the same again" in again()
+    assert "was started with other weights or another device; use the same again" in again()
     (model / "model.safetensors").write_bytes(weights)
     assert main(arguments) == 0
 
@@ -309,7 +309,7 @@ def test_of_two_processes_on_one_output_the_second_ends_at_once_with_one_line(tm
     ended = [(process.communicate()[1], process.returncode) for process in begun]
     assert sorted(code for _, code in ended) == [0, 1]
     (said,) = [error.splitlines()[-1] for error, code in ended if code]
-    assert "run.txt is being written already, by process " in said or "run.txt is there already" in said
+    assert "run.txt is being written already, by process " in said or "run.txt exists already" in said
     first = rows if ended[0][1] == 0 else rows[::-1]
     written = [line.split()[0] for line in (tmp_path / "run.txt").read_text().splitlines()]
     assert list(dict.fromkeys(written)) == list(dict.fromkeys(row["qid"] for row in first))
@@ -372,7 +372,7 @@ def test_a_full_disk_is_one_clear_line_and_what_was_finished_is_a_run(tmp_path, 
     assert "Traceback" not in error
     line = error.splitlines()[-1]
     assert (
-        "cannot be written on ([Errno 27] File too large)" in line
+        "cannot be extended ([Errno 27] File too large)" in line
         and "what was finished is in" in line
         and "resume continues it" in line
     )

@@ -131,7 +131,7 @@ def test_every_reranker_learns_from_files(file, rows, electra, backbone, tmp_pat
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--order", "--set", "speed=1"], "'speed' is no setting of PairRecipe"),
+        (["--order", "--set", "speed=1"], "'speed' is not a setting of PairRecipe"),
         (["--order", "--recipe", "best"], "recipe='best'; CrossEncoder has"),
         (["--teacher", "nowhere.run"], "nowhere.run"),
         (["--answers"], "it has no question; wanted question, answers and ctxs"),
@@ -163,7 +163,7 @@ def test_options_that_do_not_go_together_are_named(file, cross_encoder_folder, t
     "arguments, words",
     [
         (["--labels", "qrels.txt", "--recipe", "best"], "recipe='best'; CrossEncoder has"),
-        (["--labels", "qrels.txt", "--set", "speed=1"], "'speed' is no setting of PairRecipe"),
+        (["--labels", "qrels.txt", "--set", "speed=1"], "'speed' is not a setting of PairRecipe"),
         (["--labels", "qrels.txt", "--doc-length", 0], "doc_length=0; wanted a positive whole number"),
         (["--labels", "no.txt"], "No such file or directory: 'no.txt'"),
         (["--teacher", "no.run"], "No such file or directory: 'no.run'"),

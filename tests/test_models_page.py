@@ -242,10 +242,13 @@ JINA_V1 = {"intermediate.dense": "mlp.gated_layers", "output.dense": "mlp.wo"}
 JINA_V2 = {"encoder.layer.": "encoder.layers.", "attention.self.query": "mixer.Wqkv"}
 REFUSED = {  # the row of the page: how a folder becomes one, and the words of the error
     "a language model": [
-        (lambda folder: changed(folder, architectures=["Qwen3ForCausalLM"], model_type="qwen3"), "is no cross-encoder"),
+        (
+            lambda folder: changed(folder, architectures=["Qwen3ForCausalLM"], model_type="qwen3"),
+            "is not a cross-encoder",
+        ),
         (
             lambda folder: changed(folder, architectures=["T5ForConditionalGeneration"], model_type="t5"),
-            "is no cross-encoder",
+            "is not a cross-encoder",
         ),
     ],
     "code of its own": [

@@ -104,7 +104,7 @@ def test_vectors_may_be_lists_tensors_or_of_any_number_type(make, frame):
 
 
 def test_what_is_no_index_or_no_encoder_is_refused(make, frame):
-    with pytest.raises(TypeError, match=r"vectors='path' is no dense index; wanted a pyterrier_dr.FlexIndex"):
+    with pytest.raises(TypeError, match=r"vectors='path' is not a dense index; wanted a pyterrier_dr.FlexIndex"):
         make(vectors="path")(frame)
     with pytest.raises(TypeError, match=r"encoder='minilm' cannot encode passages; wanted a pyterrier_dr.BiEncoder"):
         make(encoder="minilm")(frame)

@@ -151,12 +151,12 @@ def test_an_unfinished_run_is_not_overwritten_nor_continued_otherwise(tmp_path):
     with pytest.raises(FileExistsError, match=r"part holds an unfinished run; resume continues it"):
         write(tmp_path / "run.txt", Failing())
     for other in ({"reranker": by_length}, {"system": "y"}, {"chunk": 11}):
-        with pytest.raises(ValueError, match="was begun with another reranker"):
+        with pytest.raises(ValueError, match="was started with another reranker"):
             write(tmp_path / "run.txt", **{"reranker": Failing(), "resume": True} | other)
     for queries in (QUERIES[1:], [QUERIES[0]._replace(docnos=list("abcde")), *QUERIES[1:]]):
-        with pytest.raises(ValueError, match="was begun with another input"):
+        with pytest.raises(ValueError, match="was started with another input"):
             write(tmp_path / "run.txt", Failing(), queries=queries, resume=True)
-    with pytest.raises(ValueError, match="was begun with another input"):
+    with pytest.raises(ValueError, match="was started with another input"):
         write(tmp_path / "run.txt", Failing(), queries=QUERIES[:2], resume=True)
     assert part.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [part.name]
@@ -165,7 +165,7 @@ def test_an_unfinished_run_is_not_overwritten_nor_continued_otherwise(tmp_path):
 def test_a_finished_run_is_not_overwritten(tmp_path):
     write(tmp_path / "run.txt")
     for resume in (False, True):
-        with pytest.raises(FileExistsError, match=r"run.txt is there already; move it away"):
+        with pytest.raises(FileExistsError, match=r"run.txt exists already; move it away"):
             write(tmp_path / "run.txt", queries=QUERIES[:1], resume=resume)
     assert len(columns(tmp_path / "run.txt")) == 40
 
@@ -225,7 +225,7 @@ def test_memory_does_not_grow_with_the_number_of_queries(tmp_path):
         assert many < few + 500_000
 
 
-# What a part was begun with
+# What a part was started with
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_what_is_not_as_it_was_is_named_and_the_part_kept(tmp_path, change, name
     (part,) = tmp_path.iterdir()
     before = part.read_bytes()
     reranker = Failing()
-    with pytest.raises(ValueError, match=rf"part was begun with .*{named}; give the same again, or delete it"):
+    with pytest.raises(ValueError, match=rf"part was started with .*{named}; use the same again, or delete it"):
         write(tmp_path / "run.txt", reranker, **{"weights": lambda: "of yesterday", "resume": True} | change)
     assert reranker.seen == [] and part.read_bytes() == before
     write(tmp_path / "run.txt", reranker, weights=lambda: "of yesterday", resume=True)
@@ -270,7 +270,7 @@ def test_parts_of_other_outputs_and_empty_ones_are_none(tmp_path):
 
 def test_a_part_of_an_earlier_version_is_not_gone_on_with(tmp_path):
     (tmp_path / "run.txt.0123abcd.part").write_text("q0 Q0 d3 1 9 x\n")
-    with pytest.raises(ValueError, match=r"0123abcd.part was begun with another reranker"):
+    with pytest.raises(ValueError, match=r"0123abcd.part was started with another reranker"):
         write(tmp_path / "run.txt", resume=True)
 
 
@@ -353,7 +353,7 @@ def test_a_link_to_an_output_is_that_output(tmp_path):
     write(tmp_path / "run.txt", Meanwhile(second))
     assert (tmp_path / "run.txt").is_symlink()
     assert [file.name for file in (tmp_path / "far").iterdir()] == ["away.txt"]
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         write(tmp_path / "run.txt")
 
 
@@ -375,7 +375,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
 
 def test_an_output_folder_that_goes_away_is_an_error_as_soon_as_something_is_written(tmp_path):
     reranker = Meanwhile(lambda: shutil.rmtree(tmp_path / "out"))
-    with pytest.raises(OSError, match=r"part cannot be written on \(.*No such file"):
+    with pytest.raises(OSError, match=r"part cannot be extended \(.*No such file"):
         write(tmp_path / "out" / "run.txt", reranker)
     assert len(reranker.seen) == 2
 

@@ -399,7 +399,7 @@ def test_a_killed_training_on_a_run_goes_on_to_the_same_end(name, own, rows, kil
     assert again.log["loss"].tolist() == whole.log["loss"].tolist()
     for change in ({"text": rows.text + "."}, {"query": rows["query"] + "."}, {"rank": 9 - rows["rank"]}):
         other = run_of(rows.assign(**change), tmp_path / "run.txt")
-        with pytest.raises(ValueError, match="holds a training with another digest of lists and targets"):
+        with pytest.raises(ValueError, match="has checkpoints of training with another digest of lists and targets"):
             begun(folder=tmp_path / "state").fit(other)
 
 

@@ -140,8 +140,8 @@ def test_a_bad_line_is_named(tmp_path, record, words):
     [
         ('["[1]", "[2]"]', "holds 2 orders and .* 1 records"),
         ("[]", "line 1 has no order"),
-        ('{"a": 1}', "no JSON array of texts"),
-        ("[1", "no JSON, or is cut short"),
+        ('{"a": 1}', "not a JSON array of texts"),
+        ("[1", "not valid JSON, or is cut short"),
     ],
 )
 def test_permutations_that_do_not_fit_their_records_are_refused(tmp_path, content, words):

@@ -216,7 +216,7 @@ def test_metadata_that_the_checker_refuses_are_said_too(tira_input, tmp_path, mo
 def test_a_run_that_exists_is_named_before_the_model_is_fetched(tira_input, tmp_path, monkeypatch, capsys):
     in_tira(monkeypatch, tira_input / "input", tmp_path)
     (tmp_path / "run.txt").write_text("a run\n")
-    assert "run.txt is there already" in refused(words("cross-encoder", "--model", "no/such"), capsys)
+    assert "run.txt exists already" in refused(words("cross-encoder", "--model", "no/such"), capsys)
     assert "system='two words'" in refused(
         words("cross-encoder", "--model", "no/such", "--system", "two words"), capsys
     )

@@ -547,9 +547,9 @@ def test_a_folder_goes_on_only_with_the_training_that_began_there(student, candi
     again = FineTune(student, **settings)
     again.fit(candidates, qrels)
     pd.testing.assert_frame_equal(student(candidates), trained)
-    with pytest.raises(ValueError, match=r"holds a training with another recipe.*learning_rate"):
+    with pytest.raises(ValueError, match=r"has checkpoints of training with another recipe.*learning_rate"):
         FineTune(student, learning_rate=1.0, **settings).fit(candidates, qrels)
-    with pytest.raises(ValueError, match="holds a training with another seed: 1, now 2"):
+    with pytest.raises(ValueError, match="has checkpoints of training with another seed: 1, now 2"):
         FineTune(student, **settings | {"seed": 2}).fit(candidates, qrels)
 
 
@@ -736,7 +736,7 @@ def test_recipes_are_the_papers():
         (
             lambda s: FineTune(s, speed=1),
             TypeError,
-            "'speed' is no setting of PairRecipe; there are learning_rate, batch_size",
+            "'speed' is not a setting of PairRecipe; there are learning_rate, batch_size",
         ),
         (
             lambda s: FineTune(s, speed=1),
@@ -751,8 +751,8 @@ def test_recipes_are_the_papers():
         (lambda s: FineTune(s, loss="hinge"), ValueError, "loss='hinge'; wanted one of 'lce', 'ranknet'"),
         (lambda s: FineTune(s, sampling="best"), ValueError, "sampling='best'"),
         (lambda s: FineTune(s, batch_size=3, micro_batch=2), ValueError, "multiple of micro_batch"),
-        (lambda s: FineTune(s, steps=0), ValueError, "steps=0, epochs=1.0: that is no step"),
-        (lambda s: FineTune(s, steps=None, epochs=0), ValueError, "steps=None, epochs=0: that is no step"),
+        (lambda s: FineTune(s, steps=0), ValueError, "steps=0, epochs=1.0: that is less than one step"),
+        (lambda s: FineTune(s, steps=None, epochs=0), ValueError, "steps=None, epochs=0: that is less than one step"),
         (
             lambda s: FineTune(pt.Transformer.identity()),
             TypeError,
@@ -761,7 +761,7 @@ def test_recipes_are_the_papers():
         (
             lambda s: Distil(LiT5Score(str(LIT5), device="cpu")),
             TypeError,
-            "learns from answers, not from a teacher's ranking; take FineTune",
+            "learns from answers, not from a teacher's ranking; use FineTune",
         ),
         (lambda s: FineTune(LiT5Distill(str(LIT5), device="cpu"), smallest=30), ValueError, "windows of 30 to 20"),
         (lambda s: FineTune(s, recipe=Recipe(1e-3)), NotImplementedError, "has no objective"),

@@ -159,7 +159,7 @@ def test_ids_of_labels_and_questions_are_text(tmp_path):
         ("run.jsonl", '{"qid": 1, "docno": "d", "score": NaN}\n', r"run.jsonl, line 1 has score nan; wanted a number"),
         ("run.jsonl", '{"qid": 1, "docno": "d", "score": 1}\n{"qid": 1, "docno": "e"}', "line 1 has no score or rank"),
         ("run.json", '[{"qid": 1, "docno": "d", "score": 1}, 7]', r"run.json, item 2 holds a int, wanted an object"),
-        ("run.json", '[{"qid": 1', r"run.json is no JSON, or is cut short"),
+        ("run.json", '[{"qid": 1', r"run.json is not valid JSON, or is cut short"),
         ("run.txt", "", r"run.txt has no score or rank"),
         ("run.jsonl", "", r"run.jsonl has no score or rank"),
     ],
@@ -173,7 +173,7 @@ def test_what_is_no_run_is_named_with_its_line(tmp_path, name, text, words):
 @pytest.mark.parametrize("line", ["1 0 d", "1 0 d x", "1 0 d 0.5", "1 0 d 1 2", "query-id corpus-id score"])
 def test_what_is_no_judgement_is_named_with_its_line(tmp_path, line):
     (tmp_path / "qrels").write_text(f"1 0 d 1\n{line}\n")
-    with pytest.raises(ValueError, match=r"qrels, line 2 is no judgement; wanted four columns"):
+    with pytest.raises(ValueError, match=r"qrels, line 2 is not a judgement; wanted four columns"):
         data.read_qrels(tmp_path / "qrels")
 
 
@@ -245,7 +245,7 @@ def test_a_run_without_scores_has_those_of_its_ranks(tmp_path):
     with pytest.raises(ValueError, match=r"run\.jsonl, line 1 has no score or rank"):
         data.read_run(path)
     path.write_text('{"qid": "1", "docno": "b"\n')
-    with pytest.raises(ValueError, match=r"run\.jsonl, line 1 is no JSON, or is cut short"):
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 1 is not valid JSON, or is cut short"):
         data.read_run(path)
 
 

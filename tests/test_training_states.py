@@ -237,7 +237,9 @@ def test_a_folder_is_refused_to_other_data_and_other_weights(encoder, candidates
         ({"student": fresh}, "digest of the starting weights"),
         ({"student": encoder(doc_length=9)}, "student"),
     ):
-        with pytest.raises(ValueError, match=f"holds a training with another {name}: .*, now .*; give another folder"):
+        with pytest.raises(
+            ValueError, match=f"has checkpoints of training with another {name}: .*, now .*; give another folder"
+        ):
             fit(**what)
 
 

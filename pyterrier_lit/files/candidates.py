@@ -270,7 +270,7 @@ def _json(where: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON, or is cut short ({error})") from error
+        raise ValueError(f"{where} is not valid JSON, or is cut short ({error})") from error
 
 
 def key(record: dict[str, Any], name: str, where: str) -> str:

@@ -112,11 +112,11 @@ def check_settings(system: str, chunk: int) -> None:
 def check_new(output: Path, resume: bool) -> None:
     """Raise FileExistsError for an output that exists, or for a part of it that is not to be resumed."""
     if output.exists():
-        raise FileExistsError(f"{output} is there already; move it away to make it anew")
+        raise FileExistsError(f"{output} exists already; move it away to write a new run")
     begun = _parts(output)
     if begun and not resume:
         raise FileExistsError(
-            f"{next(iter(begun))} holds an unfinished run; resume continues it, or delete it to begin anew"
+            f"{next(iter(begun))} is an unfinished run; resume continues it, or delete it to start again"
         )
 
 
@@ -163,7 +163,7 @@ class Part:
             self.file.flush()
             self.path.stat()  # fails if the file was removed meanwhile
         except OSError as error:
-            raise OSError(f"{self.path} cannot be written on ({error})") from error
+            raise OSError(f"{self.path} cannot be extended ({error})") from error
         self.end = self.file.tell()
 
     def finish(self, output: Path) -> None:
@@ -222,7 +222,7 @@ def _part_of(output: Path, *made_of: bytes) -> Path:
     for other, begun in _parts(output).items():
         differing = [what for what, own, its in zip_longest(HASHED, hashes, begun) if own != its]
         if differing:
-            raise ValueError(f"{other} was begun with {' and '.join(differing)}; give the same again, or delete it")
+            raise ValueError(f"{other} was started with {' and '.join(differing)}; use the same again, or delete it")
     return output.with_name(f"{output.name}.{'-'.join(hashes)}.part")
 
 

@@ -181,9 +181,9 @@ def _orders(path: Path) -> list[str]:
     try:
         orders = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON, or is cut short ({error})") from error
+        raise ValueError(f"{path} is not valid JSON, or is cut short ({error})") from error
     if not isinstance(orders, list) or not all(isinstance(order, str) for order in orders):
-        raise ValueError(f"{path} is no JSON array of texts such as '[2] > [1]'; wanted RankGPT's permutations")
+        raise ValueError(f"{path} is not a JSON array of texts such as '[2] > [1]'; wanted RankGPT's permutations")
     return orders
 
 

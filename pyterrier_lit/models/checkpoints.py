@@ -175,7 +175,7 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} is of a checkpoint on the hub, and model={str(model)!r} is a folder here, which"
-                " is read as it is; leave revision= out, or give a hub id that is no folder's name"
+                " is read as it is; leave revision= out, or give a hub id that is not the name of a folder"
             )
         return _whole(Folder(folder))
     if folder.exists():
@@ -183,7 +183,7 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
             f"model={str(model)!r} is a file; give the folder that holds config.json and the weights"
         )
     if not HUB_ID.fullmatch(str(model)):
-        raise FileNotFoundError(f"there is no folder {str(model)!r}, and it is no hub id (owner/name) either")
+        raise FileNotFoundError(f"there is no folder {str(model)!r}, and it is not a hub id (owner/name) either")
     return fetch_from_hub(str(model), revision=revision)
 
 
@@ -204,7 +204,7 @@ def fetch_from_hub(
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise FileNotFoundError(
-            f"there is no folder {model!r} here, and the hub did not give that checkpoint"
+            f"there is no folder {model!r} here, and the hub did not provide that checkpoint"
             f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}: {first_line(error)})."
             f" Check the name; without a network, {how_to_fetch(model, use, revision)}"
         ) from error

@@ -29,8 +29,8 @@ def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpo
         recorded, path = recorded_kind(folder.config), os.path.realpath(folder.path)
         if recorded not in (None, kind):
             raise ValueError(
-                f"{folder} holds a checkpoint of {recorded}, wanted one of {kind}; give it to {recorded}, or train on"
-                f" from it by {kind}.from_backbone"
+                f"{folder} holds a checkpoint of {recorded}, wanted one of {kind}; load it with {recorded}, or start"
+                f" training from it with {kind}.from_backbone"
             )
         named = next(filter(None, map(named_kind, (str(folder), path, came_from(folder.config)))), kind)
         if recorded is None and named != kind:

@@ -136,9 +136,9 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
     architectures = config.get("architectures") or ["unknown architecture"]
     if not architectures[0].endswith("ForSequenceClassification"):
         raise ValueError(
-            f"{folder} holds {architectures[0]} (model_type {kind!r}), which is no cross-encoder; wanted a checkpoint"
-            " of lightning-ir over ELECTRA or BERT, or a ...ForSequenceClassification with one or two labels. To train"
-            " a head on an encoder: CrossEncoder.from_backbone"
+            f"{folder} holds {architectures[0]} (model_type {kind!r}), which is not a cross-encoder; wanted a"
+            " checkpoint of lightning-ir over ELECTRA or BERT, or a ...ForSequenceClassification with one or two"
+            " labels. To train a head on an encoder: CrossEncoder.from_backbone"
         )
     return _classifier(folder, _labelled(folder, weights), beside, device, dtype)
 
@@ -199,7 +199,7 @@ def _classifier(
     tokenizer = folder.library_tokenizer()
     if beside.chat and tokenizer.chat_template and chats_about_pairs(tokenizer):
         raise ValueError(
-            f"{folder} has a chat template for a query and a document, by which sentence-transformers would write its"
+            f"{folder} has a chat template for a query and a document, with which sentence-transformers would build its"
             " pairs; it is not read. Take the template away, chat_template.jinja or the chat_template of"
             " tokenizer_config.json, and give queries and passages as it would write them, by pt.apply"
         )
@@ -227,10 +227,10 @@ def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
     texts."""
     check_pieces(pieces_known(checkpoint.tokenizer), pieces, source)
     if checkpoint.pad_id not in range(pieces):
-        raise ValueError(f"{source}: pad_token_id={checkpoint.pad_id!r} is no piece of {pieces}")
+        raise ValueError(f"{source}: pad_token_id={checkpoint.pad_id!r} is not a token of {pieces}")
     if not checkpoint.layout().middle and not getattr(checkpoint.network, "is_decoder", False):
         raise ValueError(
-            f"{source}: the tokenizer sets no special tokens between two texts; a cross-encoder's does. Give the"
+            f"{source}: the tokenizer puts no special tokens between two texts; a cross-encoder's does. Give the"
             " checkpoint its own tokenizer files"
         )
 
@@ -256,8 +256,8 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
         if not (alone - beside).abs() > noise:  # NaN is reported later
             return dataclasses.replace(checkpoint, reading=reading, _layouts={})
     raise ValueError(
-        f"{source} holds a {type(network.model).__name__}, whose score of a pair depends on what is computed beside it:"
-        " its ranking would depend on the batches, and it is not supported"
+        f"{source} holds a {type(network.model).__name__}, whose score of a pair depends on the other pairs in the"
+        " batch: its ranking would depend on the batches, and it is not supported"
     )
 
 

@@ -47,7 +47,7 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
     """
     if not hasattr(index, "payload"):
         raise TypeError(
-            f"vectors={index!r} is no dense index; wanted a pyterrier_dr.FlexIndex, or None with a 'doc_vec' column"
+            f"vectors={index!r} is not a dense index; wanted a pyterrier_dr.FlexIndex, or None with a 'doc_vec' column"
         )
     held, vectors, _ = index.payload()
     names = [str(docno) for docno in docnos]

@@ -128,7 +128,7 @@ def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PE
     kind = str(folder.config.get("model_type"))
     if not kind.startswith(KIND):
         raise ValueError(
-            f"{folder} holds {folder.config.get('architectures')} (model_type {kind!r}), which is no PE-Rank"
+            f"{folder} holds {folder.config.get('architectures')} (model_type {kind!r}), which is not a PE-Rank"
             f" checkpoint; wanted a model_type such as '{KIND}mistral'. To train one on a language model:"
             " PERank.from_backbone"
         )
@@ -248,4 +248,4 @@ def _check_kind(folder: Folder, kind: str) -> None:
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
-        raise ValueError(f"{folder} is over a language model {kind!r}, which transformers does not know")
+        raise ValueError(f"{folder} has a language model {kind!r}, which transformers does not know")

@@ -160,8 +160,8 @@ class TextPrompter(ChatPrompter):
         begins_so = whole[: len(asked)] == asked and words[0][0] in opened
         if not begins_so or [*written[:1], *chain(*words)][: len(written)] != written:
             raise ValueError(
-                "the tokenizer cuts an identifier, such as [12] in '[12] > [4]', otherwise from place to place:"
-                " decoding='constrained' cannot be used with it; decoding='free' can"
+                "the tokenizer splits an identifier, such as [12] in '[12] > [4]', differently depending on its"
+                " position: decoding='constrained' cannot be used with it; decoding='free' can"
             )
         return opened[: opened.index(words[0][0])], words
 

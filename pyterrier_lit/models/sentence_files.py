@@ -47,7 +47,7 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
         )
     name, prompts = settings.get("default_prompt_name"), settings.get("prompts") or {}
     if name is not None and name not in prompts:
-        raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is none of {', '.join(prompts)}")
+        raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is not among {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
     longest = texts.get("max_length") or reading.get("max_seq_length")
     chat = not reading.get("modality_config")  # lists all ways of reading

@@ -25,7 +25,7 @@ def check_pieces(known: int, size: int, source: str, model: str = "model") -> No
     """Raise ValueError for a tokenizer with more tokens than the model has embeddings. known: its highest id + 1."""
     if known > size:
         raise ValueError(
-            f"{source}: the tokenizer knows {known} pieces and the {model} {size}; they are of two checkpoints"
+            f"{source}: the tokenizer has {known} tokens and the {model} {size}; they are from different checkpoints"
         )
 
 

@@ -195,9 +195,7 @@ def _cache_argument(model: Any) -> str:
     names = inspect.signature(model.forward).parameters
     known = [name for name in ("cache", "past_key_values") if name in names]
     if not known:
-        raise RuntimeError(
-            f"{model.__name__} of this version of transformers takes no cache by a name that is known here"
-        )
+        raise RuntimeError(f"{model.__name__} of this version of transformers has no cache argument with a known name")
     return known[0]
 
 

@@ -62,7 +62,8 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
 def none_relevant(n: int, what: str = "passages") -> ValueError:
     """The error for n passages none of which is judged relevant in the qrels."""
     return ValueError(
-        f"none of the {n} {what} is judged relevant in the qrels: check that qids and docnos are of one collection"
+        f"none of the {n} {what} is judged relevant in the qrels: check that qids and docnos belong to the same"
+        " collection"
     )
 
 
@@ -70,7 +71,7 @@ def check_ranked(ranked: int, n: int) -> None:
     """Raise ValueError where a teacher ranks none of n passages; warn where it ranks only some."""
     if not ranked:
         raise ValueError(
-            f"the teacher ranks none of the {n} passages: check that qids and docnos are of one collection"
+            f"the teacher ranks none of the {n} passages: check that qids and docnos belong to the same collection"
         )
     if ranked < n:
         warnings.warn(f"{n - ranked} of {n} passages are not in the teacher's ranking and are left out", stacklevel=3)
@@ -390,7 +391,7 @@ def read_qrels(path: Path | None) -> pd.DataFrame | None:
         columns = line.split()
         if len(columns) != 4 or not re.fullmatch(r"[+-]?\d+", columns[3]):
             raise ValueError(
-                f"{where} is no judgement; wanted four columns, qid 0 docno label, the label a whole number"
+                f"{where} is not a judgement; wanted four columns, qid 0 docno label, the label a whole number"
             )
         rows.append((columns[0], columns[2], int(columns[3])))
     return pd.DataFrame(rows, columns=["qid", "docno", "label"])
@@ -410,7 +411,7 @@ def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]
     """The labels of qrels with their qids and docnos. Raises ValueError without qrels, and what `_values` raises."""
     if qrels is None:
         raise ValueError(
-            "there are no labels to learn from: give fit(topics, qrels), or take Distil for a teacher's ranking"
+            "there are no labels to learn from: call fit(topics, qrels), or use Distil for a teacher's ranking"
         )
     return _values(qrels, "label", "the qrels")
 

@@ -56,7 +56,7 @@ class Training(pt.Estimator):
             name = type(self).__name__
             warnings.warn(
                 f"{name} has not been fitted: its student ranks with its initial weights. A pipeline's fit"
-                f" reaches the stages of a `>>` alone, and no {name} inside `+`, `**` or a cache; fit that one by"
+                f" reaches only the stages of a `>>`, not a {name} inside `+`, `**` or a cache; fit that one by"
                 " itself, on a result frame",
                 stacklevel=2,
             )
@@ -260,7 +260,7 @@ class Distil(Training):
         """The student's recipe for a teacher's ranking. Raises TypeError for a student that is trained on answers."""
         if module.DISTIL is None:
             raise TypeError(
-                f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; take FineTune"
+                f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; use FineTune"
             )
         return str(module.DISTIL)
 

@@ -106,7 +106,7 @@ class Recipe:
         if unknown:
             others = ", ".join(field.name for field in dataclasses.fields(Settings))
             raise TypeError(
-                f"{unknown[0]!r} is no setting of {type(self).__name__}; there are {', '.join(names)}; and, whatever"
+                f"{unknown[0]!r} is not a setting of {type(self).__name__}; there are {', '.join(names)}; and, whatever"
                 f" the recipe, {others}"
             )
         return dataclasses.replace(self, **changes)
@@ -267,8 +267,8 @@ def _steps(n_lists: int, recipe: Recipe) -> int:
     steps = math.ceil(recipe.epochs * n_lists / recipe.batch_size) if recipe.steps is None else recipe.steps
     if steps < 1:
         raise ValueError(
-            f"steps={recipe.steps}, epochs={recipe.epochs}: that is no step; wanted steps of 1 or more, or None and"
-            " epochs above 0"
+            f"steps={recipe.steps}, epochs={recipe.epochs}: that is less than one step; wanted steps of 1 or"
+            " more, or None and epochs above 0"
         )
     return steps
 
@@ -284,8 +284,8 @@ def _claim(folder: Path, started: dict[str, Any]) -> None:
         name = next((name for name in started if held.get(name) != started[name]), None)
         if name is not None:
             raise ValueError(
-                f"{folder} holds a training with another {name}: {held.get(name)}, now {started[name]}; give another"
-                " folder, or delete it"
+                f"{folder} has checkpoints of training with another {name}: {held.get(name)}, now {started[name]};"
+                " give another folder, or delete it"
             )
     folder.mkdir(parents=True, exist_ok=True)
     written = file.with_name(f"{STARTED_WITH}.{os.getpid()}")
