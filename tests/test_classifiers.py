@@ -170,7 +170,7 @@ def test_ids_beyond_the_vocabulary_are_refused_wherever_they_stand(bert):
     file["model"]["vocab"]["zebra"] = 999
     for changed, known in ((template, 10**6 + 1), (file, 1_000)):
         (folder / "tokenizer.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=f"tokenizer knows {known} pieces and the model {len(VOCABULARY)}"):
+        with pytest.raises(ValueError, match=f"tokenizer has {known} tokens and the model {len(VOCABULARY)}"):
             ours(folder)
 
 

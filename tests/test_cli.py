@@ -193,7 +193,7 @@ def test_a_model_or_argument_that_cannot_be_is_one_clear_line(tmp_path, file, ca
     for more, message in (
         (["--model", tmp_path / "nowhere"], "there is no folder"),
         (["--device", "toaster"], "device='toaster' cannot be used here"),
-        (["--max-tokens", 0], "max_tokens=0; wanted a whole number"),
+        (["--max-tokens", 0], "max_tokens=0; wanted a positive whole number"),
         (["--system", "two words"], "system='two words'"),
     ):
         assert message in refused(words(file, tmp_path / "out" / "run.txt", *more), capsys)
@@ -238,7 +238,7 @@ def test_an_output_that_exists_is_named_before_documents_are_indexed_or_models_r
 def test_input_is_read_before_the_model(tmp_path, file, capsys):
     wrong = write_jsonl(tmp_path / "wrong.jsonl", [*golden_rows(), golden_rows()[-1]])
     assert "twice; keep one" in refused(words(wrong, tmp_path / "run.txt", "--model", "no/such"), capsys)
-    assert "the hub did not give" in refused(words(file, tmp_path / "run.txt", "--model", "no/such"), capsys)
+    assert "the hub did not provide" in refused(words(file, tmp_path / "run.txt", "--model", "no/such"), capsys)
 
 
 def interrupted(arguments, monkeypatch, capsys, after):

@@ -300,7 +300,7 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(copy_of, electra, frame):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{model}/tokenizer.json")
     tokenizer.add_tokens(["extra"])
     tokenizer.backend_tokenizer.save(f"{model}/tokenizer.json")
-    with pytest.raises(ValueError, match=r"tokenizer knows 193 pieces and the model 192"):
+    with pytest.raises(ValueError, match=r"tokenizer has 193 tokens and the model 192"):
         CrossEncoder(model)(frame)
 
 

@@ -133,7 +133,7 @@ def test_an_encoder_is_a_hub_id_or_lies_in_the_folder_or_beside_it(copy_of, fram
         with pytest.raises(ValueError, match=r"names its encoder .*; wanted a hub id, or a folder in .* or beside it"):
             named(name)
     for name in ("somebody/else", "elsewhere"):
-        with pytest.raises(FileNotFoundError, match="the hub did not give that checkpoint"):
+        with pytest.raises(FileNotFoundError, match="the hub did not provide that checkpoint"):
             named(name)
 
 
@@ -144,7 +144,7 @@ def test_ids_beyond_the_vocabulary_are_refused(copy_of, frame):
     token = {"content": "<far>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
     fields["added_tokens_decoder"] = fields["added_tokens_decoder"] | {"70000": token | {"single_word": False}}
     file.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"the tokenizer knows \d+ pieces and the model 702; they are of two"):
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens and the model 702; they are from different"):
         PERank(str(model), device="cpu").load()
 
 
@@ -152,7 +152,7 @@ def test_a_padding_id_beyond_the_encoders_vocabulary_is_refused(copy_of, frame):
     model = Path(copy_of())
     file = model.parent / "encoder" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": 10**6}))
-    with pytest.raises(ValueError, match=r"the tokenizer knows 1000001 pieces and the encoder 233"):
+    with pytest.raises(ValueError, match=r"the tokenizer has 1000001 tokens and the encoder 233"):
         PERank(str(model), device="cpu")(frame)
 
 
@@ -214,7 +214,7 @@ def test_an_encoder_whose_tokenizer_knows_more_pieces_is_refused(copy_of, frame)
     model = copy_of()
     vocabulary = Path(model).parent / "encoder" / "vocab.txt"
     vocabulary.write_text(vocabulary.read_text(encoding="utf-8") + "one\nmore\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"the tokenizer knows \d+ pieces and the encoder \d+; they are of two"):
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens and the encoder \d+; they are from different"):
         PERank(model, device="cpu")(frame)
 
 

@@ -148,7 +148,7 @@ def interrupted(tmp_path):
 def test_an_unfinished_run_is_not_overwritten_nor_continued_otherwise(tmp_path):
     part = interrupted(tmp_path)
     before = part.read_bytes()
-    with pytest.raises(FileExistsError, match=r"part holds an unfinished run; resume continues it"):
+    with pytest.raises(FileExistsError, match=r"part is an unfinished run; resume continues it"):
         write(tmp_path / "run.txt", Failing())
     for other in ({"reranker": by_length}, {"system": "y"}, {"chunk": 11}):
         with pytest.raises(ValueError, match="was started with another reranker"):

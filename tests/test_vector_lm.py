@@ -107,7 +107,7 @@ def test_a_model_whose_cache_has_no_known_name_is_an_error():
         def forward(self, inputs_embeds, memory=None):
             pass
 
-    with pytest.raises(RuntimeError, match="Renamed of this version of transformers takes no cache by a name"):
+    with pytest.raises(RuntimeError, match="Renamed of this version of transformers has no cache argument"):
         _cache_argument(Renamed)
 
 
