@@ -1,4 +1,4 @@
-"""How `make docs` builds pyterrier_lit/pt_docs, which PyTerrier's own site takes from the package with autodoc."""
+"""Sphinx configuration of `make docs`. PyTerrier's own site builds the same pages from the installed package."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", 
 html_theme = "furo"
 html_title = project
 html_show_copyright = False
-copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"  # output has none
+copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"  # outputs get no copy button
 
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 100
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!pyterrier_lit).*")]  # what other packages hold has no pages here
+nitpick_ignore_regex = [("py:.*", r"(?!pyterrier_lit).*")]  # names of other packages have no pages here

@@ -1,6 +1,6 @@
-"""The directives of PyTerrier's documentation that pt_docs uses, so that `make docs` builds the pages without them.
+"""Local versions of the directives of PyTerrier's documentation that pt_docs uses, for `make docs`.
 
-PyTerrier's own site has them with more: a citation there is fetched from DBLP, and what is related refers back.
+The directives of PyTerrier's own site do more: they fetch citations from DBLP, and link related pages both ways.
 """
 
 import ast
@@ -13,17 +13,17 @@ import yaml
 from docutils import nodes
 from docutils.parsers.rst import Directive, directives
 
-pt.documentation._cached_objects_inv = {}  # else a drawing fetches an inventory from the web
+pt.documentation._cached_objects_inv = {}  # otherwise drawing a pipeline downloads an inventory
 CITATION = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text(encoding="utf-8"))
 
-PAPERS = {  # that are not in CITATION.cff, by DBLP's key
+PAPERS = {  # DBLP key -> papers that are not in CITATION.cff
     "conf/cikm/MacAvaneyTM22": "Sean MacAvaney, Nicola Tonellotto, Craig Macdonald. Adaptive Re-Ranking with a Corpus"
     " Graph. CIKM 2022.",
 }
 
 
 class Schematic(Directive):
-    """Runs its content and draws the pipeline in the last line; `:show_code:` shows the content, from `# FOLD` on."""
+    """Runs its content and draws the pipeline in the last line; `:show_code:` also shows the code after `# FOLD`."""
 
     has_content = True
     option_spec = {"show_code": directives.flag, "input_columns": directives.unchanged}  # noqa: RUF012
@@ -42,7 +42,7 @@ class Schematic(Directive):
 
 
 class Dblp(Directive):
-    """A citation by DBLP's key: of a preprint (journals/corr/abs-YYMM-NNNNN) in CITATION.cff, or of PAPERS."""
+    """A citation by its DBLP key: a preprint (journals/corr/abs-YYMM-NNNNN) in CITATION.cff, or an entry of PAPERS."""
 
     required_arguments = 1
 
@@ -60,7 +60,7 @@ class Dblp(Directive):
 
 
 class HowTo(Directive):
-    """A question, and the way to do it."""
+    """A question as a heading, and its answer."""
 
     required_arguments, final_argument_whitespace, has_content = 1, True, True
 
@@ -71,7 +71,7 @@ class HowTo(Directive):
 
 
 class Related(Directive):
-    """Says that a section is about a class; shows nothing here."""
+    """Marks a section as related to a class; shows nothing here."""
 
     required_arguments = 1
 

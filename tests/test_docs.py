@@ -51,8 +51,6 @@ CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in 
     "castorini/LiT5-Distill-base-v2": CHECKPOINTS["lit5-distill"],
     "castorini/LiT5-Score-base": CHECKPOINTS["lit5-score"],
     "liuqi6777/pe-rank-mistral-jina": CHECKPOINTS["pe-rank"],
-    "tiny/cross-encoder": CHECKPOINTS["cross-encoder"],
-    "tiny/lit5-distill": CHECKPOINTS["lit5-distill"],
 }  # `names` adds those that are made: "my-pe-rank", "google/electra-base-discriminator", MiniLM
 NOT_RUN = {  # first word of a command: why it is not run
     "curl": "asks a server (test_serve.py does)",

@@ -122,7 +122,7 @@ def test_the_table_in_the_readme_is_what_its_first_block_prints(tmp_path):
     pytest.importorskip("pyterrier_pisa", reason="needs the demo extra")
     readme = (EXPERIMENTS.parent / "README.md").read_text(encoding="utf-8")
     block, shown = re.search(r"```python\n(.*?)```.*?^((?: {4}[^\n]*\n)+)", readme, re.S | re.M).groups()
-    (tmp_path / "tiny").symlink_to(EXPERIMENTS / "tiny")
+    (tmp_path / "experiments").symlink_to(EXPERIMENTS)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(EXPERIMENTS), str(EXPERIMENTS.parent)])}
     command = [sys.executable, "-c", block]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
