@@ -91,7 +91,7 @@ def main() -> None:
         "rows",
         nargs="*",
         metavar="ROW",
-        help=f"one of {'; '.join(ROWS)}; default: all but 43 queries, and but bfloat16 where the CPU lacks it",
+        help=f"one of {'; '.join(ROWS)}; default: all without 43 queries, and without bfloat16 where the CPU lacks it",
     )
     parser.add_argument("--data", default="python-docs", help="a collection that corpora.py loads")
     parser.add_argument(

@@ -33,7 +33,9 @@ PE_RANK = Path(__file__).parent / "tiny" / "pe-rank"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000_000, 2_000_000, 4_000_000])
-    parser.add_argument("--pe-rank", type=int, nargs="*", default=[1_000_000, 2_000_000], help="rows of a stored run for PE-Rank")
+    parser.add_argument(
+        "--pe-rank", type=int, nargs="*", default=[1_000_000, 2_000_000], help="rows of a stored run for PE-Rank"
+    )
     parser.add_argument("--frame", type=int, nargs="*", default=[100_000, 200_000], help="rows of a data frame")
     parser.add_argument("--one", nargs=3, metavar=("SOURCE", "FOLDER", "ROWS"), help="train once, in this process")
     measured.add_option(parser)
