@@ -1,4 +1,4 @@
-"""Prints the documentation of Python's standard library as JSON.
+"""Prints the documentation of Python's standard library as JSON text.
 
 It runs as a script, in an interpreter of its own with the standard library alone, so that nothing that is installed,
 imported or in the current directory can change what is collected.
