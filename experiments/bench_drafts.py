@@ -41,7 +41,7 @@ SMALL = {
     "tiny/pe-rank, windows of 20, top_k=10": lambda: PERank(str(TINY / "pe-rank"), top_k=10),
 }
 WAYS: dict[str, tuple[float, ...] | None] = {  # and what passes are said to cost, in passes over one token
-    "one symbol a pass": (1.0,),
+    "one token a pass": (1.0,),
     "draft and verify": None,
     "drafts of three at each pass": (1.0,) * 4,
 }
@@ -145,7 +145,7 @@ def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, r
 def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: int) -> list[dict]:
     """The rows of T5-base's decoder over one window, with its own logits and with those of the small checkpoint."""
     reranker = LiT5Distill(str(TINY / "lit5-distill"), window_size=size)
-    with counted(WAYS["one symbol a pass"]) as readers:
+    with counted(WAYS["one token a pass"]) as readers:
         reranker(frame[(frame["qid"] == frame["qid"].iloc[0]) & (frame["rank"] < size)])
     ((reader, words, counts, tops),) = readers
     rows = []
@@ -194,7 +194,7 @@ def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int
         values[f"decoder seconds, {way}"] = min(sum(reader.seconds for reader in turn[way][1]) for turn in turns)
         if orders is not plain[0]:
             for what in ("passes", "decoder seconds"):
-                values[f"times fewer {what}, {way}"] = values[f"{what}, one symbol a pass"] / values[f"{what}, {way}"]
+                values[f"times fewer {what}, {way}"] = values[f"{what}, one token a pass"] / values[f"{what}, {way}"]
             same = [left == right for left, right in zip(plain[0], orders, strict=True)]
             values[f"share of orders that are the same, {way}"] = sum(same) / len(same)
     return [{"setting": setting, "n": n, "measure": measure, "value": value} for measure, value in values.items()]
@@ -214,7 +214,7 @@ def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
                 reader.keep([0])
     setting = f"T5-base's decoder, a window of {size}, a pass, {dtype}"
     return [
-        {"setting": setting, "n": repeat, "measure": f"ms, {width} symbols", "value": 1000 * seconds}
+        {"setting": setting, "n": repeat, "measure": f"ms, {width} tokens", "value": 1000 * seconds}
         for width, seconds in least.items()
     ]
 
