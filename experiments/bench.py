@@ -1,14 +1,15 @@
-"""Each reranker beside what else does its work: seconds, times as fast, and how near the machine's floor. Run by hand.
+"""Compares the speed of each reranker with other implementations and with the machine's floor. Run by hand.
 
     python experiments/bench.py [ROW ...] [--data ../shared/data/dl19] [--quick] [--threads 1]
         [--python OpenVINO=../openvino/bin/python] [--before CHECKOUT] [--record]
 
-A row is a model of a published size with random weights, and queries with 100 passages each: --help names them. Each
-system has a process of its own, and they take turns, so that a busy minute favours none; the least seconds of each
-count. A system that is not installed is not run: --python names another environment that has it.
+A row is a model of a published size with random weights, and queries with 100 passages each; --help lists the rows.
+Each system runs in a process of its own. The systems take turns, so that a busy minute favours none, and the least
+seconds of each count. A system that is not installed is not run; --python names another environment that has it.
 
-The floor is what the machine needs for what ours computes: its FLOPs over the rate of matrix products, and the bytes
-of weights, keys and values that the decoder's passes read over the memory's bandwidth, both measured here.
+The floor is the least time that the machine needs for what our reranker computes: its FLOPs divided by the rate of
+matrix products, plus the bytes of weights, keys and values that the decoder's passes read, divided by the memory
+bandwidth. Both rates are measured here.
 """
 
 import argparse
@@ -38,7 +39,7 @@ QUESTION = "How fast is each reranker beside what else does its work?"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model, work for it, and the systems that do it; those not ours are its peers."""
+    """A model, its work, and the systems that do the work. The systems that are not ours are its peers."""
 
     kind: str
     size: str
@@ -47,7 +48,7 @@ class Row:
     queries: int = 1
 
 
-INT8 = ("ONNX int8", "OpenVINO int8")  # beside both, since ours has none
+INT8 = ("ONNX int8", "OpenVINO int8")  # compared in both precisions, since ours has no int8
 CLASSIFIERS = {
     "float32": ("ours", "sentence-transformers", "ONNX", "OpenVINO", *INT8),
     "bfloat16": ("ours", "sentence-transformers", "OpenVINO", *INT8),
@@ -81,7 +82,7 @@ ROWS = {
     ),
     "pe-rank, 44 M, against texts": Row("pe-rank", "44 M", "float32", ("ours", "ours, top_k=10", "passages as text")),
 }
-QUICK = ("cross-encoder, MiniLM", "lit5-distill", "pe-rank, 44 M, float32")  # beginnings of rows
+QUICK = ("cross-encoder, MiniLM", "lit5-distill", "pe-rank, 44 M, float32")  # how the names of its rows begin
 
 
 def main() -> None:
@@ -90,22 +91,22 @@ def main() -> None:
         "rows",
         nargs="*",
         metavar="ROW",
-        help=f"of {'; '.join(ROWS)}; else all but those of 43 queries, and of bfloat16 where the CPU has none",
+        help=f"one of {'; '.join(ROWS)}; default: all without 43 queries, and without bfloat16 where the CPU lacks it",
     )
     parser.add_argument("--data", default="python-docs", help="a collection that corpora.py loads")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one query of 10 passages, two turns, and of the rows those that tell most in three minutes",
+        help="one query of 10 passages, two turns, and only the rows that tell most in three minutes",
     )
-    parser.add_argument("--passages", type=int, default=100, help="of each query")
+    parser.add_argument("--passages", type=int, default=100, help="passages of each query")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
-        "--python", action="append", default=[], metavar="SYSTEM=PYTHON", help="the interpreter that has a system"
+        "--python", action="append", default=[], metavar="SYSTEM=PYTHON", help="the interpreter to run a system in"
     )
     parser.add_argument("--before", type=Path, help="another checkout of this package, compared as a system of its own")
-    parser.add_argument("--plot", type=Path, help="write a picture of what measured.csv holds, and run nothing")
+    parser.add_argument("--plot", type=Path, help="draw the rows of measured.csv into this file, and run nothing")
     measured.add_option(parser)
     arguments = parser.parse_args()
     if arguments.plot:
@@ -129,12 +130,13 @@ def main() -> None:
 
 
 def quick(row: Row) -> Row:
-    """One query, without the systems that would stop at rank 10 of 10."""
+    """The row with one query, without the systems that stop at rank 10, since it has only 10 passages."""
     return dataclasses.replace(row, queries=1, systems=tuple(name for name in row.systems if "top_k=10" not in name))
 
 
 def runs_here(dtype: str) -> bool:
-    """Whether this CPU computes in it; without instructions for bfloat16 that is tens of times as slow as float32."""
+    """Whether this CPU computes in a dtype. Without instructions for bfloat16, that takes tens of times as long as
+    float32."""
     return getattr(torch, dtype) in (torch.float32, choose_dtype("auto", torch.device("cpu")))
 
 
@@ -146,7 +148,8 @@ def known() -> list[str]:
 def compare(
     row: Row, data: str, passages: int, turns: int, threads: int, pythons: Mapping[str, str], before: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """What each system answered: its least seconds, peak GB and results, and FLOPs and bytes of ours."""
+    """Run all systems of a row. Returns the least seconds, peak GB and results of each, and for ours also FLOPs and
+    bytes."""
     systems = {system: (system, pythons.get(system, sys.executable), SYSTEMS.parents[1]) for system in row.systems}
     if before:
         systems["before"] = ("ours", sys.executable, before.resolve())
@@ -168,7 +171,7 @@ def compare(
 
 
 class Process:
-    """A system at work, which answers one request at a time."""
+    """A system in a process of its own, which answers one request at a time."""
 
     def __init__(self, folder: Path, system: str, python: str, checkout: Path, threads: int):
         self.system, self.log = system, (folder / f"{system}.log").open("w+")
@@ -179,7 +182,7 @@ class Process:
         )  # fmt: skip
 
     def ask(self, request: str) -> dict[str, Any]:
-        """RuntimeError with the end of what it printed where it died."""
+        """Send a request and return the answer. RuntimeError with the end of its log if the process died."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(f"{request}\n")
@@ -199,7 +202,7 @@ class Process:
 
 
 def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, float]:
-    """FLOP/s of matrix products and bytes/s read, the best of so many seconds of each."""
+    """FLOP/s of matrix products and bytes/s of reading memory: the best of each within so many seconds."""
     left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 3072).to(dtype)
     large = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
     flops = best(lambda: left @ right, seconds)
@@ -207,7 +210,7 @@ def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, floa
 
 
 def best(call: Any, seconds: float) -> float:
-    """The least time of a call among those that fit into so many seconds."""
+    """The least time of a call, over as many calls as fit into these seconds."""
     least, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
@@ -217,8 +220,8 @@ def best(call: Any, seconds: float) -> float:
 
 
 def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tuple[float, float]) -> list[dict]:
-    """Rows of measured.csv: of each system seconds a query and peak memory, of ours also the share of the floor, how
-    many times as fast as each peer, and how many pairs of passages the peer orders alike at the top."""
+    """Rows of measured.csv: seconds a query and peak memory of each system. For ours also the share of the floor, how
+    many times as fast as each peer it is, and the share of pairs that the peer orders alike at the top."""
     rows = []
     peers = {name: answer for name, answer in found.items() if not name.startswith("ours") and "not run" not in answer}
     for name, answer in found.items():
@@ -240,8 +243,8 @@ def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tup
 
 
 def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) -> float:
-    """The share of pairs of one query's passages that both order alike, of those that ours has in its first `top`
-    passages with all below."""
+    """The share of pairs of one query's passages that both systems order alike. The pairs are ours' first `top`
+    passages, each with every passage below it."""
     same = total = 0
     for left, right in zip(ours, theirs, strict=True):
         ranked = sorted(range(len(left)), key=lambda passage: -left[passage])
@@ -253,7 +256,7 @@ def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) ->
 
 
 def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> str:
-    """A row's results for people."""
+    """The results of a row as text to print."""
     lines = [f"\n{name}"]
     for system, answer in found.items():
         if "not run" in answer:
@@ -273,7 +276,7 @@ def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> s
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """Bars: how many times as fast as each peer ours is, by row and threads; the newest of each."""
+    """A bar chart of how many times as fast as each peer ours is, by row and threads, from the newest rows."""
     import matplotlib.pyplot as plt
 
     prefix = "times as fast as "

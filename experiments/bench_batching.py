@@ -1,9 +1,8 @@
-"""How much of a batch is padding: five ways to batch the pairs of a cross-encoder. Run by hand.
+"""Measures how much of a batch is padding, for five ways to batch a cross-encoder's pairs. Run by hand.
 
-    python experiments/bench_batching.py ../shared/data/dl19 [--run run.bm25.txt] [--model
-    experiments/tiny/cross-encoder]
+    python experiments/bench_batching.py ../shared/data/dl19 [--model experiments/tiny/cross-encoder] [--record]
 
-Prints padded / real tokens over all queries x 100 passages: the figure depends on lengths alone.
+Prints the ratio of padded to real tokens over all queries with 100 passages each. It depends on lengths alone.
 """
 
 import argparse

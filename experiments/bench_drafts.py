@@ -1,14 +1,16 @@
-"""Draft and verify beside one symbol a pass: passes, decoder seconds, and whether the order is the same. Run by hand.
+"""Compares draft and verify with one token a pass: passes, decoder seconds, and whether orders are equal. Run by hand.
 
     python experiments/bench_drafts.py [--queries 8] [--only small base costs] [--record]
 
 small           the project's small checkpoints on Python's documentation, one query at a time, in float32
 base            a decoder of T5-base's size with random weights over a window of 12,363 tokens (100 passages of DL19) or
-                2,400 (20): writing what its weights say, and writing what a small checkpoint wrote, with its logits
-                in place of the decoder's own, so that as many drafts are right as there
-costs           a pass of that decoder over 1 to 8 symbols
+                2,400 (20 passages). It decodes its own logits, and then the logits of a small checkpoint in place of
+                its own, so that as many drafts are right as for that checkpoint
+costs           a pass of that decoder over 1 to 8 tokens
 
-The two ways take turns, and the least seconds of each count: so neither meets a busier machine.
+Draft and verify is self-speculative decoding without a draft model: the last logits rank the remaining candidates, this
+ranking is the draft, and the next pass verifies it. The ways to decode take turns, and the least seconds of each count,
+so that a busy minute favours none.
 """
 
 import argparse
@@ -38,12 +40,12 @@ SMALL = {
     "tiny/pe-rank, windows of 20": lambda: PERank(str(TINY / "pe-rank")),
     "tiny/pe-rank, windows of 20, top_k=10": lambda: PERank(str(TINY / "pe-rank"), top_k=10),
 }
-WAYS: dict[str, tuple[float, ...] | None] = {  # by what passes are said to cost
-    "one symbol a pass": (1.0,),
+WAYS: dict[str, tuple[float, ...] | None] = {  # and what passes are said to cost, in passes over one token
+    "one token a pass": (1.0,),
     "draft and verify": None,
     "drafts of three at each pass": (1.0,) * 4,
 }
-TOKENS = {100: 12_363, 20: 2_400}  # of a window's prompts
+TOKENS = {100: 12_363, 20: 2_400}  # of the prompts of a window, by its passages
 
 
 def main():
@@ -81,9 +83,9 @@ def candidates(n: int) -> pd.DataFrame:
 
 
 class Counted:
-    """A reader, how often and how long it read, and the logits that it gave (each of them (B, S)).
+    """Wraps a reader, and keeps its number of passes, their seconds, and the logits that it returned (each (B, S)).
 
-    costs: of passes, for how long drafts are; None leaves the reader's own.
+    costs: what passes are said to cost, which decides how long drafts are. None keeps the reader's own costs.
     """
 
     def __init__(self, reader: decoding.Reader, costs: tuple[float, ...] | None = None):
@@ -111,7 +113,8 @@ class Counted:
 
 @contextlib.contextmanager
 def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
-    """Inside, all decoding is counted; yields its readers, each with words, counts and tops."""
+    """A context in which all decoding is counted. Yields a list of the readers, each with its words, counts and
+    tops."""
     readers: list[tuple[Counted, Any, Any, Any]] = []
 
     def in_turn(reader, words, counts, tops) -> Choices:
@@ -128,7 +131,7 @@ def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Count
 
 
 def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, repeat: int = 1) -> list[dict]:
-    """The rows of a reranker, one query at a time."""
+    """The rows of a reranker that is given one query at a time."""
     lists = [ranking for _, ranking in frame.groupby("qid")]
 
     def decode(costs):
@@ -140,9 +143,9 @@ def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, r
 
 
 def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: int) -> list[dict]:
-    """The rows of T5-base's decoder over one window: its own answer, and that of the small checkpoint."""
+    """The rows of T5-base's decoder over one window, with its own logits and with those of the small checkpoint."""
     reranker = LiT5Distill(str(TINY / "lit5-distill"), window_size=size)
-    with counted(WAYS["one symbol a pass"]) as readers:
+    with counted(WAYS["one token a pass"]) as readers:
         reranker(frame[(frame["qid"] == frame["qid"].iloc[0]) & (frame["rank"] < size)])
     ((reader, words, counts, tops),) = readers
     rows = []
@@ -161,7 +164,8 @@ def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: i
 
 
 class Replayed(PieceReader):
-    """A decoder over random states of so many tokens, that answers with the logits of another at the same place."""
+    """A decoder over random encoder states of `tokens` tokens. If given the logits of another decoder, it returns those
+    at the same place."""
 
     def __init__(self, fid: FiD, tokens: int, words: Any, logits: list[torch.Tensor] | None):
         states = torch.randn(tokens, fid.network.config.d_model, generator=torch.Generator().manual_seed(0))
@@ -180,7 +184,7 @@ class Replayed(PieceReader):
 
 
 def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int) -> list[dict]:
-    """Rows of passes and seconds of each way, in turns. decode: costs -> orders, readers."""
+    """Rows of the passes and seconds of each way to decode; the ways take turns. decode: costs -> orders, readers."""
     with torch.inference_mode():
         turns = [{way: decode(WAYS[way]) for way in ways} for _ in range(repeat)]
     values: dict[str, float] = {}
@@ -190,14 +194,14 @@ def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int
         values[f"decoder seconds, {way}"] = min(sum(reader.seconds for reader in turn[way][1]) for turn in turns)
         if orders is not plain[0]:
             for what in ("passes", "decoder seconds"):
-                values[f"times fewer {what}, {way}"] = values[f"{what}, one symbol a pass"] / values[f"{what}, {way}"]
+                values[f"times fewer {what}, {way}"] = values[f"{what}, one token a pass"] / values[f"{what}, {way}"]
             same = [left == right for left, right in zip(plain[0], orders, strict=True)]
             values[f"share of orders that are the same, {way}"] = sum(same) / len(same)
     return [{"setting": setting, "n": n, "measure": measure, "value": value} for measure, value in values.items()]
 
 
 def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
-    """Rows of the milliseconds of a pass over one symbol and more."""
+    """Rows of the milliseconds of a pass over one token and over more."""
     widths, least = (1, 2, 3, 4, 5, 8), {}
     reader = Replayed(fid, TOKENS[size], [[99]] * 99, None)
     with torch.inference_mode():
@@ -210,7 +214,7 @@ def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
                 reader.keep([0])
     setting = f"T5-base's decoder, a window of {size}, a pass, {dtype}"
     return [
-        {"setting": setting, "n": repeat, "measure": f"ms, {width} symbols", "value": 1000 * seconds}
+        {"setting": setting, "n": repeat, "measure": f"ms, {width} tokens", "value": 1000 * seconds}
         for width, seconds in least.items()
     ]
 

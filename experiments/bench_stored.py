@@ -1,12 +1,12 @@
-"""What a training holds beside its model: a stored run against the frame of the same rows. Run by hand.
+"""Measures the memory that training takes beyond the model, with a stored run and with a data frame. Run by hand.
 
     python experiments/bench_stored.py [--rows 1000000 2000000 4000000] [--pe-rank 1000000 2000000]
                                        [--frame 100000 200000] [--record]
 
-Runs of 100 passages a query are generated, with docnos of seven digits as MS MARCO has them, beside a collection of
-10,000 passages, among which a passage's text is found by its number. A cross-encoder with random weights, or the small
-PE-Rank with its encoder, learns three steps from a teacher's file of the same rows, each time in a process of its own;
-what the process holds at its peak beyond a training on a run of one query is counted.
+The runs are generated: 100 passages a query, docnos of seven digits as in MS MARCO, and a collection of 10,000
+passages, in which the docno's number finds the text. A cross-encoder with random weights, or the small PE-Rank with its
+encoder, is trained for three steps from a teacher's file with the same rows. Each training runs in a process of its
+own. What counts is the peak memory of the process beyond that of training on a run of one query.
 """
 
 import argparse
@@ -33,9 +33,11 @@ PE_RANK = Path(__file__).parent / "tiny" / "pe-rank"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1_000_000, 2_000_000, 4_000_000])
-    parser.add_argument("--pe-rank", type=int, nargs="*", default=[1_000_000, 2_000_000], help="rows for a PE-Rank")
-    parser.add_argument("--frame", type=int, nargs="*", default=[100_000, 200_000], help="rows of frames")
-    parser.add_argument("--one", nargs=3, metavar=("SOURCE", "FOLDER", "ROWS"), help="one training, in this process")
+    parser.add_argument(
+        "--pe-rank", type=int, nargs="*", default=[1_000_000, 2_000_000], help="rows of a stored run for PE-Rank"
+    )
+    parser.add_argument("--frame", type=int, nargs="*", default=[100_000, 200_000], help="rows of a data frame")
+    parser.add_argument("--one", nargs=3, metavar=("SOURCE", "FOLDER", "ROWS"), help="train once, in this process")
     measured.add_option(parser)
     arguments = parser.parse_args()
     if arguments.one:
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def in_its_process(source: str, folder: Path, rows: int) -> tuple[float, float]:
-    """The bytes that a training holds at its peak, and its CPU seconds."""
+    """The peak memory of a training process in bytes, and its CPU seconds."""
     write_run(folder / f"{rows}.run", rows)
     command = [sys.executable, __file__, "--one", source, str(folder), str(rows)]
     peak, seconds = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
@@ -95,7 +97,7 @@ def write_model(folder: Path) -> None:
 
 
 class Texts(Mapping[str, str]):
-    """10,000 passages of some 60 words, by any docno."""
+    """10,000 passages of some 60 words; any docno finds one of them."""
 
     def __init__(self) -> None:
         chosen = random.Random(0)
@@ -120,7 +122,7 @@ class Topics(Texts):
 
 
 def trained(source: str, folder: Path, rows: int) -> tuple[int, float]:
-    """The bytes that this process held at its peak, and the CPU seconds of the training."""
+    """The peak memory of this process in bytes after training, and the CPU seconds of the training."""
     import torch
 
     from pyterrier_lit import CrossEncoder, PERank

@@ -1,10 +1,10 @@
-"""The systems that bench.py compares, each in a process of its own, in whatever environment has it.
+"""The systems that bench.py compares. Each runs in a process of its own, in an environment that has it.
 
     python bench_systems.py FOLDER SYSTEM THREADS
 
-The folder is one of bench_work.py. The process answers each line of its input with a line of JSON: to `run` with the
-seconds it took, its peak memory and its results; to `cost`, which ours understand, with FLOPs and with the bytes that
-the decoder's passes read.
+FOLDER is one that bench_work.py wrote. The process answers each line of its input with a line of JSON: `run` with the
+seconds it took, its peak memory and its results; `cost`, which only our systems understand, with FLOPs and the bytes
+that the decoder's passes read.
 """
 
 import functools
@@ -21,15 +21,15 @@ from typing import Any
 import torch
 
 Run = Callable[[], list[list[float]]]  # scores of each query's passages
-IDENTIFIER = 1.32  # tokens, on average over 100 passages
-ANSWER = 20  # tokens of LiT5-Score's
+IDENTIFIER = 1.32  # tokens of an identifier, on average over 100 passages
+ANSWER = 20  # tokens of LiT5-Score's answer
 SIZE, STRIDE = 20, 10  # of PE-Rank's windows
 
 
 def main() -> None:
     folder, system, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes elsewhere
+    os.dup2(2, 1)  # what libraries print goes to stderr
     torch.set_num_threads(threads)
     work = json.loads((folder / "work.json").read_text()) | {"threads": threads}
     run, answer = None, {}
@@ -56,7 +56,7 @@ def timed(run: Run) -> dict[str, Any]:
 
 
 def peak() -> float:
-    """The most GB that this process held. Its `ru_maxrss` would count what its parent held when it started it."""
+    """The peak memory of this process in GB. Its `ru_maxrss` would include what its parent held when it started it."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 2**20
 
@@ -93,12 +93,12 @@ def cost(run: Run) -> dict[str, float]:
 
 
 def numbers(tensors: Any) -> int:
-    """Their bytes."""
+    """The bytes of these tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def ours(**settings: Any) -> Callable[[Path, dict], Run]:
-    """This package, all queries in one call."""
+    """This package, with all queries in one call."""
 
     def prepare(folder: Path, work: dict) -> Run:
         import pyterrier_lit
@@ -120,7 +120,7 @@ def ours(**settings: Any) -> Callable[[Path, dict], Run]:
 
 
 def pe_rank(folder: Path, work: dict, **arguments: Any) -> tuple[Any, dict[str, list]]:
-    """PERank with a random projector, and its columns: docnos and the vectors that an index would hold."""
+    """A PERank with a random projector, and its columns: docnos, and vectors as an index would give them."""
     from pyterrier_lit import PERank
 
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def pe_rank(folder: Path, work: dict, **arguments: Any) -> tuple[Any, dict[str, 
 
 
 def sentence_transformers(backend: str, int8: bool = False) -> Callable[[Path, dict], Run]:
-    """sentence-transformers' CrossEncoder.predict with its own batches, by one of its backends."""
+    """sentence-transformers' CrossEncoder.predict with its own batching, on one of its backends."""
 
     def prepare(folder: Path, work: dict) -> Run:
         if backend != "torch":
@@ -167,7 +167,7 @@ def sentence_transformers(backend: str, int8: bool = False) -> Callable[[Path, d
 
 
 def options(backend: str, work: dict) -> dict[str, Any]:
-    """What a backend is told: threads, and OpenVINO the precision, which it would choose itself."""
+    """The settings of a backend: threads, and for OpenVINO the precision, which it would otherwise choose itself."""
     if backend == "openvino":
         precision = {"float32": "f32", "bfloat16": "bf16"}[work["dtype"]]
         return {"ov_config": {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work["threads"]}}
@@ -181,7 +181,7 @@ def options(backend: str, work: dict) -> dict[str, Any]:
 
 
 def quantise(model: Any, pairs: list[tuple[str, str]]) -> None:
-    """OpenVINO's own way to int8: weights and activations, ranges from these pairs."""
+    """Quantise to int8 in OpenVINO's own way: weights and activations, with ranges from these pairs."""
     import nncf
 
     samples = [
@@ -197,9 +197,10 @@ def quantise(model: Any, pairs: list[tuple[str, str]]) -> None:
 
 
 def library_t5(folder: Path, work: dict) -> Run:
-    """transformers' T5 and `generate` with its caches over LiT5's prompts, padded to 150, a query at a time.
+    """transformers' T5 and `generate` with its caches over LiT5's prompts, padded to 150 tokens, one query at a time.
 
-    Its orders are not compared: it writes what it likes. For LiT5-Score it also returns its cross-attention.
+    Its orders are not compared, since its decoding is not constrained. For LiT5-Score it also returns the
+    cross-attention.
     """
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -209,7 +210,7 @@ def library_t5(folder: Path, work: dict) -> Run:
     t5 = read_t5(Folder(folder), torch.device("cpu"), getattr(torch, work["dtype"]))
     attentions = work["kind"] == "lit5-score"
     if attentions:
-        t5.network.set_attn_implementation("eager")  # others give no attention
+        t5.network.set_attn_implementation("eager")  # other implementations return no attention
 
     @torch.inference_mode()
     def run() -> list[list[float]]:
@@ -232,7 +233,7 @@ def library_t5(folder: Path, work: dict) -> Run:
 
 
 def rank_llm(folder: Path, work: dict) -> Run:
-    """rank_llm's LiT5-Distill, whose release runs on transformers 4 alone."""
+    """rank_llm's LiT5-Distill. Its release runs on transformers 4 only."""
     from rank_llm.data import Candidate, Query, Request
     from rank_llm.rerank.listwise.rank_fid import RankFiDDistill
 
@@ -241,7 +242,7 @@ def rank_llm(folder: Path, work: dict) -> Run:
     )
     tokens = round(IDENTIFIER * max(map(len, work["passages"])))
     reranker._answer_maxlength = reranker._llm.generation_config.min_length = tokens + 1
-    reranker._tokenizer.decode = lambda ids, **options: ""  # random weights write pieces that the vocabulary lacks
+    reranker._tokenizer.decode = lambda ids, **options: ""  # random weights generate ids beyond the vocabulary
 
     def run() -> list[list[float]]:
         for query, ranking in zip(work["queries"], work["passages"], strict=True):
@@ -253,8 +254,8 @@ def rank_llm(folder: Path, work: dict) -> Run:
 
 
 def procedure(folder: Path, work: dict) -> Run:
-    """PE-Rank as its published code goes about it: a window at a time, its passages encoded anew, n + 1 forward passes
-    with a cache, and the logits of the whole vocabulary at every position."""
+    """PE-Rank as in its published code: one window at a time, its passages encoded again, n + 1 forward passes with a
+    KV cache, and logits over the whole vocabulary at every position."""
     from pyterrier_lit.windows import sliding_windows
 
     reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
@@ -269,7 +270,7 @@ def procedure(folder: Path, work: dict) -> Run:
         inputs = network.body.get_input_embeddings()(ids)
         inputs[ids == network.placeholder] = passages
         cache, free, order = None, list(range(len(texts))), []
-        for _ in range(len(texts) + 1):  # the last one writes the end of the answer
+        for _ in range(len(texts) + 1):  # the last one generates the end of the answer
             states, cache = read_on(network.body, cache, inputs_embeds=inputs)
             logits = (states @ table.T).float()[-1]
             if not free:
@@ -297,8 +298,8 @@ def procedure(folder: Path, work: dict) -> Run:
 
 
 def passages_as_text(folder: Path, work: dict) -> Run:
-    """The listwise reranker over texts that PE-Rank compresses: its prompts, and an answer of identifiers in the length
-    of a right one, which random weights do not write."""
+    """A listwise reranker over the texts that PE-Rank compresses. It generates as many tokens as a correct answer has,
+    since random weights do not generate one."""
     from pyterrier_lit.windows import sliding_windows
 
     reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
@@ -337,7 +338,8 @@ def text_prompt(tokenizer: Any, query: str, texts: list[str]) -> list[int]:
 
 
 def read_on(body: Any, cache: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """The states of new inputs after those in the cache, and the grown cache, whatever transformers calls it."""
+    """The hidden states of new inputs after those in the KV cache, and the longer cache. The argument's name differs
+    between versions of transformers."""
     name = "cache" if "cache" in inspect.signature(type(body).forward).parameters else "past_key_values"
     read = body(**inputs, **{name: cache}, use_cache=True)
     return read.last_hidden_state[0], read[name]

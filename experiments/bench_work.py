@@ -1,7 +1,7 @@
-"""What bench.py lets systems do: models with random weights, queries and passages, written into a folder.
+"""Makes the work that bench.py gives to the systems: models with random weights, queries and passages in a folder.
 
-Sizes are those of published checkpoints, texts those of a collection. The tests' small tokenizers stand in for the
-published ones.
+The models have the sizes of published checkpoints, and the texts come from a collection. The tests' small tokenizers
+stand in for the published ones.
 """
 
 import json
@@ -30,9 +30,9 @@ MISTRAL = {
     "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8,
     "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
 }  # fmt: skip
-PROMPT_TOKENS = 108.8  # of LiT5 on TREC DL 2019 by T5's own vocabulary
+PROMPT_TOKENS = 108.8  # of a LiT5 prompt on TREC DL 2019 with T5's own vocabulary
 PASSAGE_TOKENS = (
-    100  # about, by Mistral's own: rank_llm's prompts of a query of TREC DL 2019 are 19,724, for 9 windows of 20
+    100  # about, with Mistral's own vocabulary: rank_llm's 9 windows of 20 have 19,724 tokens a query of TREC DL 2019
 )
 
 
@@ -51,7 +51,8 @@ def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[li
 
 
 def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[str], list[list[str]]]:
-    """The first queries of a collection that have so many passages, by its run or by BM25: queries, their passages."""
+    """The first `queries` queries of a collection that have this many passages in its run or by BM25, and their
+    passages."""
     collection = corpora.load(data)
     loader = collection.text_loader()
     if collection.run is None:
@@ -66,7 +67,7 @@ def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[st
 
 
 def make_classifier(folder: Path, shape: dict[str, int]) -> None:
-    """A BERT with one label, which every system reads, and the vocabulary of tiny/cross-encoder."""
+    """A BERT with one label, which every system can read, and the vocabulary of tiny/cross-encoder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "cross-encoder")
     config = transformers.BertConfig(**shape, vocab_size=len(tokenizer), num_labels=1, initializer_range=0.06)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
@@ -75,7 +76,8 @@ def make_classifier(folder: Path, shape: dict[str, int]) -> None:
 
 
 def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """A T5; returns the passages cut as T5's own vocabulary would have them, by the tests' vocabulary."""
+    """A T5. Returns the passages, shortened so that the tests' vocabulary makes prompts as long as T5's own would
+    be."""
     network = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE))
     network.to(torch.bfloat16).save_pretrained(folder)
     shutil.copy(GOLDEN / "lit5" / "tiny-random" / "spiece.model", folder)
@@ -93,7 +95,7 @@ def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list
 def cut(
     queries: list[str], passages: list[list[str]], lengths: Callable[[str, list[str]], list[int]], wanted: float
 ) -> list[list[str]]:
-    """Passages of which the same share is left, so that their mean length is the wanted one."""
+    """Keep the same share of all passages, so that their mean length is `wanted`."""
     low, high = 0.0, 1.0
     for _ in range(12):  # halves the interval of the share
         share = (low + high) / 2
@@ -104,8 +106,9 @@ def cut(
 
 
 def make_language_model(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """A Mistral for PE-Rank, and beside it a BERT for passages, as small beside it as Jina's is beside Mistral-7B;
-    returns the passages cut as Mistral's own vocabulary would have them, by the tests' vocabulary."""
+    """A Mistral for PE-Rank, and a BERT that encodes passages; it is as small next to the Mistral as Jina's encoder
+    next to Mistral-7B. Returns the passages, shortened so that the tests' vocabulary gives the lengths that Mistral's
+    own would."""
     transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL)).save_pretrained(folder)
     shutil.copy(GOLDEN / "pe_rank" / "checkpoint" / "tokenizer.model", folder)
     fields = json.loads((GOLDEN / "pe_rank" / "checkpoint" / "tokenizer_config.json").read_text())

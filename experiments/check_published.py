@@ -1,13 +1,13 @@
-"""First contact with the published checkpoints: fetches them, loads them, and puts what they do beside what is known.
+"""Checks the published checkpoints: fetches and loads them, and compares what they compute with what is known.
 
-python experiments/check_published.py --sizes                 how much would be fetched; brings nothing
-python experiments/check_published.py monoelectra-base v2     those whose name has one of these in it
-python experiments/check_published.py                         all of them
+python experiments/check_published.py --sizes                 prints how much would be fetched; fetches nothing
+python experiments/check_published.py monoelectra-base v2     checks those whose name contains one of these
+python experiments/check_published.py                         checks all of them
 
-Sizes are said first, and a download that was stopped goes on where it stopped. Each checkpoint is tried in a process of
-its own, and a check that fails stops no other. The table of what passed, failed and was not run goes to the report, a
-file that you can attach to an issue. DL19 is read as in trec_dl.ipynb: its texts are MS MARCO's, which ir_datasets
-fetches when they are first asked for (1 GB); a folder with the collection may stand in for them (--dl19).
+Sizes are printed first, and an interrupted download resumes. Each checkpoint is tried in a process of its own, and a
+failed check does not stop the others. The report is a file that you can attach to an issue: a table of what passed,
+failed and was not run. DL19 is read as in trec_dl.ipynb: its texts are MS MARCO's, which ir_datasets fetches at first
+use (1 GB). --dl19 names a folder with the collection to read instead.
 """
 
 import argparse
@@ -65,7 +65,7 @@ COLUMNS = ["checkpoint", "check", "result", "known", "found", "seconds", "peak G
 
 
 class Subject(NamedTuple):
-    """A published checkpoint: its paper, its name in published.csv, the reranker over it, and DL19 to rerank."""
+    """A published checkpoint: its paper, its name in published.csv, its reranker, and DL19 to rerank."""
 
     paper: str
     name: str
@@ -74,7 +74,7 @@ class Subject(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What a check found beside what is known."""
+    """What a check found, and what is known."""
 
     passed: bool
     known: str
@@ -82,13 +82,13 @@ class Finding(NamedTuple):
 
 
 class NotRun(Exception):
-    """A check cannot be run: what it needs beside the checkpoint is missing."""
+    """A check cannot be run: something that it needs is missing."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wanted", nargs="*", metavar="NAME", help="a part of a checkpoint's name")
-    parser.add_argument("--sizes", action="store_true", help="say how much would be fetched, and end")
+    parser.add_argument("--sizes", action="store_true", help="print how much would be fetched, and exit")
     parser.add_argument(
         "--dl19", default=papers.IRDS_DL["dl19"], help="folder with docs.jsonl[.gz], queries.tsv, qrels.txt"
     )
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         rows += apart(name, options.dl19)
         table = pd.DataFrame(rows, columns=COLUMNS)
-        options.report.write_text(report(table), encoding="utf-8")  # also of a run that is stopped
+        options.report.write_text(report(table), encoding="utf-8")  # also if the run is stopped later
         for each in table[table["checkpoint"] == name].itertuples():
             print(f"{each.checkpoint}, {each.check}: {each.result}. {each.found}", flush=True)
     print(f"written: {options.report}")
@@ -145,7 +145,7 @@ def sizes(names: Iterable[str]) -> pd.DataFrame:
 
 
 def bring_runs() -> None:
-    """DL19's runs and judgements (1 MB) into experiments/data, those that are nowhere at hand."""
+    """Fetch DL19's runs and judgements (1 MB) into experiments/data, except those that are here already."""
     for name in ("dl19.qrels", *dict.fromkeys(RUNS.values())):
         if not papers.find(name).exists():
             try:
@@ -155,12 +155,13 @@ def bring_runs() -> None:
 
 
 def apart(name: str, dl19: str) -> list[dict[str, Any]]:
-    """The rows of `examine`, from a process of its own: its memory is its own, and it may be killed for it."""
+    """The rows of `examine`, from a process of its own: its memory is measured alone, and lack of memory kills it
+    alone."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(examine, name, dl19).result()
         except BrokenProcessPool:
-            found = "the process was killed, which most often is a lack of memory"
+            found = "the process was killed, most often for lack of memory"
             return [row(name, "all", "failed", "", found)]
 
 
@@ -185,7 +186,7 @@ def examine(name: str, dl19: str) -> list[dict[str, Any]]:
 
 
 def tried(name: str, check: str, look: Callable[..., Finding], *given: Any) -> dict[str, Any]:
-    """The row of one check, whatever it raises."""
+    """Run a check and return its row, whatever the check raises."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -202,7 +203,7 @@ def tried(name: str, check: str, look: Callable[..., Finding], *given: Any) -> d
 def row(
     name: str, check: str, result: str, known: str, found: str, seconds: float | None = None, peak: float | None = None
 ) -> dict[str, Any]:
-    """A row of the table; what was found is cut where it is long."""
+    """A row of the table. A long `found` is shortened."""
     costs = ["" if cost is None else f"{cost:.2f}" for cost in (seconds, peak)]
     return dict(
         zip(
@@ -212,7 +213,7 @@ def row(
 
 
 def peak() -> float:
-    """GB: the most that the GPU held since the last check began, without a GPU the most that the process ever held."""
+    """Peak memory in GB: of the GPU since the last check began, or without a GPU of the process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -222,14 +223,14 @@ def peak() -> float:
 
 
 def weight_names(subject: Subject) -> Finding:
-    """Whether the names in a LiT5's files are those of a T5 1.1, which has an output layer of its own and a gate."""
+    """Whether the weights of a LiT5 have the names of a T5 1.1, with an output layer of its own and gated layers."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     folder = subject.reranker.folder()
     config = T5Config(**{field: value for field, value in folder.config.items() if field != "transformers_version"})
     with torch.device("meta"):
         known = set(T5ForConditionalGeneration(config).state_dict())
-    twins = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}  # of shared.weight; a file may have them
+    twins = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}  # optional copies of shared.weight
     found = {name for file in folder.path.glob("*.safetensors") for name in stored_names(file)}
     for file in [] if found else folder.path.glob("pytorch_model*.bin"):
         found |= set(torch.load(file, mmap=True, map_location="cpu", weights_only=True))
@@ -253,7 +254,8 @@ def stored_names(file: Path) -> list[str]:
 
 
 def loads(subject: Subject) -> Finding:
-    """Loading is strict: a weight that is missing, too many or of another shape is an error."""
+    """Whether the checkpoint loads. Loading is strict: a missing weight, an unknown one or another shape is an
+    error."""
     checkpoint = subject.reranker.load()
     weight = next(checkpoint.network.parameters())
     size = costs.parameters(subject.reranker) / 1e6
@@ -261,13 +263,13 @@ def loads(subject: Subject) -> Finding:
 
 
 def window(subject: Subject, size: int, stride: int) -> Finding:
-    """What a LiT5-Distill takes for its window where nobody says it."""
+    """The default window and stride of a LiT5-Distill."""
     found = pt.inspect.transformer_apply_attributes(subject.reranker, window_size=None, stride=None).window()
     return Finding(found == (size, stride), f"{size}, {stride}", "{}, {}".format(*found))
 
 
 def scores(subject: Subject, tolerance: float) -> Finding:
-    """The scores that are published for single pairs, in float32."""
+    """The scores that are published for single pairs, computed in float32."""
     figures = compare.published(table="known_scores", model=subject.reranker.model)
     pairs = [re.fullmatch(r"query: (.*) / passage: (.*)", pair).groups() for pair in figures["collection"]]
     exact = pt.inspect.transformer_apply_attributes(subject.reranker, dtype="float32")
@@ -279,7 +281,7 @@ def scores(subject: Subject, tolerance: float) -> Finding:
 
 
 def tokens(subject: Subject) -> Finding:
-    """Tokens of PE-Rank's prompts, a query, over DL19's topics with 100 passages each."""
+    """The tokens of PE-Rank's prompts for a query, over DL19's topics with 100 passages each."""
     topics = collection(subject).get_topics()
     figures = compare.published(table="figure1", measure="processed tokens per query", model=subject.name)
     found = costs.prompt_tokens(subject.reranker, topics.loc[topics.index.repeat(100)])
@@ -288,13 +290,14 @@ def tokens(subject: Subject) -> Finding:
 
 
 def ten_passages(subject: Subject) -> Finding:
-    """The order of ten passages, to be looked at; it passes where the one that answers comes first."""
+    """The order of ten passages, for a person to look at. The check passes if the passage that answers is first."""
     order = [passage["corpus_id"] + 1 for passage in subject.reranker.rank(QUERY, PASSAGES)]
     return Finding(order[0] == ANSWER, f"{ANSWER} first; look at the rest", " ".join(map(str, order)))
 
 
 def over_bm25(subject: Subject) -> Finding:
-    """nDCG@10 on DL19 over the BM25 of its paper: within tolerance of a published figure, and BM25 of its own."""
+    """nDCG@10 on DL19 over the paper's BM25. The check passes if the reranker and BM25 are within tolerance of a
+    published figure."""
     where = collection(subject)
     try:
         first = first_stages.load(str(papers.find(RUNS[subject.paper])), where, Path(), 100)
@@ -314,10 +317,10 @@ def over_bm25(subject: Subject) -> Finding:
 
 
 def public_run(name: str) -> Finding:
-    """The same for the first 100 of a run that others made public, over the BM25 of LiT5."""
+    """The same for the first 100 of a public run over LiT5's BM25."""
     runs = {compare.FIRST_STAGE: papers.find("dl19.bm25")} | public_runs.systems_over("dl19.bm25")
     if name not in runs:
-        raise NotRun(f"no run of it is at hand; it joins as experiments/data/runs/dl19.bm25.{name}.txt")
+        raise NotRun(f"its run is missing; wanted it at experiments/data/runs/dl19.bm25.{name}.txt")
     try:
         run, qrels = first_stages.stored(runs[name]) % 100, corpora.load(str(papers.find("dl19.qrels")))
     except MISSING as error:
@@ -326,8 +329,8 @@ def public_run(name: str) -> Finding:
 
 
 def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> dict[str, Finding]:
-    """nDCG@10 of rankings over DL19's BM25, each beside what is published under its name, if anything is. Of several
-    figures one is enough."""
+    """nDCG@10 of rankings over DL19's BM25, next to what is published under the same name, if anything is. Of several
+    published figures, one is enough."""
     averages = pd.DataFrame(
         [(name, pt.Evaluate(frame, qrels, [nDCG @ 10])["nDCG@10"]) for name, frame in frames.items()],
         columns=["name", "nDCG@10"],
@@ -346,14 +349,14 @@ def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> 
 
 
 def collection(subject: Subject) -> corpora.Collection:
-    """DL19. NotRun where it is neither here nor to be had."""
+    """DL19. NotRun if it is not here and cannot be fetched."""
     try:
         return corpora.load(subject.dl19)
     except MISSING as error:
         raise NotRun(str(error)) from error
 
 
-CHECKS = [  # name, which checkpoints by a regular expression, the check, what is known where published.csv has it not
+CHECKS = [  # name, regular expression of checkpoints, check, what is known if published.csv lacks it
     ("names of weights", "LiT5", weight_names),
     ("loads", "", loads),
     ("window and stride", r"LiT5-Distill-\w+-v2$", window, 100, 50),
@@ -369,7 +372,7 @@ CHECKS = [  # name, which checkpoints by a regular expression, the check, what i
 
 
 def report(table: pd.DataFrame) -> str:
-    """The table with where it was made and the ten passages, in Markdown."""
+    """The table in Markdown, with machine, versions and the ten passages."""
     packages = ("torch", "transformers", "tokenizers", "huggingface_hub", "pyterrier", "pyterrier_lit")
     counts = table["result"].value_counts().reindex(["passed", "failed", "not run"], fill_value=0)
     facts = [
@@ -381,7 +384,7 @@ def report(table: pd.DataFrame) -> str:
     passages = [f"{number}. {passage}" for number, passage in enumerate(PASSAGES, 1)]
     return "\n".join(
         [
-            "# The published checkpoints, as they were found",
+            "# Check of the published checkpoints",
             "",
             *(f"* {fact}" for fact in facts),
             "",

@@ -1,5 +1,4 @@
-"""Measured beside published: the difference, the test against a baseline, and whether a reproduction may differ by so
-much.
+"""Compares measured with published figures: the difference, a test against a baseline, and a tolerance.
 
 Knows tables only: no model, no collection. `published.csv` holds every figure of the papers' tables with its source and
 status, `claims.csv` what their texts say.
@@ -15,16 +14,17 @@ PUBLISHED = Path(__file__).parent / "published.csv"
 CLAIMS = Path(__file__).parent / "claims.csv"
 KEY = ["paper", "collection", "first_stage", "depth", "model", "measure"]
 FIRST_STAGE = "first stage"  # the model of a ranking that is not reranked
-NOT_TO_BE_MATCHED = ("recalled", "erratum")  # statuses of figures that nobody should try to reach
+NOT_TO_BE_MATCHED = ("recalled", "erratum")  # statuses of figures that no run should match
 
-# nDCG and its like, by paper and model: the first line that fits. Sources: published figures that differ between two
-# evaluations of one checkpoint (LiT5's README of 2023 and 2024; Rank-DistiLLM's README and notebook), and rounding.
+# Of nDCG and similar measures, by paper and model; the first line that fits counts. Sources: published figures that
+# differ between two evaluations of one checkpoint (LiT5's README of 2023 and 2024; Rank-DistiLLM's README and
+# notebook), and rounding.
 TOLERANCES = [
     (".*", FIRST_STAGE, 0.001),  # no model: rounding, and the order of ties
     ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
     ("LiT5", ".*", 0.005),
     ("Rank-DistiLLM", ".*", 0.003),
-    ("PE-Rank", ".*", 0.005),  # none is known: as LiT5's, bfloat16 as well
+    ("PE-Rank", ".*", 0.005),  # none is known; LiT5's, since both run in bfloat16
 ]
 
 
@@ -32,8 +32,8 @@ def published(**where: str | Iterable[str]) -> pd.DataFrame:
     """The published figures whose columns have these values (a string, or several): `published(paper="LiT5",
     table="ecir_table1")`.
 
-    paper, table, collection, measure, first_stage, depth, model, value, source, status.
-    status: confirmed, readme, recalled (unchecked: do not cite) or erratum (printed so, but not what it claims to be).
+    Columns: paper, table, collection, measure, first_stage, depth, model, value, source, status. The status is
+    confirmed, readme, recalled (unchecked: do not cite) or erratum (printed, but wrong).
     """
     figures = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False)
     figures["value"] = figures["value"].astype(float)
@@ -48,11 +48,11 @@ def claims() -> pd.DataFrame:
 
 
 def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stage: str, depth: int) -> pd.DataFrame:
-    """A frame of `pt.Experiment` (a row per name, a column per measure) as one row per model and measure.
+    """Turn a frame of `pt.Experiment` (a row per name, a column per measure) into a row per model and measure.
 
-    The names must be `published.csv`'s models where a comparison is wanted, and "first stage" for the first stage.
-    Columns: those of KEY, `measured`, and `p`: the p-value against the experiment's baseline, corrected where it was
-    asked to be.
+    To be compared, a name must be a model of `published.csv`; the first stage is called "first stage". Columns: those
+    of KEY, `measured`, and `p`, the p-value against the experiment's baseline, corrected if the experiment corrected
+    it.
     """
     tests = re.compile(r" (\+|-|p-value|reject|p-value corrected)$")
     rows = []
@@ -67,7 +67,8 @@ def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stag
 
 
 def repeated(results: pd.DataFrame) -> pd.DataFrame:
-    """Runs of one system, "NAME #1", "NAME #2", ..., as one row: their mean, with `lowest` and `highest`, without p."""
+    """Merge runs of one system, "NAME #1", "NAME #2", ..., into one row: their mean, with `lowest` and `highest`,
+    without p."""
     names = results["model"].str.replace(r" #\d+$", "", regex=True)
     groups = results.assign(model=names).groupby(KEY, sort=False)
     rows = groups.agg(
@@ -80,15 +81,15 @@ def repeated(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
-    """Measured beside published, one row per figure of `results` (frames of `results`, concatenated).
+    """Measured figures next to published ones, a row for each row of `results` (frames of `results`, concatenated).
 
     tables: only these tables of `published.csv`; all their figures of the measures in `results` appear, measured or
-    not. By default every table that has a figure of the same paper, collection, first stage, depth, model and measure.
-    The depth of a first stage is not looked at.
+    not. By default, every table that has a figure of the same paper, collection, first stage, depth, model and measure.
+    The depth of a first stage is ignored.
 
-    Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced` ("within" or "outside"
-    the tolerance, empty where there is nothing to reach; also within is what lies between the lowest and the highest of
-    several runs), `table`, `source`, `status`.
+    Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced`, `table`, `source`,
+    `status`. `reproduced` is "within" or "outside" the tolerance, and empty if there is nothing to match. With several
+    runs, a figure between their lowest and highest is within, too.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
@@ -125,8 +126,8 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
 
 
 def progress(table: pd.DataFrame) -> pd.DataFrame:
-    """Per paper and table of published.csv: how many cells it has, how many were measured, and how many of those are
-    within their tolerance; the others wait for a run."""
+    """Per paper and table of published.csv: the number of cells, of measured ones, of those within and outside their
+    tolerance, and of cells that wait for a run."""
     cells = table[table["published"].notna()].assign(
         measured=lambda rows: rows["measured"].notna(),
         within=lambda rows: rows["reproduced"] == "within",
@@ -138,7 +139,7 @@ def progress(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tolerance(paper: str, model: str, measure: str) -> float:
-    """By how much a faithful reproduction may differ, nan for what depends on the machine: seconds, memory."""
+    """How far a faithful reproduction may differ. nan for what depends on the machine, such as seconds and memory."""
     if not re.match(r"(nDCG|MAP|alpha-nDCG|R|RR|P)@\d+$", measure):
         return float("nan")
     fitting = (t for papers, models, t in TOLERANCES if re.fullmatch(papers, paper) and re.fullmatch(models, model))
@@ -146,7 +147,8 @@ def tolerance(paper: str, model: str, measure: str) -> float:
 
 
 def pivot(table: pd.DataFrame, values: tuple[str, ...] = ("measured", "published")) -> pd.DataFrame:
-    """As the papers print it: a row per model and first stage, and per collection its columns of `values`."""
+    """The table as the papers print it: a row per model and first stage, and for each collection its columns of
+    `values`."""
     wide = table.pivot_table(
         index=["first_stage", "model"],
         columns="collection",
@@ -161,7 +163,7 @@ def pivot(table: pd.DataFrame, values: tuple[str, ...] = ("measured", "published
 
 
 def show(table: pd.DataFrame) -> "pd.io.formats.style.Styler":
-    """For a notebook: three digits, blanks where nothing is known, no columns and no repetition that tell nothing."""
+    """Style a table for a notebook: three digits, blanks for missing values, no empty columns, no row numbers."""
     told = table[[column for column in table if table[column].notna().any() and (table[column] != "").any()]]
     style = told.style.format(precision=3, na_rep="")
     return style.hide(axis="index") if isinstance(table.index, pd.RangeIndex) else style
@@ -180,5 +182,5 @@ def export(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
-    """With `_depth`, the depth that two figures must share."""
+    """Add `_depth`, the depth that two figures must share. It is empty for first stages."""
     return frame.assign(_depth=frame["depth"].where(frame["model"] != FIRST_STAGE, ""))

@@ -19,10 +19,10 @@ TextOf = Callable[[dict[str, Any]], str]
 
 
 class Collection(pt.datasets.Dataset):
-    """Documents, topics, judgements and perhaps a run, as PyTerrier datasets give them.
+    """Documents, topics, judgements and optionally a run, as PyTerrier datasets give them.
 
-    docs: a function that yields {docno, text}. texts: docnos -> {docno: text}. topics: qid, query.
-    qrels: qid, docno, label. run: qid, docno, score and rank (from 0), or None.
+    docs: a function that yields {docno, text}. texts: docnos -> {docno: text}. topics: qid, query. qrels: qid, docno,
+    label. run: qid, docno, score and rank (from 0), or None.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TextLoader(pt.Transformer):
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         pt.validate.columns(inp, includes=["docno"], context=self)
-        if "text" in inp:  # candidates that brought their texts
+        if "text" in inp:  # the candidates have their texts already
             return inp
         texts = self.collection.texts(inp["docno"].unique())
         unknown = next((docno for docno in inp["docno"] if docno not in texts), None)
@@ -76,11 +76,15 @@ class TextLoader(pt.Transformer):
 
 
 def load(name: str, text_of: TextOf | None = None) -> Collection:
-    """`python-docs` (or `python-docs/dev`, `python-docs/test`: some of its topics), `irds:...` (an id of ir_datasets),
-    a folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv, qrels.txt and perhaps run.txt (TREC
-    formats; tab between qid and query), or a file NAME.qrels.txt[.gz]: judged queries without texts or documents.
+    """Load a collection by its name:
 
-    text_of: makes the text of a document from its fields; None takes title and text, for ir_datasets its default.
+    * `python-docs`: Python's documentation; `python-docs/dev` and `python-docs/test` have some of its topics.
+    * `irds:ID`: a dataset of ir_datasets.
+    * A folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv (qid, tab, query), qrels.txt and
+      optionally run.txt, in TREC formats.
+    * A file NAME.qrels.txt[.gz]: judged queries without texts or documents.
+
+    text_of: makes the text of a document from its fields. None takes title and text; for ir_datasets, its default text.
     """
     if name.split("/")[0] == "python-docs":
         docs, topics = python_docs(), read_topics(PYTHON_DOCS)
@@ -103,7 +107,7 @@ def title_and_text(doc: dict[str, str]) -> str:
 
 
 def titled_text(doc: dict[str, str]) -> str:
-    """As PE-Rank reads documents with a title, such as BEIR's; white space collapsed."""
+    """The text of documents with a title, such as BEIR's, as PE-Rank reads it. White space is collapsed."""
     return " ".join((f"Title: {doc['title']} Content: {doc['text']}" if doc.get("title") else doc["text"]).split())
 
 

@@ -1,5 +1,5 @@
-"""What reranking costs at scale: each stage measured once, then arithmetic for processes, GPUs and machines. Draws
-nothing."""
+"""Estimates what reranking costs at scale: measures each stage once, and calculates for processes, GPUs and machines.
+Draws nothing."""
 
 import functools
 import math
@@ -27,25 +27,27 @@ NETWORK = 1.25e9  # bytes a second: 10 Gbit
 
 @dataclass(frozen=True)
 class Stages:
-    """Seconds that a query takes, with all its passages. A driver is the process that calls `Distributed`."""
+    """The seconds that each stage takes for a query with all its passages. The driver is the process that calls
+    `Distributed`."""
 
-    loading: float  # the driver reads the passages' texts
-    frame: float  # it checks the frame, and ranks it by the scores
-    packing: float  # texts pickled for a worker, and unpickled there
+    loading: float  # by the driver: it reads the passages' texts
+    frame: float  # by the driver: it checks the frame, and adds scores and ranks
+    packing: float  # texts are pickled for a worker, and unpickled there
     tokenising: float  # in the worker, on one core
     model: float  # in the worker
-    bytes: float  # that go to the worker
+    bytes: float  # that are sent to the worker
 
     def with_model(self, queries_per_second: float) -> "Stages":
-        """The same with a model of another speed, measured elsewhere: on a GPU, say."""
+        """The same stages with a model of another speed, measured elsewhere: on a GPU, for example."""
         return replace(self, model=1 / queries_per_second)
 
 
 def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: float = NETWORK) -> dict[str, float]:
-    """What makes up the time per query of one driver with so many workers, by stage.
+    """The seconds per query of one driver with this many workers, by stage.
 
-    A call of `Distributed` loads the texts and reads the frame first. Then packing, sending and computing go on side by
-    side, so only the slowest of the three counts. cores: of each worker, all of them tokenise. network: bytes a second.
+    A call of `Distributed` first loads the texts and reads the frame. Then packing, sending and computing run in
+    parallel, so only the slowest of the three counts. cores: of each worker; all of them tokenise. network: bytes a
+    second.
     """
     beside: list[dict[str, float]] = [
         {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},
@@ -56,32 +58,32 @@ def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: floa
 
 
 def rate(stages: Stages, workers: int = 1, **machine: float) -> float:
-    """Queries a second of one driver with so many workers; machine: as in `seconds`."""
+    """The queries a second of one driver with this many workers. machine: as in `seconds`."""
     return 1 / sum(seconds(stages, workers, **machine).values())
 
 
 def bottleneck(stages: Stages, workers: int = 1, **machine: float) -> str:
-    """The stage that takes most of the time; machine: as in `seconds`."""
+    """The stage that takes most of the time. machine: as in `seconds`."""
     parts = seconds(stages, workers, **machine)
     return max(parts, key=parts.__getitem__)
 
 
 def machines(stages: Stages, queries: int, workers: int, **machine: float) -> int:
-    """How many machines rerank so many queries in a day, each with a driver, so many workers, and its part of the
-    queries."""
+    """How many machines rerank these queries in a day. Each has a driver, its workers, and its share of the queries."""
     return math.ceil(queries / DAY / rate(stages, workers, **machine))
 
 
 def workers_fed(stages: Stages) -> float:
-    """How many workers wait for their driver half of the time. With a quarter of them they wait a fifth of it."""
+    """The number of workers that wait for their driver half of the time. A quarter as many wait a fifth of the time."""
     return (stages.tokenising + stages.model) / (stages.loading + stages.frame)
 
 
 def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer) -> Stages:
-    """The stages of reranking these candidates (qid, query, docno, text), with weights already loaded.
+    """Measure the stages of reranking these candidates (qid, query, docno, text), with weights already loaded.
 
-    Seconds are of this process alone, summed over its threads, so that other jobs on the machine hardly matter; those
-    of a model on a GPU are the clock's. Each is the fastest of some runs: `loader` reads texts that it has read before.
+    Seconds are the CPU seconds of this process, summed over its threads, so that other jobs on the machine hardly
+    matter. For a model on a GPU they are wall-clock seconds. Each is the fastest of some runs, so `loader` reads texts
+    that it has read before.
     """
     on_cpu = next(reranker.load().network.parameters()).device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
@@ -106,8 +108,8 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
 
 @functools.singledispatch
 def tokenise(reranker: Reranker, queries: list[str], columns: Columns) -> None:
-    """Cut the texts into ids as often as one call of `reranker.results` does."""
-    raise TypeError(f"no one has said how {type(reranker).__name__} tokenises")
+    """Tokenise the texts as often as one call of `reranker.results` does."""
+    raise TypeError(f"tokenise knows no {type(reranker).__name__}")
 
 
 @tokenise.register
@@ -140,8 +142,8 @@ def _(reranker: PERank, queries: list[str], columns: Columns) -> None:
 
 
 def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
-    """A loader of these passages (docno, text) from a file in `folder`, in the format in which ir_datasets keeps
-    collections."""
+    """Store these passages (docno, text) in a file in `folder`, in the format of ir_datasets, and return a loader for
+    them."""
     docs = [GenericDoc(*row) for row in passages[["docno", "text"]].drop_duplicates("docno").itertuples(index=False)]
     store = PickleLz4FullStore(str(folder / "passages.pklz4"), lambda: docs, GenericDoc, "doc_id", ["doc_id"])
     nothing = pd.DataFrame()
@@ -153,7 +155,7 @@ def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
 
 
 def best_of(function: Callable[[], Any], times: int = 3, clock: Callable[[], float] = time.process_time) -> float:
-    """Seconds of the fastest of some runs."""
+    """The seconds of the fastest of some runs."""
     taken = []
     for _ in range(times):
         start = clock()

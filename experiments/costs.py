@@ -1,5 +1,5 @@
-"""What a reranker costs: seconds, FLOPs, parameters, memory, tokens. Counted by PyTorch's FLOP counter, tracked by
-tirex-tracker."""
+"""Measures what a reranker costs: seconds, FLOPs, parameters, memory, tokens. PyTorch's counter counts FLOPs,
+tirex-tracker tracks memory."""
 
 import importlib
 import importlib.util
@@ -21,14 +21,14 @@ MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_M
 
 
 def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
-    """The costs of reranking these candidates (qid, query, docno, text), all queries in one call, weights already
-    loaded.
+    """The costs of reranking these candidates (qid, query, docno, text), with all queries in one call and weights
+    already loaded.
 
-    seconds and TFLOP are per query, FLOPs as the networks were run: with padding, without what caches saved. parameters
-    are millions, and MB is memory: that of the weights, and what the process held more at its most than at its least,
-    of the GPU where it used one; both nan for a peer that does not say.
+    seconds and TFLOP are per query. FLOPs are counted as the networks run: padding is included, and what caches save is
+    not. parameters are in millions. MB is memory: that of the weights, plus the difference between the most and the
+    least that the process held (on the GPU if it used one). Both are nan for a peer whose weights are not known.
     """
-    reranker(candidates.groupby("qid").head(2))  # what only the first call pays
+    reranker(candidates.groupby("qid").head(2))  # so that the costs of a first call do not count
     with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
         begin = time.perf_counter()
         reranker(candidates)
@@ -58,8 +58,8 @@ def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
 
 
 def counted(call: Callable[[], object]) -> int:
-    """Multiplications and additions of a call, by PyTorch's counter; its formula for attention also counts the CPU's
-    kernel."""
+    """The multiplications and additions of a call, by PyTorch's counter. A formula for the CPU's attention kernel is
+    added to it."""
     cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
         call()
@@ -67,12 +67,12 @@ def counted(call: Callable[[], object]) -> int:
 
 
 def parameters(reranker: Reranker) -> int:
-    """Numbers in the networks that a reranker has loaded, the passages' encoder among them once it was used."""
+    """The number of parameters that a reranker has loaded; PE-Rank's passage encoder counts once it was used."""
     return sum(parameter.numel() for parameter in _parameters(reranker))
 
 
 def weights(reranker: Reranker) -> float:
-    """Their memory, in MB."""
+    """The memory of these parameters, in MB."""
     return sum(parameter.numel() * parameter.element_size() for parameter in _parameters(reranker)) / 2**20
 
 

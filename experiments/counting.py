@@ -1,8 +1,8 @@
-"""Headline figures by counting: FLOPs and parameters of the papers' networks from their shapes. Nothing is measured: no
-weights, no texts, no time.
+"""Counts the FLOPs and parameters of the papers' networks from their shapes, for the papers' headline figures. Nothing
+is measured: no weights, no texts, no time.
 
-Networks are built by transformers on torch's meta device, and run there under PyTorch's FLOP counter. A passage has as
-many tokens as the methods read (LiT5: padded to 150), or as DL19's first 100 of BM25 have on average.
+transformers builds the networks on torch's meta device, and PyTorch's FLOP counter runs them there. A passage has as
+many tokens as the method reads (LiT5: padded to 150), or the mean length in DL19's first 100 of BM25.
 """
 
 import functools
@@ -23,15 +23,16 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-T5 = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 16, 24), "xl": (2048, 5120, 32, 24)}  # width, inner width,
-ELECTRA = {"base": (768, 3072, 12, 12), "large": (1024, 4096, 16, 24)}  # heads, layers
+# width, inner width, heads, layers
+T5 = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 16, 24), "xl": (2048, 5120, 32, 24)}
+ELECTRA = {"base": (768, 3072, 12, 12), "large": (1024, 4096, 16, 24)}
 PASSAGES, WINDOWS = 100, 9  # of 20 passages, stride 10
-PAIR_TOKENS = 95  # BERT's pieces of a query of 32 and a passage of 256 at most, DL19
-ORDER_PIECES = 132  # T5's pieces of the numbers 1 to 100, the end besides
+PAIR_TOKENS = 95  # BERT's tokens of a pair of DL19, the query cut to 32 and the passage to 256
+ORDER_PIECES = 132  # T5's tokens of the numbers 1 to 100, without the end
 TEXT_TOKENS, TEXT_ANSWER = (
     19_724,
     90,
-)  # Mistral's v1 pieces of rank_llm's prompts of a query, DL19; of an answer, "[1] > [2] ..."
+)  # Mistral's v1 tokens of rank_llm's prompts of a query of DL19; of an answer, "[1] > [2] ..."
 VECTOR_TOKENS, VECTOR_ANSWER = 2_942, 20  # of PE-Rank's prompts; of an answer
 QUERIES = {"dl19": 43, "dl20": 54, "dl21": 53, "dl22": 76}
 
@@ -56,7 +57,7 @@ def t5(size: str) -> PreTrainedModel:
 
 @functools.cache
 def electra(size: str) -> PreTrainedModel:
-    """An ELECTRA discriminator with a score, as monoELECTRA."""
+    """An ELECTRA discriminator with a classification head, as in monoELECTRA."""
     width, inner, heads, layers = ELECTRA[size]
     return _built(
         ElectraForSequenceClassification,
@@ -78,13 +79,14 @@ def mistral() -> PreTrainedModel:
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """Numbers in a network."""
+    """The number of parameters of a network."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @functools.cache
 def lit5(size: str, tokens: int = 150) -> float:
-    """TFLOP of LiT5-Distill-v2 for 100 passages of so many tokens: each encoded alone, then one decoder over all."""
+    """TFLOP of LiT5-Distill-v2 for 100 passages of this many tokens. Each passage is encoded alone; one decoder attends
+    to all."""
     model, width = t5(size), T5[size][0]
     texts, order = _ids(PASSAGES, tokens), _ids(1, ORDER_PIECES + 3)  # with the start and the end
     states = BaseModelOutput(torch.zeros(1, PASSAGES * tokens, width, device="meta"))
@@ -95,17 +97,17 @@ def lit5(size: str, tokens: int = 150) -> float:
 
 @functools.cache
 def cross_encoder(size: str, tokens: int = PAIR_TOKENS) -> float:
-    """TFLOP of monoELECTRA for 100 pairs of so many tokens."""
+    """TFLOP of monoELECTRA for 100 pairs of this many tokens."""
     mask = torch.zeros(PASSAGES, 1, tokens, tokens, device="meta")
     return tflop(lambda: electra(size)(_ids(PASSAGES, tokens), attention_mask=mask))
 
 
 @functools.cache
 def language_model(prompts: int, answer: int) -> tuple[float, float]:
-    """TFLOP of Mistral 7B over 9 windows of a query, each token once (with a cache): fewest and most.
+    """TFLOP of Mistral 7B over the 9 windows of a query: least and most. With a KV cache, each token is computed once.
 
-    prompts: tokens of the nine prompts together. answer: tokens of one answer. Most: attention of each token to all of
-    its window. Fewest: to those before it.
+    prompts: tokens of the nine prompts together. answer: tokens of one answer. Most: each token attends to all of its
+    window. Least: to the tokens before it.
     """
     length = round(prompts / WINDOWS) + answer
     mask = torch.zeros(1, 1, length, length, device="meta")
@@ -116,7 +118,7 @@ def language_model(prompts: int, answer: int) -> tuple[float, float]:
 
 
 def headlines() -> pd.DataFrame:
-    """The papers' ratios, and what counting says of them: paper, claim, value, compares, counted, by."""
+    """The papers' ratios next to the counted ones: paper, claim, value, unit, compares, counted, by."""
     few, most = language_model(TEXT_TOKENS, TEXT_ANSWER)
     vectors, _ = language_model(VECTOR_TOKENS, VECTOR_ANSWER)
     large, base = cross_encoder("large"), cross_encoder("base")
@@ -132,7 +134,7 @@ def headlines() -> pd.DataFrame:
         ),
         ("Rank-DistiLLM", "parameters, monoT5-3B"): (f"{1 - electras[0] / xl:.0%}", "large; monoT5-3B as T5 v1.1 XL"),
         ("Rank-DistiLLM", "parameters, RankZephyr"): (f"{1 - electras[0] / seven:.0%}", "large"),
-        ("PE-Rank", "latency"): (f"{few / vectors:.1f}", "FLOPs of the language model, vectors at hand"),
+        ("PE-Rank", "latency"): (f"{few / vectors:.1f}", "FLOPs of the language model, vectors from an index"),
     }
     rows = [(paper, claim, *found) for (paper, claim), found in counted.items()]
     found = pd.DataFrame(rows, columns=["paper", "claim", "counted", "by"])
@@ -152,14 +154,14 @@ def figure2() -> pd.DataFrame:
 
 
 def tflop(run: Callable[[], object]) -> float:
-    """Multiplications and additions of a call, in 10^12."""
+    """The multiplications and additions of a call, in 10^12."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     return counter.get_total_flops() / 1e12
 
 
 def _built(kind: type, config: object) -> PreTrainedModel:
-    config._attn_implementation = "eager"  # whose products the counter sees
+    config._attn_implementation = "eager"  # the counter sees its matrix products
     with torch.device("meta"):
         return kind(config).eval()
 

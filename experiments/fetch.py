@@ -1,12 +1,13 @@
-"""What the notebooks can use and the repository may not hold: lists it, and brings it into experiments/data.
+"""Lists and fetches the data that the notebooks use and the repository may not contain.
 
-python experiments/fetch.py                      lists what is missing, for which notebook, how large; brings nothing
-python experiments/fetch.py trec_dl beir         all that these notebooks can use
-python experiments/fetch.py runs/dl22.qrels.txt  one of them
+python experiments/fetch.py                      lists the data, its notebooks and its size; fetches nothing
+python experiments/fetch.py trec_dl beir         fetches all that these notebooks use
+python experiments/fetch.py runs/dl22.qrels.txt  fetches one of them
 
-public.csv says where each lies: a file, the files of a record of Zenodo, a data set on the hub, or the first stage of
-TIREx's tasks. A download that was stopped goes on where it stopped, and is kept only if its checksum, where one is
-known, is right. Archives are left packed; put runs out of them into data/runs by the names in public_runs.py.
+The data goes to experiments/data. public.csv has the source of each: a file, the files of a record of Zenodo, a data
+set on the hub, or the first stage of TIREx's tasks. An interrupted download resumes. A file is kept only if its
+checksum is right, where one is known. Archives are not unpacked: put runs from them into data/runs, named as
+public_runs.py reads them.
 """
 
 import argparse
@@ -27,7 +28,7 @@ HERE = Path(__file__).parent
 
 
 class File(NamedTuple):
-    """A file to download. size: bytes, 0 where it is not known. checksum: ALGORITHM:DIGEST, or nothing."""
+    """A file to download. size: in bytes, 0 if unknown. checksum: ALGORITHM:DIGEST, or empty."""
 
     path: Path
     url: str
@@ -53,19 +54,19 @@ def main(arguments: list[str] | None = None, table: Path = HERE / "public.csv", 
 
 
 def listing(sources: pd.DataFrame, data: Path) -> pd.DataFrame:
-    """A row per source: is it here, or what of it was brought; its notebooks; its size where it is known."""
+    """A row per source: whether it is here, its notebooks, and its size if known."""
     states = ["here" if (data / name).exists() else "missing" for name in sources["name"]]
-    sizes = [f"{int(size) / 2**20:.1f} MB" if size else "asked when fetched" for size in sources["bytes"]]
+    sizes = [f"{int(size) / 2**20:.1f} MB" if size else "known when fetched" for size in sources["bytes"]]
     return pd.DataFrame({"name": sources["name"], "state": states, "notebooks": sources["notebooks"], "size": sizes})
 
 
 def file(source: tuple, path: Path) -> None:
-    """One file at an address."""
+    """Fetch one file from an address."""
     download(File(path, source.where, int(source.bytes or 0), source.checksum))
 
 
 def zenodo(source: tuple, folder: Path) -> None:
-    """All files of a record; Zenodo says their sizes and checksums."""
+    """Fetch all files of a record. Zenodo gives their sizes and checksums."""
     record = requests.get(source.where, timeout=60)
     record.raise_for_status()
     for entry in record.json()["files"]:
@@ -73,14 +74,14 @@ def zenodo(source: tuple, folder: Path) -> None:
 
 
 def hub(source: tuple, folder: Path) -> None:
-    """A data set on the hub, by its own client, which resumes and checks."""
+    """Fetch a data set from the hub with its own client, which resumes and verifies."""
     files = HfApi().dataset_info(source.where, files_metadata=True).siblings
     print(f"{len(files)} files, {sum(entry.size or 0 for entry in files) / 2**20:.1f} MB")
     snapshot_download(source.where, repo_type="dataset", local_dir=folder)
 
 
 def tirex(source: tuple, folder: Path) -> None:
-    """The first stage of TIREx's tasks, by TIRA's client, which keeps what it has."""
+    """Fetch the first stage of TIREx's tasks with TIRA's client, which keeps what it has fetched."""
     from tira.rest_api_client import Client
 
     client = Client()
@@ -96,8 +97,8 @@ KINDS = {"file": file, "zenodo": zenodo, "hub": hub, "tirex": tirex}
 
 
 def download(wanted: File) -> None:
-    """Bring a file, or the rest of it. ValueError where its size or checksum is another, or a web page came; it is then
-    left out."""
+    """Fetch a file, or the rest of it. ValueError if size or checksum differ, or if a web page came; then nothing is
+    kept."""
     if wanted.path.exists():
         return
     part = wanted.path.with_name(f"{wanted.path.name}.part")
@@ -106,7 +107,7 @@ def download(wanted: File) -> None:
     if not wanted.size or have < wanted.size:
         with open(part, "ab") as out:
             for chunk in received(wanted, have):
-                if chunk is None:  # the server begins anew
+                if chunk is None:  # the server sends the whole file
                     out.truncate(0)
                 else:
                     out.write(chunk)
@@ -117,15 +118,17 @@ def download(wanted: File) -> None:
 
 
 def received(wanted: File, have: int) -> Iterator[bytes | None]:
-    """The bytes after the first `have`; None before them where they are all bytes instead."""
+    """Yield the bytes after the first `have`. If the server sends the whole file instead, the first item is None."""
     headers = {"Range": f"bytes={have}-"} if have else {}
     address = quote(wanted.url, safe=":/?&=%")
     with requests.get(address, headers=headers, stream=True, timeout=60) as response:
         if have and response.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # it was whole
+            return  # the file was complete
         response.raise_for_status()
-        if response.headers.get("Content-Type", "").startswith("text/html"):  # asks to log in, or whether one is sure
-            raise ValueError(f"{wanted.url} gave a web page and no file; open it in a browser, and put the file there")
+        if response.headers.get("Content-Type", "").startswith("text/html"):  # a login or a confirmation
+            raise ValueError(
+                f"{wanted.url} is a web page and no file; open it in a browser, and save the file as {wanted.path}"
+            )
         if have and response.status_code != requests.codes.partial_content:
             yield None
             have = 0
@@ -136,7 +139,7 @@ def received(wanted: File, have: int) -> Iterator[bytes | None]:
 
 
 def wrong(path: Path, wanted: File) -> str:
-    """What is wrong with a downloaded file, or nothing."""
+    """What is wrong with a downloaded file; an empty string if nothing is."""
     size = path.stat().st_size
     if wanted.size and size != wanted.size:
         return f"{size:,} bytes came; wanted {wanted.size:,}"

@@ -1,4 +1,5 @@
-"""First stages: a stored run, or an index that is made once and asked once. Knows collections, but no reranker."""
+"""First stages: a stored run, or an index that is built once and whose results are kept. Knows collections, but no
+reranker."""
 
 import contextlib
 import os
@@ -14,21 +15,22 @@ import pyterrier as pt
 
 from pyterrier_lit.training.data import read_run
 
-# PISA's BM25 over Porter2's stems, by the name of a source: stop words, k1, b
+# Settings of PISA's BM25 with Porter2 stemming, by the name of a source: stop words, k1, b
 BM25 = {
     "bm25": ("terrier", 0.9, 0.4),
-    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables, where a document that is the query is no result
+    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables, without documents that are the query
     "bm25:terrier": ("terrier", 1.2, 0.75),  # as in TIREx
 }
 
 
 def load(source: str, collection: corpora.Collection, folder: Path, depth: int) -> pt.Transformer:
-    """Topics -> the best `depth` of each, without texts.
+    """A transformer that gives the best `depth` passages of each topic, without texts.
 
     source: a name in BM25 (PISA over the collection, with these settings), "terrier:NAME" (BM25 over Terrier's
-        ready-made index of that name; needs Java), the path of a run file in TREC format, or that of a file of
-        candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
-    folder: keeps index and results; a second call, also of an interrupted sweep, asks nothing again.
+    ready-made index of that name; needs Java), the path of a run file in TREC format, or the path of a file of
+    candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
+
+    folder: keeps index and results. A second call, also after an interrupted sweep, retrieves nothing again.
     """
     if source in BM25:
         stops, k1, b = BM25[source]
@@ -45,8 +47,8 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
 
 
 def stored(path: str | Path) -> "Ranking":
-    """The ranking of a run file, in the order of its scores (ties: in the order of its lines), or of a file of
-    candidates, whose texts come with it."""
+    """The ranking of a run file, in descending order of score (ties keep the order of lines), or of a file of
+    candidates, which also has their texts."""
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
@@ -56,16 +58,17 @@ def stored(path: str | Path) -> "Ranking":
 
 
 def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
-    """The topics that a teacher ranks: those of a run file, all of them for a transformer."""
+    """The topics that a teacher ranks: those of a run file, or all of them for a transformer."""
     if isinstance(teacher, pt.Transformer):
         return topics
     return topics[topics["qid"].isin(read_run(teacher)["qid"])].reset_index(drop=True)
 
 
 class Ranking(pt.Transformer):
-    """Rows that are known: of a run file, or retrieved before. Topics -> their rows.
+    """Gives each topic its stored rows: those of a run file, or those retrieved before.
 
-    Its repr is the same in every process, and another one for other rows: a sweep finds by it what it has kept.
+    Its repr is the same in every process, and differs for other rows. A sweep uses the repr to find the runs that it
+    has kept.
     """
 
     def __init__(self, rows: pd.DataFrame, name: str):
@@ -80,7 +83,7 @@ class Ranking(pt.Transformer):
 
 
 class WithoutItself(pt.Transformer):
-    """Leaves out a document whose id is that of the query, as Anserini's -removeQuery does: ArguAna's queries are
+    """Leaves out a document whose id is the query's id, as Anserini's -removeQuery does: ArguAna's queries are
     documents."""
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
@@ -100,7 +103,7 @@ def bm25(
     k1: float = 0.9,
     b: float = 0.4,
 ) -> pt.Transformer:
-    """PISA's BM25 over Porter2's stems and an index in `folder`, made where there is none or to overwrite it."""
+    """PISA's BM25 with Porter2 stemming. The index in `folder` is built if it is missing or to be overwritten."""
     from pyterrier_pisa import PisaIndex
 
     index = PisaIndex(str(folder), text_field="text", stemmer="porter2", stops=stops, overwrite=overwrite)
@@ -108,13 +111,13 @@ def bm25(
         if overwrite or not index.built():
             index.index(collection.get_corpus_iter())
         retriever = index.bm25(num_results=depth, k1=k1, b=b)
-        retriever.search("warm up")  # PISA computes its score bounds on first use, aloud
+        retriever.search("warm up")  # PISA computes its score bounds at first use, and prints about it
     return retriever
 
 
 def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite: bool = False) -> pt.Transformer:
-    """Terrier's BM25 with the settings of PISA's (k1 = 0.9, b = 0.4; Porter's first stemmer) over an index in `folder`,
-    made where there is none or to overwrite it. Needs Java."""
+    """Terrier's BM25 with the settings of PISA's (k1 = 0.9, b = 0.4), but Porter's first stemmer. The index in `folder`
+    is built if it is missing or to be overwritten. Needs Java."""
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     index = pt.terrier.TerrierIndex(str(folder))
@@ -124,7 +127,7 @@ def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite:
 
 
 def cached(stage: pt.Transformer, folder: Path) -> pt.Transformer:
-    """A first stage that answers from `folder` what it was asked before."""
+    """The first stage with a cache in `folder`, which answers repeated queries."""
     from pyterrier_caching import RetrieverCache
 
     return RetrieverCache(str(folder), stage)
@@ -132,7 +135,7 @@ def cached(stage: pt.Transformer, folder: Path) -> pt.Transformer:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep what an index prints, from C++ and from Python, to itself."""
+    """Suppress what an index prints, from C++ and from Python."""
     sys.stdout.flush()
     kept = os.dup(1), os.dup(2)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):

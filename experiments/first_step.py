@@ -1,11 +1,11 @@
-"""What does one decoder step cost LiT5-Distill, and what does training for it change?
+"""Compares LiT5-Distill's order from its first decoder step with its full order, before and after training for it.
 
     python experiments/first_step.py [--output FOLDER] [--share 1.0] [--record]
 
-Students begin as tiny/lit5-distill and learn by the recipe `lit5-distill-first`, at two learning rates, the orders that
-it writes in full itself, of BM25's first 20 for queries of tiny/make.py. The learning rate is the better one on the
-development questions. On the test questions the orders written in full are compared with those of the first step,
-untrained and trained. Students are kept in FOLDER; a second call measures them again.
+Students begin as tiny/lit5-distill and are trained with the recipe `lit5-distill-first` at two learning rates. The
+teacher is tiny/lit5-distill itself: its full orders of BM25's first 20 for queries of tiny/make.py. The development
+questions choose the learning rate. On the test questions, the full order is compared with the order from the first
+step, untrained and trained. Students are kept in FOLDER; a second call evaluates them again.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pyterrier_lit.training import Distil
 
 QUESTION = "What does one decoder step cost LiT5-Distill, and what does training for it change?"
 TINY = str(Path(__file__).parent / "tiny" / "lit5-distill")
-QUERIES, WINDOW, DEPTH = 320, 20, 100  # queries and their passages to learn from, passages to rerank
+QUERIES, WINDOW, DEPTH = 320, 20, 100  # training queries, passages of each; passages to rerank
 RATES, STEPS = (1e-5, 1e-4), 40
 LEARNING = GENTLE | {
     "decay": 0.5, "clip": 1.0, "warmup": 5, "batch_size": 8, "micro_batch": 8, "precision": "float32", "verbose": False,
@@ -41,7 +41,7 @@ LEARNING = GENTLE | {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "first_step")
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the steps, for a short trial")
     measured.add_option(parser)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -67,14 +67,15 @@ def main() -> None:
 
 
 def found(collection: corpora.Collection, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
-    """BM25's first passages for topics, with texts."""
+    """BM25's first `depth` passages for the topics, with texts."""
     with tempfile.TemporaryDirectory() as folder:
         bm25 = first_stages.bm25(collection, Path(folder) / "index.pisa", depth, overwrite=True)
         return (bm25 % depth >> collection.text_loader())(topics)
 
 
 def learned(output: Path, steps: int) -> list[dict[str, Any]]:
-    """Train a student at each rate that is not in the folder yet; the rows of how long that took."""
+    """Train a student at each learning rate that has none in the folder yet; returns rows with the CPU seconds of
+    training."""
     rows: list[dict[str, Any]] = []
     missing = [rate for rate in RATES if not (output / f"{rate}").exists()]
     if not missing:
@@ -97,8 +98,8 @@ def learned(output: Path, steps: int) -> list[dict[str, Any]]:
 
 
 def compared(ways: dict[str, LiT5Distill], collection: corpora.Collection, part: str) -> list[dict[str, Any]]:
-    """The rows of each way: nDCG@10 over BM25's passages for some questions (p against the first way), and the CPU
-    seconds a query."""
+    """Rows for each reranker: nDCG@10 over BM25's passages for one part of the questions (p is against the first
+    reranker), and the CPU seconds a query."""
     topics = collection.get_topics(part)
     candidates = found(collection, topics, DEPTH)
     runs, rows = [], []

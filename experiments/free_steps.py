@@ -1,4 +1,4 @@
-"""What the constraint keeps PE-Rank from: how often the likeliest next passage is one that it has already named."""
+"""Finds how often PE-Rank's most likely next passage is one that it has already named, which its constraint forbids."""
 
 import pandas as pd
 import torch
@@ -8,11 +8,12 @@ from pyterrier_lit.batching import Budget
 
 
 def repeats(reranker: PERank, candidates: pd.DataFrame, *, free: bool = False) -> pd.DataFrame:
-    """A row for each query and step over its first `window_size` passages: qid, step (from 1), and whether the
-    likeliest passage was `named` before.
+    """A row for each query and step over its first `window_size` passages: qid, step (from 1), and whether the most
+    likely passage was `named` before.
 
-    candidates: qid, query, docno, rank and the text. free: the likeliest is taken even so, and read as the next input,
-    as a decoder without the constraint would; otherwise the likeliest of those that are left.
+    candidates: qid, query, docno, rank and the text. free: choose the most likely passage even if it was named before,
+    and read it as the next input, as decoding without the constraint does. By default, the most likely of the remaining
+    passages is chosen.
     """
     checkpoint, rows = reranker.load(), []
     for qid, ranking in candidates.sort_values("rank").groupby("qid", sort=False):

@@ -1,11 +1,12 @@
-"""Seconds and memory of each reranker as passages, queries and lengths grow, with the exponent fitted. Run by hand.
+"""Measures seconds and memory of each reranker as passages, queries and lengths grow, and fits the exponent of seconds.
+Run by hand.
 
     python experiments/growth.py [--only passages queries tokens] [--rerankers PERank]
         [--plot pyterrier_lit/pt_docs/growth.svg] [--record]
 
-The project's small checkpoints on Python's documentation, in float32 on one thread; seconds are those of the processor,
-so that other jobs on the machine count less. Memory is what the process held at its most beyond what it held after a
-first small call.
+The rerankers are the project's small checkpoints on Python's documentation, in float32 on one thread. Seconds are CPU
+seconds, so that other jobs on the machine count less. Memory is the peak of the process beyond its peak after a first
+small call.
 """
 
 import argparse
@@ -42,10 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rerankers", nargs="+", choices=list(RERANKERS), default=list(RERANKERS))
-    parser.add_argument("--plot", type=Path, help="a picture of all that measured.csv holds of this question")
+    parser.add_argument("--plot", type=Path, help="draw this question's rows of measured.csv into this file")
     measured.add_option(parser)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as the processes have it
+    torch.set_num_threads(1)  # as in the processes
     for name in arguments.rerankers:
         for what in arguments.only:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, float, float]]:
-    """(size, CPU seconds, MB beyond those of a small call) of each size, which ascend."""
+    """(size, CPU seconds, MB beyond a small call) for each of these ascending sizes."""
     torch.set_num_threads(1)
     docs = corpora.python_docs()["text"].tolist()
     reranker = RERANKERS[name]()
@@ -76,7 +77,7 @@ def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, flo
 
 
 def frame(docs: list[str], queries: int, passages: int, tokens: int) -> pd.DataFrame:
-    """Candidates whose texts are all different, of so many tokens (1.6 to a word here)."""
+    """Candidates whose texts are all different and have about this many tokens (1.6 to a word here)."""
     words = " ".join(docs).split()
     length = max(int(tokens / 1.6), 1)
     starts = np.random.default_rng(0).integers(0, len(words) - length, queries * passages)
@@ -90,12 +91,12 @@ def frame(docs: list[str], queries: int, passages: int, tokens: int) -> pd.DataF
 
 
 def held() -> float:
-    """MB at its most, so far."""
+    """The peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def tidy(name: str, what: str, points: list[tuple[int, float, float]]) -> list[dict[str, Any]]:
-    """Rows of measured.csv: seconds and MB of each size, and the exponent of the larger half's seconds."""
+    """Rows of measured.csv: seconds and MB of each size, and the exponent of seconds, fitted over the larger sizes."""
     half = points[len(points) // 2 - 1 :]
     exponent = np.polyfit(np.log([size for size, *_ in half]), np.log([seconds for _, seconds, _ in half]), 1)[0]
     measures = [(size, {"CPU seconds": seconds, "MB more": memory}) for size, seconds, memory in points]

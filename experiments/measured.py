@@ -1,9 +1,9 @@
-"""Where results go: measured.csv, a row for each value of a measure. Scripts record with --record, notebooks with
+"""Records results in measured.csv, a row for each value of a measure. Scripts record with --record, notebooks with
 RECORD=1.
 
-A row says what was asked (question), of what (setting: a system, a collection, a size), over how many (n: queries,
-pairs, ...), the measure and its value; p of its test where there was one; the seconds it took; and where and when it
-was measured. What is measured again is a new row.
+A row has the question, the setting (a system, a collection, a size), n (the number of queries, pairs, ...), the measure
+and its value; p if there was a test; the seconds it took; and where and when it was measured. A repeated measurement is
+a new row.
 """
 
 import argparse
@@ -26,9 +26,9 @@ FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "am
 
 
 def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file: Path = FILE) -> pd.DataFrame:
-    """Append rows with setting, measure and value, and perhaps n, p and seconds; returns them as they were written.
+    """Append rows with setting, measure and value, and optionally n, p and seconds; returns them as they were written.
 
-    Machine, threads, commit and date are those of now. ValueError for another column, or where setting, measure or
+    Machine, threads, commit and date are the current ones. ValueError for another column, or where setting, measure or
     value is missing.
     """
     new = pd.DataFrame(rows)
@@ -45,21 +45,21 @@ def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file
 
 
 def read(question: str | None = None, file: Path = FILE) -> pd.DataFrame:
-    """All rows, or those of a question, in the order in which they were recorded. ValueError for a file of another
-    form."""
+    """All rows, or those of a question, in the order in which they were recorded. ValueError for a file with other
+    columns."""
     rows = _typed(pd.read_csv(file, dtype="str", keep_default_na=False, na_values=[""]), str(file.name))
     return rows if question is None else rows[rows["question"] == question].reset_index(drop=True)
 
 
 def latest(rows: pd.DataFrame, *also: str) -> pd.DataFrame:
-    """The newest row of each setting, n and measure of a question. also: columns that tell rows apart too, such as
+    """The newest row of each question, setting, n and measure. also: further columns that tell rows apart, such as
     "threads"."""
     return rows.drop_duplicates(["question", "setting", "n", "measure", *also], keep="last", ignore_index=True)
 
 
 def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> list[dict[str, Any]]:
-    """The rows of a table of `pt.Experiment` over n queries: of each pipeline its measures, with their corrected
-    p-values."""
+    """The rows of a table of `pt.Experiment` over n queries: the measures of each pipeline, with their p-values
+    (corrected, if the table has them)."""
     return [
         {"setting": row["name"], "n": n, "measure": measure, "value": row[measure], "p": _p_value(row, measure)}
         for row in table.to_dict("records")
@@ -68,12 +68,12 @@ def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> lis
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    """The option that all scripts which measure have."""
+    """Add --record, an option of all scripts that measure."""
     parser.add_argument("--record", action="store_true", help=f"append the results to {FILE.name}")
 
 
 def machine() -> str:
-    """What matters of this machine for a time: cores, instructions for matrix products, GPU."""
+    """This machine in a few words: cores, instructions for matrix products, GPU."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
@@ -90,7 +90,7 @@ def commit() -> str:
 
 
 def noted(question: str, table: pd.DataFrame, n: int, measures: Iterable[Any]) -> pd.DataFrame:
-    """The table of a `pt.Experiment`, as it came; recorded where RECORD=1."""
+    """Return the table of a `pt.Experiment` unchanged, and record it if RECORD=1."""
     if os.environ.get("RECORD") == "1":
         record(question, from_experiment(table, n, measures))
     return table

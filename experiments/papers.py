@@ -1,5 +1,5 @@
-"""What the papers evaluated: collections, first stages, checkpoints and lengths, typed. Data only: nothing is built or
-read until a function is called.
+"""What the papers evaluated: collections, first stages, checkpoints and lengths. Data only: nothing is built or read
+until a function is called.
 
 The names of checkpoints and collections are those of published.csv.
 """
@@ -82,9 +82,9 @@ CORPORA: dict[str, str] = {  # of TIREx's tasks, as published.csv spells them
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """A collection, and by name the first stages over it, as `corpora.load` and `first_stages.load` read them.
+    """A collection, and its first stages by name, as `corpora.load` and `first_stages.load` read them.
 
-    systems: runs of others over a first stage: first stage -> system -> file.
+    systems: public runs over a first stage: first stage -> system -> file.
     """
 
     source: str
@@ -95,29 +95,29 @@ class Collection:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Rerankers by the name that `published.csv` gives them, over all first stages of these collections."""
+    """Rerankers by their name in `published.csv`, over all first stages of these collections."""
 
     paper: str
     tables: tuple[str, ...]  # of published.csv
     collections: dict[str, Collection]
-    rerankers: dict[str, Reranker] = dataclasses.field(default_factory=dict)  # none: the first stages alone
-    text_of: corpora.TextOf | None = None  # the passages' text from their fields, None: ir_datasets' default
-    depth: int | None = None  # passages reranked, None: as many as the profile says
+    rerankers: dict[str, Reranker] = dataclasses.field(default_factory=dict)  # if empty, the first stages alone
+    text_of: corpora.TextOf | None = None  # makes a passage's text from its fields; None: ir_datasets' default
+    depth: int | None = None  # passages reranked; None: the depth of the profile
 
 
 def runs_of(collection: str, *names: str) -> dict[str, str]:
-    """The files of a collection's first stages."""
+    """The run files of a collection's first stages."""
     return {name: str(find(f"{collection}.{name}")) for name in names}
 
 
 def find(name: str) -> Path:
-    """The file NAME.txt or NAME.txt.gz of RUNS; where there is none, where it is looked for first."""
+    """The file NAME.txt or NAME.txt.gz in RUNS; if there is none, the path that is looked for first."""
     wanted = [folder / f"{name}.txt{packed}" for folder in RUNS for packed in ("", ".gz")]
     return next((path for path in wanted if path.exists()), wanted[0])
 
 
 def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]:
-    """LiT5-Distill with the window of its version, and prompts of so many tokens."""
+    """LiT5-Distill checkpoints with the window of their version, and prompts of this many tokens."""
     return {
         name: LiT5Distill(name, window_size=window, stride=window // 2, max_length=max_length, verbose=True)
         for name, window in models.items()
@@ -125,7 +125,7 @@ def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]
 
 
 def lit5() -> dict[str, Reranker]:
-    """All of LiT5 as on MS MARCO: 150 tokens of a prompt."""
+    """All LiT5 checkpoints as evaluated on MS MARCO, with prompts of 150 tokens."""
     scores: dict[str, Reranker] = {
         name: LiT5Score(name, n_passages=100, max_length=150, answer_length=20, verbose=True) for name in LIT5_SCORE
     }
@@ -133,7 +133,7 @@ def lit5() -> dict[str, Reranker]:
 
 
 def cross_encoders() -> dict[str, Reranker]:
-    """Rank-DistiLLM's, with 32 and 256 pieces."""
+    """Rank-DistiLLM's cross-encoders, with queries of 32 and passages of 256 tokens."""
     return {
         name: CrossEncoder(model, query_length=32, doc_length=256, verbose=True) for name, model in MONOELECTRA.items()
     }
@@ -155,8 +155,8 @@ def one_of_each() -> dict[str, Reranker]:
 
 
 def trec_dl() -> list[Comparison]:
-    """LiT5's table 1, Rank-DistiLLM's table 1, PE-Rank's rows. BM25 is Anserini's for LiT5 and PE-Rank, Terrier's for
-    Rank-DistiLLM."""
+    """The comparisons on TREC DL: LiT5's table 1, Rank-DistiLLM's table 1, PE-Rank's rows. BM25 is Anserini's for LiT5
+    and PE-Rank, Terrier's for Rank-DistiLLM."""
     return [
         Comparison(
             "LiT5",
@@ -213,7 +213,8 @@ def tirex() -> list[Comparison]:
 
 
 def qa() -> dict[str, Collection]:
-    """Questions with short answers: WikiQA and TREC QA in folders, BM25 over the candidates of each; BEIR's NQ."""
+    """Questions with short answers: WikiQA and TREC QA in folders, with BM25 over each question's candidates; BEIR's
+    NQ."""
     places = {name: (Path(DATA) / name, SHARED / name) for name in ("wikiqa", "trecqa")}
     folders = {name: shared if shared.exists() and not own.exists() else own for name, (own, shared) in places.items()}
     candidates = {name: Collection(str(path), {"bm25": f"{path}/run.txt"}) for name, path in folders.items()}
@@ -221,6 +222,6 @@ def qa() -> dict[str, Collection]:
 
 
 def further() -> dict[str, Collection]:
-    """Collections that no paper here evaluated: NanoBEIR and DL23."""
+    """Collections that none of the papers evaluated: NanoBEIR and DL23."""
     nano = {f"nano-beir/{name}": Collection(f"irds:nano-beir/{name}", {"bm25": "bm25:anserini"}) for name in NANO_BEIR}
     return nano | {"dl23": Collection("irds:msmarco-passage-v2/trec-dl-2023/judged", runs_of("dl23", "bm25"))}

@@ -8,7 +8,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
-    """One panel per collection, one line per first stage and model: published figures as rings, measured ones as
+    """One panel per collection, one line per first stage and model. Published figures are rings, measured ones
     discs."""
     lines = list(dict.fromkeys(table["model"] + " over " + table["first_stage"]))
     collections = list(dict.fromkeys(table["collection"]))

@@ -1,9 +1,9 @@
 """What the notebooks run in each profile: which collections, first stages, checkpoints and lengths.
 
-"paper" is what the papers evaluated (`papers.py`) and requires a GPU, MS MARCO and checkpoints; "small" runs anywhere,
-offline. "runs" is without models: public runs beside the published figures, in `trec_dl`, `beir` and `tirex`.
-`distillation.ipynb` has one more, "trec", for two cores with ../shared/data. The notebooks' first
-cell chooses one by name; no other cell knows which it is. Nothing is built or looked for until a profile is asked for.
+"paper" is what the papers evaluated (`papers.py`); it requires a GPU, MS MARCO and checkpoints. "small" runs anywhere,
+offline. "runs" uses no models: it puts public runs next to the published figures, in `trec_dl`, `beir` and `tirex`.
+`distillation.ipynb` has one more, "trec", for two cores with ../shared/data. The notebooks' first cell chooses a
+profile by name; no other cell knows which it is. Nothing is built or looked for until a profile is called.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Profile:
 
 
 def tiny() -> dict[str, Reranker]:
-    """The small checkpoints of all four, on the CPU, so that every machine gives the same figures."""
+    """The small checkpoints of all four rerankers, on the CPU, so that every machine gives the same figures."""
     return {
         "tiny CrossEncoder": CrossEncoder(f"{TINY}/cross-encoder", device="cpu"),
         "tiny LiT5-Distill": LiT5Distill(f"{TINY}/lit5-distill", device="cpu"),
@@ -52,7 +52,7 @@ def tiny() -> dict[str, Reranker]:
 
 
 def small_rerankers() -> dict[str, Reranker]:
-    """The same by the method's name."""
+    """The small checkpoints by the method's name."""
     return {name.removeprefix("tiny "): reranker for name, reranker in tiny().items()}
 
 
@@ -94,12 +94,12 @@ def small_tirex() -> list[Comparison]:
 
 
 def at_hand(comparison: Comparison) -> Comparison:
-    """Without the collections whose files are not here."""
+    """The comparison without the collections whose files are missing."""
     return dataclasses.replace(comparison, collections=where_present(comparison.collections))
 
 
 def runs_dl() -> list[Comparison]:
-    """Public runs of first stages and systems, over judgements alone."""
+    """Public runs of first stages and systems, with judgements only."""
     stages = [{"bm25": "bm25", "splade++ed": "splade++ed"}, {"bm25": "bm25-terrier", "colbertv2": "colbertv2"}]
     return [
         dataclasses.replace(
@@ -113,7 +113,7 @@ def runs_dl() -> list[Comparison]:
 
 
 def runs_beir() -> list[Comparison]:
-    """BM25 over NFCorpus, and the runs of one's own over any collection whose judgements are there."""
+    """BM25 over NFCorpus, and your own runs over any collection whose judgements are there."""
     nfcorpus = Collection(str(SHARED / "nfcorpus"), {"bm25": "bm25:anserini"})
     return [
         dataclasses.replace(
@@ -133,12 +133,12 @@ def runs_beir() -> list[Comparison]:
 
 
 def runs_tirex() -> list[Comparison]:
-    """BM25 with TIREx's settings over its corpora that are at hand."""
+    """BM25 with TIREx's settings, over those of its corpora that are in ../shared/data."""
     corpora = {name: Collection(str(SHARED / name), {TIREX: "bm25:terrier"}, name) for name in ("cranfield", "vaswani")}
     return [dataclasses.replace(papers.tirex()[0], collections=corpora, rerankers={})]
 
 
-# A training of seconds
+# Settings of training runs of seconds and of minutes
 SHORT = {"steps": 6, "batch_size": 4, "micro_batch": 4, "learning_rate": 1e-4, "verbose": False}
 MINUTES = {
     "steps": 40,
@@ -210,9 +210,9 @@ def paper() -> Profile:
                 CrossEncoder.from_backbone, "google/electra-base-discriminator", query_length=32, doc_length=256
             ),
             "teacher": f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt",  # of Zenodo's record 15131907
-            "labels": {},  # settings besides the papers'
+            "labels": {},  # settings that differ from the papers'
             "rankings": {},
-            "depths": [10, 20, 50],  # and all, as for the queries
+            "depths": [10, 20, 50],  # besides all of them; queries likewise
             "queries": [1_000, 2_000, 5_000],
         },
     )
@@ -279,7 +279,8 @@ def small() -> Profile:
 
 
 def trec() -> Profile:
-    """Two cores and ../shared/data: students begin as the first of real_teachers.py, which knows MiniLM's cosines."""
+    """Two cores and ../shared/data: students begin as the first student of real_teachers.py, which knows MiniLM's
+    cosines."""
     return dataclasses.replace(
         small(),
         depth=100,
@@ -298,7 +299,7 @@ def trec() -> Profile:
 
 
 def runs() -> Profile:
-    """No model: public runs and BM25 beside the published figures, in a minute. All else is as in "small"."""
+    """No model: public runs and BM25 next to the published figures, in a minute. All else is as in "small"."""
     return dataclasses.replace(small(), depth=100, trec_dl=runs_dl(), beir=runs_beir(), tirex=runs_tirex())
 
 

@@ -1,7 +1,8 @@
-"""Public runs: files of rankings that others made, and of one's own beside them, by the names that published.csv has.
+"""Finds public runs, and your own runs next to them, under the names of published.csv.
 
-COLLECTION.qrels.txt, COLLECTION.STAGE.txt (a first stage) and COLLECTION.STAGE.SYSTEM.txt (reranked), gzipped or not,
-in TREC format. In a system's name "--" stands for a slash. Knows files and names: nothing is ranked or measured here.
+Files are called COLLECTION.qrels.txt, COLLECTION.STAGE.txt (a first stage) and COLLECTION.STAGE.SYSTEM.txt (reranked),
+gzipped or not, in TREC format. In a system's name "--" stands for a slash. Knows files and names: nothing is ranked or
+measured here.
 """
 
 import json
@@ -21,15 +22,15 @@ SYSTEMS = {"rankvicuna": "RankVicuna 7B", "rankzephyr": "RankZephyr 7B"} | {
 TIREX_SYSTEMS = {
     "MonoT5 Base (tira-ir-starter-gygaggle)": "monoT5-base",
     "MonoT5 Large (tira-ir-starter-gygaggle)": "monoT5-large",
-    "latent-wetland": "monoT5-3B",  # by its figures: TIREx does not say what it is
+    "latent-wetland": "monoT5-3B",  # identified by its figures: TIREx does not name it
 }
 
 
 def collection(name: str, stages: Mapping[str, str], tables: Iterable[str]) -> Collection:
-    """Judgements, first stages and systems of a collection, without its documents.
+    """The judgements, first stages and systems of a collection, without its documents.
 
-    stages: a first stage as published.csv names it -> as the files do. tables: of published.csv. A system that is
-    printed in other tables alone is left out.
+    stages: the name of a first stage in published.csv -> its name in the files. tables: of published.csv. A system
+    whose figures are in other tables only is left out.
     """
     figures = compare.published()
     printed = figures["table"].isin(list(tables))
@@ -47,7 +48,7 @@ def collection(name: str, stages: Mapping[str, str], tables: Iterable[str]) -> C
 
 
 def systems_over(first_stage: str) -> dict[str, Path]:
-    """The systems whose runs over "COLLECTION.STAGE" are at hand, by the names of published.csv, sorted."""
+    """The systems that have a run over "COLLECTION.STAGE", by their names in published.csv, sorted."""
     found = {}
     for folder in reversed(RUNS):
         for path in folder.glob(f"{first_stage}.*.txt*"):
@@ -57,10 +58,11 @@ def systems_over(first_stage: str) -> dict[str, Path]:
 
 
 def tirex() -> pd.DataFrame:
-    """nDCG@10 of monoT5's rows of Rank-DistiLLM's table 2 as TIREx publishes it, a row for each task: task, corpus,
-    model, value.
+    """TIREx's nDCG@10 for the rows of monoT5 in Rank-DistiLLM's table 2, a row for each task: task, corpus, model,
+    value.
 
-    monoT5-3B is known by its figures alone. Without the file it has no rows, and says what to fetch.
+    monoT5-3B is identified by its figures alone. If the file is missing, the frame is empty and a line says what to
+    fetch.
     """
     path = next((path for folder in RUNS if (path := folder / "tirex.all_evaluations.json").exists()), None)
     if path is None:

@@ -1,5 +1,5 @@
-"""The README's first command: BM25 against BM25 and each reranker on a real collection, as a table and a chart,
-and the top three of one query before and after.
+"""The README's first command: compares BM25 with BM25 and each reranker, as a table and a chart. Also prints the top
+three of one query before and after reranking.
 
 quickstart.py                                           Python's own documentation
 quickstart.py --collection FOLDER --model NAME          docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--collection", default="python-docs", help="python-docs, a folder, or irds:ID")
     parser.add_argument("--model", help="a cross-encoder: hub id or folder; default: the project's small checkpoints")
     parser.add_argument(
-        "--first-stage", choices=["pisa", "terrier"], default="pisa", help="whose BM25; terrier requires Java"
+        "--first-stage", choices=["pisa", "terrier"], default="pisa", help="the engine of BM25; terrier requires Java"
     )
     parser.add_argument("--depth", type=int, default=100, help="passages reranked per query")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results.png and results.json")
@@ -79,7 +79,7 @@ def main():
 
 
 def rerankers(model: str | None) -> list[Reranker]:
-    """A cross-encoder of the reader's, or the project's small checkpoints."""
+    """A cross-encoder that the reader names, or the project's small checkpoints."""
     if model is not None:
         return [CrossEncoder(model, verbose=True)]
     return [
@@ -101,13 +101,13 @@ def first_stage(
         print(f"indexing {collection.name} with Terrier")
         index = arguments.output / "index.terrier"
         return "BM25 (Terrier)", first_stages.terrier(collection, index, arguments.depth, overwrite=True)
-    other = "; --first-stage terrier takes Terrier" if shutil.which("java") else ""
+    other = "; --first-stage terrier uses Terrier" if shutil.which("java") else ""
     print(f"indexing {collection.name} with PISA{other}")
     return "BM25", first_stages.bm25(collection, arguments.output / "index.pisa", arguments.depth, overwrite=True)
 
 
 def header(collection: str, n_queries: int, arguments: argparse.Namespace) -> str:
-    """What the table is of, and how to read it."""
+    """The lines above the table: what it is about, and how to read it."""
     lines = [f"{collection}, {n_queries} queries; the first {arguments.depth} passages reranked by {models(arguments)}"]
     if collection == "python-docs":
         lines.append("Many questions avoid the docstrings' words on purpose, so BM25 scores low.")

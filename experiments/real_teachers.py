@@ -1,11 +1,11 @@
-"""What do 43 rankings of a large language model teach small rerankers that know all-MiniLM-L6-v2's vectors?
+"""Trains small rerankers that know all-MiniLM-L6-v2's vectors on 43 rankings of a large language model.
 
     python experiments/real_teachers.py [--output FOLDER] [--share 1.0]
 
-A cross-encoder that begins as MiniLM and a small LiT5-Distill (`tiny/lit5.py`) learn MiniLM's own cosines, on queries
-of WikiQA, TREC QA, DL19 and DL22 and on sentences of passages; then RankVicuna's orders of DL19's first 100 of BM25, or
-DL19's labels. They are tested on DL21 and Vaswani, of which no query and no judgement was seen. Needs ../shared/data;
-writes table.csv and the students to FOLDER.
+A cross-encoder that begins as MiniLM and a small LiT5-Distill (`tiny/lit5.py`) first learn MiniLM's cosines, for
+queries of WikiQA, TREC QA, DL19 and DL22 and for sentences of passages. Then they learn RankVicuna's rankings of BM25's
+first 100 for DL19, or DL19's labels. They are tested on DL21 and Vaswani, whose queries and judgements they have not
+seen. Needs ../shared/data. Writes table.csv and the students to FOLDER.
 """
 
 import argparse
@@ -39,20 +39,20 @@ TEACHER = str(SHARED / "dl19" / "teachers" / "rankvicuna7b.bm25.k100.r1.txt.gz")
 LEARNING = {"batch_size": 8, "micro_batch": 8, "schedule": "cosine", "precision": "bfloat16", "seed": SEED}
 COSINES = {"loss": "kl", "loss_options": {"temperature": 0.05}, "n_passages": 8, "learning_rate": 1e-4, "warmup": 50}
 RANKINGS = {"n_passages": 16, "sampling": "log_random", "warmup": 20}
-PIECES = 10_000  # of LiT5Distill's vocabulary
+PIECES = 10_000  # size of LiT5Distill's vocabulary
 KINDS = {"CrossEncoder": functools.partial(CrossEncoder, dtype="bfloat16"), "LiT5Distill": LiT5Distill}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "real_teachers")
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the steps, for a short trial")
     measured.add_option(parser)
     arguments = parser.parse_args()
     share, places = arguments.share, {}
 
     def kept(name: str, learned: Callable[[], Reranker]) -> str:
-        """The place of a student, which learns if it is not there yet."""
+        """The folder of a student. The student is trained if the folder does not exist."""
         place = places[name] = str(arguments.output / name)
         if not Path(place).exists():
             started = time.monotonic()
@@ -83,8 +83,8 @@ def untrained() -> CrossEncoder:
 
 
 def material(*collections: str, sentences: int) -> Material:
-    """What these hold of passages and queries; WikiQA's and TREC QA's queries; queries out of so many of the
-    passages."""
+    """Texts to learn from: the passages and queries of the collections, the queries of WikiQA and TREC QA, and queries
+    made from `sentences` of the passages."""
     docs = pd.concat([shared.docs(name) for name in collections], ignore_index=True)
     chosen = random.Random(SEED)
     texts = chosen.sample(docs.text.tolist(), sentences)
@@ -126,9 +126,9 @@ def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:
 
 
 def tested(students: dict[str, Reranker], collection: str, folder: Path | None = None) -> pd.DataFrame:
-    """The students by name over BM25's first 100; p-values are against BM25, corrected by Holm.
+    """Evaluate the students by name over BM25's first 100. p-values are against BM25, Holm-corrected.
 
-    folder: where runs are kept, and read if they are there.
+    folder: where runs are kept and reused.
     """
     first = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH))
     if folder:

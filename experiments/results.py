@@ -1,7 +1,8 @@
-"""RESULTS.md and its pictures, out of questions.toml and measured.csv: a question, its finding, a picture, a command.
+"""Writes RESULTS.md and its pictures from questions.toml and measured.csv: a question, its finding, a picture, a
+command.
 
-python experiments/results.py --write        write both anew
-python experiments/results.py                say whether they are as they would be written (exit code 1 if not)
+python experiments/results.py --write        writes both
+python experiments/results.py                checks that both are up to date (exit code 1 if not)
 """
 
 import argparse
@@ -25,9 +26,8 @@ PAGE = HERE / "RESULTS.md"
 HEAD = """# Results
 
 Each question has its finding, a command that measures it again, and notes on how it was measured. All values are in
-[measured.csv](measured.csv), one in a row, with machine, threads, commit and date. Results that did not turn out as
-hoped are kept. This page is written by `python experiments/results.py --write` out of
-[questions.toml](questions.toml).
+[measured.csv](measured.csv), one per row, with machine, threads, commit and date. Results that did not turn out as
+hoped are kept. `python experiments/results.py --write` writes this page from [questions.toml](questions.toml).
 
 The small checkpoints are the project's own, of 2 to 6 million parameters ([tiny](tiny/README.md)). The published ones
 have not been run.
@@ -36,10 +36,10 @@ have not been run.
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of the page. With bars it is drawn here; without, some script has written the file.
+    """A picture of the page. If it has bars, it is drawn here; otherwise a script has drawn the file.
 
-    file: beside RESULTS.md. measure: what is drawn. bars: label -> settings, one of each series. series: their names.
-    peers: how many of the bars, from the first one, are not of this package.
+    file: its path from RESULTS.md. measure: what is drawn. bars: label -> settings, one for each series. series: their
+    names. peers: how many bars, from the first one, are not of this package.
     """
 
     file: str
@@ -53,9 +53,8 @@ class Picture:
 class Question:
     """An entry of questions.toml.
 
-    recorded: the questions of measured.csv that it answers, by default its own; a star stands for any text, which is
-        then added to the setting.
-    notes: {date, text} of each measurement.
+    recorded: the questions of measured.csv that it answers, by default its own. A star stands for any text, which is
+    then added to the setting. notes: {date, text} of each measurement.
     """
 
     section: str
@@ -67,7 +66,7 @@ class Question:
     picture: Picture | None = None
 
     def rows(self, recorded: pd.DataFrame) -> pd.DataFrame:
-        """Its rows of measured.csv, the newest of each setting, n, measure, machine and threads."""
+        """Its rows of measured.csv: the newest of each setting, n, measure, machine and threads."""
         parts = []
         for name in self.recorded or [self.question]:
             pattern = re.escape(name).replace(r"\*", "(.+)")
@@ -78,7 +77,7 @@ class Question:
 
 
 def read(file: Path = QUESTIONS) -> list[Question]:
-    """The questions, in their order. TypeError for a field that there is not."""
+    """The questions, in their order. TypeError for an unknown field."""
     entries = tomllib.loads(file.read_text(encoding="utf-8"))["questions"]
     pictures = [entry.pop("picture", None) for entry in entries]
     return [
@@ -96,7 +95,7 @@ def page(questions: list[Question], recorded: pd.DataFrame) -> str:
         for question in (question for question in questions if question.section == section):
             rows = question.rows(recorded)
             if rows.empty:
-                raise ValueError(f"measured.csv has no row of {question.question!r}; wanted one for each of its values")
+                raise ValueError(f"measured.csv has no row of {question.question!r}; wanted one for each value")
             told |= set(rows["question"])
             contents.append(f"- [{question.question}](#{anchor(question.question)})\n")
             body.append(part(question, rows))
@@ -107,7 +106,7 @@ def page(questions: list[Question], recorded: pd.DataFrame) -> str:
 
 
 def part(question: Question, rows: pd.DataFrame) -> str:
-    """A question's part of the page."""
+    """The part of the page for a question."""
     dates = sorted(set(rows["date"]))
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     machines = "; ".join(dict.fromkeys(rows["machine"]))
@@ -122,12 +121,12 @@ def part(question: Question, rows: pd.DataFrame) -> str:
 
 
 def anchor(heading: str) -> str:
-    """As GitHub names a heading's place."""
+    """The anchor that GitHub makes from a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
-    """The values of a picture: label -> one of each series. ValueError where measured.csv lacks one."""
+    """The values of a picture: label -> a value for each series. ValueError if measured.csv lacks one."""
     assert question.picture is not None
     rows = question.rows(recorded)
     values = rows[rows["measure"] == question.picture.measure].groupby("setting")["value"].last()
@@ -138,7 +137,7 @@ def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
-    """Bars, in grey those of what the others are compared with."""
+    """A bar chart. The bars of peers are grey."""
     n = len(picture.series)
     figure, panel = pyplot.subplots(
         figsize=(7, 0.28 * n * len(values) + 0.12 * len(values) + 0.7), layout="constrained"
@@ -166,14 +165,14 @@ def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
 
 
 def printed(value: float, measure: str) -> str:
-    """Three digits: .198, 1.85, 22.2."""
+    """A value with three digits: .198, 1.85, 22.2."""
     if re.match(r"nDCG|RR@|geometric", measure):
         return f"{value:.3f}".removeprefix("0")
     return f"{value:.3g}"
 
 
 def save(figure: Figure, values: dict[str, list[float]], file: Path) -> None:
-    """As SVG, with the values in its description."""
+    """Write the figure as SVG, with the values in its description."""
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(file, metadata={"Date": None, "Description": json.dumps(values)})
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -181,7 +180,7 @@ def save(figure: Figure, values: dict[str, list[float]], file: Path) -> None:
 
 
 def shown(file: Path) -> dict[str, list[float]] | None:
-    """The values that a picture shows; None where there is no such picture."""
+    """The values that a picture shows. None if its description has none."""
     said = re.search(r"<dc:description>(.*?)</dc:description>", file.read_text(encoding="utf-8"), re.DOTALL)
     if said is None:
         return None
@@ -194,7 +193,7 @@ def shows(file: Path, values: dict[str, list[float]]) -> bool:
 
 
 def stale(questions: list[Question], recorded: pd.DataFrame) -> list[str]:
-    """The files that are not as they would be written."""
+    """The files that are not up to date."""
     wrong = [] if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(questions, recorded) else [PAGE.name]
     for question in questions:
         if question.picture is None:
@@ -216,11 +215,11 @@ def main() -> None:
             if question.picture is not None and question.picture.bars:
                 file, values = HERE / question.picture.file, drawn(question, recorded)
                 file.parent.mkdir(exist_ok=True)
-                if not file.exists() or not shows(file, values):  # another matplotlib draws the same otherwise
+                if not file.exists() or not shows(file, values):  # another version of matplotlib writes other bytes
                     save(draw(question.picture, values), values, file)
     wrong = stale(questions, recorded)
     if wrong:
-        sys.exit(f"{', '.join(wrong)}: not as measured.csv and questions.toml say; run with --write")
+        sys.exit(f"{', '.join(wrong)}: not up to date; run with --write")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Run notebooks from top to bottom, in place or aside, and keep their outputs without warnings, progress bars and
-times.
+"""Runs notebooks from top to bottom, and keeps their outputs without warnings, progress bars and times.
 
 python experiments/run_notebooks.py                        each in the profile that its first cell names, in place
 python experiments/run_notebooks.py --profile small --output FOLDER                            anywhere, offline
@@ -21,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="by default all of this folder that have profiles")
-    parser.add_argument("--profile", help="by default the one that a notebook's first cell names")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of this folder that have profiles")
+    parser.add_argument("--profile", help="default: the one that a notebook's first cell names")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for the notebooks with their outputs")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -39,7 +38,7 @@ def notebooks() -> list[Path]:
 
 
 def named_profile(path: Path) -> str | None:
-    """The profile that the parameters of a notebook name: that of its outputs. None where it has none."""
+    """The profile that a notebook's parameters cell names, in which its outputs were made. None if it names none."""
     cells = nbformat.read(path, as_version=4).cells
     chosen = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
     found = re.match(r'PROFILE = "(\w+)"', chosen)
@@ -47,9 +46,9 @@ def named_profile(path: Path) -> str | None:
 
 
 def run(path: Path, folder: Path, **parameters: str) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run in `folder`, its parameters cell changed to these values.
+    """The notebook with the outputs of a run in `folder`, with these values in its parameters cell.
 
-    The small profile starts afresh; what others have computed is kept and used again. Raises what the notebook raises.
+    The small profile starts afresh; other profiles reuse what they have computed. Raises what the notebook raises.
     """
     notebook = nbformat.read(path, as_version=4)
     chosen = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

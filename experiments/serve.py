@@ -100,7 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("reranker", choices=RERANKERS)
     parser.add_argument("model", help="hub id or folder")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU, for one batch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads for one batch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     uvicorn.run(app(RERANKERS[arguments.reranker](arguments.model)), port=arguments.port)

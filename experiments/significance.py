@@ -1,5 +1,5 @@
-"""The papers' tests: p-values of rerankers against a baseline, corrected for their number. Knows values per query
-alone."""
+"""The papers' significance tests: p-values of rerankers against a baseline, corrected for their number. Knows only
+values per query."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ XL = "castorini/LiT5-Distill-xl-v2"
 
 
 def adjusted(p: pd.Series, correction: str) -> pd.Series:
-    """The p-values corrected for their number, "holm" or "bonferroni". nan stays nan and is not one of them: a
+    """The p-values corrected for their number by "holm" or "bonferroni". nan stays nan and does not count: it is a
     pipeline that equals the baseline on every query."""
     known = p.dropna()
     corrected = multipletests(known, method=correction)[1] if len(known) else known
@@ -21,9 +21,11 @@ def adjusted(p: pd.Series, correction: str) -> pd.Series:
 
 
 def against_means(values: pd.Series, means: Mapping[str, float], correction: str = "holm") -> pd.Series:
-    """LiT5's test: do these values per query have another mean than each of the others, of which only means are known?
+    """LiT5's test: does the mean of these values per query differ from each of the others, of which only means are
+    known?
 
-    One sample, one-sided towards the side on which the mean lies; Holm-Bonferroni. Returns the p-value of each.
+    One-sample t-tests, one-sided towards the side on which the mean lies, with Holm-Bonferroni. Returns the p-value of
+    each.
     """
     p = {
         name: ttest_1samp(values, mean, alternative="greater" if values.mean() > mean else "less").pvalue
@@ -41,10 +43,10 @@ def paired(values: pd.DataFrame, baseline: str, correction: str = "bonferroni") 
 
 
 def daggers(queries: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """LiT5's table 1 against LiT5-XL over the same first stage: what is printed (`dagger`), and `p` and `significant`
-    by the same test where the values of XL per query are in `queries` (of `sweep.run`), from the published means.
+    """LiT5's table 1 against LiT5-XL over the same first stage: the printed `dagger`, and our `p` and `significant`.
 
-    table: of `compare.table`, with the published means.
+    p is of LiT5's test against the published means, where `queries` (of `sweep.run`) has XL's values per query. table:
+    of `compare.table`, with the published means.
     """
     printed = pd.read_csv(DAGGERS).rename(columns={"significant": "dagger"})
     means = table.query("table == 'ecir_table1' and model != @XL").set_index(["collection", "first_stage"])

@@ -2,10 +2,10 @@
 
     python experiments/soak.py [--queries 20000] [--passages 20] [--model FOLDER] [--output soak]
 
-Queries come in frames of --frame as from `pt.Experiment(batch_size=...)`, each built new: words drawn from a fixed
-seed, some passages in several languages. Prints a line a frame, writes OUTPUT/soak.json and, with matplotlib,
-OUTPUT/soak.png. Ends with exit code 1 when a query was lost or repeated, or when memory after the first fifth grew by
-more than --allowed MB.
+Queries come in frames of --frame queries, as from `pt.Experiment(batch_size=...)`. Each frame is generated from words
+with a fixed seed; some words are in other languages. Writes OUTPUT/soak.json and, with matplotlib, OUTPUT/soak.png.
+Ends with exit code 1 if a query was lost or repeated, or if memory grew by more than --allowed MB after the first
+fifth.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def numbers(n: int, size: int) -> Iterator[range]:
 
 
 def queries(which: range, passages: int) -> pd.DataFrame:
-    """qid, query, docno, text of so many queries; the same for a number in every run."""
+    """Candidates (qid, query, docno, text) for these query numbers. A number gives the same candidates in every run."""
     rows = []
     for i in which:
         drawn = random.Random(i)
@@ -103,7 +103,7 @@ def queries(which: range, passages: int) -> pd.DataFrame:
 
 
 def resident() -> float:
-    """Memory of this process that is in use now, in MB (Linux)."""
+    """The memory that this process uses now, in MB (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return round(pages * 4_096 / 1e6, 1)
 

@@ -1,18 +1,18 @@
-"""Does a cross-encoder that begins as a bi-encoder (`towers.py`) become better than it, from 1,966 rankings?
+"""Trains a cross-encoder that begins as a bi-encoder (`towers.py`) on 1,966 rankings: does it become better?
 
     python experiments/student.py [--output FOLDER] [--seeds 1] [--share 1.0] [--test COLLECTION ...] [--record]
 
-It begins as all-MiniLM-L6-v2 and learns orders (RankNet):
+It begins as all-MiniLM-L6-v2 and is trained with RankNet on these rankings:
 
-* on 28 queries of DL19 those of large language models, whose ranks are averaged;
-* on DL22, and for questions of WikiQA and TREC QA over the passages of DL19 and DL22, the sum of MiniLM's cosines and
-  of splade-tiny's scores, each standardised within the query;
-* on training queries of NFCorpus the same sum, after the passages that are labelled relevant.
+* 28 queries of DL19: the mean of the log ranks that large language models gave the passages;
+* DL22, and questions of WikiQA and TREC QA over the passages of DL19 and DL22: the sum of MiniLM's cosine and
+  splade-tiny's score, each standardised within the query;
+* training queries of NFCorpus: the same sum, but passages that are labelled relevant come first.
 
-nDCG@10 of the other 15 queries of DL19 chooses the step that is kept. With several seeds the student is the mean of
-their weights, which is a good one since they began in one place. It is tested on DL21 and Vaswani, of which no query,
-no judgement and no text was seen, and on the test queries of NFCorpus. Needs ../shared/data and ../shared/models; what
-was stopped resumes.
+nDCG@10 on the other 15 queries of DL19 chooses the step whose weights are kept. With several seeds, the student is the
+mean of their weights; averaging works because all seeds begin with the same weights. The student is tested on DL21 and
+Vaswani, whose queries, judgements and texts it has not seen, and on the test queries of NFCorpus. Needs ../shared/data
+and ../shared/models. An interrupted call resumes.
 """
 
 import argparse
@@ -44,11 +44,11 @@ from pyterrier_lit.batching import like_lengths, padded
 from pyterrier_lit.training import Distil
 
 SPLADE = SHARED.parent / "models" / "splade-tiny"
-TIMES = {"dl19": 8, "dl22": 3}  # how often a query is there
-HELD_OUT = 15  # queries of DL19
-OF_NFCORPUS = 500  # queries, of which BM25 finds more than eight passages for 396
+TIMES = {"dl19": 8, "dl22": 3}  # how often each query occurs in the training data
+HELD_OUT = 15  # queries of DL19, for validation
+OF_NFCORPUS = 500  # queries that are drawn; BM25 finds more than eight passages for 396 of them
 LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
-FROZEN = 3  # layers
+FROZEN = 3  # layers that are not trained
 LENGTHS = {"query_length": 24, "doc_length": 72}  # in training
 LEARNING = {
     "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "learning_rate": 5e-5, "warmup": 15,
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "student")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the steps, for a short trial")
     parser.add_argument("--test", nargs="*", default=["dl21", "vaswani", "nfcorpus"])
     measured.add_option(parser)
     arguments = parser.parse_args()
@@ -103,7 +103,7 @@ def held_out() -> list[str]:
 
 
 def mean(students: list[CrossEncoder]) -> CrossEncoder:
-    """The first, with the mean of the weights of all."""
+    """Set the first student's weights to the mean of all students' weights, and return it."""
     networks = [student.load().network for student in students]
     weights = [network.state_dict() for network in networks]
     networks[0].load_state_dict({name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]})
@@ -111,7 +111,8 @@ def mean(students: list[CrossEncoder]) -> CrossEncoder:
 
 
 def taught(output: Path) -> pd.DataFrame:
-    """Result frames whose scores are the teachers', without the passages that DL21 has too; computed once."""
+    """The training data: result frames with the teachers' scores, without passages whose text is in DL21. Computed
+    once."""
     file = output / "taught.parquet"
     if not file.exists():
         lists = pd.concat([of_language_models(), of_encoders()], ignore_index=True)
@@ -120,7 +121,8 @@ def taught(output: Path) -> pd.DataFrame:
 
 
 def of_language_models() -> pd.DataFrame:
-    """DL19's first 100 of BM25 for the queries that are not held out, by the mean of the logarithms of their ranks."""
+    """BM25's first 100 for the queries of DL19 that are not held out, scored by the mean negative log rank of the
+    language models."""
     names = [name for name in shared.files("dl19") if re.search(r"teachers/.*[.]bm25[.]k100", name)]
     runs = pd.concat([shared.run("dl19", name) for name in names if "zeroshot" not in name])
     score = -torch.tensor(runs["rank"].to_numpy() + 1.0).log()
@@ -130,7 +132,8 @@ def of_language_models() -> pd.DataFrame:
 
 
 def of_encoders() -> pd.DataFrame:
-    """BM25's first 100 for DL22, for questions over the passages of DL19 and DL22, and for NFCorpus."""
+    """BM25's first 100 for DL22, for questions over the passages of DL19 and DL22, and for NFCorpus, scored by MiniLM
+    and splade-tiny."""
     of_dl22 = shared.res("dl22", "run.bm25.txt", DEPTH)
     passages = pd.concat([shared.docs("dl19"), shared.docs("dl22")]).drop_duplicates("docno").drop_duplicates("text")
     questions = pd.concat([shared.topics(name) for name in ("wikiqa", "trecqa")]).drop_duplicates("query")
@@ -151,7 +154,7 @@ def of_encoders() -> pd.DataFrame:
 
 
 def retrieved(asked: pd.DataFrame, passages: pd.DataFrame) -> pd.DataFrame:
-    """The first 100 of BM25, with texts."""
+    """BM25's first 100 passages of each query, with texts."""
     with tempfile.TemporaryDirectory() as folder, silence():
         from pyterrier_pisa import PisaIndex
 
@@ -172,7 +175,8 @@ def repeated(frame: pd.DataFrame, times: int) -> pd.DataFrame:
 
 @torch.inference_mode()
 def products(frame: pd.DataFrame) -> list[float]:
-    """splade-tiny's score of each passage for its query: of the pieces alone that the query expands to."""
+    """splade-tiny's score of each passage for its query. Only the weights of tokens that the query expands to are
+    computed."""
     model = transformers.BertForMaskedLM.from_pretrained(SPLADE).eval()
     head, decoder = model.cls.predictions.transform, model.cls.predictions.decoder
     states = {text: head(found) for text, found in read(model.bert, SPLADE, [*frame["query"], *frame["text"]])}
@@ -190,7 +194,7 @@ def products(frame: pd.DataFrame) -> list[float]:
 
 @torch.inference_mode()
 def read(model: torch.nn.Module, folder: Path, texts: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each text once, and its last states (L, d)."""
+    """Yield each distinct text with its last hidden states (L, d)."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(128)
     tokenizer.no_padding()

@@ -1,5 +1,4 @@
-"""Sweeps: every reranker of a comparison over every first stage. Runs are kept, so that a sweep goes on where it
-stopped."""
+"""Runs every reranker of a comparison over every first stage. Runs are kept, so that an interrupted sweep resumes."""
 
 import dataclasses
 import gc
@@ -27,7 +26,7 @@ MISSING = (FileNotFoundError, ConnectionError, requests.ConnectionError)  # a ru
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A first stage over a collection, where a comparison's rerankers and the systems of others stand side by side."""
+    """A first stage over a collection, on which a comparison's rerankers and public systems are evaluated."""
 
     collection: str
     stage: str
@@ -48,15 +47,14 @@ class Place:
 def run(
     comparison: Comparison, measures: list, folder: Path, *, depth: int, verbose: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The means as `compare.results` gives them, and the same per query: paper, collection, corpus, first_stage, model,
-    qid, measure, value.
+    """The means as `compare.results` gives them, and the values per query: paper, collection, corpus, first_stage,
+    model, qid, measure, value.
 
-    Reranker by reranker, each unloaded when it has been everywhere. What is missing, a run or a licensed corpus, leaves
-    its rows out and is named.
+    One reranker after the other is evaluated at all places and then unloaded. If a run or a licensed corpus is missing,
+    its rows are left out and a line names it.
 
-    depth: passages reranked, where the comparison does not say.
-    folder: keeps indexes, first stages and runs, and is asked before anything is computed. A qid begins with its
-    collection and a slash, for topics of two collections may share a number.
+    depth: passages reranked, if the comparison does not say. folder: keeps indexes, first stages and runs, which are
+    used again. A qid begins with its collection and a slash, since topics of two collections may share a number.
     """
     depth = comparison.depth or depth
     found = list(places(comparison, folder, depth, verbose))
@@ -78,8 +76,8 @@ def run(
 
 
 def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = False) -> Iterator[Place]:
-    """Where a comparison's rerankers are tried; a line is printed for each place whose collection or first stage is
-    missing."""
+    """The places where a comparison's rerankers are evaluated. A line is printed for each whose collection or first
+    stage is missing."""
     for name in pt.tqdm(comparison.collections, desc=comparison.paper, unit="collection", disable=not verbose):
         for stage in comparison.collections[name].first_stages:
             try:
@@ -89,7 +87,7 @@ def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = Fal
 
 
 def unload(reranker: Reranker) -> None:
-    """Give its memory back; it is read again where it is used again."""
+    """Free a reranker's memory. Its weights are loaded again at the next use."""
     reranker.hold(None)
     gc.collect()
     torch.cuda.empty_cache()
@@ -106,14 +104,14 @@ def experiment(
     correction: str = "holm",
     verbose: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`pt.Experiment` over pipelines by name: its table, and per query (model, qid, measure, value).
+    """`pt.Experiment` over pipelines by name: its table, and the values per query (model, qid, measure, value).
 
-    The table has paired t-tests against the pipeline named `baseline`, corrected over the others ("holm",
-    "bonferroni"). A pipeline whose values are all those of the baseline has no p-value: it is no rejection, and not one
-    of the others.
+    The table has paired t-tests against the pipeline named `baseline`, corrected over the other pipelines ("holm",
+    "bonferroni"). A pipeline whose values all equal the baseline's has no p-value: it is not rejected, and does not
+    count in the correction.
 
-    folder: keeps each pipeline's run. A run is used again when the pipeline's repr and the topics are the same; delete
-        it when a checkpoint behind a name has changed. verbose: a bar over the pipelines, with the time that is left.
+    folder: keeps each pipeline's run. A run is used again if the pipeline's repr and the topics are the same; delete it
+    if a checkpoint has changed under the same name. verbose: a progress bar over the pipelines.
     """
     if baseline not in pipelines:
         raise ValueError(f"baseline={baseline!r} is none of the pipelines {', '.join(map(repr, pipelines))}")
@@ -161,7 +159,7 @@ def evaluate(
 
 
 def corrected(averages: pd.DataFrame, measures: list, correction: str) -> pd.DataFrame:
-    """With "MEASURE p-value corrected" and "MEASURE reject" (at .05)."""
+    """Add the columns "MEASURE p-value corrected" and "MEASURE reject" (at .05)."""
     columns = {}
     for measure in map(str, measures):
         p = adjusted(averages[f"{measure} p-value"], correction)
@@ -176,6 +174,6 @@ def _place(comparison: Comparison, name: str, stage: str, folder: Path, depth: i
     first = first_stages.load(where.first_stages[stage], collection, folder, depth)
     texts = corpora.load(where.source, comparison.text_of).text_loader() if comparison.rerankers else None
     if texts is not None:
-        (first >> texts)(topics.head(1))  # a corpus that is not here is missed now, and not after hours
+        (first >> texts)(topics.head(1))  # so that a missing corpus is noticed now, and not after hours
     systems = {system: first_stages.stored(path) % depth for system, path in where.systems.get(stage, {}).items()}
     return Place(name, stage, where.corpus, topics, collection.get_qrels(), first, texts, systems, folder)

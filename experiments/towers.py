@@ -1,18 +1,20 @@
-"""A cross-encoder that begins as a bi-encoder: BERT's weights are laid out so that its score is nearly the cosine of
-the mean vectors of query and passage, before it has learned anything.
+"""Builds a cross-encoder that begins as a bi-encoder: before training, its score is nearly the bi-encoder's cosine.
+BERT's weights are laid out so that the score compares the mean vectors of query and passage.
 
-An encoder under a new head has to learn from nothing how to compare two texts. Here the comparison is in the weights:
+An encoder under a new head has to learn from nothing how to compare two texts. Here the weights contain the comparison:
 
-* The hidden state is wider by two components for each head. Half of them carry a mark, m = 1 for a piece of the query
-  and -1 for one of the passage, the others a 1; LayerNorms shrink both alike. Each head adds (m m' - 1 1') times a
-  constant to the logit of two pieces: nothing within a text, and less for a piece of the other one.
-* A new layer looks at like pieces of the other text. What it finds adds nothing at first.
-* A last layer has the mean of the query's pieces in half of its heads, and that of the passage's in the others. Its
-  feed-forward network multiplies the two by 4 u v = (u + v)^2 - (u - v)^2, where z^2 is nearly gelu(z) + gelu(-z) for
-  small z. Their sum is written over the mark, where the head reads it.
+* The hidden state has two more components for each head. Half of them carry a mark, m = 1 for a token of the query and
+  -1 for a token of the passage; the others are 1. LayerNorms scale both alike. Each head adds (m m' - 1 1') times a
+  constant to the attention logit of two tokens: nothing within a text, and a negative number for a token of the other
+  text.
+* An added layer attends to similar tokens of the other text. At first its output adds nothing.
+* In the added last layer, half of the heads compute the mean of the query's tokens, and the others that of the
+  passage's tokens. Its feed-forward network multiplies the two means by 4 u v = (u + v)^2 - (u - v)^2, where z^2 is
+  nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products is written over the mark, where the
+  model's head reads it.
 
-Training may change all of it, and the checkpoint is an ordinary one of BERT's shape. The positions of the passage's
-pieces begin after the query, and it has no [CLS]: therefore "nearly".
+Training may change all weights, and the checkpoint has BERT's ordinary architecture. The score is only "nearly" the
+cosine because the passage's position ids begin after the query, and the passage has no [CLS].
 """
 
 import tempfile
@@ -23,20 +25,21 @@ import transformers
 
 from pyterrier_lit import CrossEncoder
 
-APART = 8.0  # how much lower the logit of a piece of the other text is
-TOWARDS = 3.0  # how much higher, in the layer that looks at the other text
+APART = 8.0  # how much lower the attention logit of a token of the other text is
+TOWARDS = 3.0  # how much higher it is in the layer that attends to the other text
 MARK = 0.1  # the size of the marks
-STEP, TOLD = 4.0, 4.0  # where that layer has made every mark 1: how steeply; by which logit the last one tells them
-ALIKE = 1.2  # how sharply it prefers like pieces
-POOLED, SMALL = 30.0, 0.35  # how far means outweigh the state they are added to; what u and v are multiplied by
+STEP, TOLD = 4.0, 4.0  # how steeply that layer makes marks 1 or -1; the logit by which the last layer tells them
+ALIKE = 1.2  # how sharply the added layer prefers similar tokens
+POOLED, SMALL = 30.0, 0.35  # how far means outweigh the state they are added to; the factor of u and v
 READ, SCALE = 3.0, 5.0  # the mark for a cosine of 1; the score for a mark of 1
 
 
 def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> CrossEncoder:
-    """The cross-encoder that begins as a bi-encoder of BERT's shape, whose vectors are the mean of its states.
+    """Build a cross-encoder whose score is nearly the cosine of a bi-encoder's vectors. The bi-encoder is a BERT whose
+    vectors are the mean of its last hidden states.
 
-    folder: the bi-encoder. texts: some hundred passages, by which the main directions of vectors and the sizes of
-    states are measured. lengths: query_length and doc_length, in pieces.
+    folder: the bi-encoder. texts: some hundred passages, on which the main directions of the vectors and the sizes of
+    the states are measured. lengths: query_length and doc_length, in tokens.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
@@ -58,8 +61,8 @@ def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> Cros
 def _measured(
     encoder: transformers.BertModel, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], seed: int
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """The usual standard deviation of what each LayerNorm is given, by its name, and the d / 2 directions in which the
-    mean vectors of the texts lie, turned so that none outweighs the others (d / 2, d)."""
+    """The median standard deviation of each LayerNorm's input, by its name, and the d / 2 main directions of the texts'
+    mean vectors, rotated so that none outweighs the others (d / 2, d)."""
     found: dict[str, list[torch.Tensor]] = {}
     hooks = [
         module.register_forward_pre_hook(lambda _, given, name=name: found.setdefault(name, []).append(given[0]))
@@ -81,13 +84,13 @@ def _measured(
 
 
 class _Wide:
-    """The wide BERT, made out of an encoder."""
+    """The wider BERT, built from an encoder."""
 
     def __init__(self, encoder: transformers.BertModel, sizes: dict[str, float], directions: torch.Tensor, seed: int):
         self.encoder, self.sizes, self.directions = encoder, sizes, directions
         config = encoder.config
         self.heads, self.width = config.num_attention_heads, config.hidden_size
-        self.part = self.width // self.heads  # of a head, without the mark
+        self.part = self.width // self.heads  # width of a head, without the two added components
         self.signs = _signs(self.heads)
         wide = transformers.BertConfig.from_dict(
             config.to_dict()
@@ -119,7 +122,7 @@ class _Wide:
         self.norm(ours.LayerNorm, theirs.LayerNorm, size, came=size)
 
     def layer(self, ours: torch.nn.Module, theirs: torch.nn.Module, name: str, last: bool) -> None:
-        """A layer of the encoder; the last one's states stay as they are before its LayerNorm's weight and bias."""
+        """Copy a layer of the encoder. For the last layer, the weight and bias of its last LayerNorm are left out."""
         own, attention = ours.attention.self, theirs.attention.self
         stretch = ((self.part + 2) / self.part) ** 0.5  # the library divides by the root of a head's width
         for to, given, factor in (
@@ -146,7 +149,8 @@ class _Wide:
         self.norm(ours.output.LayerNorm, theirs.output.LayerNorm, self.sizes[f"{name}.output.LayerNorm"], last=last)
 
     def look(self, layer: torch.nn.Module) -> None:
-        """A layer whose heads find like pieces of the other text, and add nothing yet; it makes every mark 1 or -1."""
+        """The layer whose heads attend to similar tokens of the other text, and add nothing yet. It makes every mark 1
+        or -1."""
         own, turned = layer.attention.self, _rotation(self.width, self.seed).view(self.heads, self.part, self.width)
         for to, factor in ((own.query, ALIKE), (own.key, ALIKE), (own.value, 1.0)):
             to.weight.zero_(), to.bias.zero_()
@@ -165,15 +169,15 @@ class _Wide:
         layer.output.LayerNorm.weight[:] = ((self.width + self.heads) / (self.width + 2 * self.heads)) ** 0.5
 
     def compare(self, layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """The last layer: means of both texts, and the sum of their products over the mark.
+        """The last layer: it computes the means of both texts, and writes the sum of their products over the mark.
 
-        weight, bias: of the encoder's last LayerNorm (d).
+        weight, bias: those of the encoder's last LayerNorm (d).
         """
         own, half, near = layer.attention.self, self.width // 2, (self.part + 2) ** 0.5
         for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
             to.weight.zero_(), to.bias.zero_()
         of_query = torch.arange(self.heads) < self.heads // 2
-        own.query.bias.view(self.heads, -1)[:] = 1.0  # so that keys learn which pieces count
+        own.query.bias.view(self.heads, -1)[:] = 1.0  # not 0, so that the keys can learn which tokens count
         own.query.bias.view(self.heads, -1)[:, self.part] = torch.where(of_query, near, -near) * TOLD
         own.key.weight[self.part :: self.part + 2, self.width : -self.heads] = self.signs / self.heads
         both = torch.cat([self.directions, self.directions])
@@ -182,7 +186,7 @@ class _Wide:
         out = layer.attention.output.dense.weight.view(-1, self.heads, self.part + 2)
         out[: self.width, :, : self.part] = POOLED * torch.eye(self.width).view(self.width, self.heads, self.part)
         one = torch.eye(half)
-        signed = [(1, 1, 1), (-1, -1, 1), (1, -1, -1), (-1, 1, -1)]  # of u, of v, of the square
+        signed = [(1, 1, 1), (-1, -1, 1), (1, -1, -1), (-1, 1, -1)]  # the signs of u, v and the square
         first = torch.cat([torch.cat([u * one, v * one], 1) for u, v, _ in signed]) * SMALL
         layer.intermediate.dense.weight[: len(first), : self.width] = first
         layer.intermediate.dense.weight[: len(first), self.width :] = 0
@@ -193,7 +197,7 @@ class _Wide:
         )
 
     def see_mark(self, attention: torch.nn.Module, apart: float, mark: float) -> None:
-        """Let all heads look less at pieces with another mark, by this difference of the logits."""
+        """Make all heads attend less to tokens with another mark: their logits are lower by `apart`."""
         seen = (apart / 2 * (self.part + 2) ** 0.5) ** 0.5 / mark / self.heads * self.signs
         for to in (attention.query, attention.key):
             to.weight[self.part :: self.part + 2, self.width : -self.heads] = seen
@@ -206,7 +210,7 @@ class _Wide:
     def norm(
         self, ours: torch.nn.LayerNorm, theirs: torch.nn.LayerNorm, size: float, came: float = MARK, last: bool = False
     ) -> None:
-        """A LayerNorm over states of this size with a mark, which leaves both as they were."""
+        """Set a LayerNorm so that it leaves states of this size and their mark as they were."""
         marks = 2 * self.heads
         all_of_it = ((self.width * size**2 + marks * came**2) / (self.width + marks)) ** 0.5
         ours.bias.zero_()
@@ -218,7 +222,7 @@ class _Wide:
 
 
 def _signs(heads: int) -> torch.Tensor:
-    """The mark of a query: half of it below zero, so that it moves no mean (heads)."""
+    """The mark of a query's token (heads). Half of it is negative, so that it does not change the mean of the state."""
     return torch.tensor([1.0, -1.0]).repeat(heads // 2)
 
 

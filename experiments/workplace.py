@@ -1,4 +1,4 @@
-"""What every notebook does first: choose its profile, be quiet, and work without a network. Knows no experiment."""
+"""Sets up a notebook: chooses its profile, silences warnings, and avoids the network. Knows no experiment."""
 
 import os
 import warnings
@@ -12,8 +12,8 @@ from profiles import PROFILES, Profile
 
 
 def enter(profile: str, notebook: str) -> tuple[Profile, Path]:
-    """The profile of this name, and the folder `results/PROFILE/NOTEBOOK` for what the notebook keeps between runs;
-    sets seeds."""
+    """Set seeds, and return the profile of this name and `results/PROFILE/NOTEBOOK`, the folder for what the notebook
+    keeps."""
     if profile not in PROFILES:
         raise ValueError(f"PROFILE={profile!r}; wanted one of {', '.join(map(repr, PROFILES))}")
     folder = Path("results", profile, notebook)

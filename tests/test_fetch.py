@@ -107,7 +107,7 @@ def test_a_web_page_in_place_of_a_file_is_refused_and_what_had_come_stays(bring,
     part = tmp_path / "data" / "runs" / "x.txt.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(CONTENT[:100])
-    with pytest.raises(ValueError, match=r"/page gave a web page and no file; open it in a browser"):
+    with pytest.raises(ValueError, match=r"/page is a web page and no file; open it in a browser"):
         bring("page", size="", checksum="")
     assert [file.read_bytes() for file in part.parent.iterdir()] == [CONTENT[:100]]
 

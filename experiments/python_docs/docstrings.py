@@ -1,6 +1,7 @@
-"""The documentation of Python's standard library as JSON: run as a script, in an interpreter of its own, with the
-standard library alone, so that nothing installed, imported or lying in the current directory can change what is
-collected.
+"""Prints the documentation of Python's standard library as JSON text.
+
+It runs as a script, in an interpreter of its own with the standard library alone, so that nothing that is installed,
+imported or in the current directory can change what is collected.
 """
 
 import importlib
@@ -16,7 +17,7 @@ MAX_DOC_CHARS = 2000
 MIN_DOC_WORDS = 3
 GENERATED_DOC = re.compile(r"Alias for field number \d+$")
 
-# Modules that act when imported, hold no documentation of use, or exist only on some platforms or builds.
+# Modules that do something when imported, have no useful documentation, or exist only on some platforms or builds.
 SKIPPED_MODULES = set(
     """
     antigravity this idlelib lib2to3 turtle turtledemo tkinter ensurepip distutils pydoc_data rlcompleter site
@@ -95,7 +96,7 @@ def class_members(class_name: str, found: type) -> Iterator[tuple[str, object]]:
 
 
 def distinct(objects: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Keep documented objects only, each once, dropping those that repeat the text of a namesake."""
+    """Keep documented objects only, each once; objects that repeat the text of a namesake are dropped."""
     seen_objects: dict[int, object] = {}  # holds the objects, so that none is freed and its id used again
     seen_texts = set()
     for qualified_name, found in objects:
@@ -109,7 +110,7 @@ def distinct(objects: Iterable[tuple[str, object]]) -> Iterator[tuple[str, objec
 
 
 def docstring(found: object) -> str:
-    """Return an object's own docstring, a class's constructor standing in; nothing where that says too little."""
+    """Return an object's own docstring, or for a class its constructor's; an empty string if that says too little."""
     text = getattr(found, "__doc__", None)
     if inspect.isclass(found):
         constructor = vars(found).get("__init__")
