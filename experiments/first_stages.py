@@ -52,7 +52,7 @@ def stored(path: str | Path) -> "Ranking":
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
-            " that the paper's authors publish, or another first stage in profiles.py"
+            " that the paper's authors publish, or another first stage in papers.py"
         )
     return Ranking(read_run(path).drop(columns="query", errors="ignore"), str(path))
 

@@ -116,6 +116,11 @@ def find(name: str) -> Path:
     return next((path for path in wanted if path.exists()), wanted[0])
 
 
+def where_present(collections: dict[str, Collection]) -> dict[str, Collection]:
+    """The collections whose source exists on this machine."""
+    return {name: collection for name, collection in collections.items() if Path(collection.source).exists()}
+
+
 def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]:
     """LiT5-Distill checkpoints with the window of their version, and prompts of this many tokens."""
     return {
@@ -225,3 +230,16 @@ def further() -> dict[str, Collection]:
     """Collections that none of the papers evaluated: NanoBEIR and DL23."""
     nano = {f"nano-beir/{name}": Collection(f"irds:nano-beir/{name}", {"bm25": "bm25:anserini"}) for name in NANO_BEIR}
     return nano | {"dl23": Collection("irds:msmarco-passage-v2/trec-dl-2023/judged", runs_of("dl23", "bm25"))}
+
+
+RANKZEPHYR: str = f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt"  # Rank-DistiLLM's teacher: Zenodo 15131907
+
+
+def ms_marco() -> Collection:
+    """What Rank-DistiLLM's students learn from: ColBERTv2's first passages for queries of MS MARCO."""
+    return Collection("irds:msmarco-passage/train", {"first": f"{DATA}/runs/msmarco-train.colbertv2.txt"})
+
+
+def monoelectra() -> CrossEncoder:
+    """Rank-DistiLLM's student before training."""
+    return CrossEncoder.from_backbone("google/electra-base-discriminator", query_length=32, doc_length=256)

@@ -5,6 +5,7 @@ gzipped or not, in TREC format. In a system's name "--" stands for a slash. Know
 measured here.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import compare
 import pandas as pd
-from papers import CORPORA, RUNS, TASKS, Collection, find
+import papers
+from papers import CORPORA, RUNS, SHARED, TASKS, TIREX, Collection, Comparison, find
 
 ADVICE = "python experiments/fetch.py lists what can be fetched for which notebook"
 
@@ -57,7 +59,44 @@ def systems_over(first_stage: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def tirex() -> pd.DataFrame:
+def trec_dl() -> list[Comparison]:
+    """The papers' comparisons on TREC DL with public runs in place of models: only judgements are needed."""
+    stages = [{"bm25": "bm25", "splade++ed": "splade++ed"}, {"bm25": "bm25-terrier", "colbertv2": "colbertv2"}]
+    return [
+        dataclasses.replace(
+            paper,
+            collections={name: collection(name, names, paper.tables) for name in paper.collections},
+            rerankers={},
+            depth=100,
+        )
+        for paper, names in zip(papers.trec_dl(), [*stages, {"bm25": "bm25"}], strict=True)
+    ]
+
+
+def beir() -> list[Comparison]:
+    """BM25 on NFCorpus, and runs of one's own on any collection of BEIR whose judgements are available."""
+    nfcorpus = {"beir/nfcorpus": Collection(str(SHARED / "nfcorpus"), {"bm25": "bm25:anserini"})}
+    return [
+        dataclasses.replace(
+            paper,
+            collections=(nfcorpus if paper.paper == "LiT5" else {})
+            | papers.where_present(
+                {name: collection(name.replace("/", "-"), {"bm25": "bm25"}, paper.tables) for name in paper.collections}
+            ),
+            rerankers={},
+            depth=100,
+        )
+        for paper in papers.beir()
+    ]
+
+
+def tirex() -> list[Comparison]:
+    """BM25 with TIREx's settings on two of its corpora."""
+    corpora = {name: Collection(str(SHARED / name), {TIREX: "bm25:terrier"}, name) for name in ("cranfield", "vaswani")}
+    return [dataclasses.replace(papers.tirex()[0], collections=corpora, rerankers={})]
+
+
+def tirex_evaluations() -> pd.DataFrame:
     """TIREx's nDCG@10 for the rows of monoT5 in Rank-DistiLLM's table 2, a row for each task: task, corpus, model,
     value.
 

@@ -23,7 +23,7 @@ import pandas as pd
 import pyterrier as pt
 import torch
 from ir_measures import RR, nDCG
-from profiles import SHARED
+from papers import SHARED
 
 sys.path += [str(Path(__file__).parent / "tiny"), str(SHARED)]
 import load as shared

@@ -33,7 +33,7 @@ import towers
 import transformers
 from first_stages import silence
 from ir_measures import RR, nDCG
-from profiles import SHARED
+from papers import SHARED
 from real_teachers import DEPTH, similarity, tested
 
 sys.path += [str(SHARED)]

@@ -93,17 +93,13 @@ def made(kind, text, **known):
 
 
 def lay_out() -> None:
-    """The runs and folders that the profiles look for and that stand nowhere."""
-    import profiles
+    """Write stand-ins for the runs and folders that the profiles "paper" and "runs" read and that do not exist."""
+    import public_runs
 
-    paper, runs = profiles.paper(), profiles.runs()
-    questions, distillation = paper.open_questions, paper.distillation
-    comparisons = [*paper.trec_dl, *paper.beir, *paper.tirex, *runs.trec_dl, *runs.beir, *runs.tirex]
-    collections = [where for comparison in comparisons for where in comparison.collections.values()]
-    collections += [*questions["qa"].values(), *questions["further"].values(), questions["collection"]]
-    collections += [distillation["train"], *distillation["test"].values()]
-    files = [*(stage for where in collections for stage in where.first_stages.values()), distillation["teacher"]]
-    files += [teacher for teacher in questions["teachers"].values() if isinstance(teacher, str)]
+    parts = [part() for source in (papers, public_runs) for part in (source.trec_dl, source.beir, source.tirex)]
+    collections = [where for part in parts for comparison in part for where in comparison.collections.values()]
+    collections += [*papers.qa().values(), *papers.further().values(), papers.ms_marco()]
+    files = [*(stage for where in collections for stage in where.first_stages.values()), papers.RANKZEPHYR]
     files += [str(papers.RUNS[0] / "dl19.bm25.rankvicuna.txt")]
     for file in {file for file in files if file.endswith(".txt") and not Path(file).exists()}:
         order = sorted(DOCS, key=lambda docno, file=file: zlib.crc32(f"{docno} {file}".encode()))

@@ -5,12 +5,11 @@ import sys
 
 import compare
 import papers
-import profiles
 import pytest
 from conftest import ROOT
 
-PAPER = profiles.paper()
-COMPARISONS = [*papers.trec_dl(), *papers.beir(), *papers.tirex()]
+TREC_DL, BEIR, TIREX = papers.trec_dl(), papers.beir(), papers.tirex()
+COMPARISONS = [*TREC_DL, *BEIR, *TIREX]
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS, ids=lambda comparison: f"{comparison.paper}-{comparison.tables[0]}")
@@ -31,26 +30,26 @@ def test_no_published_collection_is_forgotten():
     def published(table):
         return {name for name in compare.published(table=table).collection if "mean" not in name}
 
-    assert set(PAPER.trec_dl[0].collections) == published("ecir_table1") == {"dl19", "dl20", "dl21", "dl22"}
-    assert set(PAPER.trec_dl[1].collections) == published("arxiv_table1") == {"dl19", "dl20"}
-    assert set(PAPER.beir[0].collections) == published("ecir_table2") and len(PAPER.beir[0].collections) == 17
-    assert set(PAPER.beir[1].collections) == {name for name in published("paper_main") if name.startswith("beir/")}
-    assert len(PAPER.tirex[0].collections) == 31 and len({c.corpus for c in PAPER.tirex[0].collections.values()}) == 14
+    assert set(TREC_DL[0].collections) == published("ecir_table1") == {"dl19", "dl20", "dl21", "dl22"}
+    assert set(TREC_DL[1].collections) == published("arxiv_table1") == {"dl19", "dl20"}
+    assert set(BEIR[0].collections) == published("ecir_table2") and len(BEIR[0].collections) == 17
+    assert set(BEIR[1].collections) == {name for name in published("paper_main") if name.startswith("beir/")}
+    assert len(TIREX[0].collections) == 31 and len({c.corpus for c in TIREX[0].collections.values()}) == 14
 
 
 def test_papers_lengths_and_windows():
-    distill = {name: r for name, r in PAPER.trec_dl[0].rerankers.items() if "Distill" in name}
+    distill = {name: r for name, r in TREC_DL[0].rerankers.items() if "Distill" in name}
     for name, reranker in distill.items():
         v2 = name.endswith("v2")
         assert (reranker.window_size, reranker.stride) == ((100, 50) if v2 else (20, 10))
         assert (reranker.max_length, reranker.passes, reranker.decoding) == (150, 1, "constrained")
-    assert {r.max_length for r in PAPER.beir[0].rerankers.values()} == {512}
-    scores = [r for name, r in PAPER.trec_dl[0].rerankers.items() if "Score" in name]
+    assert {r.max_length for r in BEIR[0].rerankers.values()} == {512}
+    scores = [r for name, r in TREC_DL[0].rerankers.items() if "Score" in name]
     assert {(r.n_passages, r.max_length, r.answer_length, r.aggregation) for r in scores} == {(100, 150, 20, "mean")}
-    for comparison in (PAPER.trec_dl[1], PAPER.tirex[0]):
+    for comparison in (TREC_DL[1], TIREX[0]):
         assert {(r.query_length, r.doc_length) for r in comparison.rerankers.values()} == {(32, 256)}
-    assert {(r.window_size, r.stride, r.mode) for r in PAPER.trec_dl[2].rerankers.values()} == {(20, 10, "embedding")}
-    assert PAPER.depth == 100 and len(distill) == 6 and len(scores) == 3
+    assert {(r.window_size, r.stride, r.mode) for r in TREC_DL[2].rerankers.values()} == {(20, 10, "embedding")}
+    assert len(distill) == 6 and len(scores) == 3
 
 
 def test_checkpoints_are_those_of_the_papers():
@@ -76,7 +75,7 @@ def test_nothing_is_built_before_it_is_asked_for():
     code = (
         "from pyterrier_lit.reranker import Reranker\n"
         "built = []\nReranker.__post_init__ = lambda self: built.append(self)\n"
-        "import papers, profiles\nprint(len(built))\npapers.lit5()\nprint(len(built))"
+        "import papers, small\nprint(len(built))\npapers.lit5()\nprint(len(built))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "experiments", capture_output=True, text=True)
     assert done.stdout.split() == ["0", "9"], done.stderr

@@ -41,19 +41,20 @@ def test_a_run_of_ones_own_joins_and_comes_before_anothers(runs, tmp_path):
 
 
 def test_tirex_evaluations_are_read_by_task(runs, capsys):
-    assert public_runs.tirex().empty and "fetch.py" in capsys.readouterr().out
+    assert public_runs.tirex_evaluations().empty and "fetch.py" in capsys.readouterr().out
     task, wetland = "argsme-touche-2020-task-1-20230209-training", {"latent-wetland": {"ndcg@10": 0.5}, "x": None}
     (runs / "tirex.all_evaluations.json").write_text(json.dumps({task: wetland}))
-    assert public_runs.tirex().values.tolist() == [["argsme/2020-04-01/touche-2020-task-1", "argsme", "monoT5-3B", 0.5]]
+    assert public_runs.tirex_evaluations().values.tolist() == [
+        ["argsme/2020-04-01/touche-2020-task-1", "argsme", "monoT5-3B", 0.5]
+    ]
 
 
 @pytest.mark.slow
 def test_the_public_runs_give_the_published_figures(shared, tmp_path, monkeypatch):
     """At least 12 cells of LiT5's table 1 and 3 of Rank-DistiLLM's."""
     import compare
-    import profiles
 
-    for comparison, cells in zip(profiles.runs().trec_dl, (12, 3, 0), strict=True):
+    for comparison, cells in zip(public_runs.trec_dl(), (12, 3, 0), strict=True):
         means, _ = sweep.run(comparison, [nDCG @ 10], tmp_path, depth=100)
         table = compare.table(compare.repeated(means), comparison.tables[:1])
         assert table["reproduced"].value_counts().reindex(["within", "outside"], fill_value=0).tolist() == [cells, 0]
