@@ -136,10 +136,12 @@ class CrossEncoder(Reranker):
     def save(self, path: str | Path, layout: str | None = None) -> None:
         """Write a folder that the constructor can load. Raises OSError on failure, and then keeps an older folder.
 
-        layout: None keeps the format of the checkpoint (lightning-ir's or a classifier). "transformers" writes a BERT
-            sequence classifier with the same scores (ELECTRA where the embeddings are smaller than the hidden states),
-            which sentence-transformers, Text Embeddings Inference, vLLM and ONNX exporters read. Raises ValueError
-            where no such classifier computes the same scores.
+        Args:
+            path: the folder.
+            layout: None keeps the format of the checkpoint (lightning-ir's or a classifier). "transformers" writes a
+                BERT sequence classifier with the same scores (ELECTRA where the embeddings are smaller than the hidden
+                states), which sentence-transformers, Text Embeddings Inference, vLLM and ONNX exporters read. Raises
+                ValueError where no such classifier computes the same scores.
         """
         if layout not in (None, "transformers"):
             raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")

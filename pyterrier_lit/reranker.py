@@ -227,9 +227,15 @@ class Reranker(pt.Transformer):
     ) -> str:
         """Save to a repository on the hub, created if necessary, and return the commit's id, which `revision=` accepts.
 
-        private: whether a new repository is private; None is the account's default. revision: the branch, created if
-        necessary; None is main. token: None uses HF_TOKEN or the token of `hf auth login`. layout: further arguments of
-        `save`. A README.md that `save` did not write is kept. Raises OSError when the upload fails.
+        Args:
+            repo_id: owner/name.
+            private: whether a new repository is private; None is the account's default.
+            revision: the branch, created if necessary; None is main.
+            commit_message: None names the reranker's class.
+            token: None uses HF_TOKEN or the token of `hf auth login`.
+            layout: further arguments of `save`.
+
+        A README.md that `save` did not write is kept. Raises OSError when the upload fails.
         """
         held = self._held
         saved = held.saved

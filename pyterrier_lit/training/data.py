@@ -330,8 +330,10 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
     """Read public teacher data that contains its passages, for `Distil`: RankZephyr's conversations, PE-Rank's
     train.jsonl, RankGPT's and TWOLAR's permutations, as JSON lines or one JSON array, optionally gzipped.
 
-    orders: RankGPT's second file, one JSON array of the teacher's answers. Without it, retrieved_passages are taken to
-        be in the teacher's order already, as TWOLAR's are.
+    Args:
+        path: the file.
+        orders: RankGPT's second file, one JSON array of the teacher's answers. Without it, retrieved_passages are taken
+            to be in the teacher's order already, as TWOLAR's are.
 
     Returns qid, query, docno, text, rank (the teacher's, from 0) and shown (the position of the passage in the
     teacher's input). `files.teachers.read_taught` documents the formats and the errors. A warning counts the orders
