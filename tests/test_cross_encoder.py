@@ -191,7 +191,7 @@ def test_an_unexpected_weight_and_a_wrong_shape_are_named(copy_of, frame):
 
 
 def test_another_architecture_is_refused_in_words(electra, frame):
-    with pytest.raises(ValueError, match=r"ElectraModel.*no cross-encoder.*from_backbone"):
+    with pytest.raises(ValueError, match=r"ElectraModel.*not a cross-encoder.*from_backbone"):
         CrossEncoder(str(electra))(frame)
 
 

@@ -72,7 +72,7 @@ def test_a_notebook_is_committed_with_the_outputs_of_one_run_and_a_choice_of_pro
 
 def test_a_notebook_has_no_branch_on_its_profile(path):
     for cell in code(nbformat.read(path, as_version=4))[1:]:
-        assert "PROFILE" not in re.sub(r"workplace\.enter\(PROFILE, ", "", cell.source)
+        assert "PROFILE" not in re.sub(r"workplace\.enter\(\n    PROFILE,", "", cell.source)
 
 
 def test_a_notebook_names_no_machine(path):

@@ -81,7 +81,7 @@ def test_shards_are_one_checkpoint(copy_of, make, frame):
 
 
 def test_another_architecture_is_refused_in_words(electra, frame):
-    with pytest.raises(ValueError, match=r"ElectraModel.*no PE-Rank checkpoint.*from_backbone"):
+    with pytest.raises(ValueError, match=r"ElectraModel.*not a PE-Rank checkpoint.*from_backbone"):
         PERank(str(electra))(frame)
 
 

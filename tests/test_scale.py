@@ -182,7 +182,7 @@ def test_what_cannot_be_placed_is_refused_with_what_there_is(unstarted, one, mon
         return scale._placeable(ray, Distributed(one(), **arguments).started()[1])
 
     two = machines({"CPU": 2.0}, {"CPU": 4.0, "GPU": 1.0})
-    wants = "a worker needs 2 GPU and 1 CPU, and Ray's machines have 0 GPU and 2 CPU; 1 GPU and 4 CPU; give less as"
+    wants = "a worker needs 2 GPU and 1 CPU, and Ray's machines have 0 GPU and 2 CPU; 1 GPU and 4 CPU; reduce"
     with pytest.raises(ValueError, match=wants):
         placed(two, num_gpus=2)
     with pytest.raises(ValueError, match="a worker needs 5 CPU"):

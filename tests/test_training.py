@@ -797,7 +797,7 @@ def test_a_saved_pe_rank_cannot_be_aligned_any_more(backbone, candidates, tmp_pa
     model = PERank.from_backbone(backbone("mistral"), embedding_size=8, device="cpu")
     model.save(tmp_path)
     frame = candidates.assign(doc_vec=[np.ones(8, "float32")] * len(candidates))
-    with pytest.raises(ValueError, match=r"holds no lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"has no lm_head\.weight"):
         FineTune(PERank(str(tmp_path), device="cpu"), recipe="pe-rank-alignment", **QUIET).fit(frame)
 
 
