@@ -165,7 +165,7 @@ def pivot(table: pd.DataFrame, values: tuple[str, ...] = ("measured", "published
 def show(table: pd.DataFrame) -> "pd.io.formats.style.Styler":
     """Style a table for a notebook: three digits, blanks for missing values, no empty columns, no row numbers."""
     told = table[[column for column in table if table[column].notna().any() and (table[column] != "").any()]]
-    style = told.style.format(precision=3, na_rep="")
+    style = _rounded(told).style.format(precision=3, na_rep="")
     return style.hide(axis="index") if isinstance(table.index, pd.RangeIndex) else style
 
 
@@ -173,12 +173,18 @@ def export(table: pd.DataFrame, path: str | Path) -> None:
     """Write `path`.md and `path`.tex."""
     path, index = Path(path), not isinstance(table.index, pd.RangeIndex)
     path.parent.mkdir(parents=True, exist_ok=True)
+    table = _rounded(table)
     printed = table.astype(object).where(table.notna(), None)
     text = printed.to_markdown(index=index, floatfmt=".3f", missingval="")
     path.with_name(f"{path.name}.md").write_text(text + "\n", encoding="utf-8")
     latex = table.style.format(precision=3, na_rep="", escape="latex").format_index(escape="latex", axis=1)
     latex = latex.format_index(escape="latex") if index else latex.hide(axis="index")
     path.with_name(f"{path.name}.tex").write_text(latex.to_latex(hrules=True), encoding="utf-8")
+
+
+def _rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with three digits, and 0 in place of -0."""
+    return table.apply(lambda column: column.round(3) + 0.0 if column.dtype.kind == "f" else column)
 
 
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:

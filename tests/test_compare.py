@@ -176,3 +176,10 @@ def test_a_table_is_exported_to_markdown_and_latex(tmp_path):
 def test_a_shown_table_leaves_out_columns_that_say_nothing():
     html = compare.show(compare.table(measured(("mine", 0.25)))).to_html()
     assert "0.250" in html and "published" not in html and "nan" not in html
+
+
+def test_a_difference_that_rounds_to_zero_has_no_sign(tmp_path):
+    table = pd.DataFrame({"model": ["mine"], "difference": [-0.0002]})
+    assert ">0.000<" in compare.show(table).to_html()
+    compare.export(table, tmp_path / "table")
+    assert "-0.000" not in (tmp_path / "table.md").read_text() + (tmp_path / "table.tex").read_text()
