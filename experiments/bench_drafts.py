@@ -164,8 +164,8 @@ def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: i
 
 
 class Replayed(PieceReader):
-    """A decoder over random encoder states of `tokens` tokens. If given the logits of another decoder, it returns those
-    at the same place."""
+    """A decoder over random encoder states of `tokens` tokens. If given the logits of another decoder, it returns
+    the logits of that decoder for the same position instead of its own."""
 
     def __init__(self, fid: FiD, tokens: int, words: Any, logits: list[torch.Tensor] | None):
         states = torch.randn(tokens, fid.network.config.d_model, generator=torch.Generator().manual_seed(0))

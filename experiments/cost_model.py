@@ -43,7 +43,7 @@ class Stages:
 
 
 def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: float = NETWORK) -> dict[str, float]:
-    """The seconds per query of one driver with this many workers, by stage.
+    """How many seconds each stage adds to a query, with one driver and this many workers.
 
     A call of `Distributed` first loads the texts and reads the frame. Then packing, sending and computing run in
     parallel, so only the slowest of the three counts. cores: of each worker; all of them tokenise. network: bytes a

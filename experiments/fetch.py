@@ -1,4 +1,4 @@
-"""Lists and fetches the data that the notebooks use and the repository may not contain.
+"""Lists and downloads the data that the notebooks use, and that licences or size keep out of the repository.
 
 python experiments/fetch.py                      lists the data, its notebooks and its size; fetches nothing
 python experiments/fetch.py trec_dl beir         fetches all that these notebooks use

@@ -109,9 +109,10 @@ def part(question: Question, rows: pd.DataFrame) -> str:
     """The part of the page for a question."""
     dates = sorted(set(rows["date"]))
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
-    machines = "; ".join(dict.fromkeys(rows["machine"]))
+    machines = [*dict.fromkeys(rows["machine"])]
+    where = f"{len(machines)} machines: {'; '.join(machines)}" if len(machines) > 1 else machines[0]
     picture = f"![{question.question}]({question.picture.file})\n\n" if question.picture else ""
-    notes = [f"{note['date']}: {note['text'].strip()}" for note in question.notes] + [f"Measured on {machines}."]
+    notes = [f"{note['date']}: {note['text'].strip()}" for note in question.notes] + [f"Measured on {where}."]
     listed = "".join(textwrap.indent(f"- {note}", "  ")[2:] + "\n" for note in notes)
     return (
         f"\n### {question.question}\n\n{question.finding.strip()}\n\n{picture}"

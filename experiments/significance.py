@@ -36,7 +36,7 @@ def against_means(values: pd.Series, means: Mapping[str, float], correction: str
 
 def paired(values: pd.DataFrame, baseline: str, correction: str = "bonferroni") -> pd.Series:
     """Rank-DistiLLM's test: a paired t-test of each column (a reranker) with the baseline's, over the rows (queries).
-    Returns the p-value of each other column."""
+    Returns the corrected p-value of each column except the baseline."""
     others = values.columns.drop(baseline)
     p = {name: ttest_rel(values[name], values[baseline]).pvalue for name in others}
     return adjusted(pd.Series(p, dtype=float), correction)

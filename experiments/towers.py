@@ -3,10 +3,10 @@ BERT's weights are laid out so that the score compares the mean vectors of query
 
 An encoder under a new head has to learn from nothing how to compare two texts. Here the weights contain the comparison:
 
-* The hidden state has two more components for each head. Half of them carry a mark, m = 1 for a token of the query and
-  -1 for a token of the passage; the others are 1. LayerNorms scale both alike. Each head adds (m m' - 1 1') times a
-  constant to the attention logit of two tokens: nothing within a text, and a negative number for a token of the other
-  text.
+* The hidden state has two dimensions per attention head more than that of the bi-encoder. Half of them carry a mark, m
+  = 1 for a token of the query and -1 for a token of the passage; the others are 1. LayerNorms scale both alike. Each
+  head adds (m m' - 1 1') times a constant to the attention logit of two tokens: nothing within a text, and a negative
+  number for a token of the other text.
 * An added layer attends to similar tokens of the other text. At first its output adds nothing.
 * In the added last layer, half of the heads compute the mean of the query's tokens, and the others that of the
   passage's tokens. Its feed-forward network multiplies the two means by 4 u v = (u + v)^2 - (u - v)^2, where z^2 is

@@ -17,8 +17,8 @@ def enter(profile: str, notebook: str, **profiles: Callable[[], dict[str, Any]])
     """Set seeds, and return the parameters of this profile and `results/PROFILE/NOTEBOOK`, the folder for what the
     notebook keeps.
 
-    profiles: functions that return the notebook's parameters; only the chosen one is called. Without "verbose", the
-    notebook is quiet.
+    profiles: functions that return the notebook's parameters; only the chosen one is called. Unless these parameters
+    set "verbose" to True, progress bars and messages of transformers are switched off.
     """
     if profile not in profiles:
         raise ValueError(f"PROFILE={profile!r}; wanted one of {', '.join(map(repr, profiles))}")

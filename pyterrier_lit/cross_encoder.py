@@ -134,7 +134,8 @@ class CrossEncoder(Reranker):
         return lengths
 
     def save(self, path: str | Path, layout: str | None = None) -> None:
-        """Write a folder that the constructor can load. Raises OSError on failure, and then keeps an older folder.
+        """Write a folder that the constructor can load. If this fails, OSError is raised, and a folder that existed
+        before is unchanged.
 
         Args:
             path: the folder.

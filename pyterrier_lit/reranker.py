@@ -193,8 +193,8 @@ class Reranker(pt.Transformer):
             return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor can load. Raises OSError on failure, and then keeps what was there
-        before.
+        """Write a folder that the constructor can load. If this fails, OSError is raised, and a folder that existed
+        before is unchanged.
 
         It also writes a model card, README.md. A card that `save` wrote earlier is replaced, but its license is kept;
         any other README.md is left as it is.

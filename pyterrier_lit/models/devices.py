@@ -36,8 +36,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The requested dtype; None is bfloat16 on a GPU that supports it, else float32.
 
-    "auto" is bfloat16 also on a CPU that supports it (AVX512-BF16 or AMX). Raises ValueError for anything but a
-    floating point type for inference.
+    "auto" is bfloat16 also on a CPU that supports it (AVX512-BF16 or AMX). Raises ValueError for any dtype except
+    float32, bfloat16 and float16.
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         native = _computes_in_bfloat16(device) and (device.type == "cuda" or dtype == "auto")

@@ -166,7 +166,8 @@ class FiD:
     def read_prompts(self, windows: Sequence[Sequence[Sequence[int]]], steps: int, mass: bool = False) -> Memory:
         """B windows of prompts -> a decoder cache with room for `steps` tokens.
 
-        Equal prompts are encoded once, in batches of similar lengths. mass: whether `read` also returns attention mass.
+        Each distinct prompt is encoded once, in a batch with prompts of similar lengths. mass: whether `read` returns
+        attention mass too.
         """
         prompts = list(dict.fromkeys(tuple(prompt) for window in windows for prompt in window))
         lengths = [len(prompt) for prompt in prompts]

@@ -1,7 +1,7 @@
 """Training from a stored run, for runs too large for a frame: a few bytes per row, texts looked up for each batch.
 
-Memory holds the docno and the target of each row; and the qid, text and first row of each query. A list of the run
-equals the list from a result frame with the same rows, so training gives the same student from both.
+For each row, memory holds its docno and its target; for each query, its qid, its text and the index of its first row. A
+list of the run equals the list from a result frame with the same rows, so training gives the same student from both.
 """
 
 import math
