@@ -273,7 +273,7 @@ def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 
 def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker that the options describe, not loaded."""
+    """The reranker that the options describe; its checkpoint is not loaded."""
     given = {name: getattr(arguments, name) for name in constructor_options() if hasattr(arguments, name)}
     for name in given:
         owners = constructor_options()[name]

@@ -15,7 +15,7 @@ Choices = tuple[list[list[int]], list[float]]
 
 
 class Reader(Protocol):
-    """A model that decodes R possible tokens after B prompts."""
+    """A model that continues B prompts with tokens; R different tokens are possible."""
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +45,7 @@ class Drafting(Reader, Protocol):
 
 
 def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
-    """Constrained greedy decoding: at each step the best token that continues some candidate not yet chosen.
+    """Constrained greedy decoding: each step chooses the best token that continues a candidate not yet chosen.
 
     Draft and verify: speculative decoding without a draft model. The logits of one step rank all remaining candidates,
     so they also predict the choices of the next steps: the draft. One pass processes the last choice and the draft, and

@@ -101,7 +101,8 @@ class LiT5Distill(ListwiseReranker):
         }
 
     def window(self) -> tuple[int, int]:
-        """Window size and stride: the caller's, else those that the checkpoint records, else those of its family."""
+        """Window size and stride: the caller's, else those that the checkpoint records, else those of its family (v1 or
+        v2)."""
         recorded = self.load().config
         size = self.window_size if self.window_size is not None else recorded.get("window_size")
         if size is None:
@@ -114,8 +115,8 @@ class LiT5Distill(ListwiseReranker):
         return size, (stride or max(size // 2, 1)) if self.stride is None else self.stride
 
     def family(self) -> str:
-        """ "v1" or "v2", by the checkpoint's names. Where these do not tell, "v1", with one warning for a trained
-        checkpoint."""
+        """ "v1" or "v2", as the name of the checkpoint, or of the one that it was saved from, says. If no name says it,
+        "v1", with one warning for a trained checkpoint."""
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
         if known is None and checkpoint.path and not checkpoint.warned:
@@ -159,8 +160,8 @@ def first(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
 
 
 def free(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """The original code's decoding: unconstrained greedy text, then its clean-up. Generates all ranks and ignores
-    `top`."""
+    """The original code's decoding: unconstrained greedy decoding, then its clean-up of the text. Generates all ranks
+    and ignores `top`."""
     sequences, broken = greedy(checkpoint, batch, ANSWER_LENGTH)
     texts = map(checkpoint.pieces.decode, sequences)
     return [parse(text, prompt.n) for text, prompt in zip(texts, batch, strict=True)], broken

@@ -138,7 +138,7 @@ class LiT5Score(Reranker):
 
 
 class Prompts(NamedTuple):
-    """The prompts of a query's passages, and how many tokens at the start of each belong to the query."""
+    """The prompts of a query's passages, and how many tokens at the start of each prompt belong to the query."""
 
     ids: list[list[int]]
     question: int

@@ -114,7 +114,7 @@ class PERank(ListwiseReranker):
     def vectors_of(
         self, checkpoint: PERankCheckpoint, columns: Columns, budget: Budget
     ) -> tuple[torch.Tensor, list[list[int]]]:
-        """Unit vectors (D, d) of the distinct passages, and for each query the rows of its passages."""
+        """Unit vectors (D, d) of the distinct passages, and for each query the row numbers of its passages."""
         docnos = columns["docno"]
         if "doc_vec" in columns:
             keys: Sequence[Sequence[Any]] = [[(i, j) for j in range(len(ranking))] for i, ranking in enumerate(docnos)]

@@ -87,8 +87,8 @@ def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
 
 
 def free(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """The original code's decoding: unconstrained greedy text, then its clean-up. Generates all ranks and ignores
-    `top`."""
+    """The original code's decoding: unconstrained greedy decoding, then its clean-up of the text. Generates all ranks
+    and ignores `top`."""
     reader = checkpoint.network.begin([prompt.content for prompt in batch])
     ends = torch.tensor(checkpoint.ends(), device=reader.device)
     logits, written = reader.start(), []

@@ -312,7 +312,7 @@ class Reranker(pt.Transformer):
         return fetch(self.model, revision=self.revision)
 
     def option(self, argument: str, known: Mapping[str, Named]) -> Named:
-        """Look up the value of an argument that is a name. ValueError lists the known names."""
+        """What an argument whose value is a name stands for. ValueError lists the known names."""
         name = getattr(self, argument)
         if name not in known:
             raise ValueError(f"{argument}={name!r}; wanted one of {', '.join(map(repr, known))}")

@@ -20,7 +20,7 @@ from pyterrier_lit.reranker import Reranker
 
 CHARACTERS = 4  # per token, on average
 READ = 2_048  # characters of a passage that count towards its cost: models truncate the rest
-SMALLEST, LARGEST = 32_768, 1_000_000  # tokens of a shard: a few full batches; several such fit into memory
+SMALLEST, LARGEST = 32_768, 1_000_000  # tokens of a shard: a few full batches; several such shards fit into memory
 IN_FLIGHT = 2  # shards per worker: one being computed, one waiting
 ATTEMPTS = 3  # how often workers may die on one shard or while loading
 PATIENCE = 30  # seconds to wait for resources that are in use
@@ -34,9 +34,9 @@ class Distributed(pt.Transformer):
     """Rerank with Ray: `num_workers` processes, each with a copy of the model, on this machine or on a cluster.
 
     Args:
-        reranker: any reranker of this package. Each worker loads its checkpoint (on a cluster: a hub id, or a folder
-            that all machines can read). Weights that this process has already loaded or trained are sent to the
-            workers.
+        reranker: any reranker of this package. Each worker loads its checkpoint; on a cluster, its model must be a hub
+            id, or a folder that all machines can read. Weights that this process has already loaded or trained are sent
+            to the workers.
         num_workers: how many processes, each with a copy of the model.
         num_gpus: GPUs per worker. Leave the reranker's device=None, so that each worker uses its own GPU.
         num_cpus: CPU cores per worker, which is also its number of threads.

@@ -15,8 +15,8 @@ class Span(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A window to order: the index of its query, the indices of its passages in that query's list, and how many to
-    order."""
+    """A window to order: the index of its query, the indices of its passages in that query's list, and how many ranks
+    of their new order are needed."""
 
     query: int
     passages: list[int]

@@ -123,7 +123,7 @@ def check_new(output: Path, resume: bool) -> None:
 def falling(scores: Sequence[float]) -> Iterator[float]:
     """Make the scores of a ranking strictly decreasing as float32: a tie becomes the next smaller number.
 
-    trec_eval reads scores as float32, orders a run by them and breaks ties by docno. Otherwise, the order that a
+    trec_eval reads scores as float32, orders a run by them and breaks ties by docno. With ties, the order that a
     reranker gives to passages with equal scores (their incoming order) would be lost. Only ties are changed.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")

@@ -25,7 +25,7 @@ FORMATS = ("run.txt", "ir_metadata", "run-with-metadata")
 def candidates_in(
     folder: Path, first_stage: Path | None = None, depth: int | None = None
 ) -> Callable[[], Iterator[Candidates]]:
-    """A reader of TIRA's candidates: from rerank.jsonl[.gz], or from the run of an earlier system.
+    """A function that reads TIRA's candidates: from rerank.jsonl[.gz], or from the run of an earlier system.
 
     folder: the input directory. first_stage: the directory with the earlier system's run.txt[.gz], for an input
     directory with queries.jsonl and documents.jsonl. Raises FileNotFoundError if there is neither.
@@ -49,7 +49,7 @@ class About(NamedTuple):
     system: str  # the method's name
     description: str  # what is needed to repeat it
     dataset: str  # TIRA's id
-    team: str  # its name in TIRA
+    team: str  # the team's name in TIRA
     repository: str  # where the code is, a URL
 
 

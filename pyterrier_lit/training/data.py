@@ -236,7 +236,7 @@ def read_run(path: str | Path) -> pd.DataFrame:
     `pt.io.write_results` writes.
 
     Returns qid, docno, score, rank (from 0) and, if the file has them, query and text. Ranks are computed from the
-    scores. If a row has no score, all scores are the negative ranks of the file. If a query has a passage twice, the
+    scores. If a row of the file has no score, all scores are the negative ranks. If a query has a passage twice, the
     first row is kept. Raises ValueError, with the line, for a row without qid, without docno or with neither score nor
     rank, and for invalid numbers.
     """
@@ -355,8 +355,8 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
 
 def read_qa(path: str | Path) -> pd.DataFrame:
-    """Read questions with their answers and passages, for `FineTune` of a LiT5Score. Returns qid, query, docno, text,
-    answers and rank.
+    """Read questions with their answers and passages, to train a LiT5Score by `FineTune`. Returns qid, query, docno,
+    text, answers and rank.
 
     path: JSON lines or one JSON array of records with question, answers, and ctxs; each of the ctxs has a text, and
     optionally title and docid (or id). Raises ValueError, with the place in the file, for a missing field.
@@ -426,7 +426,7 @@ def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
 
 
 def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
-    """The number of each row in a column, with the qid and docno of the row as text.
+    """The qid and docno of each row as text, with its value in a column of numbers.
 
     Raises ValueError for a missing column, for a row without qid or docno, and for a number that is not finite.
     """

@@ -33,7 +33,7 @@ FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings
 
 
 class Training(pt.Estimator):
-    """What FineTune and Distil share: `fit` trains the student, and in a pipeline the student ranks."""
+    """What FineTune and Distil share: `fit` trains the student, and `transform` reranks with it."""
 
     def __init__(self, student: Reranker, *, recipe: str | Recipe | None = None, verbose: bool = True, **settings: Any):
         self.student = student

@@ -61,8 +61,8 @@ class RankingRecipe(Recipe):
         kl_weight: the weight of the KL divergence between the rankings of the two prompts.
         reduction: "sum" or "mean" over the ranks of a window in ListMLE. The published code used the sum until 2024-10
             and has used the mean since. The KL divergence is always a sum, so that with "mean" its relative weight is n
-            times as large. A retraining with "mean" is reported to be far worse (the code's issue tracker: .6355
-            instead of .7046).
+            times as large for n passages. Training again with "mean" is reported to be far worse (the code's issue
+            tracker: .6355 instead of .7046).
         max_length: maximum tokens of a prompt with its answer.
         lora: train the language model by LoRA adapters of this rank instead of all weights, for a single GPU; they are
             merged after training. None trains all weights. The projector is trained in either case.
@@ -113,8 +113,8 @@ def read(
     vectors: Sequence[torch.Tensor],
     orders: Sequence[Sequence[int]],
 ) -> Read:
-    """Run the language model on B tokenised prompts with placeholders for the passages, followed by rank tokens for the
-    passages in a given order.
+    """Run the language model on B tokenised prompts with placeholders for the passages, followed by one rank token for
+    each passage, in a given order.
 
     vectors: for each prompt the vectors (n, d) of its passages. orders: for each prompt a permutation of its passages.
     """

@@ -39,7 +39,7 @@ Values = Iterable[tuple[str, str, float]]
 
 
 class StoredRun:
-    """A run in a file with the source of its texts, which `fit` takes in place of a result frame::
+    """A run in a file, with a source of its texts. `fit` takes it in place of a result frame::
 
         first = StoredRun("colbert.run.gz", topics, dataset, depth=100)
         Distil(student, "rankzephyr.run.gz").fit(first)
@@ -97,7 +97,7 @@ class StoredRun:
     def taught(self, teacher: Teacher, text_field: str) -> "StoredRun":
         """A copy with a teacher's scores as targets, as `data.with_teacher` adds them to a frame.
 
-        A transformer is called with some thousand passages at a time, with their texts in the column `text_field`.
+        A transformer is called with about 20,000 passages at a time, with their texts in the column `text_field`.
         """
         if teacher is None:
             lengths = (end - start for start, end in pairwise(self.starts))
@@ -207,7 +207,7 @@ class StoredLists(Sequence[Ranking]):
 
 
 class Strings(Sequence[str]):
-    """Many strings concatenated in memory, which needs their bytes plus eight bytes each."""
+    """Many strings, concatenated in memory: each takes its bytes plus eight bytes."""
 
     def __init__(self) -> None:
         self.bytes, self.ends = bytearray(), array("q")

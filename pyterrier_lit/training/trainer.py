@@ -41,7 +41,8 @@ WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
 # the weights have changed
 _began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
-Log = list[dict[str, float]]  # by step: step, and those of loss, learning_rate, grad_norm and nDCG@10 that were logged
+# An entry has step, and those of loss, learning_rate, grad_norm and nDCG@10 that were logged at this step
+Log = list[dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
