@@ -140,7 +140,7 @@ def add_candidates(parser: argparse.ArgumentParser) -> None:
 def candidates(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, path: Path
 ) -> Callable[[], Iterator[Candidates]]:
-    """A function that reads the candidates in a file from the start."""
+    """Returns a function, each call of which reads the candidates in a file from the start."""
     if (arguments.topics is None) != (arguments.documents is None):
         parser.error("--topics and --documents go together, with a run as --input")
     if arguments.topics is None and not {".jsonl", ".json"} & set(path.suffixes):
@@ -171,7 +171,7 @@ def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
 
 
 def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | None) -> str:
-    """The help for an argument, from the docstring of the named reranker or of all that have the argument."""
+    """The help for an argument, from the docstring of the named reranker or of all rerankers that have the argument."""
     if named is not None and named not in parameters:
         return argparse.SUPPRESS
     owners: dict[str, list[str]] = {}
@@ -260,7 +260,7 @@ def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
 
 
 def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Raise the errors of training that can be found without reading model or data."""
+    """Raise those errors of training that can be found without loading the model or reading the data."""
     plan = learner(reranker(parser, arguments), arguments)
     plan.chosen_recipe()
     plan.chosen_settings()
@@ -273,7 +273,7 @@ def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 
 def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker that the options describe, not loaded."""
+    """The reranker that the options describe; its checkpoint is not loaded."""
     given = {name: getattr(arguments, name) for name in constructor_options() if hasattr(arguments, name)}
     for name in given:
         owners = constructor_options()[name]
@@ -287,7 +287,8 @@ def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 
 def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker to train: the one that --model names, or an untrained one on --backbone."""
+    """The reranker to train: the one that --model names, or an untrained one on top of the model that --backbone
+    names."""
     kind, named = RERANKERS[arguments.reranker], reranker(parser, arguments)
     if arguments.backbone is None:
         return named
@@ -295,7 +296,7 @@ def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> R
     given |= {name: getattr(arguments, name) for name in kind.begin_options() if hasattr(arguments, name)}
     import torch
 
-    torch.manual_seed(arguments.seed)  # so that a resumed training starts from the same weights
+    torch.manual_seed(arguments.seed)  # so that resumed training starts from the same weights
     return kind.from_backbone(arguments.backbone, **given)
 
 
@@ -311,7 +312,7 @@ def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, An
 
 
 def constructor_options() -> Parameters:
-    """The constructor arguments that can be command line options, with the rerankers that have them."""
+    """The constructor arguments that can be command line options; for each of them, the rerankers that have it."""
     found: Parameters = {}
     for name, kind in RERANKERS.items():
         for parameter in inspect.signature(kind).parameters.values():
@@ -332,8 +333,8 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def value_types(parameter: inspect.Parameter) -> list[type]:
-    """The types that a command line word can have for a parameter, preferred first; empty for objects such as an
-    index."""
+    """Those of the types int, float and str that a parameter accepts, preferred first; none if it accepts only objects
+    such as an index."""
     kinds = get_args(parameter.annotation) or (parameter.annotation,)
     return [kind for kind in (int, float, str) if kind in kinds]
 
@@ -379,7 +380,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def failed(parser: argparse.ArgumentParser, what: str, error: BaseException, code: int) -> int:
-    """Print one line with the error and what was kept. Returns the exit code."""
+    """Print one line with the error and its notes, which say what was kept. Returns the exit code."""
     told = " ".join("; ".join([what, *getattr(error, "__notes__", ())]).split())
     print(f"{parser.prog}: {told.replace('resume continues', '--resume continues')}", file=sys.stderr)
     return code

@@ -1,4 +1,5 @@
-"""Batches of similar lengths within a token budget, answers in input order. Knows no text and no models."""
+"""Batches of inputs with similar lengths, within a token budget; answers are in input order. Knows no text and no
+models."""
 
 import contextlib
 import contextvars
@@ -14,7 +15,8 @@ Batch = tuple[list[int], Any]  # the indices of its items, and their answers
 
 
 class Budget:
-    """The most tokens in a batch, including padding. Whenever memory runs out, it becomes half of what was tried.
+    """The most tokens in a batch, including padding. Whenever a batch does not fit into memory, the budget becomes half
+    of that batch.
 
     Calls of `map_batches` that share a budget find out only once how much fits into memory, and warn once.
     """
@@ -54,8 +56,8 @@ _counting: contextvars.ContextVar[Tokens] = contextvars.ContextVar("tokens")
 def counted_tokens() -> Iterator[Tokens]:
     """Count the tokens of all batches that this thread computes inside the block.
 
-    Where the function of a batch calls `map_batches` itself (LiT5 encodes the prompts of a window so), only the inner
-    batches are counted.
+    Where the function that computes a batch calls `map_batches` itself, as LiT5 does to encode the prompts of windows,
+    only the inner batches are counted.
     """
     tokens = Tokens()
     before = _counting.set(tokens)
@@ -77,8 +79,8 @@ def inference() -> Iterator[None]:
 
 
 def encoder_tokens(device: torch.device) -> int:
-    """The default batch of an encoder in tokens: on a CPU small enough for its caches, else large enough to fill a
-    GPU."""
+    """The default number of tokens in a batch of an encoder: on a CPU, small enough for its caches; otherwise large
+    enough to fill a GPU."""
     return 1_024 if device.type == "cpu" else 16_384
 
 
@@ -108,15 +110,14 @@ def map_batches(
     """Apply `function` to all items in batches of at most `max_tokens` tokens including padding, the longest items
     first.
 
-    function: list of items -> one answer per item, as a list or as a tensor whose first dimension is the batch. A
-        tensor may still be being computed on a GPU: it is read after the next batch has started, so that the GPU never
-        waits.
+    function: list of items -> one answer per item, as a list or as a tensor whose first dimension is the batch. A GPU
+        may still be computing this tensor: it is read after the next batch has started, so that the GPU never waits.
     lengths: tokens of each item. An item longer than `max_tokens` is a batch of its own.
     max_tokens: a number, or a `Budget` that several calls share.
     progress: called with the number of items that were just finished, such as the `update` of a progress bar.
 
-    Returns the answers in the order of the items, tensors as (nested) lists. When memory runs out, this batch and the
-    following ones are halved, with one warning. Raises MemoryError when a single item does not fit.
+    Returns the answers in the order of the items, tensors as (nested) lists. When a batch does not fit into memory,
+    this batch and the following ones are halved, with one warning. Raises MemoryError when a single item does not fit.
     """
     budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
     answers: list[Any] = [None] * len(items)
@@ -141,7 +142,7 @@ def _computed(
         if computed is None:
             budget.halve(len(batch), longest)
             continue
-        if tokens.padded == counted:  # else the function called map_batches itself
+        if tokens.padded == counted:  # else `function` called map_batches, which counted
             tokens.real += sum(lengths[i] for i in batch)
             tokens.padded += len(batch) * longest
         yield batch, computed
@@ -149,7 +150,8 @@ def _computed(
 
 
 def _attempt(function: Callable[[list[Any]], Any], batch: list[Any], longest: int) -> Any:
-    """The answers, or None when the batch did not fit into memory, which is free again after the return."""
+    """The answers, or None when the batch did not fit into memory. In that case, the memory is free again after the
+    return."""
     try:
         return function(batch)
     except (RuntimeError, MemoryError) as error:

@@ -30,13 +30,13 @@ class CrossEncoder(Reranker):
     Args:
         model: hub id or folder. Supported are lightning-ir's checkpoints with ELECTRA or BERT
             (`webis/monoelectra-base`, `webis/monoelectra-large`; all formats since 2024), and sequence classification
-            checkpoints with one label, or with two labels, the difference of whose logits is the score. Tokenizer,
-            token types and default prompt are those of transformers and sentence-transformers. Code inside a checkpoint
-            is never run.
+            checkpoints with one label, whose logit is the score, or with two labels, where the score is the difference
+            of their logits. Tokenizer, token types and default prompt are used as transformers and
+            sentence-transformers use them. Code inside a checkpoint is never run.
         query_length, doc_length: maximum tokens of a query and of a passage. None takes the lengths that the checkpoint
-            records; lightning-ir's checkpoints without any get 32 and 256. For other classifiers, None truncates the
-            pair as sentence-transformers does: at the checkpoint's maximum length, the longer side first. A warning
-            tells when more than half of the passages of a call were truncated; `verbose` shows how many.
+            records; lightning-ir's checkpoints that record none get 32 and 256. For other classifiers, None truncates
+            the pair as sentence-transformers does: at the checkpoint's maximum length, the longer side first. A warning
+            appears when more than half of the passages of a call were truncated; `verbose` shows how many.
         special_tokens: "parse" reads [SEP], [CLS], ... inside a text as control tokens, as lightning-ir does; "text"
             reads them as plain characters, for untrusted text.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.

@@ -1,8 +1,8 @@
 """Decoding of an order: each candidate is chosen once, best first. Knows no text and no model.
 
-A `Reader` wraps the model: it returns logits over the tokens that may be generated and reads the chosen tokens. A
-candidate consists of one or more tokens: in LiT5 an identifier has one or two, in PE-Rank each passage is one token.
-Shapes: B rows (prompts), N candidates, R tokens that may be generated.
+A `Reader` wraps the model: it returns logits over the tokens that may be generated, and processes the tokens that were
+chosen. A candidate consists of one or more tokens: in LiT5 an identifier has one or two, in PE-Rank each passage is one
+token. Shapes: B rows (prompts), N candidates, R tokens that may be generated.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from typing import Protocol
 
 import torch
 
-# For each row: the chosen candidates, best first; and 0, or the nan or inf found among the logits of a choice
+# For each row: the chosen candidates, best first; and 0, or a nan or inf that was among the logits of a choice
 Choices = tuple[list[list[int]], list[float]]
 
 
 class Reader(Protocol):
-    """A model that decodes R possible tokens after B prompts."""
+    """A model that continues B prompts with tokens; R different tokens are possible."""
 
     @property
     def device(self) -> torch.device:
@@ -35,7 +35,7 @@ class Drafting(Reader, Protocol):
     @property
     def costs(self) -> tuple[float, ...]:
         """The cost of a pass over 1, 2, ... tokens, relative to a pass over one; available after `start`. The number of
-        entries is the most tokens that a pass may have. With one entry, nothing is ever removed."""
+        entries is the most tokens that a pass may have. With one entry, `keep` is never called."""
 
     def keep(self, counts: Sequence[int]) -> None:
         """Of the tokens of the last pass, keep the first counts[b] of row b and remove the rest.
@@ -45,12 +45,12 @@ class Drafting(Reader, Protocol):
 
 
 def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
-    """Constrained greedy decoding: at each step the best token that continues some candidate not yet chosen.
+    """Constrained greedy decoding: each step chooses the best token that continues a candidate not yet chosen.
 
     Draft and verify: speculative decoding without a draft model. The logits of one step rank all remaining candidates,
     so they also predict the choices of the next steps: the draft. One pass processes the last choice and the draft, and
-    each row keeps the drafted tokens that greedy decoding would have chosen. The order is that of one token per pass,
-    in fewer passes. `Pace` sets the length of the draft.
+    each row keeps the drafted tokens that greedy decoding would have chosen. The order equals that of decoding one
+    token per pass, and fewer passes are needed. `Pace` sets the length of the draft.
 
     words: the tokens of N candidates, of which row b has the first counts[b]. tops: how many of them each row must
     choose. The last remaining candidate is not decoded.
@@ -110,8 +110,8 @@ class Pace:
 
 
 def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]) -> Choices:
-    """Order the candidates by their probability of being generated first. One pass, or two for candidates of two
-    tokens.
+    """Order the candidates by their probability of being generated first. This takes one pass, or two if there are
+    candidates of two tokens.
 
     Raises what `first_scores` raises. Source: FIRST, arXiv 2406.15657, section 3.
     """
@@ -125,9 +125,11 @@ def first_scores(
     reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The log-probability that a candidate is generated first, (B, N), up to a constant per row: log p(token), or log
-    p(first token) p(second | first). Also a mask of the candidates that each row has, (B, N).
+    p(first token) p(second | first) for candidates of two tokens. Also returns a mask of the candidates that each row
+    has, (B, N).
 
-    Raises ValueError for candidates of more than two tokens, and where candidates of two tokens do not share the first.
+    Raises ValueError for candidates of more than two tokens, and where candidates of two tokens do not all have the
+    same first token.
     """
     begins = {word[0] for word in words if len(word) > 1}
     if len(begins) > 1 or max(map(len, words)) > 2:
@@ -143,16 +145,17 @@ def first_scores(
         two = torch.tensor([len(word) > 1 for word in words], device=device) & usable
         begin = torch.full((len(counts), 1), begins.pop(), device=device)
         second = reader.read(begin)[:, 0].float()[:, torch.tensor([word[-1] for word in words], device=device)]
-        least = torch.finfo(second.dtype).min  # finite: -inf has no gradient in rows without such words
+        least = torch.finfo(second.dtype).min  # finite: -inf has no gradient in rows without such candidates
         likelihood = likelihood + second.masked_fill(~two, least).log_softmax(1).where(two, 0.0)
     return likelihood, usable
 
 
 class Speller:
-    """The state of constrained decoding for B rows: each step chooses the best token that some unused candidate allows.
+    """The state of constrained decoding for B rows: each step chooses the best token that continues an unused
+    candidate.
 
-    No candidate may be a prefix of another. Everything stays on the CPU. Raises ValueError for equal candidates, empty
-    ones and prefixes.
+    No candidate may be a prefix of another. All tensors are on the CPU. Raises ValueError for equal candidates, empty
+    candidates and prefixes.
 
     words: the tokens of N candidates. counts: how many of them each row has. needed: how many each row must choose;
     None is all.
@@ -173,9 +176,10 @@ class Speller:
         self.left = torch.tensor(counts if needed is None else needed, device="cpu")  # (B,): candidates to choose
         # (B,): how many tokens of the current candidate are chosen
         self.written = torch.zeros(len(counts), dtype=torch.long, device="cpu")
-        # (B,): 0, or the nan or inf found among the logits of a choice
+        # (B,): 0, or a nan or inf that was among the logits of a choice
         self.broken = torch.zeros(len(counts), dtype=torch.float32, device="cpu")
-        self.seen: list[torch.Tensor | None] = [None] * self.depth  # (B, R) each, by place: latest logits
+        # By position of a token in its candidate: the latest logits, (B, R)
+        self.seen: list[torch.Tensor | None] = [None] * self.depth
 
     @property
     def going(self) -> torch.Tensor:
@@ -212,7 +216,7 @@ class Speller:
         """The draft of each row's next tokens, (B, length): the unused candidates in the order of the latest logits.
 
         The probability of a candidate is the product of its tokens' probabilities. Tokens without logits so far count
-        as equally likely, and ties keep their order.
+        as equally likely, and ties keep the order of the candidates.
         """
         likelihood = torch.zeros(self.unused.shape, device="cpu")
         for place, logits in enumerate(self.seen):
@@ -231,6 +235,6 @@ class Speller:
 
 
 def not_finite(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """values (B, N), mask of those that count (B, N) -> float32 (B,): 0 where they are all finite, else nan or an
+    """values (B, N), mask of the values that count (B, N) -> float32 (B,): 0 where these are all finite, else nan or an
     infinity."""
     return values.float().masked_fill(values.isfinite() | ~counts, 0.0).sum(1)

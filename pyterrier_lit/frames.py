@@ -25,9 +25,9 @@ def rerank(
     Args:
         frame: rows with `qid`, `query`, `docno` and one of `column_sets`, in any order and with any index; it is not
             modified.
-        results: called once with all queries and the columns of their passages, including `docno`. Passages are best
-            first: by `rank`, else by `score`, else in row order. It returns `score`, a list of scores per query (higher
-            is better), and one value per query for each of `query_columns`.
+        results: called once with all queries and the columns of their passages, including `docno`. Passages come best
+            first: by `rank`, else by `score`, else in row order. `results` returns `score`, a list of scores per query
+            (higher is better), and one value per query for each of `query_columns`.
         column_sets: alternative sets of columns with the type of their values (str, or object for any). The first set
             whose columns are all present is used.
         query_columns: columns to add.
@@ -35,8 +35,8 @@ def rerank(
 
     Returns the same rows in the same order, with new `score` (float64) and `rank` (from 0) and all other columns. With
     PyTerrier's switch pt.model.STRICT_SORT, the rows are sorted by qid and rank. Equal scores keep their incoming
-    order. Half a surrogate pair, which no tokenizer accepts, is read as U+FFFD; the column keeps it. For other odd
-    input see pt_docs/bad_input.rst.
+    order. Half a surrogate pair, which no tokenizer accepts, is passed to the model as U+FFFD; the column is unchanged.
+    For other odd input see pt_docs/bad_input.rst.
 
     A row without a query (PyTerrier's `+` produces some) takes the query of the other rows with its qid.
 
@@ -110,7 +110,7 @@ def _read(
     frame: pd.DataFrame, column_sets: ColumnSets
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
     """Returns the rows with a new index, the row numbers of each query (best first), the queries, and the columns of
-    their passages: `docno` and the first complete set."""
+    their passages: `docno` and the first complete column set."""
     column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)

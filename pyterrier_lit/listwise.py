@@ -1,4 +1,4 @@
-"""What listwise rerankers share: windows -> orders -> scores, and `% k`. Knows no prompt and no model.
+"""What listwise rerankers share: windows -> orders -> scores, and the fusion with `% k`. Knows no prompt and no model.
 
 A listwise reranker reads a window of passages together and returns their order. Long lists are reranked in windows that
 slide from the bottom to the top (RankGPT, arXiv 2304.09542).
@@ -24,8 +24,8 @@ class Prompt(NamedTuple):
 
     content: Any  # in the form that the model takes
     tokens: int  # its length, for batching
-    n: int  # passages
-    top: int  # how many of them must be ordered; the others keep their order below
+    n: int  # number of passages
+    top: int  # how many ranks must be decoded; the other passages follow in their order
 
 
 Decode = Callable[[list[Prompt]], Choices]
@@ -71,7 +71,7 @@ class ListwiseReranker(Reranker):
         """Order each query's passages by sliding windows; the r-th windows of all queries are computed together.
 
         shape: window size and stride. prompts: W windows -> their prompts. decode: a batch of prompts -> the choices
-        for each. ValueError names the query and docnos for which the model returned NaN.
+        for each. ValueError names the query and docnos for which the model returned NaN or an infinity.
         """
         size, stride = shape
         counts = [len(docnos) for docnos in columns["docno"]]
@@ -102,7 +102,7 @@ class ListwiseReranker(Reranker):
     def rank(
         self, query: str, passages: Sequence[str], top_k: int | None = None, return_documents: bool = False
     ) -> list[dict[str, Any]]:
-        """`Reranker.rank`; only the first top_k are decoded."""
+        """As `Reranker.rank`, but only the first top_k ranks are decoded."""
         shorter = copy.copy(self)
         shorter.top_k = min((k for k in (self.top_k, top_k) if k is not None), default=None)
         return super(ListwiseReranker, shorter).rank(query, passages, top_k, return_documents)
@@ -117,5 +117,5 @@ class ListwiseReranker(Reranker):
 
 
 def of_windows(values: Sequence[Sequence[Any]], windows: Sequence[Window]) -> list[list[Any]]:
-    """The values of each window's passages, taken from the values of Q queries' passages."""
+    """For each window, the values of its passages. values: for each of Q queries, one value per passage."""
     return [[values[window.query][number] for number in window.passages] for window in windows]

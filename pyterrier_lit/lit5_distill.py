@@ -2,7 +2,7 @@
 
 Each passage gets its own prompt, "Search Query: ... Passage: [3] ... Relevance Ranking: ", and is encoded alone
 (Fusion-in-Decoder). The decoder attends to all passages and generates "3 1 2 ...". The model was distilled from the
-rankings of much larger language models. arXiv 2312.16098; LiT and Lean, ECIR 2025.
+rankings of much larger language models. Source: arXiv 2312.16098; LiT and Lean, ECIR 2025.
 """
 
 import dataclasses
@@ -39,13 +39,14 @@ class LiT5Distill(ListwiseReranker):
         max_length: maximum tokens of a prompt, which is truncated on the right. None takes the length that the
             checkpoint records, else 150, as in the papers for MS MARCO (512 for BEIR). Queries are not truncated; a
             query that leaves no room for a passage causes a warning.
-        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the passages below keep
-            their incoming order. `((first >> LiT5Distill()) % 10).compile()` sets it.
+        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the passages below stay
+            where the windows leave them. `((first >> LiT5Distill()) % 10).compile()` sets it.
         decoding: "constrained" generates each identifier exactly once, so the result is a permutation. "free" is
             unconstrained greedy decoding with the original code's clean-up: repeated identifiers are dropped, missing
-            ones follow in incoming order. Where its text is a permutation, both agree. "first" ranks by the probability
-            of each identifier at the first decoding step (FIRST, arXiv 2406.15657): one step, or two above 56
-            identifiers. Published checkpoints were not trained for this; the recipe `lit5-distill-first` trains for it.
+            ones follow in incoming order. Where the generated text is a permutation, both give the same order. "first"
+            ranks by the probability of each identifier at the first decoding step (FIRST, arXiv 2406.15657). It takes
+            one step, or two for windows of more than 56 passages. Published checkpoints were not trained for this; the
+            recipe `lit5-distill-first` trains for it.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
         text_field: the column with the passages.
         max_tokens: prompt tokens per batch of windows. Each token needs memory for its keys and values (37 kB for base
@@ -57,7 +58,7 @@ class LiT5Distill(ListwiseReranker):
     `LiT5Distill.from_backbone("google/t5-v1_1-base")` starts from a pre-trained T5 or mT5 that has not learned to rank.
     The scores of n passages are n, n - 1, ... 1 in the decoded order. Source: arXiv 2312.16098 (v1); LiT and Lean, ECIR
     2025 (v2). In float32 the orders equal those of castorini/LiT5 for lists that fill their windows; castorini/LiT5
-    pads a short list with empty passages, this class does not.
+    pads a shorter list with empty passages, and this class does not.
     """
 
     model: str = "castorini/LiT5-Distill-base-v2"
@@ -100,7 +101,8 @@ class LiT5Distill(ListwiseReranker):
         }
 
     def window(self) -> tuple[int, int]:
-        """Window size and stride: the caller's, else those that the checkpoint records, else those of its family."""
+        """Window size and stride: the caller's, else those that the checkpoint records, else those of its family (v1 or
+        v2)."""
         recorded = self.load().config
         size = self.window_size if self.window_size is not None else recorded.get("window_size")
         if size is None:
@@ -113,8 +115,8 @@ class LiT5Distill(ListwiseReranker):
         return size, (stride or max(size // 2, 1)) if self.stride is None else self.stride
 
     def family(self) -> str:
-        """ "v1" or "v2", by the checkpoint's names. Where these do not tell, "v1", with one warning for a trained
-        checkpoint."""
+        """ "v1" or "v2", as the name of the checkpoint, or of the one that it was saved from, says. If no name says it,
+        "v1", with one warning for a trained checkpoint."""
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
         if known is None and checkpoint.path and not checkpoint.warned:
@@ -158,7 +160,8 @@ def first(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
 
 
 def free(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """The reference's decoding: unconstrained greedy text, then its clean-up. Generates all ranks and ignores `top`."""
+    """The original code's decoding: unconstrained greedy decoding, then its clean-up of the text. Generates all ranks
+    and ignores `top`."""
     sequences, broken = greedy(checkpoint, batch, ANSWER_LENGTH)
     texts = map(checkpoint.pieces.decode, sequences)
     return [parse(text, prompt.n) for text, prompt in zip(texts, batch, strict=True)], broken
@@ -178,7 +181,7 @@ DECODINGS = {"constrained": constrained, "free": free, "first": first}
 
 
 def identifiers(checkpoint: T5Checkpoint, n: int) -> tuple[list[list[int]], list[int]]:
-    """The tokens of the identifiers 1..n, numbered from 0; and the vocabulary id of each of these tokens."""
+    """The identifiers 1..n as lists of tokens, which are numbered from 0; and the vocabulary id of each token."""
     spelt = checkpoint.pieces([str(i) for i in range(1, n + 1)])
     pieces = sorted(set(chain.from_iterable(spelt)))
     return [[pieces.index(piece) for piece in word] for word in spelt], pieces

@@ -2,7 +2,7 @@
 
 Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder). The decoder attends
 to all of them and generates an answer. The passages that contain the answer receive attention, so training needs no
-relevance judgements: questions with answers are enough. arXiv 2312.16098 v1, section 3.2.
+relevance judgements: questions with answers are enough. Source: arXiv 2312.16098 v1, section 3.2.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ class Aggregation(NamedTuple):
     """How attention mass becomes a passage's score."""
 
     layers: Callable[[int], list[float]]  # number of layers -> a weight for each, 1 on average
-    tokens: str  # over the passage's tokens: "sum" or "amax"
+    tokens: str  # how the mass of a passage's tokens is combined: "sum" or "amax"
 
 
 AGGREGATIONS = {
@@ -44,7 +44,7 @@ class LiT5Score(Reranker):
     the tokens of all passages.
 
     Args:
-        model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or what `save` wrote.
+        model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or a folder that `save` wrote.
         n_passages: how many passages from the top of the list are scored; 100 in the paper. They share one attention
             softmax, so scores of separate windows could not be compared. The passages below keep their incoming order,
             with scores -1, -2, ...
@@ -54,7 +54,7 @@ class LiT5Score(Reranker):
         answer_length: maximum tokens of the answer, with the start token. None takes the length that the checkpoint
             records, else the paper's 20.
         aggregation: "mean" is the paper's, as above. "max" takes the maximum over a passage's tokens instead of their
-            sum. "late" weights layer l of n (from 1) by 2 l / (n + 1). The last two are not from the paper.
+            sum. "late" weights layer l of n (from 1) by 2 l / (n + 1). "max" and "late" are not from the paper.
         answer_field: the name of a new column for the generated answer, which is the same in all rows of a query; None
             adds no column.
         revision: a branch, tag or commit of the model on the hub; None is its main branch.
@@ -68,7 +68,7 @@ class LiT5Score(Reranker):
     `LiT5Score.from_backbone("google/t5-v1_1-base")` starts from a pre-trained T5 or mT5 that has not learned to answer.
     The score of a passage depends on the other passages, so do not use `pyterrier_caching.ScorerCache`. Source: arXiv
     2312.16098 v1, section 3.2. In float32 the scores equal those of castorini/LiT5 within 1e-4 for lists of
-    `n_passages`.
+    `n_passages` passages.
     """
 
     model: str = "castorini/LiT5-Score-base"
@@ -138,7 +138,7 @@ class LiT5Score(Reranker):
 
 
 class Prompts(NamedTuple):
-    """The prompts of a query's passages, and how many tokens at the start of each belong to the query."""
+    """The prompts of a query's passages, and how many tokens at the start of each prompt belong to the query."""
 
     ids: list[list[int]]
     question: int
@@ -158,13 +158,14 @@ def attend(
 ) -> list[Attended]:
     """Generate the answers of B queries and sum, step by step, the attention that each passage receives.
 
-    The result equals the reference's, which stores all of (layers, T, S); here memory is (B, P).
+    The result equals that of the original code, which stores the attention in all layers, (layers, T, S); here, only a
+    sum per passage is stored, (B, P).
     """
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([each.ids for each in prompts], answer_length, mass=True)
     n_layers, most = len(memory.keys), max(len(each.ids) for each in prompts)
     weights = aggregation.layers(n_layers)
-    owner = _owners(prompts, most).to(fid.device)  # (B, S): each token's passage; `most`: does not count
+    owner = _owners(prompts, most).to(fid.device)  # (B, S): each token's passage; `most` where a token does not count
     total, written, broken = torch.zeros(len(prompts), most, dtype=torch.float32, device=fid.device), [], []
     for ids, unfinished, not_finite_now, mass in fid.greedy(memory, answer_length):
         step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))

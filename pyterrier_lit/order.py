@@ -21,7 +21,8 @@ def parse(text: str, n: int) -> list[int]:
 
 
 def scores(order: list[int]) -> list[float]:
-    """Scores by position: n for the first position of an order, n - 1 for the second, ... 1 for the last."""
+    """The score of each position: n for the position that is first in the order, n - 1 for the second, ... 1 for the
+    last."""
     by_position = [0.0] * len(order)
     for rank, position in enumerate(order):
         by_position[position] = float(len(order) - rank)

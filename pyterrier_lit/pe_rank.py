@@ -30,13 +30,13 @@ class PERank(ListwiseReranker):
     """Rerank by PE-Rank: a language model reads one vector per passage and decodes a permutation of the passages.
 
     Args:
-        model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or what `save` wrote. No
-            code of the checkpoint is run.
+        model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or a folder that `save`
+            wrote. Code inside a checkpoint is never run.
         window_size, stride: passages per window, and how many positions the window moves. A list shorter than the
             window is one window.
         passes: how often the windows slide over each list.
-        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the order below is where
-            the windows leave the passages. `((first >> PERank()) % 10).compile()` sets it.
+        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the passages below stay
+            where the windows leave them. `((first >> PERank()) % 10).compile()` sets it.
         vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` column is
             ignored).
         encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint. A `doc_vec`
@@ -105,8 +105,8 @@ class PERank(ListwiseReranker):
         return self.slide(queries, columns, shape, prompts, lambda batch: decode(checkpoint, batch), budget)
 
     def column_sets(self) -> ColumnSets:
-        """A column of vectors, or the column from which they are computed or looked up; and the text if the prompt
-        contains it."""
+        """A column of vectors; without it, the text to encode, unless vectors are looked up by docno. Also the text if
+        the prompt contains it."""
         text = self.text_column()
         shown: dict[str, type] = text if self.option("mode", MODES) else {}
         return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
@@ -114,7 +114,7 @@ class PERank(ListwiseReranker):
     def vectors_of(
         self, checkpoint: PERankCheckpoint, columns: Columns, budget: Budget
     ) -> tuple[torch.Tensor, list[list[int]]]:
-        """Unit vectors (D, d) of the distinct passages, and for each query the rows of its passages."""
+        """Unit vectors (D, d) of the distinct passages, and for each query the row numbers of its passages."""
         docnos = columns["docno"]
         if "doc_vec" in columns:
             keys: Sequence[Sequence[Any]] = [[(i, j) for j in range(len(ranking))] for i, ranking in enumerate(docnos)]

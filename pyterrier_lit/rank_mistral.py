@@ -2,7 +2,7 @@
 
 This is PE-Rank's uncompressed baseline: the same language model, the same windows and nearly the same prompt, but with
 the full text of each passage. So a prompt has thousands of tokens instead of hundreds, and an identifier takes several
-decoding steps where a passage of PE-Rank takes one. arXiv 2406.14848, section 4.
+decoding steps where a passage of PE-Rank takes one. Source: arXiv 2406.14848, section 4.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ class RankMistral(ListwiseReranker):
         window_size, stride: passages per window, and how many positions the window moves. A list shorter than the
             window is one window.
         passes: how often the windows slide over each list.
-        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the order below is where
-            the windows leave the passages. `((first >> RankMistral(...)) % 10).compile()` sets it.
+        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the passages below stay
+            where the windows leave them. `((first >> RankMistral(...)) % 10).compile()` sets it.
         decoding: "constrained" generates each identifier exactly once, so the result is a permutation. "free" is
             unconstrained greedy decoding of 256 tokens with the original code's clean-up: repeated identifiers are
-            dropped, missing ones follow in incoming order. Where its text is a permutation in the form "[4] > [2] >
-            ...", both agree.
+            dropped, missing ones follow in incoming order. Where the generated text is a permutation in the form "[4] >
+            [2] > ...", both give the same order.
         text_field: the column with the passages. They are not truncated: a prompt longer than the model's maximum
             length is an error.
         max_tokens: prompt tokens per batch of windows. Each token needs memory for its keys and values (131 kB for a
@@ -87,7 +87,8 @@ def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
 
 
 def free(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """The reference's decoding: unconstrained greedy text, then its clean-up. Generates all ranks and ignores `top`."""
+    """The original code's decoding: unconstrained greedy decoding, then its clean-up of the text. Generates all ranks
+    and ignores `top`."""
     reader = checkpoint.network.begin([prompt.content for prompt in batch])
     ends = torch.tensor(checkpoint.ends(), device=reader.device)
     logits, written = reader.start(), []

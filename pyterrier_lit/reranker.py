@@ -54,7 +54,7 @@ class Reranker(pt.Transformer):
         "dtype",
     )  # the arguments that `read` depends on
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
-    begin: ClassVar[Callable[..., Any]]  # the same for a pre-trained model; may have further keyword arguments
+    begin: ClassVar[Callable[..., Any]]  # as `read`, for a pre-trained model; may have more keyword arguments
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
         """Raises TypeError for batch_size, an argument of other libraries."""
@@ -76,8 +76,8 @@ class Reranker(pt.Transformer):
     def score(self, queries: list[str], passages: Passages) -> list[list[float]]:
         """The score of every passage (higher is better): Q queries, Q lists of passages -> Q lists of scores.
 
-        Raises TypeError for a string in place of a list and for anything else in place of a string, and ValueError
-        where the model returned NaN.
+        Raises TypeError for a string in place of a list and for any other object in place of a string, and ValueError
+        where the model returned NaN or an infinity.
         """
         if isinstance(queries, str):
             raise TypeError(f"queries={queries[:80]!r}; wanted a list of queries, and for each a list of its passages")
@@ -106,7 +106,8 @@ class Reranker(pt.Transformer):
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """Q queries and the columns of their passages -> `score`, Q lists, and `query_columns`, Q values each."""
+        """Q queries and the columns of their passages -> `score` (Q lists of scores) and each of `query_columns` (Q
+        values)."""
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
     def column_sets(self) -> ColumnSets:
@@ -143,7 +144,7 @@ class Reranker(pt.Transformer):
 
         A change of `model`, `revision`, `device` or `dtype` loads it again. Weights that exist in memory only
         (untrained, trained, or passed to `hold`) are converted instead when `device` or `dtype` changes. Raises
-        FileNotFoundError or ValueError with what is missing, damaged or of the wrong kind.
+        FileNotFoundError or ValueError, which say what is missing, damaged or of the wrong kind.
         """
         while True:
             held, source = self._held, self._source()
@@ -187,8 +188,8 @@ class Reranker(pt.Transformer):
         return held.checkpoint if held.source == self._source() else None
 
     def once(self, build: Callable[[], Loaded]) -> Loaded:
-        """The result of `build`, which reads a part of the checkpoint later: under the lock of `load` and with its
-        errors."""
+        """The result of `build`, which reads a part of the checkpoint that `load` did not read. It runs under the lock
+        of `load` and raises the same errors."""
         with self._held.lock:
             return self._in_words(build)
 
@@ -311,7 +312,7 @@ class Reranker(pt.Transformer):
         return fetch(self.model, revision=self.revision)
 
     def option(self, argument: str, known: Mapping[str, Named]) -> Named:
-        """Look up the value of an argument that is a name. ValueError lists the known names."""
+        """What an argument whose value is a name stands for. ValueError lists the known names."""
         name = getattr(self, argument)
         if name not in known:
             raise ValueError(f"{argument}={name!r}; wanted one of {', '.join(map(repr, known))}")
@@ -371,8 +372,9 @@ class Held:
     """A checkpoint in memory, the arguments that it was read with, and a lock for reading it.
 
     given: whether it was passed to `hold` instead of read from `model`. trained: a unique name if it was trained in
-    memory. saved: the folder to which `save` wrote it. trainings: facts about each training run, for the model card.
-    card: the model card that was read with it. Copies of a reranker share one `Held`. A pickle omits the lock.
+    memory. saved: the folder or the hub repository in which it was saved. trainings: facts about each training run, for
+    the model card. card: the model card that was read with it. Copies of a reranker share one `Held`. A pickle omits
+    the lock.
     """
 
     _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
@@ -399,8 +401,8 @@ class Held:
 
     @classmethod
     def after_fork(cls) -> None:
-        """A forked process has no other threads, so torch must not wait for its thread pool, nor anything for a
-        lock."""
+        """A forked process has no other threads, so torch must not wait for its thread pool, and nothing for a lock
+        that another thread held."""
         torch.set_num_threads(1)
         for held in cls._all:
             held.lock = threading.RLock()

@@ -20,12 +20,12 @@ from pyterrier_lit.reranker import Reranker
 
 CHARACTERS = 4  # per token, on average
 READ = 2_048  # characters of a passage that count towards its cost: models truncate the rest
-SMALLEST, LARGEST = 32_768, 1_000_000  # tokens of a shard: a few full batches; fits into memory several times
+SMALLEST, LARGEST = 32_768, 1_000_000  # tokens of a shard: a few full batches; several such shards fit into memory
 IN_FLIGHT = 2  # shards per worker: one being computed, one waiting
 ATTEMPTS = 3  # how often workers may die on one shard or while loading
 PATIENCE = 30  # seconds to wait for resources that are in use
 
-# With a JVM in the process: Ray reads this at import; otherwise ray.shutdown() would take over the JVM's signals
+# Ray reads this variable at import. Without it, ray.shutdown() would take over the signals of a JVM in this process
 TAKES_SIGNALS = "ray" in sys.modules and "RAY_DISABLE_FAILURE_SIGNAL_HANDLER" not in os.environ
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
@@ -34,12 +34,12 @@ class Distributed(pt.Transformer):
     """Rerank with Ray: `num_workers` processes, each with a copy of the model, on this machine or on a cluster.
 
     Args:
-        reranker: any reranker of this package. Each worker loads its checkpoint (on a cluster: a hub id, or a folder
-            that all machines can read). Weights that this process has already loaded or trained are sent to the
-            workers.
+        reranker: any reranker of this package. Each worker loads its checkpoint; on a cluster, its model must be a hub
+            id, or a folder that all machines can read. Weights that this process has already loaded or trained are sent
+            to the workers.
         num_workers: how many processes, each with a copy of the model.
         num_gpus: GPUs per worker. Leave the reranker's device=None, so that each worker uses its own GPU.
-        num_cpus: cores per worker, and threads.
+        num_cpus: CPU cores per worker, which is also its number of threads.
         verbose: show a progress bar.
 
     Requires Ray (extra `ray`). Ray is started on this machine unless `ray.init` was called or RAY_ADDRESS names a
@@ -148,8 +148,8 @@ def costs(queries: Sequence[str], columns: Columns) -> list[int]:
 
 def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
     """Split the queries 0, 1, ... into shards, the most expensive queries first. A shard has half of a worker's share
-    of the remaining cost, so that the last shards are small and all workers end at about the same time. No shard costs
-    more than LARGEST, except a single query that does.
+    of the remaining cost, so that the last shards are small and all workers end at about the same time. A shard costs
+    at most LARGEST, unless it is a single query that costs more.
     """
     order = deque(sorted(range(len(costs)), key=lambda i: -costs[i]))
     left = sum(costs)
@@ -182,7 +182,8 @@ class Worker:
 
 class Wanted:
     """What a set of workers is started with: a reranker with its weights, the number of workers, the GPUs and cores of
-    each, and the Ray job. Rerankers that differ only in arguments that are sent with each call compare equal.
+    each, and the Ray job. Two of these are equal if their rerankers differ only in arguments that are sent with each
+    call.
     """
 
     def __init__(self, reranker: Reranker, workers: int, num_gpus: float, num_cpus: float, job: str):
@@ -278,7 +279,7 @@ class Pool:
             _ray().kill(worker)
 
     def _living(self, wanted: Wanted) -> list[Any]:
-        """The workers. Raises RuntimeError where those that were started for `wanted` are gone."""
+        """The workers. Raises RuntimeError if the workers that were started for `wanted` have been stopped."""
         with self.lock:
             if self.wanted is not wanted:
                 raise RuntimeError("the workers were closed while they ranked; call again")

@@ -26,8 +26,8 @@ def jvm() -> bool:
 
 
 def back_to_java() -> bool:
-    """Let the JVM of this process handle its signals again, by disabling Python's faulthandler. Returns whether it
-    does."""
+    """Let the JVM of this process handle its signals again, by disabling Python's faulthandler. Returns whether the JVM
+    handles them now."""
     if os.name != "posix" or _are_javas():
         return True
     faulthandler.disable()  # restores the handlers from before it was enabled

@@ -15,8 +15,8 @@ class Span(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A window to order: the index of its query, the indices of its passages in that query's list, and how many to
-    order."""
+    """A window to order: the index of its query, the indices of its passages in that query's list, and how many ranks
+    of their new order are needed."""
 
     query: int
     passages: list[int]
@@ -24,10 +24,11 @@ class Window(NamedTuple):
 
 
 def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> list[Span]:
-    """The windows of one pass over n positions, from bottom to top. The top window is shorter where strides do not fit.
+    """The windows of one pass over n positions, from bottom to top. The top window is shorter if the strides do not end
+    exactly at the top.
 
-    k: how many final ranks are needed; None is all. A window then only needs the ranks that the next window includes
-    (its first len - stride) and those among the final k.
+    k: how many final ranks are needed; None is all. Of a window's new order, only the ranks that the next window
+    includes (the first len - stride) and those among the final k are then needed.
     """
     if not 1 <= stride <= size:
         raise ValueError(f"window_size={size!r} with stride={stride!r}; wanted 1 <= stride <= window_size")

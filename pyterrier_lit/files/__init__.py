@@ -1,1 +1,1 @@
-"""Files: candidates in, runs out, TIRA's conventions around both."""
+"""Files: reads candidates and teacher data, writes runs, and follows TIRA's conventions."""

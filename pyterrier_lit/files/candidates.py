@@ -1,8 +1,8 @@
 """Reads candidates from files, one query at a time: a re-ranking file, or a run with topics and documents. Knows no
 model.
 
-Memory does not grow with the files: it holds one query with its passages, and the qids read so far. Only a file that is
-one JSON array is held whole.
+Memory holds one query with its passages, and the qids read so far, but not the whole file, unless the file is one JSON
+array.
 """
 
 import json
@@ -38,8 +38,8 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
     In TIRA's format (rerank.jsonl) a line is an object with qid, query, docno, text, and optionally rank and score;
     other fields, such as original_document, are ignored. qid and docno may be numbers. The lines of a query must be
-    consecutive. Candidates are ordered by rank (from 0 or from 1), ties by descending score; by score where a query has
-    no ranks; else by line.
+    consecutive. A query's candidates are ordered by rank (from 0 or from 1), with ties by descending score; if some
+    have no rank, by descending score; if some have no score either, by line.
 
     An object with a list is a query with all of its passages, best first, in the formats that the papers' authors
     publish: rank_llm's {query: {qid, text}, candidates: [{docid, doc}]}, where a doc with a title is read as "Title:
@@ -81,7 +81,7 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
 def topics(source: str) -> Lookup:
     """The query of each qid: from .jsonl[.gz] lines {qid, query}, from `qid tab query` in any other file, or from
-    irds:ID."""
+    ir_datasets for irds:ID."""
     if source.startswith("irds:"):
         return OnDisk(source, ((query.query_id, query.default_text()) for query in _irds(source).queries_iter()))
     return OnDisk(source, _texts(Path(source), "qid", "query"))
@@ -89,7 +89,7 @@ def topics(source: str) -> Lookup:
 
 def documents(source: str) -> Lookup:
     """The text of each docno: from .jsonl[.gz] lines {docno, text}, from `docno tab text` in any other file, or from
-    irds:ID."""
+    ir_datasets for irds:ID."""
     if source.startswith("irds:"):
         store = _irds(source).docs_store()
         return lambda docnos: {doc.doc_id: _whole(doc.default_text()) for doc in store.get_many_iter(docnos)}

@@ -13,9 +13,9 @@ from typing import IO
 def only_writer(output: Path) -> Iterator[None]:
     """Hold the lock of an output: `.{name}.lock` in its folder, which is created if necessary.
 
-    The operating system releases it when the process ends, even by a crash. A warning tells where the file system has
-    no locks. Raises BlockingIOError where another process or thread holds the lock, and OSError for a folder that
-    cannot be written to.
+    The operating system releases it when the process ends, even by a crash. If the file system has no locks, a warning
+    says so. Raises BlockingIOError where another process or thread holds the lock, and OSError for a folder that cannot
+    be written to.
     """
     path = output.with_name(f".{output.name}.lock")
     try:
@@ -41,7 +41,8 @@ def _opened(path: Path) -> IO[str]:
 
 
 def _locked(file: IO[str], output: Path) -> bool:
-    """Lock an opened file and write the holder into it. Returns whether the file still has that name."""
+    """Lock an opened file and write into it which process holds the lock. Returns whether the file still exists under
+    its name."""
     try:
         import fcntl
 

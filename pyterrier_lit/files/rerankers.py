@@ -40,7 +40,8 @@ def fingerprint(reranker: Reranker) -> str:
     """A digest of what the scores depend on besides the arguments: device, dtype, and every byte of the checkpoint's
     files.
 
-    A file in the hub's cache is named by a hash of its content; other files are read, at about 1 GB per second.
+    A file in the hub's cache is not read, since its name is a hash of its content; other files are read, at about 1 GB
+    per second.
     """
     device = choose_device(reranker.device)
     folder = reranker.folder().path

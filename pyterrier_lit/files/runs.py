@@ -24,7 +24,7 @@ from pyterrier_lit.files.locks import only_writer
 
 CHUNK = 100  # pairs reranked between two writes: one query of depth 100
 PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # follows the name of the output
-HASHED = (  # what the three are of
+HASHED = (  # for each of the three hashes of a part: what another hash means
     "another reranker, model, option, chunk or system",
     "other weights or another device",
     "another input, order or depth",
@@ -71,12 +71,12 @@ def write_run(
     weights: identifies the reranker's weights, as `fingerprint` does; called after the input is checked.
 
     Until it is complete, the run is named {output}.{hashes of arguments, weights and input}.part, which a later call
-    resumes. Queries are in the order of the input, passages by rank from 1, with strictly decreasing scores (see
+    can resume. Queries are in the order of the input, passages by rank from 1, with strictly decreasing scores (see
     `falling`).
 
-    Raises FileExistsError for an output or part that exists and is not to be resumed, BlockingIOError while another
-    process writes it, ValueError for a part with other arguments, weights or input and for an input that changes while
-    it is read, OSError when the run cannot be written, and what `read` and the reranker raise; a note on the error says
+    Raises FileExistsError if the output exists, or a part of it without `resume`; BlockingIOError while another process
+    writes the output; ValueError for a part with other arguments, weights or input, and for an input that changes while
+    it is read; OSError when the run cannot be written; and what `read` and the reranker raise. A note on the error says
     what was kept.
     """
     check_settings(system, chunk)
@@ -123,8 +123,8 @@ def check_new(output: Path, resume: bool) -> None:
 def falling(scores: Sequence[float]) -> Iterator[float]:
     """Make the scores of a ranking strictly decreasing as float32: a tie becomes the next smaller number.
 
-    trec_eval reads scores as float32, orders a run by them and breaks ties by docno. The order that a reranker gives to
-    equal scores (their incoming order) would be lost. Only ties are changed.
+    trec_eval reads scores as float32, orders a run by them and breaks ties by docno. With ties, the order that a
+    reranker gives to passages with equal scores (their incoming order) would be lost. Only ties are changed.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
     below, lowest, *given = numbers.unbind()
@@ -201,7 +201,7 @@ class Part:
         if error is None or not self.path.exists():
             return
         if self.end:
-            with contextlib.suppress(OSError):  # otherwise resuming removes it
+            with contextlib.suppress(OSError):  # if this fails, resuming removes the rest
                 os.truncate(self.path, self.end)
             error.add_note(f"what was finished is in {self.path}, a run file; resume continues it")
         else:
@@ -217,7 +217,8 @@ def _parts(output: Path) -> dict[Path, list[str]]:
 
 
 def _part_of(output: Path, *made_of: bytes) -> Path:
-    """The path of the unfinished run with these hashes. ValueError where one with other hashes exists."""
+    """The path of the unfinished run whose name has the hashes of `made_of`. ValueError if one with other hashes
+    exists."""
     hashes = [f"{zlib.crc32(each):08x}" for each in made_of]
     for other, begun in _parts(output).items():
         differing = [what for what, own, its in zip_longest(HASHED, hashes, begun) if own != its]

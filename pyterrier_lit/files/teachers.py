@@ -42,16 +42,17 @@ def is_taught(path: Path) -> bool:
 def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
     """The lists in a file of public teacher data, in the order of the file. The format is recognised by its fields:
 
-    - conversations (RankZephyr and others of rank_llm): the last two turns are rank_llm's prompt and the order,
-      "[2] > [1]", or "[B] > [A]" as in FIRST;
+    - conversations (RankZephyr and others of rank_llm): the last two turns are rank_llm's prompt and the order, such as
+      "[2] > [1]", or "[B] > [A]" in FIRST's data;
     - extra_texts (PE-Rank's train.jsonl): 2n passages, of which n were shown; `ranking` holds their numbers, best
       first, and a turn of messages_wo_content contains the query;
     - retrieved_passages (RankGPT and TWOLAR): the i-th entry of `orders`, a JSON array of texts such as "[2] > [1]", is
       the order for the i-th record; without `orders`, the passages are already in the teacher's order, as TWOLAR's are.
 
     A qid is the field `id` or `qid`, else the record's number; a repeated qid gets the record's number appended. A
-    passage without docid gets one from its text, so that equal texts are one passage. An order with missing, invalid or
-    repeated numbers is completed as RankGPT does: first mentions, then the rest as shown.
+    passage without docid gets a hash of its text as docno, so that equal texts are one passage. An order with missing,
+    invalid or repeated numbers is completed as RankGPT does: the first mention of each passage counts, and passages
+    that are not named follow in the order in which they were shown.
 
     Raises OSError when a file cannot be read, and ValueError, with file and line, for another format, for a prompt that
     contains two different queries or states another number of passages than it has, and for an order that names no
@@ -169,7 +170,8 @@ def _passage(where: str, passage: Any) -> Passage:
 
 
 def _once(passages: Sequence[Passage], order: Sequence[int]) -> tuple[list[str], list[str], list[int]]:
-    """The passages and the order without repetitions: the first occurrence counts."""
+    """The docnos and texts of the passages, and the order, without repetitions: the first occurrence of a docno
+    counts."""
     docnos = list(dict.fromkeys(docno for docno, _ in passages))
     text_of = dict(reversed(passages))
     place = {docno: position for position, docno in enumerate(docnos)}

@@ -25,10 +25,10 @@ FORMATS = ("run.txt", "ir_metadata", "run-with-metadata")
 def candidates_in(
     folder: Path, first_stage: Path | None = None, depth: int | None = None
 ) -> Callable[[], Iterator[Candidates]]:
-    """A reader of TIRA's candidates: from rerank.jsonl[.gz], or from the run of an earlier system.
+    """A function that reads TIRA's candidates: from rerank.jsonl[.gz], or from the run of an earlier system.
 
     folder: the input directory. first_stage: the directory with the earlier system's run.txt[.gz], for an input
-    directory with queries.jsonl and documents.jsonl. Raises FileNotFoundError when neither exists.
+    directory with queries.jsonl and documents.jsonl. Raises FileNotFoundError if there is neither.
     """
     if (file := _either(folder, "rerank.jsonl")) is not None:
         return partial(read_rerank_file, file, depth)
@@ -49,7 +49,7 @@ class About(NamedTuple):
     system: str  # the method's name
     description: str  # what is needed to repeat it
     dataset: str  # TIRA's id
-    team: str  # its name in TIRA
+    team: str  # the team's name in TIRA
     repository: str  # where the code is, a URL
 
 
@@ -110,8 +110,8 @@ def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
     from tirex_tracker import ALL_MEASURES, Measure, tracking
 
     with tempfile.TemporaryDirectory() as temporary:
-        # Not into the output: the tracker zips every file of the git work tree that is not ignored, including data and
-        # keys
+        # Not in the output directory: the tracker zips every file of the git work tree that is not ignored, including
+        # data and keys
         file = Path(temporary) / METADATA
         with tracking(ALL_MEASURES - {Measure.GIT_ROOT}, 1_000, export_file_path=file):
             yield

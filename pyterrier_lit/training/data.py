@@ -109,7 +109,7 @@ def _content(value: Any) -> Any:
 
 
 def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
-    """Sample the positions of n passages of a list; of all of them where the list has no more or n is None.
+    """Sample the positions of n passages of a list; of all passages if the list has at most n, or if n is None.
 
     targets: the targets of the passages, in the order of the first stage. how: one of SAMPLERS (lightning-ir's names);
     ValueError for any other.
@@ -161,7 +161,7 @@ def window(
 
 
 class Lists(Sequence[Ranking]):
-    """A view of some lists: those at the given positions."""
+    """A view of the lists at the given positions."""
 
     def __init__(self, lists: Sequence[Ranking], positions: Iterable[int]):
         self.lists, self.positions = lists, array("q", positions)
@@ -205,7 +205,7 @@ def take(column: Sequence[Any], positions: Sequence[int]) -> list[Any]:
 
 
 def some_of(given: Ranking, positions: Sequence[int]) -> Ranking:
-    """A list reduced to these passages, in this order."""
+    """A list reduced to the passages at these positions, in this order."""
     return given._replace(columns={name: take(column, positions) for name, column in given.columns.items()})
 
 
@@ -235,10 +235,10 @@ def read_run(path: str | Path) -> pd.DataFrame:
     TIREx's re-ranking input, the rankings that rank_llm writes, permutations {qid, final_list: [docno, ...]}, and what
     `pt.io.write_results` writes.
 
-    Returns qid, docno, score, rank (from 0) and, if the file has them, query and text. Ranks follow from the scores; in
-    a file without scores, scores follow from the ranks. Of a repeated passage of a query, the first is kept. Raises
-    ValueError, with the line, for a row without qid, without docno or with neither score nor rank, and for invalid
-    numbers.
+    Returns qid, docno, score, rank (from 0) and, if the file has them, query and text. Ranks are computed from the
+    scores. If a row of the file has no score, all scores are the negative ranks. If a query has a passage twice, the
+    first row is kept. Raises ValueError, with the line, for a row without qid, without docno or with neither score nor
+    rank, and for invalid numbers.
     """
     path = Path(path).expanduser()
     rows = list(run_records(path))
@@ -332,8 +332,8 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
     Args:
         path: the file.
-        orders: RankGPT's second file, one JSON array of the teacher's answers. Without it, retrieved_passages are taken
-            to be in the teacher's order already, as TWOLAR's are.
+        orders: RankGPT's second file, one JSON array of the teacher's answers. Without it, retrieved_passages must
+            already be in the teacher's order, as TWOLAR's are.
 
     Returns qid, query, docno, text, rank (the teacher's, from 0) and shown (the position of the passage in the
     teacher's input). `files.teachers.read_taught` documents the formats and the errors. A warning counts the orders
@@ -355,8 +355,8 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
 
 def read_qa(path: str | Path) -> pd.DataFrame:
-    """Read questions with their answers and passages, for `FineTune` of a LiT5Score. Returns qid, query, docno, text,
-    answers and rank.
+    """Read questions with their answers and passages, to train a LiT5Score by `FineTune`. Returns qid, query, docno,
+    text, answers and rank.
 
     path: JSON lines or one JSON array of records with question, answers, and ctxs; each of the ctxs has a text, and
     optionally title and docid (or id). Raises ValueError, with the place in the file, for a missing field.
@@ -426,7 +426,7 @@ def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
 
 
 def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
-    """A column of numbers with their qids and docnos as text.
+    """The qid and docno of each row as text, with its value in a column of numbers.
 
     Raises ValueError for a missing column, for a row without qid or docno, and for a number that is not finite.
     """

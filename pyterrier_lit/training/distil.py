@@ -33,7 +33,7 @@ FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings
 
 
 class Training(pt.Estimator):
-    """What FineTune and Distil share: `fit` trains the student, and in a pipeline the student ranks."""
+    """What FineTune and Distil share: `fit` trains the student, and `transform` reranks with it."""
 
     def __init__(self, student: Reranker, *, recipe: str | Recipe | None = None, verbose: bool = True, **settings: Any):
         self.student = student
@@ -63,7 +63,7 @@ class Training(pt.Estimator):
         return self.student.transform(inp)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """A copy whose student stops at rank k, followed by the cutoff; None where the student has no such fusion."""
+        """A copy whose student stops at rank k, followed by the cutoff; None if the student cannot be fused with it."""
         fuse = getattr(self.student, "fuse_rank_cutoff", None)
         fused = fuse(k) if fuse else None
         if fused is None:
@@ -212,7 +212,7 @@ class FineTune(Training):
         verbose: show progress.
         settings: hyperparameters of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
             class), and fields of `trainer.Settings`: folder= (where checkpoints are saved, to resume from), every=
-            (steps between checkpoints and between measurements on validation frames), patience= (stop after so many
+            (steps between checkpoints and between measurements on validation frames), patience= (stop after this many
             measurements without a better nDCG@10) and seed= (42).
 
     LiT5Score learns from answers instead of labels, in a column `answers` (a text or a list of texts for each query).
@@ -224,7 +224,7 @@ class FineTune(Training):
         return str(module.FINE_TUNE)
 
     def learned_from(self, columns: set[str]) -> str:
-        """Labels, or the column that the recipe reads instead."""
+        """Labels, or what the recipe learns from instead."""
         return "labels" if "target" in columns else "answers" if "answers" in columns else "the passages alone"
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
@@ -265,7 +265,7 @@ class Distil(Training):
         return str(module.DISTIL)
 
     def learned_from(self, columns: set[str]) -> str:
-        """The teacher; of local files and folders, only the last part of the path."""
+        """A description of the teacher, in which local paths are shortened to their last part."""
         if self.teacher is None:
             return "the order of the candidates"
         if isinstance(self.teacher, str | Path):

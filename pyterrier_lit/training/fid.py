@@ -1,5 +1,5 @@
-"""Training of Fusion-in-Decoder (arXiv 2007.01282), which both LiT5 rerankers share: generate a text after many
-passages.
+"""Training of Fusion-in-Decoder (arXiv 2007.01282), which both LiT5 rerankers share: a T5 learns to generate a
+text from many passages.
 
 The encoder of a T5 reads each passage alone, in a prompt with the query. The decoder attends to the tokens of all
 passages and learns to generate the answer by cross-entropy. The encoder's activations for a hundred passages would fill

@@ -52,7 +52,7 @@ class WindowRecipe(FiDRecipe):
         return objective(student, self)
 
 
-# LiT and Lean, section 3. The paper does not give the number of epochs: it took the best on development queries
+# LiT and Lean, section 3. The paper does not give the number of epochs: it took the best epoch on development queries
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
@@ -153,8 +153,8 @@ class Beginning:
         return self.read(self.pieces.new_empty((len(self.begin), 0)))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m) after the start token -> logits (B, m, R) after each; for m = 0, those after the start
-        token."""
+        """tokens (B, m) after the start token -> logits (B, m, R) after each of them; for m = 0, the logits (B, 1, R)
+        after the start token."""
         written = torch.cat([self.begin, self.pieces[tokens]], 1)
         states = decode(self.fid, *self.memory, written)
         return self.fid.logits(states[:, min(tokens.shape[1], 1) :], self.pieces)

@@ -1,6 +1,6 @@
 """LoRA: low-rank adapters on the frozen linear layers of a network. Knows no texts.
 
-Source: Hu et al., arXiv 2106.09685, with the library peft.
+Source: Hu et al., arXiv 2106.09685; implemented by the library peft.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Losses: pure functions of (scores, targets) that return a scalar. Knows no texts and no models.
 
 Scores s and targets t are (Q, N): Q queries with N passages, higher is better. `mask` (Q, N) is true where there is a
-passage; None means that every list has N. Values outside the mask have no effect. In pairwise losses, a list without
-pairs (a single passage, or only ties) contributes nothing, and the loss is 0 when no list has a pair.
+passage; None means that every list has N passages. Values outside the mask have no effect. In pairwise losses, a list
+without pairs (a single passage, or only ties) contributes nothing, and the loss is 0 when no list has a pair.
 """
 
 import torch
@@ -125,7 +125,8 @@ def decayed_cross_entropy(
     """Weighted mean over all tokens in the batch of -log softmax(logits) at the label, with weight decay^t for token t.
 
     logits: (B, T, V). labels: (B, T). mask: (B, T). decay=1 is the ordinary cross-entropy of a language model. Source:
-    LiT and Lean, ECIR 2025, section 3, which does not say how the weights are normalised; here, by their sum.
+    LiT and Lean, ECIR 2025, section 3, which does not say how the weights are normalised; here, they are divided by
+    their sum.
     """
     inside = _inside(labels, mask)
     weights = decay ** torch.arange(labels.shape[1], device=labels.device) * inside
@@ -154,7 +155,8 @@ def _better(targets: torch.Tensor, mask: Mask) -> torch.Tensor:
 
 
 def _order(targets: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Positions in descending order of target, ties in their order; positions outside the mask come last."""
+    """Positions in descending order of target, with ties in the order of their positions; positions outside the mask
+    come last."""
     last = _filled(targets, inside).min() - 1
     return targets.masked_fill(~inside, last).argsort(dim=1, descending=True, stable=True)
 

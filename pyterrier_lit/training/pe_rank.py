@@ -6,7 +6,8 @@ Only the projector, which maps the vector into the input space of the language m
 Stage 2, ranking: a training example is a window of passages from a teacher's ranking. The prompt contains their vectors
 and is followed by the vectors in the teacher's order. Before each rank, the hidden state should have the largest dot
 product with the vector of the next passage, among those not yet ranked (ListMLE). A second prompt also contains the
-texts and is trained in the same way, and a KL divergence distils its rankings into those without texts.
+texts and is trained in the same way, and a KL divergence distils the rankings of the second prompt into those of the
+first.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ class AlignmentRecipe(Recipe):
     """A recipe for stage 1 of PERank: only the projector is trained, and each passage of the lists is an example.
 
     Args:
-        max_length: maximum tokens of the prompt with its answer, the text, which is truncated.
+        max_length: maximum tokens of the prompt with its answer, which is the text of the passage; the text is
+            truncated.
     """
 
     max_length: int = 512
@@ -52,14 +54,15 @@ class RankingRecipe(Recipe):
     """A recipe for stage 2 of PERank: a training example is a window sampled from a list.
 
     Args:
-        smallest, largest: range of the number of passages in a window; None is the student's window size.
+        smallest, largest: range of the number of passages in a window; largest=None is the student's window size, and
+            smallest=None is the same as largest.
         shuffle: the probability that a window is shuffled; otherwise it keeps the order of the first stage.
-        text_weight: the weight of ranking with the texts in the prompt; 0 omits that prompt.
-        kl_weight: the weight of the KL divergence between both rankings.
+        text_weight: the weight of the ListMLE with the texts in the prompt; 0 omits that prompt and the KL divergence.
+        kl_weight: the weight of the KL divergence between the rankings of the two prompts.
         reduction: "sum" or "mean" over the ranks of a window in ListMLE. The published code used the sum until 2024-10
-            and uses the mean since then. The KL divergence is always a sum, so that with "mean" its relative weight is
-            n times as large. A retraining with "mean" is reported to be far worse (the code's issue tracker: .6355
-            instead of .7046).
+            and has used the mean since. The KL divergence is always a sum, so that with "mean" its relative weight is n
+            times as large for n passages. Training again with "mean" is reported to be far worse (the code's issue
+            tracker: .6355 instead of .7046).
         max_length: maximum tokens of a prompt with its answer.
         lora: train the language model by LoRA adapters of this rank instead of all weights, for a single GPU; they are
             merged after training. None trains all weights. The projector is trained in either case.
@@ -79,8 +82,8 @@ class RankingRecipe(Recipe):
         return ranking(student, self)
 
 
-# The published scripts: AdamW, cosine, warm-up of 3 %; stage 1 on 4 GPUs of 1 or 8 (README or paper), stage 2 on 4 x 4
-# x 2
+# The published scripts: AdamW, cosine schedule, warm-up of 3 %. Batch size: in stage 1, 4 GPUs x 1 (README) or 8
+# (paper); in stage 2, 4 GPUs x 4 x 2 accumulated
 RECIPES: dict[str, Recipe] = {
     "pe-rank-alignment": AlignmentRecipe(
         1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True
@@ -110,8 +113,8 @@ def read(
     vectors: Sequence[torch.Tensor],
     orders: Sequence[Sequence[int]],
 ) -> Read:
-    """Run the language model on B tokenised prompts with placeholders for the passages, followed by rank tokens for the
-    passages in a given order.
+    """Run the language model on B tokenised prompts with placeholders for the passages, followed by one rank token for
+    each passage, in a given order.
 
     vectors: for each prompt the vectors (n, d) of its passages. orders: for each prompt a permutation of its passages.
     """
@@ -159,7 +162,8 @@ def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
 
 
 class AlignmentBatch(NamedTuple):
-    """B tokenised prompts with their answers, where the answers begin, and the passages, each as a list of one."""
+    """B tokenised prompts with their answers, where the answers begin, and the passages, each as a list of one
+    passage."""
 
     conversations: list[list[int]]
     starts: list[int]
@@ -320,6 +324,6 @@ def rank_scores(
 
 
 def worth(order: list[int]) -> list[int]:
-    """Targets by position for an order of n positions: n for the first, 1 for the last."""
+    """The target of each position in an order of n positions: n for the first in the order, 1 for the last."""
     value_of = dict(zip(order, range(len(order), 0, -1), strict=True))
     return [value_of[position] for position in range(len(order))]

@@ -28,7 +28,8 @@ class TextRankingRecipe(Recipe):
     """A recipe for RankMistral: a training example is a window sampled from a list.
 
     Args:
-        smallest, largest: range of the number of passages in a window; None is the student's window size.
+        smallest, largest: range of the number of passages in a window; largest=None is the student's window size, and
+            smallest=None is the same as largest.
         shuffle: the probability that a window is shuffled; otherwise it keeps the order of the first stage.
         max_length: maximum tokens of a prompt with its answer.
     """

@@ -39,7 +39,7 @@ Values = Iterable[tuple[str, str, float]]
 
 
 class StoredRun:
-    """A run in a file with the source of its texts, which `fit` takes in place of a result frame::
+    """A run in a file, with a source of its texts. `fit` takes it in place of a result frame::
 
         first = StoredRun("colbert.run.gz", topics, dataset, depth=100)
         Distil(student, "rankzephyr.run.gz").fit(first)
@@ -57,13 +57,13 @@ class StoredRun:
     The file is read once. Raises OSError when it cannot be read, and ValueError, with the line, for a malformed or
     empty run, for a query whose rows are not consecutive, for a repeated passage, and for a qid that is missing from
     the topics. A passage without text raises an error with its qid and docno: for a hundred queries before the first
-    step, for the others when the passage is sampled.
+    step, for the other queries when the passage is sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
         self.path, self.texts = Path(path).expanduser(), texts
         self.qids, self.queries, self.docnos = Strings(), Strings(), Strings()
-        self.starts = array("q", [0])  # the first row of each query, and the number of rows
+        self.starts = array("q", [0])  # the index of each query's first row; then the number of rows
         self.targets: array[float] | None = None  # per row, nan where there is none
         ask = queries_of(topics)
         for rows in best_first(self.path, rows_in(self.path), depth):
@@ -97,7 +97,7 @@ class StoredRun:
     def taught(self, teacher: Teacher, text_field: str) -> "StoredRun":
         """A copy with a teacher's scores as targets, as `data.with_teacher` adds them to a frame.
 
-        A transformer is called with some thousand passages at a time, with their texts in the column `text_field`.
+        A transformer is called with about 20,000 passages at a time, with their texts in the column `text_field`.
         """
         if teacher is None:
             lengths = (end - start for start, end in pairwise(self.starts))
@@ -166,7 +166,7 @@ class StoredRun:
 class StoredLists(Sequence[Ranking]):
     """The lists of a stored run, built on each access.
 
-    The lists are in the order of a frame's lists, where queries are ordered by the row of their best passage: a query
+    The lists are in the order of a frame's lists, where queries are ordered by the rank of their best passage: a query
     whose first passages the teacher left out comes later. A query without passages has no list.
 
     text_field: the column of the texts, or None if they are not read. look_up: qid, docnos -> the texts.
@@ -178,7 +178,7 @@ class StoredLists(Sequence[Ranking]):
         self.order = array("q", sorted((i for i, place in enumerate(first) if place >= 0), key=first.__getitem__))
 
     def _first(self, query: int) -> int:
-        """The index of a query's first passage with a target, or -1 without any."""
+        """The rank (from 0) of a query's first passage with a target, or -1 if there is none."""
         start, targets = self.run.starts[query], self.run.targets
         if targets is None:
             return 0
@@ -207,7 +207,7 @@ class StoredLists(Sequence[Ranking]):
 
 
 class Strings(Sequence[str]):
-    """Many strings concatenated in memory, which needs their bytes plus eight bytes each."""
+    """Many strings, concatenated in memory: each takes its bytes plus eight bytes."""
 
     def __init__(self) -> None:
         self.bytes, self.ends = bytearray(), array("q")
@@ -236,7 +236,8 @@ def rows_in(path: Path) -> Iterator[Row]:
 
 
 def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
-    """The scores of the rows of a run file; if any row has none, the negative ranks of all, as in `data.read_run`."""
+    """The scores of the rows of a run file; if any row has no score, the negative ranks of all rows, as in
+    `data.read_run`."""
     basis, row = basis_of(path), None
     for row in rows_in(path):
         value = row.score if basis == "score" else row.rank

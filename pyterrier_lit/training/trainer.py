@@ -34,19 +34,20 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
 MEASURE = "nDCG@10"  # the log's name for the result of `validate`
-STARTED_WITH = "training.json"  # in the training folder: the recipe, the seed and the other settings it started with
+STARTED_WITH = "training.json"  # in the training folder: the recipe, seed, data and weights that training started with
 WHOLE = "whole.json"  # in a checkpoint, written last: the size of each of its files
 WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
 # Networks trained with a folder -> the digest of their initial weights: training may resume in the same process, where
 # the weights have changed
 _began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
-Log = list[dict[str, float]]  # by step: step, and those of loss, learning_rate, grad_norm and nDCG@10 that were logged
+# An entry has step, and those of loss, learning_rate, grad_norm and nDCG@10 that were logged at this step
+Log = list[dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How training runs, for every recipe.
+    """Settings of training that do not depend on the recipe.
 
     Args:
         folder: where checkpoints are saved. Training that is started again with the same recipe, data and initial
@@ -66,7 +67,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of training. Each reranker's recipe class adds fields, and a paper's setting is an instance.
+    """The hyperparameters of training. Each reranker has a subclass with more fields, and the recipe of a paper is an
+    instance of it.
 
     Args:
         learning_rate: the peak learning rate of AdamW, the same for all parameters.
@@ -75,7 +77,7 @@ class Recipe:
         epochs: passes over all lists, if steps is None.
         warmup: steps of linear warm-up, or, if below 1, their fraction of all steps.
         schedule: the learning rate schedule after warm-up: "constant", "linear" or "cosine".
-        weight_decay: of AdamW.
+        weight_decay: the weight decay of AdamW.
         clip: the maximum gradient norm; 0 does not clip.
         micro_batch: maximum lists per forward pass on a device (micro-batch size); batch_size must be a multiple of it.
         precision: "bfloat16" is mixed precision (autocast with float32 weights), "float32" is full precision; None is
@@ -117,7 +119,7 @@ class Recipe:
 
 
 def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
-    """The default `Objective.learning`: the network is trained as it is."""
+    """The default `Objective.around`: the network is trained as it is."""
     return contextlib.nullcontext()
 
 
@@ -142,7 +144,7 @@ class Objective(NamedTuple):
     loss: Callable[[Any], torch.Tensor]
     """A batch -> the mean loss of its examples, a scalar with gradients."""
     wanted: str = "wanted queries with passages that are not all worth the same"
-    """The error message when `prepare` returns no lists."""
+    """The end of the error message when `prepare` returns no lists."""
     around: Callable[[int], contextlib.AbstractContextManager[None]] = as_it_is
     """A context manager that changes the network during training, such as by adding adapters; it is called with the
     seed."""
@@ -277,7 +279,8 @@ def _steps(n_lists: int, recipe: Recipe) -> int:
 
 
 def _claim(folder: Path, started: dict[str, Any]) -> None:
-    """Use a folder that has no checkpoint, or checkpoints of training that started with the same settings."""
+    """Record in a folder what training starts with. Raises ValueError if the folder has a checkpoint of training that
+    started with something else."""
     file = folder / STARTED_WITH
     if _last_whole(folder) and file.exists():
         held = json.loads(file.read_text(encoding="utf-8"))
@@ -452,7 +455,7 @@ def _loop(
     )
     loop.remove_callback(transformers.PrinterCallback)
     if loop.accelerator.state.deepspeed_plugin is None:
-        loop.accelerator.gradient_accumulation_steps = 1  # the Trainer of 5.4 would divide by them again
+        loop.accelerator.gradient_accumulation_steps = 1  # the Trainer of transformers 5.4 would divide the loss again
     return loop
 
 
