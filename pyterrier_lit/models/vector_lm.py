@@ -174,8 +174,8 @@ class VectorReader:
 def _minds_no_gaps(body: Any) -> bool:
     """Whether padding may occur inside a prompt, with only the mask and the positions to indicate it.
 
-    It may not with sliding-window or chunked attention, which count padding as tokens, and in models of the library
-    that accept no positions.
+    False for sliding-window and chunked attention, which count padding as tokens, and for models of the library that
+    accept no positions.
     """
     kinds = getattr(body.config, "layer_types", None)
     limits = [getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
