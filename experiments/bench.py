@@ -4,8 +4,8 @@
         [--python OpenVINO=../openvino/bin/python] [--before CHECKOUT] [--record]
 
 A row is a model of a published size with random weights, and queries with 100 passages each; --help lists the rows.
-Each system runs in a process of its own. The systems take turns, so that a busy minute favours none, and the least
-seconds of each count. A system that is not installed is not run; --python names another environment that has it.
+Each system runs in a process of its own. The systems take turns, so that a busy minute favours none of them, and the
+shortest time of each counts. A system that is not installed is not run; --python names another environment that has it.
 
 The floor is the least time that the machine needs for what our reranker computes: its FLOPs divided by the rate of
 matrix products, plus the bytes of weights, keys and values that the decoder's passes read, divided by the memory
@@ -39,7 +39,7 @@ QUESTION = "How fast is each reranker beside what else does its work?"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model, its work, and the systems that do the work. The systems that are not ours are its peers."""
+    """A model, its number of queries, and the systems that rerank them. Systems that are not ours are called peers."""
 
     kind: str
     size: str
@@ -48,7 +48,7 @@ class Row:
     queries: int = 1
 
 
-INT8 = ("ONNX int8", "OpenVINO int8")  # compared in both precisions, since ours has no int8
+INT8 = ("ONNX int8", "OpenVINO int8")  # compared with ours in float32 and in bfloat16, since ours has no int8
 CLASSIFIERS = {
     "float32": ("ours", "sentence-transformers", "ONNX", "OpenVINO", *INT8),
     "bfloat16": ("ours", "sentence-transformers", "OpenVINO", *INT8),
@@ -82,7 +82,8 @@ ROWS = {
     ),
     "pe-rank, 44 M, against texts": Row("pe-rank", "44 M", "float32", ("ours", "ours, top_k=10", "passages as text")),
 }
-QUICK = ("cross-encoder, MiniLM", "lit5-distill", "pe-rank, 44 M, float32")  # how the names of its rows begin
+# The rows of --quick, by the beginnings of their names
+QUICK = ("cross-encoder, MiniLM", "lit5-distill", "pe-rank, 44 M, float32")
 
 
 def main() -> None:
@@ -130,13 +131,12 @@ def main() -> None:
 
 
 def quick(row: Row) -> Row:
-    """The row with one query, without the systems that stop at rank 10, since it has only 10 passages."""
+    """The row with one query. Since that has only 10 passages, the systems that stop at rank 10 are left out."""
     return dataclasses.replace(row, queries=1, systems=tuple(name for name in row.systems if "top_k=10" not in name))
 
 
 def runs_here(dtype: str) -> bool:
-    """Whether this CPU computes in a dtype. Without instructions for bfloat16, that takes tens of times as long as
-    float32."""
+    """Whether this CPU has instructions for a dtype. Without them, bfloat16 takes tens of times as long as float32."""
     return getattr(torch, dtype) in (torch.float32, choose_dtype("auto", torch.device("cpu")))
 
 
@@ -148,8 +148,8 @@ def known() -> list[str]:
 def compare(
     row: Row, data: str, passages: int, turns: int, threads: int, pythons: Mapping[str, str], before: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """Run all systems of a row. Returns the least seconds, peak GB and results of each, and for ours also FLOPs and
-    bytes."""
+    """Run all systems of a row. Returns the shortest time in seconds, the peak GB and the results of each system, and
+    for ours also FLOPs and bytes."""
     systems = {system: (system, pythons.get(system, sys.executable), SYSTEMS.parents[1]) for system in row.systems}
     if before:
         systems["before"] = ("ours", sys.executable, before.resolve())
@@ -202,7 +202,7 @@ class Process:
 
 
 def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, float]:
-    """FLOP/s of matrix products and bytes/s of reading memory: the best of each within so many seconds."""
+    """FLOP/s of matrix products and bytes/s of reading memory, each the best of calls repeated for `seconds`."""
     left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 3072).to(dtype)
     large = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
     flops = best(lambda: left @ right, seconds)
@@ -210,7 +210,7 @@ def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, floa
 
 
 def best(call: Any, seconds: float) -> float:
-    """The least time of a call, over as many calls as fit into these seconds."""
+    """The shortest time of a call that is repeated for `seconds`."""
     least, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
@@ -220,8 +220,8 @@ def best(call: Any, seconds: float) -> float:
 
 
 def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tuple[float, float]) -> list[dict]:
-    """Rows of measured.csv: seconds a query and peak memory of each system. For ours also the share of the floor, how
-    many times as fast as each peer it is, and the share of pairs that the peer orders alike at the top."""
+    """Rows of measured.csv: seconds a query and peak memory of each system. For ours also the floor, its share of the
+    seconds, how many times as fast as each peer ours is, and the share of pairs at the top that both order alike."""
     rows = []
     peers = {name: answer for name, answer in found.items() if not name.startswith("ours") and "not run" not in answer}
     for name, answer in found.items():
@@ -243,8 +243,8 @@ def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tup
 
 
 def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) -> float:
-    """The share of pairs of one query's passages that both systems order alike. The pairs are ours' first `top`
-    passages, each with every passage below it."""
+    """The share of pairs of one query's passages that both systems order alike. A pair is one of our first `top`
+    passages and any passage that we rank below it."""
     same = total = 0
     for left, right in zip(ours, theirs, strict=True):
         ranked = sorted(range(len(left)), key=lambda passage: -left[passage])
@@ -276,7 +276,7 @@ def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> s
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """A bar chart of how many times as fast as each peer ours is, by row and threads, from the newest rows."""
+    """A bar chart from the newest rows: how many times as fast as each peer ours is, by row and number of threads."""
     import matplotlib.pyplot as plt
 
     prefix = "times as fast as "

@@ -2,7 +2,8 @@
 
     python experiments/bench_batching.py ../shared/data/dl19 [--model experiments/tiny/cross-encoder] [--record]
 
-Prints the ratio of padded to real tokens over all queries with 100 passages each. It depends on lengths alone.
+Prints the number of tokens with padding, divided by the number without, over all queries with 100 passages each. This
+ratio depends only on the pairs' lengths.
 """
 
 import argparse

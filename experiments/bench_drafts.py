@@ -5,12 +5,12 @@
 small           the project's small checkpoints on Python's documentation, one query at a time, in float32
 base            a decoder of T5-base's size with random weights over a window of 12,363 tokens (100 passages of DL19) or
                 2,400 (20 passages). It decodes its own logits, and then the logits of a small checkpoint in place of
-                its own, so that as many drafts are right as for that checkpoint
-costs           a pass of that decoder over 1 to 8 tokens
+                its own, so that as many drafted tokens are right as for that checkpoint
+costs           the time of a pass of that decoder over 1 to 8 tokens
 
 Draft and verify is self-speculative decoding without a draft model: the last logits rank the remaining candidates, this
-ranking is the draft, and the next pass verifies it. The ways to decode take turns, and the least seconds of each count,
-so that a busy minute favours none.
+ranking is the draft, and the next pass verifies it. The ways to decode take turns, so that a busy minute favours none
+of them, and the shortest time of each counts.
 """
 
 import argparse
@@ -40,12 +40,12 @@ SMALL = {
     "tiny/pe-rank, windows of 20": lambda: PERank(str(TINY / "pe-rank")),
     "tiny/pe-rank, windows of 20, top_k=10": lambda: PERank(str(TINY / "pe-rank"), top_k=10),
 }
-WAYS: dict[str, tuple[float, ...] | None] = {  # and what passes are said to cost, in passes over one token
+WAYS: dict[str, tuple[float, ...] | None] = {  # way to decode -> the `costs` that `Counted` reports
     "one token a pass": (1.0,),
     "draft and verify": None,
     "drafts of three at each pass": (1.0,) * 4,
 }
-TOKENS = {100: 12_363, 20: 2_400}  # of the prompts of a window, by its passages
+TOKENS = {100: 12_363, 20: 2_400}  # number of passages in a window -> number of tokens of its prompts
 
 
 def main():
@@ -75,7 +75,7 @@ def main():
 
 
 def candidates(n: int) -> pd.DataFrame:
-    """The first n queries on Python's documentation with the texts of BM25's first hundred."""
+    """The first n queries on Python's documentation, each with BM25's first hundred passages and their texts."""
     collection = corpora.load("python-docs")
     with tempfile.TemporaryDirectory() as folder:
         bm25 = first_stages.bm25(collection, Path(folder) / "index.pisa", 100, overwrite=True)
@@ -85,7 +85,8 @@ def candidates(n: int) -> pd.DataFrame:
 class Counted:
     """Wraps a reader, and keeps its number of passes, their seconds, and the logits that it returned (each (B, S)).
 
-    costs: what passes are said to cost, which decides how long drafts are. None keeps the reader's own costs.
+    costs: of passes over 1, 2, ... tokens, relative to one over one token. Decoding chooses the length of drafts by
+    them. None keeps the reader's own costs.
     """
 
     def __init__(self, reader: decoding.Reader, costs: tuple[float, ...] | None = None):
@@ -113,8 +114,8 @@ class Counted:
 
 @contextlib.contextmanager
 def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
-    """A context in which all decoding is counted. Yields a list of the readers, each with its words, counts and
-    tops."""
+    """A context in which all decoding is counted. Yields a list to which each call of `decoding.in_turn` adds its
+    reader and its other arguments: words, counts and tops."""
     readers: list[tuple[Counted, Any, Any, Any]] = []
 
     def in_turn(reader, words, counts, tops) -> Choices:
@@ -131,7 +132,7 @@ def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Count
 
 
 def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, repeat: int = 1) -> list[dict]:
-    """The rows of a reranker that is given one query at a time."""
+    """The rows of `compared` for a reranker that is given one query at a time."""
     lists = [ranking for _, ranking in frame.groupby("qid")]
 
     def decode(costs):
@@ -143,7 +144,8 @@ def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, r
 
 
 def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: int) -> list[dict]:
-    """The rows of T5-base's decoder over one window, with its own logits and with those of the small checkpoint."""
+    """The rows of `compared` for T5-base's decoder over one window, with its own logits and with those of the small
+    checkpoint."""
     reranker = LiT5Distill(str(TINY / "lit5-distill"), window_size=size)
     with counted(WAYS["one token a pass"]) as readers:
         reranker(frame[(frame["qid"] == frame["qid"].iloc[0]) & (frame["rank"] < size)])
@@ -158,7 +160,7 @@ def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: i
                 return decoding.in_turn(reader, words, counts, top)[0], [reader]
 
             setting = f"T5-base's decoder, a window of {size}{asked}, {name}, {dtype}"
-            turns = repeat if size == 100 and not asked else 3 * repeat  # the short ones would drown in noise
+            turns = repeat if size == 100 and not asked else 3 * repeat  # noise would hide short times
             rows += compared(setting, 1, decode, list(WAYS)[:2], turns)
     return rows
 
@@ -184,7 +186,7 @@ class Replayed(PieceReader):
 
 
 def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int) -> list[dict]:
-    """Rows of the passes and seconds of each way to decode; the ways take turns. decode: costs -> orders, readers."""
+    """Rows with the passes and seconds of each way to decode. The ways take turns. decode: costs -> orders, readers."""
     with torch.inference_mode():
         turns = [{way: decode(WAYS[way]) for way in ways} for _ in range(repeat)]
     values: dict[str, float] = {}
@@ -201,7 +203,7 @@ def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int
 
 
 def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
-    """Rows of the milliseconds of a pass over one token and over more."""
+    """Rows with the milliseconds of a pass over 1, 2, 3, 4, 5 and 8 tokens."""
     widths, least = (1, 2, 3, 4, 5, 8), {}
     reader = Replayed(fid, TOKENS[size], [[99]] * 99, None)
     with torch.inference_mode():

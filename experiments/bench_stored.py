@@ -4,9 +4,9 @@
                                        [--frame 100000 200000] [--record]
 
 The runs are generated: 100 passages a query, docnos of seven digits as in MS MARCO, and a collection of 10,000
-passages, in which the docno's number finds the text. A cross-encoder with random weights, or the small PE-Rank with its
-encoder, is trained for three steps from a teacher's file with the same rows. Each training runs in a process of its
-own. What counts is the peak memory of the process beyond that of training on a run of one query.
+passages, from which the docno's number selects the text. A cross-encoder with random weights, or the small PE-Rank with
+its encoder, is trained for three steps from a teacher's file with the same rows. Each training run has a process of its
+own. The result is the peak memory of this process minus the peak memory of training on a run of one query.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def write_model(folder: Path) -> None:
 
 
 class Texts(Mapping[str, str]):
-    """10,000 passages of some 60 words; any docno finds one of them."""
+    """10,000 passages of some 60 words each, one of which is selected for any docno."""
 
     def __init__(self) -> None:
         chosen = random.Random(0)
@@ -122,7 +122,7 @@ class Topics(Texts):
 
 
 def trained(source: str, folder: Path, rows: int) -> tuple[int, float]:
-    """The peak memory of this process in bytes after training, and the CPU seconds of the training."""
+    """Train once. Returns the peak memory of this process in bytes, and the CPU seconds of training."""
     import torch
 
     from pyterrier_lit import CrossEncoder, PERank

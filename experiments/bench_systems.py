@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-Run = Callable[[], list[list[float]]]  # scores of each query's passages
+Run = Callable[[], list[list[float]]]  # returns the scores of each query's passages
 IDENTIFIER = 1.32  # tokens of an identifier, on average over 100 passages
 ANSWER = 20  # tokens of LiT5-Score's answer
 SIZE, STRIDE = 20, 10  # of PE-Rank's windows
@@ -40,7 +40,7 @@ def main() -> None:
             answer = cost(run) if line.strip() == "cost" else timed(run)
         except ImportError as error:
             answer = {"not run": str(error)}
-        except Exception as error:  # sentence-transformers raises it bare where a backend is not installed
+        except Exception as error:  # sentence-transformers raises a plain Exception if a backend is not installed
             if type(error) is not Exception:
                 raise
             answer = {"not run": str(error)}
@@ -56,7 +56,7 @@ def timed(run: Run) -> dict[str, Any]:
 
 
 def peak() -> float:
-    """The peak memory of this process in GB. Its `ru_maxrss` would include what its parent held when it started it."""
+    """The peak memory of this process in GB. `ru_maxrss` would include the memory of the process that started it."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 2**20
 
@@ -167,7 +167,7 @@ def sentence_transformers(backend: str, int8: bool = False) -> Callable[[Path, d
 
 
 def options(backend: str, work: dict) -> dict[str, Any]:
-    """The settings of a backend: threads, and for OpenVINO the precision, which it would otherwise choose itself."""
+    """The settings of a backend: threads, and for OpenVINO the precision, which OpenVINO would otherwise choose."""
     if backend == "openvino":
         precision = {"float32": "f32", "bfloat16": "bf16"}[work["dtype"]]
         return {"ov_config": {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work["threads"]}}
@@ -181,7 +181,7 @@ def options(backend: str, work: dict) -> dict[str, Any]:
 
 
 def quantise(model: Any, pairs: list[tuple[str, str]]) -> None:
-    """Quantise to int8 in OpenVINO's own way: weights and activations, with ranges from these pairs."""
+    """Quantise weights and activations to int8 in OpenVINO's own way. These pairs provide the ranges of activations."""
     import nncf
 
     samples = [
@@ -199,7 +199,7 @@ def quantise(model: Any, pairs: list[tuple[str, str]]) -> None:
 def library_t5(folder: Path, work: dict) -> Run:
     """transformers' T5 and `generate` with its caches over LiT5's prompts, padded to 150 tokens, one query at a time.
 
-    Its orders are not compared, since its decoding is not constrained. For LiT5-Score it also returns the
+    Its orders are not compared, since its decoding is not constrained. For LiT5-Score, `generate` also returns the
     cross-attention.
     """
     from transformers.modeling_outputs import BaseModelOutput
@@ -254,8 +254,8 @@ def rank_llm(folder: Path, work: dict) -> Run:
 
 
 def procedure(folder: Path, work: dict) -> Run:
-    """PE-Rank as in its published code: one window at a time, its passages encoded again, n + 1 forward passes with a
-    KV cache, and logits over the whole vocabulary at every position."""
+    """PE-Rank as in its published code: one window at a time. For each window of n passages, the passages are encoded
+    again, and n + 1 forward passes with a KV cache compute logits over the whole vocabulary at every position."""
     from pyterrier_lit.windows import sliding_windows
 
     reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
@@ -299,7 +299,7 @@ def procedure(folder: Path, work: dict) -> Run:
 
 def passages_as_text(folder: Path, work: dict) -> Run:
     """A listwise reranker over the texts that PE-Rank compresses. It generates as many tokens as a correct answer has,
-    since random weights do not generate one."""
+    since a model with random weights generates no correct answer."""
     from pyterrier_lit.windows import sliding_windows
 
     reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
@@ -338,8 +338,8 @@ def text_prompt(tokenizer: Any, query: str, texts: list[str]) -> list[int]:
 
 
 def read_on(body: Any, cache: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """The hidden states of new inputs after those in the KV cache, and the longer cache. The argument's name differs
-    between versions of transformers."""
+    """The hidden states of new inputs after those in the KV cache, and the extended cache. The name of the cache
+    argument differs between versions of transformers."""
     name = "cache" if "cache" in inspect.signature(type(body).forward).parameters else "past_key_values"
     read = body(**inputs, **{name: cache}, use_cache=True)
     return read.last_hidden_state[0], read[name]

@@ -30,9 +30,9 @@ MISTRAL = {
     "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8,
     "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
 }  # fmt: skip
-PROMPT_TOKENS = 108.8  # of a LiT5 prompt on TREC DL 2019 with T5's own vocabulary
+PROMPT_TOKENS = 108.8  # mean length of a LiT5 prompt on TREC DL 2019 with T5's own vocabulary
 PASSAGE_TOKENS = (
-    100  # about, with Mistral's own vocabulary: rank_llm's 9 windows of 20 have 19,724 tokens a query of TREC DL 2019
+    100  # roughly, with Mistral's vocabulary: rank_llm's 9 windows of 20 have 19,724 tokens a query on TREC DL 2019
 )
 
 
@@ -51,8 +51,8 @@ def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[li
 
 
 def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[str], list[list[str]]]:
-    """The first `queries` queries of a collection that have this many passages in its run or by BM25, and their
-    passages."""
+    """The first `queries` queries of a collection that have this many passages, and these passages. They are those of
+    the collection's run, or BM25's if it has no run."""
     collection = corpora.load(data)
     loader = collection.text_loader()
     if collection.run is None:
@@ -76,8 +76,8 @@ def make_classifier(folder: Path, shape: dict[str, int]) -> None:
 
 
 def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """A T5. Returns the passages, shortened so that the tests' vocabulary makes prompts as long as T5's own would
-    be."""
+    """A T5. Returns the passages, shortened so that prompts have as many tokens with the tests' vocabulary as whole
+    passages have with T5's own."""
     network = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE))
     network.to(torch.bfloat16).save_pretrained(folder)
     shutil.copy(GOLDEN / "lit5" / "tiny-random" / "spiece.model", folder)
@@ -95,7 +95,7 @@ def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list
 def cut(
     queries: list[str], passages: list[list[str]], lengths: Callable[[str, list[str]], list[int]], wanted: float
 ) -> list[list[str]]:
-    """Keep the same share of all passages, so that their mean length is `wanted`."""
+    """Shorten all passages to the same share of their characters, such that the mean of `lengths` is `wanted`."""
     low, high = 0.0, 1.0
     for _ in range(12):  # halves the interval of the share
         share = (low + high) / 2
@@ -106,9 +106,9 @@ def cut(
 
 
 def make_language_model(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """A Mistral for PE-Rank, and a BERT that encodes passages; it is as small next to the Mistral as Jina's encoder
-    next to Mistral-7B. Returns the passages, shortened so that the tests' vocabulary gives the lengths that Mistral's
-    own would."""
+    """A Mistral for PE-Rank, and a BERT that encodes passages; it is as small compared with the Mistral as Jina's
+    encoder compared with Mistral-7B. Returns the passages, shortened so that they have as many tokens with the tests'
+    vocabulary as whole passages have with Mistral's own."""
     transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL)).save_pretrained(folder)
     shutil.copy(GOLDEN / "pe_rank" / "checkpoint" / "tokenizer.model", folder)
     fields = json.loads((GOLDEN / "pe_rank" / "checkpoint" / "tokenizer_config.json").read_text())

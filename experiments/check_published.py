@@ -1,13 +1,13 @@
-"""Checks the published checkpoints: fetches and loads them, and compares what they compute with what is known.
+"""Checks the published checkpoints: fetches and loads them, and compares their results with known values.
 
 python experiments/check_published.py --sizes                 prints how much would be fetched; fetches nothing
-python experiments/check_published.py monoelectra-base v2     checks those whose name contains one of these
+python experiments/check_published.py monoelectra-base v2     checks those whose name contains one of these words
 python experiments/check_published.py                         checks all of them
 
 Sizes are printed first, and an interrupted download resumes. Each checkpoint is tried in a process of its own, and a
-failed check does not stop the others. The report is a file that you can attach to an issue: a table of what passed,
-failed and was not run. DL19 is read as in trec_dl.ipynb: its texts are MS MARCO's, which ir_datasets fetches at first
-use (1 GB). --dl19 names a folder with the collection to read instead.
+failed check does not stop the other checks. The report is a file that you can attach to an issue: a table of the checks
+that passed, failed or were not run. DL19 is read as in trec_dl.ipynb: its texts are MS MARCO's, which ir_datasets
+fetches at first use (1 GB). --dl19 names a folder with the collection to read instead.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from pyterrier_lit.models.checkpoints import BESIDE_WEIGHTS
 from pyterrier_lit.models.errors import first_line
 from pyterrier_lit.reranker import Reranker
 
-RUNS = {"LiT5": "dl19.bm25", "Rank-DistiLLM": "dl19.bm25-terrier", "PE-Rank": "dl19.bm25"}  # DL19's BM25 of each paper
+RUNS = {"LiT5": "dl19.bm25", "Rank-DistiLLM": "dl19.bm25-terrier", "PE-Rank": "dl19.bm25"}  # each paper's BM25 on DL19
 QUERY = "why is the sky blue?"
 PASSAGES = [
     "Bread rises because yeast turns sugar into carbon dioxide.",
@@ -60,12 +60,13 @@ PASSAGES = [
     "Painters made blue from lapis lazuli, which cost more than gold.",
     "On Mars the sky is yellow by day, since its dust absorbs blue light.",
 ]
-ANSWER = 4  # the number of the passage that answers
+ANSWER = 4  # the number of the passage that answers QUERY
 COLUMNS = ["checkpoint", "check", "result", "known", "found", "seconds", "peak GB"]
 
 
 class Subject(NamedTuple):
-    """A published checkpoint: its paper, its name in published.csv, its reranker, and DL19 to rerank."""
+    """A published checkpoint: its paper, its name in published.csv, its reranker, and the collection DL19 by name or
+    folder."""
 
     paper: str
     name: str
@@ -74,7 +75,7 @@ class Subject(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What a check found, and what is known."""
+    """The outcome of a check: whether it passed, the known value, and the value that was found."""
 
     passed: bool
     known: str
@@ -126,7 +127,7 @@ def subjects(dl19: str) -> dict[str, Subject]:
 
 
 def sizes(names: Iterable[str]) -> pd.DataFrame:
-    """A row per checkpoint: how large it is, and how much of it is still to be fetched; the last row is the sum."""
+    """A row per checkpoint: its size, and how much of it is still to be fetched. The last row is the sum."""
     rows = []
     for name in names:
         try:
@@ -145,7 +146,7 @@ def sizes(names: Iterable[str]) -> pd.DataFrame:
 
 
 def bring_runs() -> None:
-    """Fetch DL19's runs and judgements (1 MB) into experiments/data, except those that are here already."""
+    """Fetch DL19's runs and judgements (1 MB) into experiments/data, except files that are already there."""
     for name in ("dl19.qrels", *dict.fromkeys(RUNS.values())):
         if not papers.find(name).exists():
             try:
@@ -155,8 +156,8 @@ def bring_runs() -> None:
 
 
 def apart(name: str, dl19: str) -> list[dict[str, Any]]:
-    """The rows of `examine`, from a process of its own: its memory is measured alone, and lack of memory kills it
-    alone."""
+    """The rows of `examine`, which runs in a process of its own. So only its own memory is measured, and lack of memory
+    kills only this process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(examine, name, dl19).result()
@@ -213,7 +214,7 @@ def row(
 
 
 def peak() -> float:
-    """Peak memory in GB: of the GPU since the last check began, or without a GPU of the process since its start."""
+    """Peak memory in GB: on a GPU since the check began, or without a GPU since the process began."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -269,7 +270,7 @@ def window(subject: Subject, size: int, stride: int) -> Finding:
 
 
 def scores(subject: Subject, tolerance: float) -> Finding:
-    """The scores that are published for single pairs, computed in float32."""
+    """The reranker's scores in float32 for the pairs whose scores are published."""
     figures = compare.published(table="known_scores", model=subject.reranker.model)
     pairs = [re.fullmatch(r"query: (.*) / passage: (.*)", pair).groups() for pair in figures["collection"]]
     exact = pt.inspect.transformer_apply_attributes(subject.reranker, dtype="float32")
@@ -281,7 +282,7 @@ def scores(subject: Subject, tolerance: float) -> Finding:
 
 
 def tokens(subject: Subject) -> Finding:
-    """The tokens of PE-Rank's prompts for a query, over DL19's topics with 100 passages each."""
+    """The tokens of PE-Rank's prompts for a query, averaged over DL19's topics with 100 passages each."""
     topics = collection(subject).get_topics()
     figures = compare.published(table="figure1", measure="processed tokens per query", model=subject.name)
     found = costs.prompt_tokens(subject.reranker, topics.loc[topics.index.repeat(100)])
@@ -290,14 +291,15 @@ def tokens(subject: Subject) -> Finding:
 
 
 def ten_passages(subject: Subject) -> Finding:
-    """The order of ten passages, for a person to look at. The check passes if the passage that answers is first."""
+    """The order of ten passages, for a person to look at. The check passes if the passage that answers the query is
+    first."""
     order = [passage["corpus_id"] + 1 for passage in subject.reranker.rank(QUERY, PASSAGES)]
     return Finding(order[0] == ANSWER, f"{ANSWER} first; look at the rest", " ".join(map(str, order)))
 
 
 def over_bm25(subject: Subject) -> Finding:
-    """nDCG@10 on DL19 over the paper's BM25. The check passes if the reranker and BM25 are within tolerance of a
-    published figure."""
+    """nDCG@10 on DL19 over the paper's BM25. The check passes if the reranker and BM25 are each within tolerance of a
+    figure that is published for it."""
     where = collection(subject)
     try:
         first = first_stages.load(str(papers.find(RUNS[subject.paper])), where, Path(), 100)
@@ -317,7 +319,7 @@ def over_bm25(subject: Subject) -> Finding:
 
 
 def public_run(name: str) -> Finding:
-    """The same for the first 100 of a public run over LiT5's BM25."""
+    """nDCG@10 on DL19 of the first 100 passages of a public run over LiT5's BM25, checked as in `over_bm25`."""
     runs = {compare.FIRST_STAGE: papers.find("dl19.bm25")} | public_runs.systems_over("dl19.bm25")
     if name not in runs:
         raise NotRun(f"its run is missing; wanted it at experiments/data/runs/dl19.bm25.{name}.txt")
@@ -329,8 +331,8 @@ def public_run(name: str) -> Finding:
 
 
 def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> dict[str, Finding]:
-    """nDCG@10 of rankings over DL19's BM25, next to what is published under the same name, if anything is. Of several
-    published figures, one is enough."""
+    """For each ranking over DL19's BM25 whose name has published figures: its nDCG@10 next to these figures. It passes
+    if one of them is within tolerance."""
     averages = pd.DataFrame(
         [(name, pt.Evaluate(frame, qrels, [nDCG @ 10])["nDCG@10"]) for name, frame in frames.items()],
         columns=["name", "nDCG@10"],
@@ -356,7 +358,7 @@ def collection(subject: Subject) -> corpora.Collection:
         raise NotRun(str(error)) from error
 
 
-CHECKS = [  # name, regular expression of checkpoints, check, what is known if published.csv lacks it
+CHECKS = [  # name, regular expression for names of checkpoints, check, its further arguments
     ("names of weights", "LiT5", weight_names),
     ("loads", "", loads),
     ("window and stride", r"LiT5-Distill-\w+-v2$", window, 100, 50),

@@ -1,7 +1,7 @@
 """Compares measured with published figures: the difference, a test against a baseline, and a tolerance.
 
 Knows tables only: no model, no collection. `published.csv` holds every figure of the papers' tables with its source and
-status, `claims.csv` what their texts say.
+status. `claims.csv` holds the figures in the papers' texts.
 """
 
 import re
@@ -16,15 +16,15 @@ KEY = ["paper", "collection", "first_stage", "depth", "model", "measure"]
 FIRST_STAGE = "first stage"  # the model of a ranking that is not reranked
 NOT_TO_BE_MATCHED = ("recalled", "erratum")  # statuses of figures that no run should match
 
-# Of nDCG and similar measures, by paper and model; the first line that fits counts. Sources: published figures that
-# differ between two evaluations of one checkpoint (LiT5's README of 2023 and 2024; Rank-DistiLLM's README and
-# notebook), and rounding.
+# (paper, model, tolerance of nDCG and similar measures). The first line whose two regular expressions match counts.
+# Sources: published figures that differ between two evaluations of one checkpoint (LiT5's README of 2023 and 2024;
+# Rank-DistiLLM's README and notebook), and rounding.
 TOLERANCES = [
     (".*", FIRST_STAGE, 0.001),  # no model: rounding, and the order of ties
     ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
     ("LiT5", ".*", 0.005),
     ("Rank-DistiLLM", ".*", 0.003),
-    ("PE-Rank", ".*", 0.005),  # none is known; LiT5's, since both run in bfloat16
+    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; LiT5's tolerance, since both run in bfloat16
 ]
 
 
@@ -43,7 +43,7 @@ def published(**where: str | Iterable[str]) -> pd.DataFrame:
 
 
 def claims() -> pd.DataFrame:
-    """What the papers claim in their texts, a row for each figure: paper, claim, value, unit, compares, where."""
+    """The papers' claims in their texts, a row for each figure. Columns: paper, claim, value, unit, compares, where."""
     return pd.read_csv(CLAIMS, keep_default_na=False)
 
 
@@ -67,8 +67,8 @@ def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stag
 
 
 def repeated(results: pd.DataFrame) -> pd.DataFrame:
-    """Merge runs of one system, "NAME #1", "NAME #2", ..., into one row: their mean, with `lowest` and `highest`,
-    without p."""
+    """Merge the runs of a system, "NAME #1", "NAME #2", ..., into one row with their mean, `lowest` and `highest`, but
+    without p. A system with one run keeps its p."""
     names = results["model"].str.replace(r" #\d+$", "", regex=True)
     groups = results.assign(model=names).groupby(KEY, sort=False)
     rows = groups.agg(
@@ -83,13 +83,13 @@ def repeated(results: pd.DataFrame) -> pd.DataFrame:
 def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     """Measured figures next to published ones, a row for each row of `results` (frames of `results`, concatenated).
 
-    tables: only these tables of `published.csv`; all their figures of the measures in `results` appear, measured or
-    not. By default, every table that has a figure of the same paper, collection, first stage, depth, model and measure.
-    The depth of a first stage is ignored.
+    tables: use only these tables of `published.csv`; all their figures of the measures in `results` appear, even those
+    that were not measured. By default, a measured figure meets every published one of the same paper, collection, first
+    stage, depth, model and measure. The depth of a first stage is ignored.
 
     Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced`, `table`, `source`,
     `status`. `reproduced` is "within" or "outside" the tolerance, and empty if there is nothing to match. With several
-    runs, a figure between their lowest and highest is within, too.
+    runs of a system, a published figure between their lowest and highest counts as "within", too.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
@@ -126,8 +126,8 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
 
 
 def progress(table: pd.DataFrame) -> pd.DataFrame:
-    """Per paper and table of published.csv: the number of cells, of measured ones, of those within and outside their
-    tolerance, and of cells that wait for a run."""
+    """For each paper and table of published.csv: the number of cells, and how many of them are measured, are within and
+    outside their tolerance, and wait for a run."""
     cells = table[table["published"].notna()].assign(
         measured=lambda rows: rows["measured"].notna(),
         within=lambda rows: rows["reproduced"] == "within",
@@ -139,7 +139,10 @@ def progress(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tolerance(paper: str, model: str, measure: str) -> float:
-    """How far a faithful reproduction may differ. nan for what depends on the machine, such as seconds and memory."""
+    """How far a faithful reproduction may differ from a published figure.
+
+    nan for measures that depend on the machine, such as seconds and memory.
+    """
     if not re.match(r"(nDCG|MAP|alpha-nDCG|R|RR|P)@\d+$", measure):
         return float("nan")
     fitting = (t for papers, models, t in TOLERANCES if re.fullmatch(papers, paper) and re.fullmatch(models, model))

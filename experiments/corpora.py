@@ -1,4 +1,4 @@
-"""Collections to experiment on: Python's own documentation, a folder of files, or anything of ir_datasets."""
+"""Collections to experiment on: Python's own documentation, a folder of files, or any dataset of ir_datasets."""
 
 import gzip
 import json
@@ -21,8 +21,8 @@ TextOf = Callable[[dict[str, Any]], str]
 class Collection(pt.datasets.Dataset):
     """Documents, topics, judgements and optionally a run, as PyTerrier datasets give them.
 
-    docs: a function that yields {docno, text}. texts: docnos -> {docno: text}. topics: qid, query. qrels: qid, docno,
-    label. run: qid, docno, score and rank (from 0), or None.
+    docs: a function that yields {docno, text}. texts: a function, docnos -> {docno: text}. The frames are topics (qid,
+    query), qrels (qid, docno, label), and run (qid, docno, score, and rank from 0), or None without a run.
     """
 
     def __init__(
@@ -78,13 +78,14 @@ class TextLoader(pt.Transformer):
 def load(name: str, text_of: TextOf | None = None) -> Collection:
     """Load a collection by its name:
 
-    * `python-docs`: Python's documentation; `python-docs/dev` and `python-docs/test` have some of its topics.
+    * `python-docs`: Python's documentation. `python-docs/dev` and `python-docs/test` have only a part of its topics.
     * `irds:ID`: a dataset of ir_datasets.
     * A folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv (qid, tab, query), qrels.txt and
       optionally run.txt, in TREC formats.
-    * A file NAME.qrels.txt[.gz]: judged queries without texts or documents.
+    * A file NAME.qrels.txt[.gz]: judgements and the ids of their queries, without query texts or documents.
 
-    text_of: makes the text of a document from its fields. None takes title and text; for ir_datasets, its default text.
+    text_of: makes the text of a document from its fields. None joins title and text, or takes ir_datasets' default text
+    of a document.
     """
     if name.split("/")[0] == "python-docs":
         docs, topics = python_docs(), read_topics(PYTHON_DOCS)
@@ -102,17 +103,17 @@ def text_alone(doc: dict[str, str]) -> str:
 
 
 def title_and_text(doc: dict[str, str]) -> str:
-    """Title, if there is one, and text, as ir_datasets joins them."""
+    """Title (if there is one) and text, joined as in ir_datasets."""
     return f"{doc['title']} {doc['text']}" if doc.get("title") else doc["text"]
 
 
 def titled_text(doc: dict[str, str]) -> str:
-    """The text of documents with a title, such as BEIR's, as PE-Rank reads it. White space is collapsed."""
+    """Title (if there is one) and text, joined as PE-Rank reads BEIR's documents. White space is collapsed."""
     return " ".join((f"Title: {doc['title']} Content: {doc['text']}" if doc.get("title") else doc["text"]).split())
 
 
 def python_docs() -> pd.DataFrame:
-    """docno, text: some 5,300 docstrings of this Python's standard library, sorted by name."""
+    """A frame (docno, text) of some 5,300 docstrings of this Python's standard library, sorted by name."""
     command = [sys.executable, "-I", "-S", "-W", "ignore", str(PYTHON_DOCS / "docstrings.py")]
     collected = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     return pd.DataFrame(json.loads(collected), columns=["docno", "text"])
@@ -121,14 +122,14 @@ def python_docs() -> pd.DataFrame:
 def in_memory(
     name: str, docs: pd.DataFrame, topics: pd.DataFrame, qrels: pd.DataFrame, run: pd.DataFrame | None = None
 ) -> Collection:
-    """A collection whose documents (docno, text) are small enough to hold."""
+    """A collection whose documents (docno, text) fit in memory."""
     records = docs.to_dict("records")
     texts = dict(zip(docs.docno, docs.text, strict=True))
     return Collection(name, lambda: records, lambda docnos: texts, topics, qrels, run)
 
 
 def judged(qrels: Path) -> Collection:
-    """The queries of judgements, without texts: enough to evaluate runs."""
+    """A collection of judgements, without query texts or documents: enough to evaluate runs."""
     if not qrels.exists():
         raise FileNotFoundError(f"{qrels} is not here; wanted judgements in TREC format (qid 0 docno label)")
     labels = pt.io.read_qrels(str(qrels))

@@ -1,8 +1,9 @@
-"""Attention of few queries over many keys: on a CPU by matrix products, where the fused kernel is slow.
+"""Attention of few queries over many keys: on a CPU, by matrix products instead of the slower fused kernel.
 
 The fused kernel (`scaled_dot_product_attention`) is optimised for about as many queries as keys. A decoding step has
-only one or a few queries, for which the kernel is slow. Shapes: B the batch, H the heads of the queries, K the heads of
-keys and values (H is a multiple of K), m the number of queries, S the number of keys, d the width of a head.
+only one or a few queries, one for each new token, for which the kernel is slow. Shapes: B the batch, H the heads of the
+queries, K the heads of keys and values (H is a multiple of K), m the number of queries, S the number of keys, d the
+width of a head.
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 NAME = "few_queries"  # the name under which the library finds `_library_attention`
-# The most queries for which matrix products were not slower, on CPUs with and without AVX512-BF16 (bench.py). The fused
-# kernel reads keys that several heads share once for each of these heads.
+# The largest numbers of queries for which matrix products were not slower than the fused kernel, on CPUs with and
+# without AVX512-BF16 (bench.py). If several heads share keys, the fused kernel reads the keys again for each head.
 FEW, FEW_WITH_SHARED_KEYS = 4, 16
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -26,7 +27,7 @@ def attend(
 ) -> torch.Tensor:
     """query (B, H, m, d), keys and values (B, H, S, d) -> (B, H, m, d), by the faster kernel for m queries.
 
-    mask: as `attention_weights` takes it. scale: None is d ** -0.5.
+    mask: as in `attention_weights`. scale: None means d ** -0.5.
     """
     if not _few(query, keys):
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
@@ -56,7 +57,10 @@ def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def use_for_few_queries(model: Any) -> None:
-    """Make a model of the library that uses the fused kernel choose its kernel by `attend` in each pass."""
+    """Let a model of transformers choose between the fused kernel and matrix products in each pass, as `attend` does.
+
+    A model that does not use the fused kernel is unchanged.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -1,4 +1,4 @@
-"""Checkpoints: hub id or folder -> config, weights and tokenizer; and back. Errors say what to do."""
+"""Reads checkpoints (config, weights, tokenizer) from a hub id or a folder, and writes them. Errors say what to do."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # one of these must exi
 ADAPTER = "adapter_config.json"
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # fetched from the hub with the weights
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# Further files in a checkpoint's folder that are read
+# The files in a checkpoint's folder that may be read
 FILES = (
     *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -36,7 +36,7 @@ FILES = (
 
 
 class Folder:
-    """The files of a checkpoint. Each is read on access, and errors name the file that is missing or damaged.
+    """The files of a checkpoint, each of which is read on access. Errors name the file that is missing or damaged.
 
     Methods raise FileNotFoundError for a missing file, and ValueError for one that cannot be read.
     """
@@ -66,8 +66,8 @@ class Folder:
         """All tensors by name, on the CPU in their stored dtype: from safetensors, else from pytorch_model*.bin.
 
         They are copies: safetensors maps its file into memory, so overwriting the file would change a loaded model.
-        Copying 1 GB takes 0.7 seconds, of which reading the mapped file would take 0.5 in any case; the peak is 2 GB of
-        memory.
+        Copying 1 GB takes 0.7 seconds, 0.5 of which would be needed without a copy, to read the mapped file. The peak
+        is 2 GB of memory.
         """
         weights: Weights = {}
         for file in _weight_files(self):
@@ -81,7 +81,7 @@ class Folder:
         return weights
 
     def weight(self, name: str) -> torch.Tensor | None:
-        """One tensor, or None if it does not exist; from safetensors, no other tensor is read."""
+        """One tensor, or None if it does not exist. From a safetensors file, no other tensor is read."""
         for file in _weight_files(self):
             if file.suffix != ".safetensors":
                 return self.weights().get(name)
@@ -98,7 +98,8 @@ class Folder:
     def library_tokenizer(self, kind: str | None = None) -> "PreTrainedTokenizerFast":
         """The library's tokenizer for the folder: its vocabulary with the class and settings of tokenizer_config.json.
 
-        kind: the model type ("bert", ...) whose tokenizer class is used if the folder names none of the library's.
+        kind: the model type ("bert", ...) whose tokenizer class is used if tokenizer_config.json names no class of the
+        library, and there is no tokenizer.json.
         Raises ValueError for a class that needs code in the checkpoint, or that does not run in the `tokenizers`
         package.
         """
@@ -148,7 +149,7 @@ class Folder:
         tokenizer.backend_tokenizer.encode("\u2603")
 
     def check_vocabulary(self) -> None:
-        """Raise FileNotFoundError without a vocabulary: transformers would build an empty tokenizer."""
+        """Raise FileNotFoundError for a folder without a vocabulary: transformers would build an empty tokenizer."""
         if not any(found for name in VOCABULARIES for found in self.path.glob(name)):
             raise self.missing("tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
 
@@ -166,7 +167,7 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
     revision: a branch, tag or commit on the hub; None is its main branch.
 
     Raises FileNotFoundError when the checkpoint is neither a folder nor on the hub, with advice for a machine without a
-    network, and ValueError for a revision of a folder.
+    network. Raises ValueError when `model` is a folder and a revision is given.
     """
     if revision is not None and not (isinstance(revision, str) and revision):
         raise ValueError(f"revision={revision!r}; wanted the name of a branch, a tag or a commit on the hub")
@@ -248,9 +249,9 @@ def save_json(file: Path, fields: dict[str, Any]) -> None:
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
     """Save a checkpoint: `fill` writes into a new folder, whose files are moved to `path` only when all are complete.
 
-    Until then, an older checkpoint at `path` is unchanged. Its files that the new checkpoint does not have are then
-    removed, since loading would read them. Files that are not part of a checkpoint stay. Raises OSError when the
-    checkpoint cannot be written, for example on a full disk.
+    Until then, an older checkpoint at `path` is unchanged. Afterwards, files of the older checkpoint that the new one
+    does not have are removed, since loading would read them. Files that are not part of a checkpoint stay. Raises
+    OSError when the checkpoint cannot be written, for example on a full disk.
     """
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     """The requested dtype; None is bfloat16 on a GPU that supports it, else float32.
 
     "auto" is bfloat16 also on a CPU that supports it (AVX512-BF16 or AMX). Raises ValueError for any dtype except
-    float32, bfloat16 and float16.
+    float32, bfloat16, float16 and float64.
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         native = _computes_in_bfloat16(device) and (device.type == "cuda" or dtype == "auto")
@@ -68,7 +68,7 @@ def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
         for network in networks
         for weight in network.parameters()
     }
-    copied = copy.deepcopy(checkpoint, copies)  # uses these in place of the weights
+    copied = copy.deepcopy(checkpoint, copies)  # uses these copies in place of the weights
     for part in (copied, getattr(copied, "encoder", None)):
         if part is not None:
             part.network.to(device)

@@ -1,8 +1,8 @@
 """Converts a cross-encoder of lightning-ir to a sequence classifier of the library with the same scores.
 
-The library's classifiers have two layers with a nonlinearity on the state of the first token, where lightning-ir has w
-. h + b. Their weights are set so that they compute a linear function: for ELECTRA by GELU(x) - GELU(-x) = x, for BERT
-by tanh(e x) / e = x - e^2 x^3 / 3 + ... with a small e.
+Let h be the state of the first token. lightning-ir's score is w . h + b. The library's classifiers apply two layers to
+h, with a nonlinearity between them. The weights of both layers are set so that together they compute w . h + b: for
+ELECTRA by GELU(x) - GELU(-x) = x, for BERT by tanh(e x) / e = x - e^2 x^3 / 3 + ... with a small e.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from pyterrier_lit.models.library import NO_SHAPE, Weights, library_model
 from pyterrier_lit.models.pair_encoder import IDENTITY, PairCheckpoint
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
 
-SCALE = 2.0**-13  # e: changes a score of 20 by 4e-5; multiplying a weight by a power of two is exact
+SCALE = 2.0**-13  # e: it changes a score of 20 by 4e-5; multiplying a weight by a power of two is exact
 READS = ["input_ids", "token_type_ids", "attention_mask"]
 NAMED = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) -> PairCheckpoint:
-    """The checkpoint as a classifier with one label: a BERT, or an ELECTRA where the embeddings are projected.
+    """The checkpoint as a classifier with one label: an ELECTRA if its embeddings are projected, else a BERT.
 
-    lengths: maximum tokens of a query and of a passage; their sum limits the pair. A checkpoint that is a classifier
-    already is returned unchanged. Raises ValueError where the score is not a linear function of the first token's
-    state.
+    lengths: maximum tokens of a query and of a passage; their sum, with the special tokens, limits the pair. A
+    checkpoint that is a classifier already is returned unchanged. Raises ValueError where the score is not a linear
+    function of the first token's state.
     """
     network = checkpoint.network
     if isinstance(network, LabelScorer):

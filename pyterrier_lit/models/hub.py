@@ -41,9 +41,9 @@ def card(
 ) -> str:
     """The text of a checkpoint's model card.
 
-    name: of its folder. kind: its class in this package. about: a sentence on that class. base_model: a hub id, or
-    None. facts: recorded settings. trainings: facts on each training run. earlier: the section on training runs of an
-    older card. classifier: whether transformers can load the checkpoint.
+    name: the name of its folder. kind: its class in this package. about: a sentence about this class. base_model: a hub
+    id, or None. facts: recorded settings. trainings: facts about each new training run. earlier: the training section
+    of an older card, which comes before them. classifier: whether transformers can load the checkpoint.
     """
     from huggingface_hub import ModelCardData
 
@@ -72,7 +72,10 @@ pipeline = first_stage % 100 >> {kind}("{name}")  # after any first stage of PyT
 
 
 def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
-    """The card of the same checkpoint under another name, optionally in the layout of transformers."""
+    """A card after its checkpoint is renamed from `old` to `new`. A card that `save` did not write is unchanged.
+
+    classifier: whether transformers can load the renamed checkpoint, which the card then says.
+    """
     from huggingface_hub import ModelCard
 
     if MARK in text:
@@ -85,8 +88,8 @@ def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
 
 
 def in_place_of(text: str, before: str) -> str | None:
-    """The card that replaces an earlier one and keeps its license and language; None if the earlier card is the user's
-    own."""
+    """The card `text`, with the license and language of the card `before` that it replaces. None if `before` is the
+    user's own card, which must not be replaced."""
     from huggingface_hub import ModelCard
 
     if MARK not in before:
@@ -126,11 +129,11 @@ def is_hub_id(model: object) -> bool:
 def push(
     folder: Path, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
 ) -> str:
-    """Upload the files of a checkpoint's folder to a repository on the hub, created if necessary. Returns the commit's
-    id.
+    """Upload the files of a checkpoint's folder to a repository on the hub. Returns the commit's id.
 
-    revision: the branch, created if necessary; None is main. A card in the repository that `save` did not write is
-    kept, as are files that do not belong to a checkpoint. Raises OSError with the message of the hub's client.
+    Repository and branch are created if necessary. revision: the branch; None is main. A card in the repository that
+    `save` did not write is kept, as are files that do not belong to a checkpoint. Raises OSError with the message of
+    the hub's client.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError

@@ -18,8 +18,8 @@ NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # names of layer
 _OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that do not affect the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-# Fields that would let a checkpoint choose how the library runs: code, kernels, packing and outputs. Names that begin
-# with _ are also ignored
+# Fields that would let a checkpoint choose how the library runs: its code, kernels, quantisation, distribution and
+# outputs. Fields whose names begin with _ are also ignored
 NOT_HANDED_ON = (
     *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
     *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
@@ -41,10 +41,9 @@ def library_config(config: dict[str, Any], config_class: type) -> Any:
 
 
 def auto_config(config: dict[str, Any], kind: str) -> Any:
-    """`library_config` for a model_type, including its own fields. Raises KeyError for a model_type that the library
-    lacks.
+    """Like `library_config`, for a model_type; fields that are not among its class's defaults are passed too.
 
-    References to code in the config are ignored.
+    References to code in the config are ignored. Raises KeyError for a model_type that the library lacks.
     """
     from transformers import CONFIG_MAPPING
 
@@ -65,8 +64,8 @@ def handed_on(config: dict[str, Any]) -> dict[str, Any]:
 def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights, source: str) -> Network:
     """The network that `make` builds from a config.json, on the CPU, before its weights are loaded.
 
-    Raises ValueError, before anything is allocated, where it would have more layers or far more parameters than the
-    weights.
+    Raises ValueError, before anything is allocated, if the network would have more layers than there are weights, or
+    far more parameters than the weights contain.
     """
     check_size(make, config, weights, source)
     with torch.device("cpu"):
@@ -74,7 +73,7 @@ def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights,
 
 
 def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: Weights, source: str) -> None:
-    """The check of `build`."""
+    """Raise the ValueError of `build`."""
     check_layers(config, weights, source)
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in make().parameters())
@@ -84,7 +83,11 @@ def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: W
 
 
 def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
-    """The part of the check that needs no network: building a million layers, even without memory, would take hours."""
+    """Raise ValueError if the config has more layers than there are weights.
+
+    `check_size` does this before it builds the network: building a million layers, even without memory, would take
+    hours.
+    """
     for name, value in config.items():
         if isinstance(value, dict):
             check_layers(value, weights, source)
@@ -121,7 +124,7 @@ def library_model(
 
 
 def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """The body of a model of the library; the weights may include those of a head. Raises what `library_model` does."""
+    """The body of a model of the library. The weights may include a head's. Raises the errors of `library_model`."""
     from transformers import MODEL_MAPPING
 
     model, found = _library_model(MODEL_MAPPING, config, str(config.get("model_type")), weights, source, dtype)
@@ -132,7 +135,7 @@ def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: t
 def library_student(config: dict[str, Any], weights: Weights, source: str) -> "PreTrainedModel":
     """The library's sequence classifier on a pre-trained body. Missing weights of the head are initialised at random.
 
-    Raises what `library_model` does for the weights of the body.
+    Raises the errors of `library_model` for the weights of the body.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -176,7 +179,7 @@ def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> No
 
 
 def positions(network: nn.Module) -> int | None:
-    """The maximum input length in tokens by a network's position table, or None without one."""
+    """The maximum input length in tokens that a network's position table allows, or None without such a table."""
     counts = [
         # RoBERTa's positions start after its padding index
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -187,10 +190,10 @@ def positions(network: nn.Module) -> int | None:
 
 
 def position_limit(config: Any) -> float:
-    """The maximum input length of a language model in tokens, by its library config.
+    """The maximum input length of a language model in tokens, according to its configuration.
 
     Some rotary embeddings change for the whole batch when one input exceeds a certain length. Such lengths are
-    excluded, so that an order does not depend on the other prompts in the batch.
+    excluded, so that a ranking does not depend on the other prompts in the batch.
     """
     limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -201,8 +204,8 @@ def position_limit(config: Any) -> float:
 
 
 def today(weights: Weights) -> Weights:
-    """Weights under their current names: layer norms used to be named gamma and beta, and positions were saved as a
-    buffer."""
+    """Weights under their current names. The weights of layer norms used to be named gamma and beta. Positions used to
+    be saved as a buffer, which is left out."""
     kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
     return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
 

@@ -21,8 +21,8 @@ V2 = re.compile(r"(?<![a-z0-9])v2(?![a-z0-9])", re.IGNORECASE)
 def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpoint]:
     """The function that loads trained checkpoints of LiT5Distill or of LiT5Score.
 
-    It raises ValueError for a checkpoint that `save` recorded as the other reranker's, and warns if only the name says
-    so.
+    It raises ValueError for a checkpoint that `save` recorded as the other reranker's. It warns if only the
+    checkpoint's name is the other reranker's.
     """
 
     def read(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Checkpoint:
@@ -47,7 +47,7 @@ def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpo
 
 
 def recorded_kind(config: dict[str, Any]) -> str | None:
-    """The reranker that `save` recorded. Earlier versions recorded only its settings."""
+    """The reranker that `save` recorded, or None. Earlier versions recorded only its settings, which identify it."""
     if isinstance(config.get("reranker"), str):
         return str(config["reranker"])
     lengths = config.get("lengths")
@@ -57,21 +57,21 @@ def recorded_kind(config: dict[str, Any]) -> str | None:
 
 
 def named_kind(place: str) -> str | None:
-    """The reranker that a path or hub id names; its last part with a name counts."""
+    """The reranker that a path or hub id names, or None. Of several names, the last one counts."""
     found = NAME.findall(place)
     return f"LiT5{found[-1].capitalize()}" if found else None
 
 
 def came_from(config: dict[str, Any]) -> str:
-    """The source of a checkpoint that the library recorded when it saved it again."""
+    """The path or hub id from which the library had loaded a checkpoint when it saved it, or "" if it is unknown."""
     return str(config.get("_name_or_path", ""))
 
 
 def family(places: Iterable[str]) -> str | None:
-    """ "v1" or "v2", by the first of some paths or hub ids that tells them apart; None if none does.
+    """The family, "v1" or "v2", according to the first path or hub id that shows it; None if none does.
 
-    What counts is the text after "LiT5-Distill" in a path (also in the hub's cache, .../snapshots/HASH), or a "v2" in
-    its last part.
+    A path with "LiT5-Distill" is of "v2" if "v2" follows this name (also in the hub's cache, .../snapshots/HASH), else
+    of "v1". A path without it is of "v2" if "v2" is in its last part.
     """
     for place in places:
         *_, named = [None, *NAME.finditer(place)]

@@ -40,9 +40,9 @@ from pyterrier_lit.models.tokenization import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# The model_type of lightning-ir's cross-encoders: in 2024-05, in 2024-06, and since 2025-08
+# The model_type of lightning-ir's cross-encoders: the first two in 2024-05, the third in 2024-06, "mono" since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
-BODIES = {"electra": "Electra", "bert": "Bert"}  # of lightning-ir's cross-encoders -> the library's class prefix
+BODIES = {"electra": "Electra", "bert": "Bert"}  # body of lightning-ir's cross-encoders -> prefix of library classes
 # Without this, sentence-transformers applies a sigmoid to a single label, and high scores would tie
 IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
 POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names
@@ -64,8 +64,10 @@ class PairCheckpoint:
 
     @property
     def lengths(self) -> dict[str, int | None]:
-        """Maximum tokens of a query and of a passage: as recorded, else lightning-ir's; None truncates only the
-        pair."""
+        """Maximum tokens of a query and of a passage, as recorded in the config.
+
+        The defaults are LENGTHS in lightning-ir's format, and otherwise None: only the pair is truncated.
+        """
         default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
         return {name: self.config.get(name) or length for name, length in default.items()}
 
@@ -83,8 +85,10 @@ class PairCheckpoint:
         return next(self.network.parameters()).device
 
     def layout(self, *, special_tokens_as_text: bool = False) -> PairLayout:
-        """The layout of two texts as one input, where special tokens inside a text are control tokens or plain
-        characters."""
+        """The layout of two texts as one input.
+
+        special_tokens_as_text: whether special tokens inside a text are plain characters, instead of control tokens.
+        """
         if special_tokens_as_text not in self._layouts:
             tokenizer = self.tokenizer
             if special_tokens_as_text or self.tokenizer_config.get("split_special_tokens"):
@@ -147,8 +151,8 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
     """An untrained cross-encoder in lightning-ir's format: the body of an ELECTRA, a BERT or a cross-encoder, with a
     new head.
 
-    The head is w ~ N(0, initializer_range) from torch's generator, without bias. For other encoders, the library's
-    classifier with one label, whose head takes those weights that the checkpoint has.
+    The head is w ~ N(0, initializer_range) from torch's generator, without bias. Any other encoder becomes the
+    library's classifier with one label, whose head takes the weights that the checkpoint has, and is otherwise random.
     """
     backbone = _backbone(folder.config)
     if backbone not in BODIES:

@@ -22,7 +22,7 @@ READ_FIRST = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 class PooledScorer(nn.Module):
-    """score = w . pool(h) + b on a bare encoder; if w has two rows, the log-probability of the second."""
+    """score = w . pool(h) + b on a bare encoder. If w has two rows, the score is the log-probability of the second."""
 
     def __init__(self, body: "PreTrainedModel", *, pooling: str = "first", rows: int = 1, bias: bool = True):
         super().__init__()
@@ -40,7 +40,7 @@ class PooledScorer(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> torch.Tensor:
-        """(B, L) three times -> (B,)"""
+        """input_ids, attention_mask, token_type_ids (B, L) each -> scores (B,)"""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         states = self.body(**inputs).last_hidden_state
         pooled, bias = POOLING[self.pooling](states, attention_mask), self.linear.bias
@@ -49,7 +49,7 @@ class PooledScorer(nn.Module):
         return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(-1)[:, 1]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights under lightning-ir's names since 2025-08. Returns the fields of config.json."""
+        """Write the weights under the names that lightning-ir uses since 2025-08. Returns the fields of config.json."""
         save_weights(folder, {name.removeprefix("body."): tensor for name, tensor in self.state_dict().items()})
         backbone = config["backbone_model_type"]
         return {key: value for key, value in config.items() if key != "auto_map"} | {
@@ -96,7 +96,7 @@ class LabelScorer(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> torch.Tensor:
-        """(B, L) three times -> (B,)"""
+        """input_ids, attention_mask, token_type_ids (B, L) each -> scores (B,)"""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {"token_type_ids": token_type_ids} if self.reads_types else {}
         logits = self._logits(inputs).float()
@@ -115,8 +115,8 @@ class LabelScorer(nn.Module):
             logits: torch.Tensor = self.model(**inputs).logits
             return logits
         lengths = inputs["attention_mask"].sum(1)
-        # Encoder-decoders predict the class at the last end token, and require equally many of them in each input of a
-        # batch; texts may contain some
+        # Encoder-decoders predict the class at the last end token, and require the same number of end tokens in each
+        # input of a batch; texts may contain end tokens, too
         alike = lengths if self.reads_padding else (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
         groups = [(alike == value).nonzero()[:, 0] for value in alike.unique()]
         parts = [
@@ -135,8 +135,8 @@ def end_at_first_token(body: Any) -> None:
     """Let the last layer of a BERT-like encoder compute only the state of the first token: (B, 1, H) instead of (B, L,
     H).
 
-    All tokens still provide keys and values; query, feed-forward and norms are computed for one row. Not used in
-    training.
+    All tokens still provide keys and values; query, feed-forward and norms are computed for the first token only. In
+    training, the layer is unchanged.
     """
     layer = body.encoder.layer[-1]
     layer.forward = functools.partial(_first_state, layer)

@@ -16,9 +16,9 @@ Pair = tuple[list[int], list[int]]  # the token ids of a query, the token ids of
 class Pieces(NamedTuple):
     """The tokens of a text, without special tokens around them."""
 
-    ids: list[int]  # truncated to the longest input
-    total: int  # the number of tokens, after truncation to a length
-    cut: bool  # whether it was truncated
+    ids: list[int]  # truncated to `length` (see `PairLayout.pieces`), and then to the maximum input length
+    total: int  # the number of tokens after the first truncation
+    cut: bool  # whether `length` truncated the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Reading:
     """How a checkpoint reads two texts, in addition to the special tokens of its tokenizer.
 
     Args:
-        limit: maximum input length in tokens; None has no limit.
-        types: the number of token types of the model; None keeps those of the tokenizer.
-        prompt: a text before each query.
+        limit: maximum input length in tokens; None is unlimited.
+        types: the number of token types of the model, to which the tokenizer's types are limited; None keeps them all.
+        prompt: a text that is put before each query.
         clean_up: truncate as lightning-ir does, via decoded text (`do n't` becomes `don't` after truncation).
         truncation_side, padding_side: "left" or "right".
     """
@@ -71,17 +71,17 @@ class PairLayout:
         self._ts = {id for piece, id in vocabulary.items() if piece.startswith("t")}
 
     def queries(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """The first `length` tokens of each query after the checkpoint's prompt; None keeps all."""
+        """The tokens of each query, with the checkpoint's prompt before it, truncated to `length`; None keeps all."""
         return self.pieces([self.reading.prompt + text for text in texts], length)
 
     def pieces(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """The first `length` tokens of each text; None keeps all."""
+        """The tokens of each text, truncated to `length`; None keeps all."""
         return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: Pieces, passage: Pieces) -> Pair:
-        """Truncate a pair to the limit: the longer side first, until both have half, as `tokenizers` does.
+        """Truncate a pair to the maximum input length as `tokenizers` does: the longer text first, until each has half.
 
-        With an odd number of tokens, the longer side keeps one more, or the passage if they are equal.
+        If the number of tokens is odd, the longer text keeps one more, or the passage if both are equally long.
         """
         if self.reading.limit is None:
             return query.ids, passage.ids
@@ -123,7 +123,8 @@ class PairLayout:
         return ids[:count] if self.reading.truncation_side == "right" else ids[len(ids) - count :]
 
     def _cleaned(self, ids: list[int]) -> list[int]:
-        """lightning-ir truncates via decoded text, and decoding joins a separate n't to the word before it."""
+        """Decode and encode the ids, as lightning-ir's truncation does; this joins a separate n't to the word before
+        it."""
         if not (self.reading.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
             return ids
         from transformers import PreTrainedTokenizerFast

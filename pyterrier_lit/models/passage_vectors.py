@@ -10,7 +10,8 @@ from torch.nn import functional as F
 def distinct(
     keys: Sequence[Sequence[Any]], docnos: Sequence[Sequence[Any]]
 ) -> tuple[list[Any], list[Any], list[list[int]]]:
-    """The distinct keys in Q lists of passages, a docno for each key, and for each list the rows of its passages."""
+    """Q lists with a key and a docno for each passage -> the distinct keys, a docno for each distinct key, and for each
+    list the indices of its passages' keys among the distinct keys."""
     docno_of = {
         key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)
     }
@@ -42,8 +43,8 @@ def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
 def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
     """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. ValueError names missing docnos.
 
-    Each index position is mapped back to a docno to check it: for an unknown docno, some indexes return -1 (the last
-    vector), some the position of another docno ("d01" for "d1"), and some raise an error.
+    Each index position is mapped back to a docno to check it. For an unknown docno, some indexes return -1, which would
+    be the last vector; some return the position of another docno ("d01" for "d1"), and some raise an error.
     """
     if not hasattr(index, "payload"):
         raise TypeError(

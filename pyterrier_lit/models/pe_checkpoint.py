@@ -25,20 +25,20 @@ from pyterrier_lit.models.text_encoder import TextEncoder, bare, read_text_encod
 from pyterrier_lit.models.tokenization import no_panic
 from pyterrier_lit.models.vector_lm import VectorLM, projector
 
-ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # prefixes of the names of their weights
+ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # prefixes of their weights' names
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
 KIND = "embed_"  # prefix of the language model's model_type
 
 
 @dataclasses.dataclass(eq=False)
 class PERankCheckpoint:
-    """A PE-Rank in memory."""
+    """A PE-Rank model in memory."""
 
     network: VectorLM
     prompter: Prompter
     config: dict[str, Any]  # config.json
     folder: Folder
-    encoder_weights: Weights  # of the encoder inside, which is built on first use
+    encoder_weights: Weights  # of the encoder inside the checkpoint, which is built from them on first use
     encoder: TextEncoder | None = None
 
     @property
@@ -82,7 +82,7 @@ class PERankCheckpoint:
         return position_limit(self.network.body.config)
 
     def text_encoder(self) -> TextEncoder:
-        """The encoder inside the checkpoint, built on first use, since it is not needed for given vectors."""
+        """The encoder inside the checkpoint. It is built on first use, since given vectors do not need it."""
         if self.encoder is None:
             self.encoder = _inner_encoder(self)
         return self.encoder
@@ -103,7 +103,7 @@ class PERankCheckpoint:
     def save(self, folder: Path) -> None:
         """Write config, weights and tokenizers into an existing folder, including those of the encoder.
 
-        If the encoder's files are not available, a warning says so, and the folder only refers to them by name.
+        If the encoder's files are not available, a warning says so, and the folder only names the encoder.
         """
         if self.encoder_weights:
             try:
@@ -137,7 +137,7 @@ def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PE
     body_weights = {name.removeprefix("model."): w for name, w in weights.items() if not name.startswith(others)}
     kind = kind.removeprefix(KIND)
     _check_kind(folder, kind)
-    # Its position tables stay in float32, regardless of the dtype
+    # The body's position tables stay in float32, regardless of the dtype
     body = library_model(transformers.MODEL_MAPPING, folder.config, kind, body_weights, str(folder), dtype)
     hidden = body.config.hidden_size
     config = {"embedding_size": hidden} | folder.config
@@ -166,7 +166,7 @@ def new_pe_rank(
         encoder_name: hub id or folder of the passage encoder, such as sentence-transformers/all-MiniLM-L6-v2.
         encoder_pooling: the pooling of its states into a vector: "mean", "cls" or "last_token".
         embedding_size: the dimension of the vectors, if no encoder is given.
-        projector_type: "linear", "mlp2x_gelu" (with any number in place of 2) or "identity".
+        projector_type: "linear", "mlp2x_gelu" (with any digit from 1 to 9 in place of 2) or "identity".
     """
     encoder, encoder_weights = None, {}
     if encoder_name:
@@ -198,8 +198,10 @@ def new_pe_rank(
 
 
 def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
-    """The encoder inside a checkpoint: its weights from the checkpoint; its config and tokenizer from `encoder_name`,
-    or from the checkpoint if `save` wrote it."""
+    """Build the encoder inside a checkpoint from the weights in the checkpoint.
+
+    Config and tokenizer come from the checkpoint if `save` wrote them there, else from the encoder that it names.
+    """
     folder, name = checkpoint.folder, checkpoint.config.get("encoder_name")
     if not checkpoint.encoder_weights:
         raise ValueError(

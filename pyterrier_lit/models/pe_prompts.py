@@ -80,8 +80,8 @@ class ChatPrompter:
         return whole, len(asked)
 
     def _cleaned(self, text: str) -> str:
-        """A passage, cleaned as in the reference: single spaces, and no [12] that could be mistaken for an
-        identifier."""
+        """A passage, cleaned as in the reference: no white space around it, and (12) for [12], which could be mistaken
+        for an identifier."""
         return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
 
     def _neutral(self, text: str) -> str:
@@ -90,7 +90,7 @@ class ChatPrompter:
 
 
 class Prompter(ChatPrompter):
-    """Builds prompts with vectors for a tokenizer that has the token <PLACEHOLDER>."""
+    """Builds prompts with placeholders for vectors, for a tokenizer that has the token <PLACEHOLDER>."""
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)
@@ -99,9 +99,10 @@ class Prompter(ChatPrompter):
         self.rank = special.get(RANK)
 
     def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
-        """The token ids of the prompt for each query and its n passages. texts: those of all passages, or None.
+        """The token ids of the prompt for each query and its n passages.
 
-        Raises ValueError where a prompt does not have exactly one placeholder per passage.
+        texts: for each query the texts of its n passages, or an empty list for a prompt without texts. Raises
+        ValueError where a prompt does not have exactly one placeholder per passage.
         """
         prompts = self.tokenized(queries, [shown or [None] * n for shown, n in zip(texts, counts, strict=True)])
         for ids, query, n in zip(prompts, queries, counts, strict=True):
@@ -122,8 +123,8 @@ class Prompter(ChatPrompter):
         return [{"role": "user", "content": content}]
 
     def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
-        """For stage 1: a prompt with a passage's placeholder, and the answer, its text. The wording is not the
-        paper's."""
+        """For alignment (training stage 1): a prompt with a passage's placeholder, and as its answer the passage's
+        text. The wording is not the paper's."""
         content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
         return [{"role": "user", "content": content}], self._neutral(text.strip())
 
@@ -143,8 +144,8 @@ class TextPrompter(ChatPrompter):
         return " > ".join(f"[{position + 1}]" for position in order)
 
     def identifiers(self, n: int) -> tuple[list[int], list[list[int]]]:
-        """The token ids of the start of an answer, "[", and of each of n identifiers up to the start of the next: "1] >
-        [", "2] > [", ...
+        """The token ids of the start of an answer, "[", and for each of n identifiers its token ids up to the start of
+        the next identifier: those of "1] > [", "2] > [", ...
 
         Raises ValueError where the tokenizer splits an answer in another way.
         """
@@ -173,7 +174,7 @@ class TextPrompter(ChatPrompter):
 def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prompter:
     """The tokenizer and the chat template of a folder. ValueError where they do not belong to a PE-Rank model.
 
-    vocab_size: of the model. add: add PE-Rank's two tokens.
+    vocab_size: the model's. add: whether to add PE-Rank's two tokens to the tokenizer.
     """
     tokenizer = _read_tokenizer(folder)
     if add:
@@ -216,8 +217,11 @@ def _try(folder: Folder, render: Callable[[], str]) -> None:
 
 
 def _read_tokenizer(folder: Folder) -> Any:
-    """The library's tokenizer, from tokenizer.json if that exists. transformers 5 would rebuild it with the class that
-    tokenizer_config.json names, or for Mistral with another class, which gives other ids."""
+    """The library's tokenizer, from tokenizer.json if that exists.
+
+    By itself, transformers 5 would rebuild the tokenizer with the class that tokenizer_config.json names, or for
+    Mistral with another class, and it would then give other token ids.
+    """
     import transformers
 
     folder.check_vocabulary()

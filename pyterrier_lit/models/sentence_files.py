@@ -8,16 +8,16 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-# The known settings in READING, and those of how texts are processed
+# The settings that are supported: in READING, and under "text" in its field PROCESSING
 KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
 PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
 
 
 @dataclasses.dataclass(frozen=True)
 class SentenceFiles:
-    """Their settings for reading texts: a prompt before each query, the maximum input length in tokens, lower case.
+    """The settings in these files: a prompt before each query, the maximum input length, whether texts are lower-cased.
 
-    chat: whether the tokenizer's chat template joins two texts, if it has placeholders for them.
+    max_length: in tokens. chat: whether the tokenizer's chat template joins two texts, if it has placeholders for them.
     """
 
     prompt: str = ""
@@ -28,8 +28,8 @@ class SentenceFiles:
 
 
 def read_sentence_files(folder: Folder) -> SentenceFiles:
-    """The settings in a folder, if they are of a cross-encoder. ValueError names an unsupported setting and its
-    file."""
+    """The settings in a folder that holds a cross-encoder's files, else the defaults. ValueError names an unsupported
+    setting and its file."""
     files = {name: _read(folder, name) for name in (MODULES, SETTINGS, READING) if (folder.path / name).exists()}
     settings, reading = files.get(SETTINGS, {}), files.get(READING, {})
     if MODULES not in files or settings.get("model_type") != "CrossEncoder":
@@ -50,7 +50,7 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
         raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is not among {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
     longest = texts.get("max_length") or reading.get("max_seq_length")
-    chat = not reading.get("modality_config")  # lists all ways of reading
+    chat = not reading.get("modality_config")  # if given, it lists all ways of reading texts
     return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), chat, files)
 
 

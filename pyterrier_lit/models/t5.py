@@ -4,8 +4,8 @@ So the cost of the encoder grows linearly with the number of passages, and the d
 Knows token ids and tensors: no prompts, no identifiers, no rankings.
 
 Source: Izacard and Grave, arXiv 2007.01282; LiT5's use of it, arXiv 2312.16098. Shapes: B windows, P passages per
-window, S tokens in all passages of a window, D the model's width, H its heads, d the width of a head, R the tokens that
-may be generated.
+window, S tokens in all passages of a window, D the model's width, H its heads, d the width of a head, V tokens in the
+vocabulary, R of them that may be generated.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from pyterrier_lit.models.library import check_layers, library_config, load_stri
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
-# Costs of a pass over 1 to 4 tokens relative to one, at T5-base's size on two cores: bench_drafts.py. Five tokens would
-# use another kernel (`attention.FEW`).
+# Costs of a pass over 1, 2, 3 and 4 tokens, relative to a pass over one, for a T5-base on two cores (bench_drafts.py).
+# Five tokens would use another kernel (`attention.FEW`).
 COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 START, EOS = 0, 1  # the decoder's first input (T5's pad token), and the end of sequence
 
@@ -40,7 +40,7 @@ class T5Checkpoint:
     pieces: SentencePieces
     config: dict[str, Any]  # config.json
     path: str = ""  # the folder of a trained checkpoint
-    warned: bool = False  # whether it was warned that its family is unknown
+    warned: bool = False  # whether a warning has said that its family is unknown
 
     def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
         """A length in tokens: the caller's, else the length that `save` recorded under this name, else the default.
@@ -202,9 +202,9 @@ class FiD:
         """A decoder pass over the next m tokens of each window: ids (B, m) -> hidden states (B, m, D) after the final
         norm.
 
-        Attention is causal. Tokens that a window removes, by a smaller number in `memory.read`, are overwritten. If the
-        memory has norms, the attention mass of each token is also returned, per layer (B, m, S): the mean over heads of
-        attention weight times value norm. Otherwise this list is empty.
+        Attention is causal. A smaller number in `memory.read` removes the last tokens of a window, which this pass then
+        overwrites. The list that is also returned is empty unless the memory has norms. Then it holds the attention
+        mass of each token, per layer (B, m, S): the mean over heads of attention weight times value norm.
         """
         decoder, mass = self.network.decoder, []
         places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -248,8 +248,8 @@ class FiD:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
         """Greedy decoding, until every window has generated EOS or has `max_length` tokens including START.
 
-        Yields at each step: the tokens (B,); a mask (B,) of the windows without EOS so far; 0, or the nan or inf found
-        in the logits (B,); and the attention mass of `read`, per layer (B, S).
+        Yields at each step: the tokens (B,); a mask (B,) of the windows without EOS before this step; for each window 0
+        or the nan or inf found in its logits (B,); and the attention mass of `read`, per layer (B, S).
         """
         rows = memory.own_keys.shape[1]
         ids = torch.full((rows,), START, device=self.device)
@@ -282,7 +282,7 @@ class FiD:
 class PieceReader:
     """A `decoding.Reader` for B windows of prompts. Token i has the vocabulary id pieces[i].
 
-    steps: the maximum number of tokens that a window keeps; removed tokens come on top.
+    steps: the maximum number of tokens that a window keeps. The memory has additional room for tokens to be removed.
     """
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
@@ -305,7 +305,7 @@ class PieceReader:
         return self._after(torch.full((self.rows, 1), START, device=self.device))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m) -> logits (B, m, R) of the token after each."""
+        """tokens (B, m) -> logits (B, m, R) after each of them."""
         self.last = tokens.shape[1]
         return self._after(self.pieces[tokens])
 

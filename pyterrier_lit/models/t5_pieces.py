@@ -71,7 +71,7 @@ def sentencepiece_model(fields: dict[str, Any]) -> bytes:
         kind = UNKNOWN if id == unigram["unk_id"] else CONTROL if piece in added else NORMAL
         numbers = b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])  # field 2, a float; field 3
         message.append(_field(1, _field(1, piece.encode()) + numbers))
-    for each in normalizers:  # grows, since some normalizers are sequences
+    for each in normalizers:  # this list grows, since some normalizers are sequences
         if each is not None and "normalizers" in each:
             normalizers += each["normalizers"]
         elif each is not None and each["type"] == "Precompiled":

@@ -1,4 +1,4 @@
-"""The bi-encoder inside a checkpoint: texts -> vectors, with encoders of the library or Jina v2. Knows no queries."""
+"""PE-Rank's passage encoder: texts -> vectors, with an encoder of the library or Jina v2. Knows no queries."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from pyterrier_lit.models.tokenization import check_pieces, encode, pieces_known
 
 LENGTH = 512  # maximum tokens of a passage
 POOLINGS = ("mean", "cls", "last_token")
-WORDS = "embeddings.word_embeddings.weight"  # has a prefix in a BERT with a head
+WORDS = "embeddings.word_embeddings.weight"  # in a BERT with a head, a prefix comes before this name
 
 
 @dataclasses.dataclass
@@ -177,8 +177,8 @@ def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.
 
 
 def slopes(heads: int) -> list[float]:
-    """The slopes 2^-(8/n), 2^-(16/n), ... 2^-8 for n heads, a power of two; otherwise those of the power below and
-    every second slope of the power above."""
+    """The slopes 2^-(8/n), 2^-(16/n), ... 2^-8 if the number of heads n is a power of two. Otherwise, the slopes for
+    the next lower power of two, and then every second slope for the next higher one."""
     n = 2 ** math.floor(math.log2(heads))
     own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     return own if n == heads else own + slopes(2 * n)[0::2][: heads - n]

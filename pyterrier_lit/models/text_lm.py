@@ -1,7 +1,7 @@
 """A causal language model of transformers that continues text prompts, and its checkpoint.
 
 The reader is PE-Rank's (`vector_lm`) without vectors: prompts are padded on the left, and a common prefix is processed
-once. Shapes: B prompts, R tokens that may be generated, H the width of the model.
+once. Shapes: B prompts, R tokens that may be generated, H the model's width.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NO_PLACEHOLDER = -1  # not an id: these prompts have no vectors
-LONGEST_IDENTIFIER = 6  # tokens of "100] > [" if every character is a token
+LONGEST_IDENTIFIER = 6  # tokens of "100] > [" if every character is a token, together with a space before it
 
 
 class TextLM(VectorLM):
@@ -98,7 +98,7 @@ class TextCheckpoint:
         return sorted(ends - {None})
 
     def answers(self, written: list[list[int]]) -> list[str]:
-        """The texts of generated ids, each up to its end token."""
+        """The texts of lists of generated token ids, each list up to its first end token."""
         ends = self.ends()
         kept = [ids[: next((at for at, id in enumerate(ids) if id in ends), None)] for ids in written]
         return [str(self.prompter.tokenizer.decode(ids)) for ids in kept]

@@ -22,7 +22,10 @@ BERT = {
 
 
 def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
-    """Raise ValueError for a tokenizer with more tokens than the model has embeddings. known: its highest id + 1."""
+    """Raise ValueError for a tokenizer with more tokens than the model has embeddings.
+
+    known: the tokenizer's highest id + 1. size: the number of embeddings.
+    """
     if known > size:
         raise ValueError(
             f"{source}: the tokenizer has {known} tokens and the {model} {size}; they are from different checkpoints"
@@ -30,7 +33,7 @@ def check_pieces(known: int, size: int, source: str, model: str = "model") -> No
 
 
 def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
-    """The highest id of a tokenizer, + 1: of its vocabulary and of the special tokens that it adds."""
+    """1 + the highest id of a tokenizer, among its vocabulary and the special tokens that it puts around a text."""
     around = [*tokenizer.encode("").ids, *tokenizer.encode("", "").ids]
     return max([*tokenizer.get_vocab().values(), *around], default=-1) + 1
 
@@ -52,7 +55,7 @@ def no_panic(source: str) -> Iterator[None]:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
-    """The token ids of each text, tokenised in chunks of CHUNK texts, since a result takes some 10 kB.
+    """The token ids of each text. Texts are tokenised in chunks, since the result for a text takes some 10 kB.
 
     Raises ValueError with the text at which the tokenizer fails.
     """
@@ -90,8 +93,8 @@ def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer
 
 
 def chats_about_pairs(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether its chat template has placeholders for a query and a document, which sentence-transformers uses for
-    pairs."""
+    """Whether a tokenizer's chat template has placeholders for a query and a document. sentence-transformers builds the
+    inputs for pairs with such a template."""
 
     def written(query: Any, document: Any) -> str:
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]

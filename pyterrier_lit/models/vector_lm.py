@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Costs of a pass over 1 to 4 vectors relative to one, for widths of 512 and 1,024 on two cores, averaged over 1 and 8
-# prompts
+# Costs of a pass over 1, 2, 3 and 4 vectors, relative to a pass over one: averages over models of width 512 and 1,024
+# and over 1 and 8 prompts, on two cores
 COSTS = {torch.float32: (1.0, 1.3, 1.45, 1.6), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 
 
@@ -132,8 +132,9 @@ class VectorReader:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The cost of a pass over 1, 2, ... vectors, relative to a pass over one. Only one at a time where padding
-        inside a prompt would change the result, or the cache cannot be cropped."""
+        """The cost of a pass over 1, 2, ... vectors, relative to a pass over one. There is only the first cost, so that
+        each pass has one vector, where padding inside a prompt would change the result or the cache cannot be
+        cropped."""
         if not _minds_no_gaps(self.network.body) or not _can_be_cut(self.cache):
             return COSTS[torch.float32][:1]
         return COSTS.get(self.network.body.dtype, COSTS[torch.bfloat16])
@@ -143,7 +144,7 @@ class VectorReader:
         return self._logits(last=1)[:, 0]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m), indices of vectors -> logits (B, m, N) after each of them."""
+        """tokens (B, m), which are indices of vectors -> logits (B, m, N) after each of them."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         self.inputs = self.passages[rows, tokens]
         self.mask = F.pad(self.mask, (0, tokens.shape[1]), value=1)
@@ -173,8 +174,8 @@ class VectorReader:
 def _minds_no_gaps(body: Any) -> bool:
     """Whether padding may occur inside a prompt, with only the mask and the positions to indicate it.
 
-    Not with sliding-window or chunked attention, which count padding as tokens, nor where the library accepts no
-    positions.
+    False for sliding-window and chunked attention, which count padding as tokens, and for models of the library that
+    accept no positions.
     """
     kinds = getattr(body.config, "layer_types", None)
     limits = [getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
@@ -191,7 +192,7 @@ def _can_be_cut(cache: Any) -> bool:
 
 @functools.cache
 def _cache_argument(model: Any) -> str:
-    """This transformers version's name of a model's cache argument. Models ignore unknown arguments."""
+    """The name of a model's cache argument in this version of transformers. Models ignore arguments of other names."""
     names = inspect.signature(model.forward).parameters
     known = [name for name in ("cache", "past_key_values") if name in names]
     if not known:
