@@ -33,6 +33,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import corpora
 import lit5
+import mistral
 from first_stages import silence
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
@@ -58,6 +59,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 QUERY_LENGTH, DOC_LENGTH = 24, 96
 WINDOW = 20  # of LiT5Distill
 PIECES = 4_000  # of the LiT5s' vocabulary
+QUERIES = 30_000  # from which MiniLM's vectors are learned
 LIT5_STEPS = 3_500  # of an encoder towards MiniLM's vectors
 GENTLE = {  # how the LiT5s learn after that
     "dropout": 0.0,
@@ -136,11 +138,6 @@ class Material:
 
         return draw
 
-    def directions(self, width: int, center: bool = False) -> torch.Tensor:
-        """The main directions of MiniLM's vectors, or of their differences from the middle (d, width)."""
-        some = len(self.docs) + 30_000
-        return torch.pca_lowrank(self.vectors[:some], q=width, niter=4, center=center)[2]
-
 
 def questions(docs: pd.DataFrame) -> list[str]:
     """Queries about docstrings: what their sentences say, and what comments in the library's sources do."""
@@ -215,12 +212,14 @@ def pieces(folder: Path, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
-def vocabulary(material: Material, size: int) -> tuple[list[str], list[int]]:
-    """The pieces of MiniLM that the texts use most and English (its own order), and their ids there."""
+def vocabulary(material: Material, size: int, prompt: str = "") -> tuple[list[str], list[int]]:
+    """The word pieces of MiniLM that are in a prompt, frequent in the texts or frequent in English (MiniLM's own
+    order), and their ids in MiniLM."""
     tokenizer = tokenizers.Tokenizer.from_file(str(material.minilm / "tokenizer.json"))
     counts = collections.Counter(id for row in pieces(material.minilm, material.texts[:20_000]) for id in row)
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda piece: piece[1])
     kept = {id for piece, id in ranked if piece in SPECIAL or (len(piece.removeprefix("##")) == 1 and piece.isascii())}
+    kept |= set(pieces(material.minilm, [prompt])[0])
     others = [id for piece, id in ranked if id not in kept and piece.isascii() and not piece.startswith("[unused")]
     others.sort(key=lambda id: -(10 * counts[id] + 300_000 / (id + 1)))
     ids = sorted(kept | set(others[: size - len(kept)]))
@@ -234,25 +233,44 @@ def write_bert(model: transformers.BertModel, words: list[str], folder: Path) ->
     transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
 
 
-def align(folder: Path, texts: list[str], vectors: torch.Tensor, steps: int, batch: int, learning_rate: float) -> None:
+def align(
+    folder: Path,
+    texts: list[str],
+    vectors: torch.Tensor,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    first: int = 0,
+) -> None:
     """Train the BERT in a folder until its states average to the given vectors (N, d), alone and compared with each
-    other."""
+    other.
+
+    first: how many of the first texts are passages; about every second batch holds passages only.
+    """
     model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager").train()
     ids = pieces(folder, texts)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batches = [order[i : i + batch] for i in range(0, len(order), batch)]
+    passages, others = (
+        [order[i : i + batch] for i in range(0, len(order), batch)]
+        for order in (sorted(kind, key=lambda i: len(ids[i])) for kind in (range(first), range(first, len(ids))))
+    )
+    batches = others + passages * round(len(others) / max(1, len(passages)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
     chosen = random.Random(SEED)
     for _ in range(steps):
         rows = chosen.choice(batches)
         found, wanted = mean(model, [ids[i] for i in rows]), vectors[rows]
-        loss = 1 - (found * wanted).sum(1).mean() + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
+        loss = unlikeness(found, wanted)
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
+
+
+def unlikeness(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How far B unit vectors are from those wanted, alone and compared with each other."""
+    return 1 - (found * wanted).sum(1).mean() + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
 
 
 def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncoder:
@@ -274,7 +292,7 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
         own[name] = weights[source][ids] if "word_embeddings" in name else weights[source][: tensor.shape[0]]
     model.load_state_dict(own)
     write_bert(model, words, folder)
-    some = len(material.docs) + 30_000
+    some = len(material.docs) + QUERIES
     align(folder, material.texts[:some], material.vectors[:some], int(700 * share), batch=64, learning_rate=3e-4)
     student = CrossEncoder.from_backbone(str(folder), query_length=QUERY_LENGTH, doc_length=DOC_LENGTH, device="cpu")
     Distil(
@@ -298,81 +316,93 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
 
 
 def pe_rank(material: Material, folder: Path, share: float) -> PERank:
-    """An encoder of one layer, taught MiniLM's vectors in 128 dimensions, and a language model of two that ranks by
-    them."""
-    width, (words, _) = 128, vocabulary(material, 5_000)
-    some = len(material.docs) + 30_000
-    directions = material.directions(width)
+    """An encoder of two layers, taught MiniLM's vectors in 128 dimensions, and a language model of two layers, taught
+    to find the query's vector in the prompt and to rank by it."""
+    words, _ = vocabulary(material, 5_000, mistral.PROMPT_WORDS)
+    alone, vectors = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
     encoder = transformers.BertModel(
         transformers.BertConfig(
             vocab_size=len(words),
-            hidden_size=width,
-            num_hidden_layers=1,
+            hidden_size=mistral.WIDTH,
+            num_hidden_layers=2,
             num_attention_heads=4,
-            intermediate_size=2 * width,
-            max_position_embeddings=160,
+            intermediate_size=2 * mistral.WIDTH,
+            max_position_embeddings=DOC_LENGTH + 2,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         ),
         add_pooling_layer=False,
     )
-    alone = encode(material.minilm, [word.removeprefix("##") for word in words]) @ directions
+    write_bert(encoder, words, folder / "encoder")
+    some = len(material.docs) + QUERIES
+    texts = material.texts[:some], vectors[:some]
+    added = add_up(folder / "encoder", *texts, alone, int(3_000 * share))
     with torch.no_grad():
-        encoder.embeddings.word_embeddings.weight.copy_(alone / alone.std() / 2)
+        encoder.embeddings.word_embeddings.weight.copy_(F.normalize(added, dim=1) * mistral.WIDTH**0.5 / 2)
         encoder.embeddings.position_embeddings.weight.mul_(0.1)
     write_bert(encoder, words, folder / "encoder")
-    reduced = F.normalize(material.vectors[:some] @ directions, dim=1)
-    align(folder / "encoder", material.texts[:some], reduced, int(3_000 * share), batch=128, learning_rate=1e-3)
-    write_language_model(folder)
+    align(folder / "encoder", *texts, int(3_000 * share), batch=128, learning_rate=1e-3, first=len(material.docs))
+    write_language_model(folder, words, added)
     student = PERank.from_backbone(
         str(folder / "lm"), encoder_name=str(folder / "encoder"), projector_type="linear", device="cpu"
     )
-    network = student.load().network
-    with torch.no_grad():
-        network.projector.weight.copy_(torch.eye(width))
-        network.projector.bias.zero_()
-    Distil(
-        student,
-        material.candidates.assign(score=material.candidates.teacher),
-        text_weight=0.0,
-        reduction="mean",
-        shuffle=0.3,
-        steps=int(2_000 * share),
-        batch_size=16,
-        micro_batch=16,
-        learning_rate=1.5e-3,
-        warmup=50,
-        checkpointing=False,
-        seed=SEED,
-    ).fit(material.candidates)
     ranker = student.load()
+    mistral.plan_projector(ranker.network.projector)
+    own = encode(folder / "encoder", material.docs.text.tolist())
+    mistral.teach(ranker, lists(material, vectors), own, int(2_000 * share), batch=32, learning_rate=1e-3)
     ranker.text_encoder().network.half()
     ranker.encoder_weights = {name: tensor.half() for name, tensor in ranker.encoder_weights.items()}
     ranker.config["encoder_name"] = "the encoder of experiments/tiny/pe-rank"
-    network.half()
+    ranker.network.half()
     return student
 
 
-def write_language_model(folder: Path) -> None:
-    """A Mistral of two layers over the encoder's pieces, its embeddings those of the encoder, with a plain chat
-    template."""
-    encoder = transformers.BertModel.from_pretrained(folder / "encoder", add_pooling_layer=False)
-    embeddings = encoder.embeddings.word_embeddings.weight.detach()
-    config = transformers.MistralConfig(
-        vocab_size=len(embeddings),
-        hidden_size=embeddings.shape[1],
-        intermediate_size=2 * embeddings.shape[1],
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2_048,
-        sliding_window=None,
-        tie_word_embeddings=True,
-    )
-    model = transformers.MistralForCausalLM(config)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(embeddings / embeddings.std() / 2)
-    model.save_pretrained(folder / "lm")
+def add_up(
+    folder: Path, texts: list[str], vectors: torch.Tensor, alone: torch.Tensor, steps: int, batch: int = 256
+) -> torch.Tensor:
+    """Train a vector for each word piece of the tokenizer in a folder, (V, d), until the sums over the N texts have
+    the directions of the given vectors (N, d).
+
+    alone: (V, d), where the vectors begin.
+    """
+    ids = [row[1:-1] for row in pieces(folder, texts)]
+    bag = torch.nn.EmbeddingBag.from_pretrained(alone.clone(), freeze=False, mode="sum")
+    optimizer = torch.optim.AdamW(bag.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 50, steps)
+    chosen = random.Random(SEED)
+    for _ in range(steps):
+        rows = chosen.choices(range(len(ids)), k=batch)
+        lengths = torch.tensor([len(ids[row]) for row in rows])
+        flat = torch.tensor([id for row in rows for id in ids[row]])
+        loss = unlikeness(F.normalize(bag(flat, lengths.cumsum(0) - lengths), dim=1), vectors[rows])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return bag.weight.detach()
+
+
+def lists(material: Material, vectors: torch.Tensor) -> Callable[[random.Random], mistral.Taught]:
+    """A function that draws one of the first QUERIES, with its vector, its candidates and the teacher's scores."""
+    number = {docno: i for i, docno in enumerate(material.docs.docno)}
+    found = material.candidates
+    passages, scores = torch.tensor([number[docno] for docno in found.docno]), torch.tensor(found.teacher.to_numpy())
+    queries = torch.tensor(found.qid.astype(int).to_numpy())
+    starts = [0, *(1 + (queries[1:] != queries[:-1]).nonzero().flatten()).tolist(), len(queries)]
+
+    def draw(chosen: random.Random) -> mistral.Taught:
+        i = chosen.randrange(min(QUERIES, len(starts) - 1))
+        rows = slice(starts[i], starts[i + 1])
+        query = int(queries[starts[i]])
+        vector = vectors[len(material.docs) + query]
+        return mistral.Taught(material.queries[query], vector, passages[rows], scores[rows].float())
+
+    return draw
+
+
+def write_language_model(folder: Path, words: list[str], added: torch.Tensor) -> None:
+    """A Mistral over the encoder's pieces, with a plain chat template."""
+    mistral.write_mistral(folder / "lm", words, added)
     tokenizer = tokenizers.BertWordPieceTokenizer(str(folder / "encoder" / "vocab.txt"), lowercase=True)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
     fast = transformers.PreTrainedTokenizerFast(
@@ -451,13 +481,18 @@ def begin_lit5(
         [*docs, *material.queries[:15_000], *prompts, *["question: context:"] * 500], folder, size
     )
     words = [pieces.id_to_piece(i).replace("\u2581", "") or "." for i in range(pieces.get_piece_size())]
-    some = material.vectors[: len(material.docs) + 30_000]
-    middle, directions = some.mean(0), material.directions(lit5.MEANING, center=True)
+    return pieces, *centred(material, words, lit5.MEANING)
+
+
+def centred(material: Material, words: list[str], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """MiniLM's vectors of words and of all texts, reduced to their main dimensions, with their middle at zero."""
+    some = material.vectors[: len(material.docs) + QUERIES]
+    middle, directions = some.mean(0), torch.pca_lowrank(some, q=width, niter=4, center=True)[2]
     alone, vectors = (
         F.normalize((found - middle) @ directions, dim=1)
         for found in (encode(material.minilm, words), material.vectors)
     )
-    return pieces, alone, vectors
+    return alone, vectors
 
 
 STUDENTS = {
