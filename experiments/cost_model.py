@@ -109,7 +109,9 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
 @functools.singledispatch
 def tokenise(reranker: Reranker, queries: list[str], columns: Columns) -> None:
     """Tokenise the texts as often as one call of `reranker.results` does."""
-    raise TypeError(f"tokenise knows no {type(reranker).__name__}")
+    raise TypeError(
+        f"cost_model cannot tell how {type(reranker).__name__} tokenises; wanted a reranker with a rule here"
+    )
 
 
 @tokenise.register

@@ -1,17 +1,19 @@
-"""experiments/tiny: the plan of the small LiT5s, on states as their encoder is to make them, and that it survives being
-stored."""
+"""experiments/tiny: the plans of the small LiT5s and of the small PE-Rank, on states and vectors made for the test."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments" / "tiny"))
 import lit5
+import mistral
 
+from pyterrier_lit.models.pe_prompts import PROMPT
 from pyterrier_lit.models.t5 import EOS, FiD
 
 PASSAGES, PIECES = 20, 60
@@ -80,3 +82,35 @@ def test_attention_falls_with_the_cosine_and_the_answer_is_the_first_passages_na
             == cosines.argsort(descending=True).tolist()
         )
         assert first.view(PASSAGES, 6)[:, 1:].max() < second.view(PASSAGES, 6)[:, 5].max() / 100
+
+
+@torch.inference_mode()
+def test_a_planned_mistral_ends_its_prompt_with_the_mean_of_the_querys_words(tmp_path, chance):
+    split = tokenizers.pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    fixed = list(dict.fromkeys([*(word.lower() for word, _ in split(mistral.PROMPT_WORDS)), *mistral.SILENT]))
+    vocabulary = ["[PAD]", *fixed, "delete", "folder", "copy", "file", *(f"other{i}" for i in range(2 * len(fixed)))]
+    words = torch.randn(len(vocabulary), mistral.WIDTH, generator=chance)
+    words[1 : 1 + len(fixed)] *= 1e-3  # as training makes the words of the prompt, which tell nothing of a query
+    mistral.write_mistral(tmp_path, vocabulary, words)
+    model = transformers.MistralForCausalLM.from_pretrained(tmp_path).eval()
+    projector = torch.nn.Linear(mistral.WIDTH, mistral.WIDTH)
+    mistral.plan_projector(projector)
+    passages = F.normalize(torch.randn(PASSAGES, mistral.WIDTH, generator=chance), dim=1)
+    number = {word: i for i, word in enumerate(vocabulary)}
+
+    def state(query):
+        """The last state after a prompt with this query, in the dimensions of meaning."""
+        shown = " ".join(f"Passage {i}: [ x ]" for i in range(1, PASSAGES + 1))
+        prompt = [word.lower() for word, _ in split(PROMPT.format(n=PASSAGES, query=query, passages=shown))]
+        inputs = model.model.embed_tokens(torch.tensor([number.get(word, 0) for word in prompt]))
+        inputs[[i for i, word in enumerate(prompt) if word == "x"]] = projector(passages)
+        return model.model(inputs_embeds=inputs[None]).last_hidden_state[0, -1, : mistral.MEANING]
+
+    means = {
+        query: words[[number[word] for word in query.split()], : mistral.MEANING].sum(0)
+        for query in ("delete folder", "copy file")
+    }
+    for query, mean in means.items():
+        found = state(query)
+        assert F.cosine_similarity(found, mean, dim=0) > 0.8
+        assert all(F.cosine_similarity(found, other, dim=0) < 0.3 for name, other in means.items() if name != query)

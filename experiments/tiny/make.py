@@ -260,7 +260,7 @@ def align(
     for _ in range(steps):
         rows = chosen.choice(batches)
         found, wanted = mean(model, [ids[i] for i in rows]), vectors[rows]
-        loss = unlikeness(found, wanted)
+        loss = alignment_loss(found, wanted)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -268,7 +268,7 @@ def align(
     model.save_pretrained(folder)
 
 
-def unlikeness(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def alignment_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """How far B unit vectors are from those wanted, alone and compared with each other."""
     return 1 - (found * wanted).sum(1).mean() + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
 
@@ -336,7 +336,7 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     write_bert(encoder, words, folder / "encoder")
     some = len(material.docs) + QUERIES
     texts = material.texts[:some], vectors[:some]
-    added = add_up(folder / "encoder", *texts, alone, int(3_000 * share))
+    added = word_vectors(folder / "encoder", *texts, alone, int(3_000 * share))
     with torch.no_grad():
         encoder.embeddings.word_embeddings.weight.copy_(F.normalize(added, dim=1) * mistral.WIDTH**0.5 / 2)
         encoder.embeddings.position_embeddings.weight.mul_(0.1)
@@ -357,7 +357,7 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     return student
 
 
-def add_up(
+def word_vectors(
     folder: Path, texts: list[str], vectors: torch.Tensor, alone: torch.Tensor, steps: int, batch: int = 256
 ) -> torch.Tensor:
     """Train a vector for each word piece of the tokenizer in a folder, (V, d), until the sums over the N texts have
@@ -374,7 +374,7 @@ def add_up(
         rows = chosen.choices(range(len(ids)), k=batch)
         lengths = torch.tensor([len(ids[row]) for row in rows])
         flat = torch.tensor([id for row in rows for id in ids[row]])
-        loss = unlikeness(F.normalize(bag(flat, lengths.cumsum(0) - lengths), dim=1), vectors[rows])
+        loss = alignment_loss(F.normalize(bag(flat, lengths.cumsum(0) - lengths), dim=1), vectors[rows])
         loss.backward()
         optimizer.step()
         schedule.step()
