@@ -7,6 +7,7 @@ sys.path[:0] = [os.path.abspath(".."), os.path.abspath(".")]
 
 project = "pyterrier_lit"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "directives"]
+default_role = "code"  # docstrings mark code with single backticks
 html_theme = "furo"
 html_title = project
 html_show_copyright = False

@@ -140,7 +140,7 @@ def sizes(names: Iterable[str]) -> pd.DataFrame:
             files = [file for file in files if not file.filename.endswith(".bin")]
         missing = [file.file_size for file in files if file.will_download]
         rows.append((name, sum(file.file_size for file in files) / 1e9, sum(missing) / 1e9, ""))
-    table = pd.DataFrame(rows, columns=["checkpoint", "GB", "GB to fetch", "not to be had"])
+    table = pd.DataFrame(rows, columns=["checkpoint", "GB", "GB to fetch", "error"])
     table.loc[len(table)] = ["together", *table[["GB", "GB to fetch"]].sum(), ""]
     return table.round(3)
 

@@ -228,7 +228,7 @@ def test_sizes_are_of_what_is_read_and_still_missing(put, hub, tmp_path):
     read = sum(len(data) for path, data in files.items())
     table = check_published.sizes([MONO, "castorini/LiT5-Score-xl"])
     assert table["GB"][0] == table["GB to fetch"][0] == table["GB"][2] == pytest.approx(read / 1e9, abs=5e-4)
-    assert table["not to be had"][1].startswith("RepositoryNotFoundError")
+    assert table["error"][1].startswith("RepositoryNotFoundError")
     papers.cross_encoders()[NAMES[MONO]].folder()
     assert check_published.sizes([MONO])["GB to fetch"][0] == 0
 

@@ -211,8 +211,8 @@ def projector(kind: str, width: int, hidden: int) -> nn.Module:
     layers = re.fullmatch(r"mlp([1-9])x_gelu", kind)
     if not layers:
         raise ValueError(
-            f"projector_type={kind!r} from {width} to {hidden} dimensions; wanted 'linear', 'mlp2x_gelu' or, between"
-            " equals, 'identity'"
+            f"projector_type={kind!r} from {width} to {hidden} dimensions; wanted 'linear' or 'mlp2x_gelu', or"
+            " 'identity' if both numbers are the same"
         )
     modules: list[nn.Module] = [linear(width, hidden)]
     for _ in range(int(layers[1]) - 1):

@@ -113,7 +113,7 @@ class Training(pt.Estimator):
         a second `fit` continues the first. Afterwards `log` holds the losses and measurements. A StoredRun in place of
         the first frame reads the same lists from files.
 
-        With validation frames, nDCG@10 is measured every `every` steps as `pt.Experiment` would on these queries, and
+        With validation frames, `nDCG@10` is measured every `every` steps as `pt.Experiment` would on these queries, and
         the student keeps the weights of the best measurement. Raises what `chosen_recipe`, `data.with_labels`,
         `data.with_teacher`, `StoredRun`, `validation` and `trainer.train` raise, and ValueError where no list can be
         learned from.
@@ -213,7 +213,7 @@ class FineTune(Training):
         settings: hyperparameters of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
             class), and fields of `trainer.Settings`: folder= (where checkpoints are saved, to resume from), every=
             (steps between checkpoints and between measurements on validation frames), patience= (stop after this many
-            measurements without a better nDCG@10) and seed= (42).
+            measurements without a better `nDCG@10`) and seed= (42).
 
     LiT5Score learns from answers instead of labels, in a column `answers` (a text or a list of texts for each query).
     PERank's alignment stage learns from the passages alone.
@@ -298,7 +298,7 @@ def training_module(student: pt.Transformer) -> ModuleType:
 
 
 def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> float:
-    """nDCG@10 of a result frame after reranking by the student, over the judged queries (`data.judgements`)."""
+    """`nDCG@10` of a result frame after reranking by the student, over the judged queries (`data.judgements`)."""
     run = student.in_its_dtype().transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
     run = run[["query_id", "doc_id", "score"]].astype({"query_id": "str", "doc_id": "str"})
     return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])

@@ -53,7 +53,7 @@ class Settings:
         folder: where checkpoints are saved. Training that is started again with the same recipe, data and initial
             weights resumes from there. None saves nothing.
         every: steps between checkpoints, and between measurements on validation frames. None is a tenth of all steps.
-        patience: stop after this many measurements in a row without a better nDCG@10. None never stops early.
+        patience: stop after this many measurements in a row without a better `nDCG@10`. None never stops early.
         seed: determines the order of the lists and everything that is sampled.
         verbose: show progress.
     """
