@@ -167,7 +167,7 @@ def test_an_index_names_files_of_its_own_folder_alone(tmp_path, name):
         safetensors.torch.save_file({"a": torch.ones(1)}, place)
     for index in ({"weight_map": {"a": name}}, {"weight_map": name}, {}):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match=r"index.json names .* as a file with weights; wanted the name of a file in the same"):
+        with pytest.raises(ValueError, match=r"index.json names .* as a file with weights; wanted one in its folder"):
             Folder(folder).weights()
 
 

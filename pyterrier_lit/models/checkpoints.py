@@ -290,9 +290,7 @@ def _shards(folder: Folder, index: str) -> list[str]:
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
-            raise ValueError(
-                f"{folder.path / index} names {name!r} as a file with weights; wanted the name of a file in the same folder"
-            )
+            raise ValueError(f"{folder.path / index} names {name!r} as a file with weights; wanted one in its folder")
     return sorted(set(names))
 
 
