@@ -42,7 +42,7 @@ class Training(pt.Estimator):
         self.recipe = recipe
         self.verbose = verbose
         self.settings = settings
-        self._logs: list[pd.DataFrame] = []  # one per `fit`; shared with compiled copies
+        self._logs: list[pd.DataFrame] = []  # one frame per `fit`; compiled copies share this list
 
     @property
     def log(self) -> pd.DataFrame:
@@ -65,8 +65,9 @@ class Training(pt.Estimator):
         return self.student.transform(inp)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """A pipeline of two stages: a copy of this stage whose student ranks only as far as rank k, and the rank
-        cutoff. Returns None if the student cannot stop at a rank."""
+        """A pipeline that does the same as this stage followed by `% k` and in which the student decodes only the first
+        k ranks. Returns None if the student's own `fuse_rank_cutoff` returns None, or if the student has no such
+        method."""
         fuse = getattr(self.student, "fuse_rank_cutoff", None)
         fused = fuse(k) if fuse else None
         if fused is None:
@@ -121,11 +122,15 @@ class Training(pt.Estimator):
         is the same as that of `pt.Experiment` on the validation queries. At the end, the student has the weights with
         the highest `nDCG@10`.
 
-        Raises the student's own errors for a frame that the student cannot read; TypeError for a student that cannot be
-        trained and for an unknown setting; and ValueError for an unknown recipe, for missing labels, for a label or a
-        teacher's score that is not a finite number, for qrels that judge none of the passages relevant, for a
-        validation frame without qrels or qrels without a validation frame, and if there is no list to learn from.
-        Errors of a StoredRun and of `trainer.train` are raised as well.
+        For a frame that the student cannot read, `fit` raises the same errors as the student's `transform`. It raises
+        the errors of StoredRun and of `trainer.train`, and TypeError for a student that cannot be trained or for an
+        unknown setting. It raises ValueError
+
+        - for an unknown recipe;
+        - for missing labels, and for a label or a teacher's score that is not a finite number;
+        - for qrels that judge none of the passages relevant;
+        - for a validation frame without qrels, and for validation qrels without a frame;
+        - if the training data has no list from which the student can learn.
         """
         recipe, settings = self.chosen_recipe(), self.chosen_settings()
         measured_on = self.validation(topics_or_res_va, qrels_va)
