@@ -126,8 +126,9 @@ class Training(pt.Estimator):
         the errors of StoredRun and of `trainer.train`, and TypeError for a student that cannot be trained or for an
         unknown setting. It raises ValueError
 
-        - for an unknown recipe;
+        - for an unknown recipe, and for an invalid value of a setting;
         - for missing labels, and for a label or a teacher's score that is not a finite number;
+        - for a teacher that ranks none of the passages;
         - for qrels that judge none of the passages relevant;
         - for a validation frame without qrels, and for validation qrels without a frame;
         - if the training data has no list from which the student can learn.
