@@ -243,14 +243,14 @@ class Passages(Sequence[Ranking]):
 
 
 def read_run(path: str | Path) -> pd.DataFrame:
-    """Read a run from a TREC file, a parquet file or JSON lines, each optionally gzipped. Among the accepted files are
-    those of Rank-DistiLLM, TIREx's re-ranking input, the rankings that rank_llm writes, permutations {qid, final_list:
-    [docno, ...]}, and what `pt.io.write_results` writes.
+    """Read a run from a TREC file or JSON lines, both optionally gzipped, or from a parquet file. Among the accepted
+    files are those of Rank-DistiLLM, TIREx's re-ranking input, the rankings that rank_llm writes, permutations {qid,
+    final_list: [docno, ...]}, and what `pt.io.write_results` writes.
 
     Returns a frame with qid, docno, score, rank (from 0) and, if the file has them, query and text. The ranks are
-    computed from the scores. If at least one row of the file has no score, the scores of all rows are their negative
-    ranks. If a query has a passage twice, the first of the two rows is kept. Raises ValueError, with the line, for a
-    row without qid, for a row without docno, for a row with neither score nor rank, and for invalid numbers.
+    computed from the scores. If at least one row of the file has no score, the score of each row is its negative rank.
+    If a query has a passage twice, the first of the two rows is kept. Raises ValueError, with the line, for a row
+    without qid or docno, for an invalid number, and if some row has no score and some row has no rank.
     """
     path = Path(path).expanduser()
     rows = list(run_records(path))
@@ -428,7 +428,7 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
 
 
 def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]:
-    """The labels of qrels, each with its qid and docno. Raises ValueError if there are no qrels, and the errors of
+    """The labels of qrels, each with its qid and docno. Raises ValueError if there are no qrels, and the same errors as
     `_values`."""
     if qrels is None:
         raise ValueError(
