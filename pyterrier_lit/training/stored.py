@@ -33,7 +33,7 @@ from pyterrier_lit.training.data import (
 )
 
 SHOWN = 20_000  # passages per call of a teacher
-LOOKED_AT = 100  # about how many lists have their texts checked before the first step
+LOOKED_AT = 100  # at least this many lists have their texts checked before the first step
 COLUMNS = ("qid", "docno", "score", "rank")
 
 Values = Iterable[tuple[str, str, float]]
@@ -60,9 +60,8 @@ class StoredRun:
     a malformed or empty run, for a query whose rows are not consecutive, for a passage that occurs twice for a query,
     and for a qid that is missing from the topics.
 
-    During training, a passage without a text raises ValueError with its qid and docno. The texts of about a hundred
-    queries are checked before the first step. The texts of the other queries are checked when their passages are
-    sampled.
+    During training, a passage without a text raises ValueError with its qid and docno. Before the first step, the texts
+    of at least 100 queries are checked. The texts of the other queries are checked when their passages are sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
@@ -175,9 +174,9 @@ class StoredRun:
 class StoredLists(Sequence[Ranking]):
     """The lists of a stored run. Each list is built anew on each access.
 
-    The lists have the same order as the lists of a frame: the queries are sorted by the rank of their first passage
-    that has a target. Queries with the same rank keep the order of the run. A query has no list if none of its passages
-    has a target.
+    The lists have the same order as the lists of a frame. If the run has targets, the queries are sorted by the rank of
+    their first passage that has a target, and a query without such a passage has no list. Queries with equal ranks keep
+    the order of the run.
 
     text_field: the column of the texts, or None if they are not read. look_up: a function qid, docnos -> the texts.
     """
@@ -211,8 +210,8 @@ class StoredLists(Sequence[Ranking]):
         return Ranking(qid, self.run.queries[i], columns | {"docno": docnos})
 
     def some_texts(self) -> list[list[str]]:
-        """Look up the texts of about a hundred lists, evenly spaced in the run. Raises ValueError for a passage without
-        a text."""
+        """Look up the texts of at least 100 lists, evenly spaced in the run; of all lists if there are fewer. Raises
+        ValueError for a passage without a text."""
         some = range(0, len(self), max(len(self) // LOOKED_AT, 1))
         return [] if self.text_field is None else [list(self[i].columns[self.text_field]) for i in some]
 
