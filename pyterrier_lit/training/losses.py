@@ -51,8 +51,8 @@ def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch
     """MSE: the mean of (s_i - t_i)^2 over all passages in the batch. The student learns the teacher's scores
     themselves.
 
-    Most other losses depend only on the differences or on the order of the scores. Source: Hinton et al., arXiv
-    1503.02531, section 2.1. There, matching the logits is the limit of high temperatures.
+    Unlike the other losses of scores and targets, this loss changes if a constant is added to all scores of a query.
+    Source: Hinton et al., arXiv 1503.02531, section 2.1. There, matching the logits is the limit of high temperatures.
     """
     inside = _inside(scores, mask)
     return _mean((_filled(scores, mask) - _filled(targets, mask)).square(), inside)
