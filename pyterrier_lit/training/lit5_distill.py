@@ -59,8 +59,8 @@ class WindowRecipe(FiDRecipe):
         return objective(student, self)
 
 
-# Source: LiT and Lean, section 3. The paper does not give the number of epochs; its authors took the epoch that was best
-# on development queries
+# Source: LiT and Lean, section 3. The paper does not give the number of epochs: its authors took the epoch that was
+# best on development queries
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
