@@ -47,7 +47,8 @@ class AlignmentRecipe(Recipe):
 
     def objective(self, student: PERank) -> Objective:
         """The cross-entropy of a passage's text given its vector. Raises ValueError for a PERank that `save` wrote,
-        since `save` leaves out the output layer for words."""
+        since `save` leaves out the output layer for words. A language model whose output layer is tied to its input
+        embeddings is not affected."""
         return alignment(student, self)
 
 
@@ -90,8 +91,8 @@ class RankingRecipe(Recipe):
         return ranking(student, self)
 
 
-# Source: the published scripts. AdamW, cosine schedule, warm-up of 3 %. The global batch size of stage 1 is 4 GPUs x 1
-# in the README and 4 GPUs x 8 in the paper; that of stage 2 is 4 GPUs x 4 x 2 accumulation steps
+# Source: the published scripts. AdamW, cosine schedule, warm-up of 3 %. Global batch size of stage 1: 4 GPUs x 1 in the
+# README, 4 GPUs x 8 in the paper. Global batch size of stage 2: 4 GPUs x 4 x 2 accumulation steps
 RECIPES: dict[str, Recipe] = {
     "pe-rank-alignment": AlignmentRecipe(
         1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True
