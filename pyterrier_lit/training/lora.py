@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters on the frozen linear layers of a network. Knows no texts.
+"""LoRA: low-rank adapters on the frozen linear layers of a network. This module does not deal with texts.
 
 Source: Hu et al., arXiv 2106.09685. The implementation is that of the library peft.
 """

@@ -1,4 +1,4 @@
-"""Losses: pure functions of (scores, targets) that return a scalar. This module knows no texts and no models.
+"""Losses: pure functions of (scores, targets) that return a scalar. This module does not deal with texts or models.
 
 The scores s and the targets t have the shape (Q, N): Q queries with up to N passages each. Higher values are better.
 `mask` (Q, N) is true where there is a passage. If `mask` is None, every query has N passages. Values outside the mask

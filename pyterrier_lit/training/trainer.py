@@ -4,7 +4,7 @@ Each step takes `batch_size` training lists (a list is a query with its passages
 and updates the weights once with the mean loss of these examples. Gradients are accumulated over micro-batches that fit
 into memory. The functions that differ between rerankers are passed to `train` as an `Objective`.
 
-This module knows no frames, no texts and no rerankers.
+This module does not deal with frames, texts or rerankers.
 """
 
 import contextlib
