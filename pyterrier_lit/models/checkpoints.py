@@ -1,5 +1,4 @@
-"""Reads checkpoints (config, weights, tokenizer) from a hub id or a folder, and writes them. The errors say what to
-do."""
+"""Reads checkpoints (config, weights, tokenizer) from a hub id or a folder, and writes them. Errors say what to do."""
 
 import json
 import pickle
