@@ -24,8 +24,8 @@ def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) ->
     """The checkpoint as a sequence classifier with one label. It is an ELECTRA if the checkpoint projects its
     embeddings, else a BERT.
 
-    lengths: maximum tokens of a query and of a passage. Their sum, plus the special tokens, becomes the maximum length
-    of a query-passage pair. A checkpoint that is already a sequence classifier is returned unchanged. Raises ValueError
+    lengths: maximum tokens of a query and of a passage. The maximum length of a query-passage pair is at most their sum
+    plus the special tokens. A checkpoint that is already a sequence classifier is returned unchanged. Raises ValueError
     if the score is not a linear function of the first token's hidden state.
     """
     network = checkpoint.network
