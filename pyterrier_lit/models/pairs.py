@@ -83,11 +83,12 @@ class PairLayout:
         return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: Pieces, passage: Pieces) -> Pair:
-        """Truncate a query-passage pair to the maximum input length, as `tokenizers` does: tokens are removed from the
-        longer of the two texts until both have half of the available tokens.
+        """Truncate a query-passage pair to the maximum input length, as `tokenizers` does. A text that needs at most
+        half of the available tokens is kept whole, and the other text gets the rest. If both texts need more than half,
+        each gets half.
 
-        If the number of available tokens is odd, the longer text keeps one token more than the other text. If both
-        texts are equally long, the passage keeps one more.
+        If the number of available tokens is odd, the longer text gets one token more than the other text. If both texts
+        are equally long, the passage gets one more.
         """
         if self.reading.limit is None:
             return query.ids, passage.ids
