@@ -339,7 +339,7 @@ def _bare(weights: Weights, backbone: str) -> Weights:
 
 
 def _cleans_up(folder: Folder) -> bool:
-    """The tokenizer's setting clean_up_tokenization_spaces. If it is not given, it is true for checkpoints of
-    transformers before 4.45 and false for later ones."""
+    """The tokenizer's setting clean_up_tokenization_spaces. If it is not given, it is true for a checkpoint that
+    transformers wrote before version 4.45, and false for a later one."""
     written_by = [int(part) for part in str(folder.config.get("transformers_version", "4.41")).split(".")[:2]]
     return bool(folder.tokenizer_config.get("clean_up_tokenization_spaces", written_by < [4, 45]))
