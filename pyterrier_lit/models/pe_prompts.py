@@ -82,8 +82,8 @@ class ChatPrompter:
         return whole, len(asked)
 
     def _cleaned(self, text: str) -> str:
-        """A passage, cleaned as in the reference: no white space around it, and (12) for [12], which could be mistaken
-        for an identifier."""
+        """A passage, cleaned as in the code of PE-Rank's authors: white space around it is removed, and [12] becomes
+        (12), since [12] could be mistaken for an identifier."""
         return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
 
     def _neutral(self, text: str) -> str:
@@ -224,8 +224,8 @@ def _try(folder: Folder, render: Callable[[], str]) -> None:
 def _read_tokenizer(folder: Folder) -> Any:
     """The transformers tokenizer, from tokenizer.json if that file exists.
 
-    Without the class that is chosen here, transformers 5 would rebuild the tokenizer with the class that
-    tokenizer_config.json names, or, for Mistral, with another class. The rebuilt tokenizer would give other token ids.
+    AutoTokenizer of transformers 5 would rebuild the tokenizer with the class that tokenizer_config.json names, or, for
+    Mistral, with another class. The rebuilt tokenizer would give other token ids.
     """
     import transformers
 
