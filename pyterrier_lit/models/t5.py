@@ -27,8 +27,8 @@ from pyterrier_lit.models.library import check_layers, library_config, load_stri
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
-# Times of a decoder pass over 1, 2, 3 and 4 tokens, divided by the time of a pass over one token. Measured for a T5-base
-# on two cores (bench_drafts.py). A pass over five tokens would use another kernel (`attention.FEW`)
+# Costs of a decoder pass over 1, 2, 3 and 4 tokens, divided by the cost of a pass over one token, as measured for
+# a T5-base on two cores (bench_drafts.py). A pass over five tokens would use another kernel (`attention.FEW`)
 COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 START, EOS = 0, 1  # the decoder's first input (T5's pad token), and the end of sequence
 
