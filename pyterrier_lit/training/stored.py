@@ -1,8 +1,9 @@
-"""Training from a stored run, for runs too large for a frame: a few bytes per row, texts looked up for each batch.
+"""Training from a run in a file, without a frame: memory holds a few bytes per row, and each batch looks up its texts.
 
-For each row of the run, memory holds the docno and the target. For each query, it holds the qid, the text of the query
-and the index of the query's first row. The lists of a stored run equal the lists of a result frame with the same rows.
-Training on the stored run therefore gives the same student as training on the frame.
+A result frame with all texts can be too large for memory. For each row of a stored run, memory holds the docno and the
+target. For each query, it holds the qid, the text of the query and the index of the query's first row. The lists of a
+stored run equal the lists of a result frame with the same rows. Training on the stored run therefore gives the same
+student as training on the frame.
 """
 
 import math
