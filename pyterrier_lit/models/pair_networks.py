@@ -1,5 +1,7 @@
-"""The networks of cross-encoders: padded token ids of pairs -> a score for each. This module does not deal with
-tokenizers."""
+"""The networks of cross-encoders: padded token ids of query-passage pairs -> a score for each pair.
+
+This module does not deal with tokenizers.
+"""
 
 import functools
 import inspect
