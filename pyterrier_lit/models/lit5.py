@@ -1,5 +1,7 @@
-"""Identifies LiT5 checkpoints: by what `save` recorded in the config, else by their names. This module does not deal
-with networks."""
+"""Identifies LiT5 checkpoints: by what `save` recorded in the config, else by their names.
+
+This module does not deal with networks.
+"""
 
 import os.path
 import re

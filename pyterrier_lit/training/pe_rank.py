@@ -1,4 +1,6 @@
-"""Training of PERank in two stages: alignment of the passage vectors, then ranking by them (arXiv 2406.14848).
+"""Training of PERank in two stages: alignment of the passage vectors, then ranking by these vectors.
+
+Source: arXiv 2406.14848.
 
 Stage 1, alignment: the language model sees the vector of a passage in place of its text and must reconstruct the text.
 Only the projector is trained. It maps the vector into the input space of the language model.
