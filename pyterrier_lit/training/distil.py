@@ -222,14 +222,16 @@ class FineTune(Training):
     """Train a student on labels: `pipe = first_stage >> text >> FineTune(student); pipe.fit(topics, qrels)`.
 
     Args:
-        student: a reranker, usually from `from_backbone`. `fit` trains it in place. When the pipeline ranks, the
-            student reranks.
+        student: a reranker, usually from `from_backbone`. `fit` trains it in place, and the pipeline then reranks with
+            it.
         recipe: the name of one of the student's recipes, or a Recipe. None selects the student's default recipe.
         verbose: show progress.
         settings: any field of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
             class), and any field of `trainer.Settings`: folder= (where checkpoints are saved, to resume from), every=
             (steps between checkpoints and between measurements on the validation frame), patience= (stop after this
-            many measurements without a better `nDCG@10`) and seed= (default 42).
+            many measurements in a row without a better `nDCG@10`) and seed= (default 42).
+
+    In the pipeline above, `text` is a stage that adds the texts of the passages, such as `dataset.text_loader()`.
 
     A LiT5Score learns from answers instead of labels. The answers are in a column `answers`, which holds a text or a
     list of texts for each query. The alignment stage of a PERank learns from the texts of the passages alone.
@@ -240,7 +242,7 @@ class FineTune(Training):
         return str(module.FINE_TUNE)
 
     def learned_from(self, columns: set[str]) -> str:
-        """The source of the targets: "labels", or what the recipe learns from instead of labels."""
+        """What the recipe learns from: "labels", "answers" or "the passages alone"."""
         return "labels" if "target" in columns else "answers" if "answers" in columns else "the passages alone"
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
@@ -254,8 +256,8 @@ class Distil(Training):
 
     Args:
         student, recipe, verbose, settings: as for FineTune.
-        teacher: a transformer that reranks the passages of the training queries; or a run, as a frame or a file. None
-            takes the order of the first stage.
+        teacher: a transformer that reranks the passages of the training queries; or a run, as a frame or a file. With
+            None, the student learns the order of the first stage.
 
     `first_stage % 50` limits the lists to 50 passages, the depth in the paper of Rank-DistiLLM. `topics.sample(1_000)`
     samples 1,000 training queries.
