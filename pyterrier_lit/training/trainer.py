@@ -51,7 +51,8 @@ class Settings:
 
     Args:
         folder: where checkpoints are saved. If training is started again with the same recipe, data, seed and initial
-            weights, it resumes from the last checkpoint in this folder. None saves no checkpoints.
+            weights, it resumes from the last checkpoint in this folder. If one of these differs, training raises
+            ValueError. None saves no checkpoints.
         every: steps between checkpoints, and between measurements on the validation frame. None is a tenth of all
             steps.
         patience: stop after this many measurements in a row without a better `nDCG@10`. None never stops early.
@@ -69,7 +70,7 @@ class Settings:
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """The hyperparameters of training. Each reranker has a subclass with more fields. The recipe of a paper is an
-    instance of such a subclass.
+    instance of such a subclass. A list, in this description, is a query with its passages.
 
     Args:
         learning_rate: the peak learning rate of AdamW, the same for all parameters.
