@@ -4,6 +4,8 @@ The scores s and the targets t have the shape (Q, N): Q queries with up to N pas
 `mask` (Q, N) is true where there is a passage. If `mask` is None, every query has N passages. Values outside the mask
 have no effect. Some losses are means over pairs of passages of the same query. In these losses, a query without a pair
 (with a single passage, or with equal targets only) contributes nothing, and the loss is 0 if no query has a pair.
+
+Rank-DistiLLM is arXiv 2405.07920; its original code is in the library lightning-ir. PE-Rank is arXiv 2406.14848.
 """
 
 import torch
@@ -64,9 +66,9 @@ def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
         p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)   the approximate rank
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
-    temperature: T. Source: Rank-DistiLLM, appendix B. The p_i printed there is not a rank; the formula used here is
-    from Qin et al., 2010. The paper prints a sum over the passages. This function takes the mean, and computes the
-    weights 1 / log2(r_i + 1) in float32, as lightning-ir does.
+    temperature: T. Source: Rank-DistiLLM, appendix B. The formula for p_i in that paper does not give a rank. The
+    formula used here is from Qin et al., 2010. The paper prints a sum over the passages. This function takes the mean,
+    and computes the weights 1 / log2(r_i + 1) in float32, as lightning-ir does.
     """
     inside = _inside(scores, mask)
     pairs = inside[:, :, None] & inside[:, None]  # (Q, i, j)
@@ -115,12 +117,11 @@ def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, red
 def list_kl(
     scores: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "sum"
 ) -> torch.Tensor:
-    """The mean over queries of the sum or mean over ranks of KL(teacher || student). At each rank, teacher and student
-    are distributions over the passages not yet ranked.
+    """The mean over queries of the sum (reduction="sum") or the mean (reduction="mean") over ranks of KL(teacher ||
+    student). At each rank, teacher and student are distributions over the passages not yet ranked.
 
     scores: the student's scores. teacher: the teacher's scores. Both have one of the shapes that `list_mle` accepts,
-    and gradients flow into both. reduction: "sum" or "mean", over the ranks. Source: PE-Rank, stage 2, whose code uses
-    the sum.
+    and gradients flow into both. Source: PE-Rank, stage 2, whose code uses the sum.
     """
     logs, ranks = _stepwise(scores, targets, mask)
     taught, _ = _stepwise(teacher, targets, mask)
