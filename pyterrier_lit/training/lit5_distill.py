@@ -30,8 +30,9 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class WindowRecipe(FiDRecipe):
-    """A recipe for LiT5Distill. A training example is a window of passages sampled from a list. The paper (LiT and
-    Lean) varies the size and the order of the windows. It does not say how the sizes and orders are distributed.
+    """A recipe for LiT5Distill. A training example is a window of passages, sampled from a query's list. The paper (LiT
+    and Lean, ECIR 2025) varies the size and the order of the windows. It does not say how the sizes and orders are
+    distributed.
 
     Args:
         smallest, largest: the smallest and the largest number of passages in a window. largest=None is the student's

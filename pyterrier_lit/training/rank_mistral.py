@@ -25,7 +25,7 @@ from pyterrier_lit.training.trainer import Objective, Recipe, device_of, enable_
 
 @dataclasses.dataclass(frozen=True)
 class TextRankingRecipe(Recipe):
-    """A recipe for RankMistral. A training example is a window of passages sampled from a list.
+    """A recipe for RankMistral. A training example is a window of passages, sampled from a query's list.
 
     Args:
         smallest, largest: the smallest and the largest number of passages in a window. largest=None is the student's
