@@ -1,1 +1,1 @@
-"""Networks and checkpoints: token ids and tensors in, tensors out. These modules do not deal with queries or rankings."""
+"""Networks and checkpoints: token ids and tensors in, tensors out. No module here deals with queries or rankings."""

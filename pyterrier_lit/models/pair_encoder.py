@@ -101,8 +101,8 @@ class PairCheckpoint:
         return self._layouts[special_tokens_as_text]
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids, each (B, L) -> float32 scores (B,). On a GPU, the scores may still
-        be being computed when this method returns."""
+        """input_ids, attention_mask, token_type_ids, each (B, L) -> float32 scores (B,). On a GPU, the method may
+        return before the scores are computed."""
         if self.device.type == "cuda":
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
