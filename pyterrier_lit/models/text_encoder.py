@@ -46,8 +46,8 @@ class TextEncoder:
         self.__post_init__()  # pickling loses the tokenizer's flag encode_special_tokens
 
     def encode(self, batch: Sequence[list[int]]) -> torch.Tensor:
-        """The token ids of B texts -> float32 vectors (B, d), not normalised. On a GPU, the vectors may still be being
-        computed when this method returns."""
+        """The token ids of B texts -> float32 vectors (B, d), not normalised. On a GPU, the method may return before
+        the vectors are computed."""
         pad = self.config.get("pad_token_id") or 0
         device = next(self.network.parameters()).device
         input_ids, mask = (tensor.to(device, torch.long) for tensor in padded(batch, pad))
