@@ -131,8 +131,8 @@ def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
 class Objective(NamedTuple):
     """What a student learns: its network, and the functions from training lists to a loss.
 
-    If the recipe has workers, the functions are pickled for other processes. They must therefore be module-level
-    functions, or `partial`s of such functions.
+    If the recipe's `workers` is above 0, the functions are pickled for other processes. They must therefore be
+    module-level functions, or `functools.partial` objects of such functions.
     """
 
     network: nn.Module
