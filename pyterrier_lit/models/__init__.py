@@ -1,1 +1,1 @@
-"""Networks and checkpoints: token ids and tensors in, tensors out. Knows no queries and no rankings."""
+"""Networks and checkpoints: token ids and tensors in, tensors out. No module here deals with queries or rankings."""

@@ -1,9 +1,10 @@
 """Attention of few queries over many keys: on a CPU, by matrix products instead of the slower fused kernel.
 
-The fused kernel (`scaled_dot_product_attention`) is optimised for about as many queries as keys. A decoding step has
-only one or a few queries, one for each new token, for which the kernel is slow. Shapes: B the batch, H the heads of the
-queries, K the heads of keys and values (H is a multiple of K), m the number of queries, S the number of keys, d the
-width of a head.
+In this module, queries, keys and values are vectors of the attention mechanism. The fused kernel
+(`scaled_dot_product_attention`) is fast if there are about as many queries as keys. A decoding step has only one query
+per new token, and with so few queries the kernel is slow. Shapes: B is the batch size, H the number of heads of the
+queries, K the number of heads of keys and values (H is a multiple of K), m the number of queries, S the number of keys,
+and d the width of a head.
 """
 
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-NAME = "few_queries"  # the name under which the library finds `_library_attention`
-# The largest numbers of queries for which matrix products were not slower than the fused kernel, on CPUs with and
-# without AVX512-BF16 (bench.py). If several heads share keys, the fused kernel reads the keys again for each head.
+NAME = "few_queries"  # the name under which transformers finds `_library_attention`
+# The largest numbers of queries for which matrix products were not slower than the fused kernel. Measured by bench.py
+# on CPUs with and without AVX512-BF16. If several heads share keys, the fused kernel reads the keys again for each head
 FEW, FEW_WITH_SHARED_KEYS = 4, 16
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -25,9 +26,10 @@ def attend(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """query (B, H, m, d), keys and values (B, H, S, d) -> (B, H, m, d), by the faster kernel for m queries.
+    """Attention: query (B, H, m, d), keys and values (B, H, S, d) -> (B, H, m, d). Uses the kernel that is faster for m
+    queries.
 
-    mask: as in `attention_weights`. scale: None means d ** -0.5.
+    mask: as in `attention_weights`. scale: the factor of the logits. None means d ** -0.5.
     """
     if not _few(query, keys):
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
@@ -39,25 +41,28 @@ def attention_weights(
 ) -> torch.Tensor:
     """query (B, H, m, d), keys (B, K, S, d) -> float32 attention weights (B, H, m, S), which sum to 1 over S.
 
-    mask: broadcasts to (B, H, m, S); a float mask is added to the logits, a boolean mask is false for masked keys.
+    mask: broadcasts to (B, H, m, S). A float mask is added to the logits. A boolean mask is false for masked keys.
+    scale: as in `attend`.
     """
     logits = (query.reshape(*keys.shape[:2], -1, query.shape[-1]) @ keys.mT).float().view(*query.shape[:3], -1)
     if scale != 1.0:
         logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
-        seen_by_none = torch.finfo(logits.dtype).min  # finite: a query whose keys are all masked must not become nan
+        seen_by_none = torch.finfo(logits.dtype).min  # finite, so that a query whose keys are all masked gives no NaN
         logits = logits.masked_fill(~mask, seen_by_none) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(-1)
 
 
 def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights (B, H, m, S), values (B, K, S, d) -> (B, H, m, d) in the dtype of the values."""
+    """weights (B, H, m, S), values (B, K, S, d) -> weighted sums of the values, (B, H, m, d), in the dtype of the
+    values."""
     rows = weights.to(values.dtype).view(*values.shape[:2], -1, values.shape[2])  # heads that share values become rows
     return (rows @ values).view(*weights.shape[:3], -1)
 
 
 def use_for_few_queries(model: Any) -> None:
-    """Let a model of transformers choose between the fused kernel and matrix products in each pass, as `attend` does.
+    """Let a model of transformers choose between the fused kernel and matrix products in each forward pass, as `attend`
+    does.
 
     A model that does not use the fused kernel is unchanged.
     """
@@ -79,7 +84,8 @@ def _library_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that the library calls in each layer. Returns (B, m, H, d), and None for the weights."""
+    """The attention function that transformers calls in each layer. Returns the output (B, m, H, d), and None in place
+    of the attention weights."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = attention_mask is None and query.shape[2] > 1  # without a mask, the fused kernel masks causally

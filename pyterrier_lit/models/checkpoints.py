@@ -21,7 +21,7 @@ from pyterrier_lit.models.tokenization import bare_tokenizer, no_panic, settle
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # one of these must exist
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a checkpoint must have one of these files
 ADAPTER = "adapter_config.json"
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # fetched from the hub with the weights
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -36,9 +36,10 @@ FILES = (
 
 
 class Folder:
-    """The files of a checkpoint, each of which is read on access. Errors name the file that is missing or damaged.
+    """The files of a checkpoint. Each file is read when it is first needed. Error messages name the missing or damaged
+    file.
 
-    Methods raise FileNotFoundError for a missing file, and ValueError for one that cannot be read.
+    The methods raise FileNotFoundError for a missing file, and ValueError for a file that cannot be read.
     """
 
     def __init__(self, path: str | Path):
@@ -54,7 +55,7 @@ class Folder:
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
-        """The fields of tokenizer_config.json, or {} without that file."""
+        """The fields of tokenizer_config.json, or {} if there is no such file."""
         name = "tokenizer_config.json"
         fields = _read_json(self, name) if (self.path / name).exists() else {}
         limit = fields.get("model_max_length")
@@ -63,11 +64,11 @@ class Folder:
         return fields
 
     def weights(self) -> Weights:
-        """All tensors by name, on the CPU in their stored dtype: from safetensors, else from pytorch_model*.bin.
+        """All tensors by name, on the CPU in their stored dtype. They are read from safetensors if the folder has such
+        files, else from pytorch_model*.bin.
 
-        They are copies: safetensors maps its file into memory, so overwriting the file would change a loaded model.
-        Copying 1 GB takes 0.7 seconds, 0.5 of which would be needed without a copy, to read the mapped file. The peak
-        is 2 GB of memory.
+        The tensors are copies: safetensors maps its file into memory, so overwriting the file would otherwise change a
+        loaded model. Reading a file of 1 GB takes 0.7 seconds (0.5 seconds without the copy), and up to 2 GB of memory.
         """
         weights: Weights = {}
         for file in _weight_files(self):
@@ -81,7 +82,7 @@ class Folder:
         return weights
 
     def weight(self, name: str) -> torch.Tensor | None:
-        """One tensor, or None if it does not exist. From a safetensors file, no other tensor is read."""
+        """One tensor, or None if it does not exist. If the tensor is in a safetensors file, no other tensor is read."""
         for file in _weight_files(self):
             if file.suffix != ".safetensors":
                 return self.weights().get(name)
@@ -96,12 +97,12 @@ class Folder:
         return bare_tokenizer(self.library_tokenizer(kind))
 
     def library_tokenizer(self, kind: str | None = None) -> "PreTrainedTokenizerFast":
-        """The library's tokenizer for the folder: its vocabulary with the class and settings of tokenizer_config.json.
+        """The transformers tokenizer for the folder. It has the folder's vocabulary, and the class and settings of
+        tokenizer_config.json.
 
-        kind: the model type ("bert", ...) whose tokenizer class is used if tokenizer_config.json names no class of the
-        library, and there is no tokenizer.json.
-        Raises ValueError for a class that needs code in the checkpoint, or that does not run in the `tokenizers`
-        package.
+        kind: a model type, such as "bert". Its tokenizer class is used if tokenizer_config.json names no class of
+        transformers and there is no tokenizer.json. Raises ValueError for a tokenizer class that needs code in the
+        checkpoint, or that does not run in the `tokenizers` package.
         """
         import transformers
 
@@ -121,7 +122,7 @@ class Folder:
             options["config"] = auto_config(self.config, model_type)
         try:
             with no_panic("any text"):
-                if has_file:  # for a damaged file the library may build another tokenizer
+                if has_file:  # for a damaged file, transformers may build a different tokenizer
                     tokenizers.Tokenizer.from_file(str(self.path / "tokenizer.json"))
                 tokenizer: Any = reader.from_pretrained(
                     self.path, trust_remote_code=False, local_files_only=True, **options
@@ -138,8 +139,8 @@ class Folder:
         return fast
 
     def _check_tokenizer(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        """Raise ValueError for a tokenizer that is implemented in Python only, or lacks the vocabulary file of its
-        class."""
+        """Raise ValueError for a tokenizer that is implemented in Python only, and for one without the vocabulary file
+        of its class."""
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} does not run in the tokenizers package")
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
@@ -149,12 +150,13 @@ class Folder:
         tokenizer.backend_tokenizer.encode("\u2603")
 
     def check_vocabulary(self) -> None:
-        """Raise FileNotFoundError for a folder without a vocabulary: transformers would build an empty tokenizer."""
+        """Raise FileNotFoundError for a folder without a vocabulary. From such a folder, transformers would build an
+        empty tokenizer."""
         if not any(found for name in VOCABULARIES for found in self.path.glob(name)):
             raise self.missing("tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
 
     def missing(self, what: str) -> FileNotFoundError:
-        """The error for a folder that lacks a file."""
+        """The error for a folder that lacks a file. what: the name of the file, for the message."""
         use = f"put its files into {self}"
         return FileNotFoundError(
             f"{self} holds no {what}. Fetch the checkpoint whole; without a network, {how_to_fetch(use=use)}"
@@ -162,12 +164,13 @@ class Folder:
 
 
 def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
-    """The folder of a checkpoint: the given folder, or the files from the hub in the local cache.
+    """The folder of a checkpoint. This is the given folder, or a folder in the local cache with the files from the hub.
 
-    revision: a branch, tag or commit on the hub; None is its main branch.
+    model: a folder or a hub id. revision: a branch, tag or commit on the hub. None is the main branch of the
+    repository.
 
-    Raises FileNotFoundError when the checkpoint is neither a folder nor on the hub, with advice for a machine without a
-    network. Raises ValueError when `model` is a folder and a revision is given.
+    Raises FileNotFoundError if there is no such folder and no such checkpoint on the hub. The message has advice for a
+    machine without a network. Raises ValueError if `model` is a folder and a revision is given.
     """
     if revision is not None and not (isinstance(revision, str) and revision):
         raise ValueError(f"revision={revision!r}; wanted the name of a branch, a tag or a commit on the hub")
@@ -191,9 +194,10 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
 def fetch_from_hub(
     model: str, *, revision: str | None = None, weights: bool = True, use: str = "pass its path as model="
 ) -> Folder:
-    """`fetch` for a hub id only, even if a folder with that name exists.
+    """Like `fetch`, for a hub id only. A local folder with the same name is ignored.
 
-    weights: whether to fetch them too. use: for the error message, how to use a copy on a machine without a network.
+    weights: whether to fetch the weights, too. use: how to use a copy of the files on a machine without a network, for
+    the error message.
     """
     from huggingface_hub import snapshot_download
 
@@ -203,7 +207,7 @@ def fetch_from_hub(
         if weights and not any(folder.glob("*.safetensors")):
             wanted.append("pytorch_model*.bin")
             folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+    except Exception as error:  # the hub's client raises errors of its own, of httpx and of the system
         raise FileNotFoundError(
             f"there is no folder {model!r} here, and the hub did not provide that checkpoint"
             f"{f' at revision {revision!r}' if revision else ''} ({type(error).__name__}: {first_line(error)})."
@@ -213,7 +217,8 @@ def fetch_from_hub(
 
 
 def _whole(folder: Folder) -> Folder:
-    """The folder. Raises ValueError if it contains an adapter, which is not a model on its own and is never applied."""
+    """The folder, unchanged. Raises ValueError if it contains an adapter, since an adapter is not a model on its own
+    and is never applied."""
     if (folder.path / ADAPTER).exists():
         raise ValueError(
             f"{folder} holds an adapter ({ADAPTER}), which is not applied. Merge it into its base model, by peft's"
@@ -224,34 +229,35 @@ def _whole(folder: Folder) -> Folder:
 
 
 def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=", revision: str | None = None) -> str:
-    """Advice for error messages on how to bring a checkpoint to a machine without a network."""
+    """Advice for error messages: how to bring a checkpoint to a machine without a network."""
     which = f"{name} --revision {revision}" if revision else name
     return f"run `hf download {which} --local-dir FOLDER` on a machine that has one, copy FOLDER here and {use}"
 
 
 def save_checkpoint(folder: Path, config: dict[str, Any], weights: Weights) -> None:
-    """Write config.json and model.safetensors."""
+    """Write config.json and model.safetensors into a folder."""
     save_weights(folder, weights)
     save_json(folder / "config.json", config)
 
 
 def save_weights(folder: Path, weights: Weights) -> None:
-    """Write model.safetensors."""
+    """Write model.safetensors into a folder."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def save_json(file: Path, fields: dict[str, Any]) -> None:
-    """Write a config."""
+    """Write a dict to a JSON file."""
     file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
-    """Save a checkpoint: `fill` writes into a new folder, whose files are moved to `path` only when all are complete.
+    """Save a checkpoint. `fill` writes into a new folder, whose files are moved to `path` only when all files are
+    complete.
 
     Until then, an older checkpoint at `path` is unchanged. Afterwards, files of the older checkpoint that the new one
-    does not have are removed, since loading would read them. Files that are not part of a checkpoint stay. Raises
-    OSError when the checkpoint cannot be written, for example on a full disk.
+    does not have are removed, since they would be loaded as well. Files that are not part of a checkpoint are kept.
+    Raises OSError if the checkpoint cannot be written, for example on a full disk.
     """
     path = Path(path).expanduser()
     path.mkdir(parents=True, exist_ok=True)
@@ -285,7 +291,7 @@ def _weight_files(folder: Folder) -> list[Path]:
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    """The files that an index names. ValueError for a path outside the folder."""
+    """The names of the files that an index lists. Raises ValueError for a path outside the folder."""
     weight_map = _read_json(folder, index).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:

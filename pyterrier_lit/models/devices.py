@@ -16,7 +16,7 @@ OTHER_NAMES = {  # common aliases
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The requested device; None is the first GPU (CUDA's, else Apple's mps), else the CPU.
+    """The requested device. None is the first GPU (a CUDA device, else Apple's mps), or the CPU if there is no GPU.
 
     Raises ValueError for an unknown or unavailable device.
     """
@@ -34,9 +34,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The requested dtype; None is bfloat16 on a GPU that supports it, else float32.
+    """The requested dtype. None is bfloat16 on a CUDA GPU that supports it, and float32 on any other device.
 
-    "auto" is bfloat16 also on a CPU that supports it (AVX512-BF16 or AMX). Raises ValueError for any dtype except
+    "auto" is bfloat16 also on a CPU that supports bfloat16 (AVX512-BF16 or AMX). Raises ValueError for any dtype except
     float32, bfloat16, float16 and float64.
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
@@ -52,7 +52,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
-    """torch's name of a dtype: "bfloat16" for "bf16", torch.bfloat16 and "torch.bfloat16"."""
+    """The name of a dtype in torch: "bfloat16" for "bf16", torch.bfloat16 and "torch.bfloat16"."""
     name = str(dtype).removeprefix("torch.")
     return OTHER_NAMES.get(name, name)
 
@@ -68,7 +68,7 @@ def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
         for network in networks
         for weight in network.parameters()
     }
-    copied = copy.deepcopy(checkpoint, copies)  # uses these copies in place of the weights
+    copied = copy.deepcopy(checkpoint, copies)  # deepcopy takes the converted weights from `copies`
     for part in (copied, getattr(copied, "encoder", None)):
         if part is not None:
             part.network.to(device)

@@ -1,4 +1,4 @@
-"""Model cards, and uploads of a checkpoint's folder to the hub. Knows no networks."""
+"""Model cards, and uploads of a checkpoint's folder to the hub. This module does not deal with networks."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from pyterrier_lit.models.checkpoints import FILES, HUB_ID
 from pyterrier_lit.models.errors import first_line
 
 CARD = "README.md"
-KEPT = ("license", "language")  # fields of a card's header that the user sets
+KEPT = ("license", "language")  # the fields of a card's header that the user sets
 MARK = (
     "<!-- Written by `save` of pyterrier_lit, which replaces it when it saves here again, unless this line is gone."
     " Give your license above, as `license: ...` -->"
@@ -41,9 +41,10 @@ def card(
 ) -> str:
     """The text of a checkpoint's model card.
 
-    name: the name of its folder. kind: its class in this package. about: a sentence about this class. base_model: a hub
-    id, or None. facts: recorded settings. trainings: facts about each new training run. earlier: the training section
-    of an older card, which comes before them. classifier: whether transformers can load the checkpoint.
+    name: the name of the checkpoint's folder. kind: the reranker's class in this package. about: a sentence about this
+    class. base_model: the hub id of the base model, or None. facts: recorded settings, as name -> value. trainings:
+    facts about each new training run. earlier: the training section of an older card, which is put before the new
+    training runs. classifier: whether transformers can load the checkpoint as a sequence classifier.
     """
     from huggingface_hub import ModelCardData
 
@@ -74,7 +75,7 @@ pipeline = first_stage % 100 >> {kind}("{name}")  # after any first stage of PyT
 def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
     """A card after its checkpoint is renamed from `old` to `new`. A card that `save` did not write is unchanged.
 
-    classifier: whether transformers can load the renamed checkpoint, which the card then says.
+    classifier: whether transformers can load the renamed checkpoint. If so, the card says this.
     """
     from huggingface_hub import ModelCard
 
@@ -88,8 +89,8 @@ def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
 
 
 def in_place_of(text: str, before: str) -> str | None:
-    """The card `text`, with the license and language of the card `before` that it replaces. None if `before` is the
-    user's own card, which must not be replaced."""
+    """A new card `text` that replaces the card `before`, with the license and language of `before`. Returns None if
+    `save` did not write `before`: the user's own card must not be replaced."""
     from huggingface_hub import ModelCard
 
     if MARK not in before:
@@ -102,13 +103,13 @@ def in_place_of(text: str, before: str) -> str | None:
 
 
 def read_card(folder: Path) -> str | None:
-    """The card in a folder, or None."""
+    """The text of the card in a folder, or None if there is no card."""
     file = folder / CARD
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def base_of(text: str) -> str | None:
-    """The base model that a card names."""
+    """The base model that a card names, or None if it names none."""
     from huggingface_hub import ModelCard
 
     named = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
@@ -116,7 +117,8 @@ def base_of(text: str) -> str | None:
 
 
 def trainings_of(text: str) -> str:
-    """The section on training runs in a card that `save` wrote, without its heading; "" for any other card."""
+    """The section on training runs in a card that `save` wrote, without the heading of the section. Returns "" for any
+    other card."""
     told = text.partition("\n## Training\n")[2].partition("\n## Use\n")[0].strip()
     return f"{told}\n" if told and MARK in text else ""
 
@@ -129,11 +131,12 @@ def is_hub_id(model: object) -> bool:
 def push(
     folder: Path, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
 ) -> str:
-    """Upload the files of a checkpoint's folder to a repository on the hub. Returns the commit's id.
+    """Upload the files of a checkpoint's folder to a repository on the hub. Returns the id of the commit.
 
-    Repository and branch are created if necessary. revision: the branch; None is main. A card in the repository that
-    `save` did not write is kept, as are files that do not belong to a checkpoint. Raises OSError with the message of
-    the hub's client.
+    The repository and the branch are created if necessary. revision: the branch. None is main. private: whether a new
+    repository is private. None is the account's default. A card in the repository that `save` did not write is kept,
+    and so are files that do not belong to a checkpoint. Raises OSError, with the message of the hub's client, if the
+    upload fails.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
@@ -158,7 +161,7 @@ def push(
             ignore_patterns=[CARD] if there is not None and MARK not in there else None,
             delete_patterns=list(FILES),
         )
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+    except Exception as error:  # the hub's client raises errors of its own, of httpx and of the system
         raise OSError(
             f"{repo_id!r} could not be pushed to the hub ({type(error).__name__}: {first_line(error)}). Log in with"
             " `hf auth login` or HF_TOKEN, by a token with write access; `save` writes the same files into a folder"

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 Weights = dict[str, torch.Tensor]
 Network = TypeVar("Network", bound=nn.Module)
-NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # names of layer norm weights before 2019
+NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # names of layer norm weights before 2019 -> today's
 _OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that do not affect the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-# Fields that would let a checkpoint choose how the library runs: its code, kernels, quantisation, distribution and
-# outputs. Fields whose names begin with _ are also ignored
+# Fields of a config.json that are ignored. They would let a checkpoint choose how transformers runs: its code, kernels,
+# quantisation, distribution and outputs. Fields whose names begin with _ are ignored, too
 NOT_HANDED_ON = (
     *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
     *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript"),
 )
-# Names of the number of layers in different architectures
+# The fields with the number of layers, in different architectures
 LAYERS = (
     *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"),
     *("encoder_layers", "decoder_layers"),
@@ -33,7 +33,7 @@ LAYERS = (
 
 
 def library_config(config: dict[str, Any], config_class: type) -> Any:
-    """A configuration of the library with the fields of config.json that describe the network."""
+    """A configuration of transformers with those fields of a config.json that describe the network."""
     known = config_class().to_dict()
     return config_class(
         **{key: value for key, value in handed_on(config).items() if key in known and key not in NO_SHAPE}
@@ -41,9 +41,10 @@ def library_config(config: dict[str, Any], config_class: type) -> Any:
 
 
 def auto_config(config: dict[str, Any], kind: str) -> Any:
-    """Like `library_config`, for a model_type; fields that are not among its class's defaults are passed too.
+    """The configuration of transformers for a model_type. Unlike `library_config`, it also passes fields that have no
+    default in the configuration's class.
 
-    References to code in the config are ignored. Raises KeyError for a model_type that the library lacks.
+    References to code in the config are ignored. Raises KeyError for a model_type that transformers does not have.
     """
     from transformers import CONFIG_MAPPING
 
@@ -53,7 +54,7 @@ def auto_config(config: dict[str, Any], kind: str) -> Any:
 
 
 def handed_on(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json, and of nested configs, that are passed to the library."""
+    """The fields of a config.json, and of the configs nested in it, that are passed to transformers."""
     return {
         key: handed_on(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -64,8 +65,8 @@ def handed_on(config: dict[str, Any]) -> dict[str, Any]:
 def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights, source: str) -> Network:
     """The network that `make` builds from a config.json, on the CPU, before its weights are loaded.
 
-    Raises ValueError, before anything is allocated, if the network would have more layers than there are weights, or
-    far more parameters than the weights contain.
+    weights: the weights of the checkpoint. Raises ValueError, before any memory is allocated, if the network would have
+    more layers than the checkpoint has weights, or more than twice as many parameters as the weights have numbers.
     """
     check_size(make, config, weights, source)
     with torch.device("cpu"):
@@ -73,20 +74,20 @@ def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights,
 
 
 def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: Weights, source: str) -> None:
-    """Raise the ValueError of `build`."""
+    """Raise ValueError in the same cases as `build`."""
     check_layers(config, weights, source)
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in make().parameters())
     held = sum(tensor.numel() for tensor in weights.values())
-    if numbers > 2 * held:  # factor 2: shared tensors may be stored once
+    if numbers > 2 * held:  # not numbers > held, since a tensor with two names may be stored once
         raise wrong_weights(source, [f"the config describes {numbers:,} numbers, and the weights are {held:,}"])
 
 
 def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
-    """Raise ValueError if the config has more layers than there are weights.
+    """Raise ValueError if the config has more layers than the checkpoint has weights.
 
-    `check_size` does this before it builds the network: building a million layers, even without memory, would take
-    hours.
+    `check_size` does this before it builds the network: building a million layers would take hours, even without memory
+    for their weights.
     """
     for name, value in config.items():
         if isinstance(value, dict):
@@ -96,7 +97,8 @@ def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
 
 
 def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
-    """Load weights into a module. ValueError names each weight that is missing, unexpected or of another shape."""
+    """Load weights into a module. Raises ValueError, with the name of each weight that is missing, unexpected or of
+    another shape."""
     own = module.state_dict()
     problems = [f"missing {name}" for name in own.keys() - weights.keys()]
     problems += [f"unexpected {name}" for name in weights.keys() - own.keys()]
@@ -113,10 +115,11 @@ def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
 def library_model(
     mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
 ) -> "PreTrainedModel":
-    """The library's model for a config.json, from a mapping such as transformers.MODEL_MAPPING, with the given weights.
+    """The transformers model for a config.json, with the given weights.
 
-    Raises KeyError where the library has no such model, and ValueError for weights that are missing, unexpected or of
-    another shape.
+    mapping: a mapping of transformers from configurations to models, such as transformers.MODEL_MAPPING. Raises
+    KeyError if transformers has no such model, and ValueError for weights that are missing, unexpected or of another
+    shape.
     """
     model, found = _library_model(mapping, config, kind, weights, source, dtype)
     _refuse(found, ("missing", "unexpected", "mismatched"), source)
@@ -124,7 +127,8 @@ def library_model(
 
 
 def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """The body of a model of the library. The weights may include a head's. Raises the errors of `library_model`."""
+    """The body of a transformers model, without a head. The weights may include those of a head. Raises the same errors
+    as `library_model`."""
     from transformers import MODEL_MAPPING
 
     model, found = _library_model(MODEL_MAPPING, config, str(config.get("model_type")), weights, source, dtype)
@@ -133,9 +137,10 @@ def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: t
 
 
 def library_student(config: dict[str, Any], weights: Weights, source: str) -> "PreTrainedModel":
-    """The library's sequence classifier on a pre-trained body. Missing weights of the head are initialised at random.
+    """A sequence classifier of transformers on a pre-trained body. Weights of the head that are missing are initialised
+    at random.
 
-    Raises the errors of `library_model` for the weights of the body.
+    For the weights of the body, it raises the same errors as `library_model`.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -167,7 +172,7 @@ def _library_model(
 
 
 def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> None:
-    """Raise ValueError for the weights in which the library found one of these problems."""
+    """Raise ValueError for the weights in which transformers found one of the given problems."""
     names = [
         (problem, name if isinstance(name, str) else name[0])
         for problem in problems
@@ -179,9 +184,10 @@ def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> No
 
 
 def positions(network: nn.Module) -> int | None:
-    """The maximum input length in tokens that a network's position table allows, or None without such a table."""
+    """The maximum input length in tokens that a network's position table allows. Returns None if the network has no
+    such table."""
     counts = [
-        # RoBERTa's positions start after its padding index
+        # In RoBERTa, the first position is the one after the padding index
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         for name, module in network.named_modules()
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
@@ -192,8 +198,8 @@ def positions(network: nn.Module) -> int | None:
 def position_limit(config: Any) -> float:
     """The maximum input length of a language model in tokens, according to its configuration.
 
-    Some rotary embeddings change for the whole batch when one input exceeds a certain length. Such lengths are
-    excluded, so that a ranking does not depend on the other prompts in the batch.
+    Some rotary embeddings change for all inputs of a batch if one input exceeds a certain length. The limit is at most
+    this length, so that a ranking does not depend on the other prompts in the batch.
     """
     limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -204,8 +210,8 @@ def position_limit(config: Any) -> float:
 
 
 def today(weights: Weights) -> Weights:
-    """Weights under their current names. The weights of layer norms used to be named gamma and beta. Positions used to
-    be saved as a buffer, which is left out."""
+    """Weights under their current names. In older checkpoints, the weights of layer norms are named gamma and beta, and
+    the positions are saved as a buffer. The buffer is left out."""
     kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
     return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
 

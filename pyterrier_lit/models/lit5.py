@@ -1,4 +1,7 @@
-"""Identifies LiT5 checkpoints: by what `save` recorded in the config, else by their names. Knows no network."""
+"""Identifies LiT5 checkpoints: by what `save` recorded in the config, else by their names.
+
+This module does not deal with networks.
+"""
 
 import os.path
 import re
@@ -13,16 +16,16 @@ import torch
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.t5 import T5Checkpoint, read_t5
 
-WINDOWS = {"v1": 20, "v2": 100}  # window size in training of each LiT5-Distill family
+WINDOWS = {"v1": 20, "v2": 100}  # family of LiT5-Distill -> the window size that it was trained with
 NAME = re.compile(r"lit5[-_. ]?(distill|score)", re.IGNORECASE)  # as in castorini/LiT5-Distill-base-v2
 V2 = re.compile(r"(?<![a-z0-9])v2(?![a-z0-9])", re.IGNORECASE)
 
 
 def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpoint]:
-    """The function that loads trained checkpoints of LiT5Distill or of LiT5Score.
+    """The function that loads trained checkpoints of one reranker. kind: "LiT5Distill" or "LiT5Score".
 
-    It raises ValueError for a checkpoint that `save` recorded as the other reranker's. It warns if only the
-    checkpoint's name is the other reranker's.
+    The returned function raises ValueError if `save` recorded that the checkpoint is of the other reranker. It warns if
+    nothing is recorded but the checkpoint has the name of the other reranker.
     """
 
     def read(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Checkpoint:
@@ -47,7 +50,8 @@ def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpo
 
 
 def recorded_kind(config: dict[str, Any]) -> str | None:
-    """The reranker that `save` recorded, or None. Earlier versions recorded only its settings, which identify it."""
+    """The name of the reranker that `save` recorded, or None. Earlier versions of `save` recorded only the reranker's
+    settings, from which its name is derived."""
     if isinstance(config.get("reranker"), str):
         return str(config["reranker"])
     lengths = config.get("lengths")
@@ -57,21 +61,23 @@ def recorded_kind(config: dict[str, Any]) -> str | None:
 
 
 def named_kind(place: str) -> str | None:
-    """The reranker that a path or hub id names, or None. Of several names, the last one counts."""
+    """The reranker that a path or hub id names, or None. If it names several, the last one counts."""
     found = NAME.findall(place)
     return f"LiT5{found[-1].capitalize()}" if found else None
 
 
 def came_from(config: dict[str, Any]) -> str:
-    """The path or hub id from which the library had loaded a checkpoint when it saved it, or "" if it is unknown."""
+    """The path or hub id from which transformers had loaded a checkpoint when it saved the checkpoint. Returns "" if it
+    is unknown."""
     return str(config.get("_name_or_path", ""))
 
 
 def family(places: Iterable[str]) -> str | None:
-    """The family, "v1" or "v2", according to the first path or hub id that shows it; None if none does.
+    """The family of a LiT5-Distill checkpoint, "v1" or "v2". It is derived from the first of the given paths and hub
+    ids that shows a family. Returns None if none of them does.
 
-    A path with "LiT5-Distill" is of "v2" if "v2" follows this name (also in the hub's cache, .../snapshots/HASH), else
-    of "v1". A path without it is of "v2" if "v2" is in its last part.
+    A path with "LiT5-Distill" shows "v2" if "v2" follows this name (also in the hub's cache, .../snapshots/HASH), else
+    "v1". A path without "LiT5-Distill" shows "v2" if "v2" is in its last part, else no family.
     """
     for place in places:
         *_, named = [None, *NAME.finditer(place)]
@@ -83,7 +89,11 @@ def family(places: Iterable[str]) -> str | None:
 
 
 def warn_of_full_prompts(checkpoint: T5Checkpoint, queries: Sequence[str], heads: Sequence[str], length: int) -> None:
-    """Warn once about queries that leave no room for passages, because the text before a passage fills the prompt."""
+    """Warn about queries that leave no room for passages, because the text before the passage fills the prompt. There
+    is one warning for all of these queries.
+
+    heads: for each query, the text of its prompt before the passage. length: the maximum length of a prompt in tokens.
+    """
     characters = [len(unicodedata.normalize("NFKC", head)) for head in heads]  # a head has at most one token more
     long = [i for i, number in enumerate(characters) if number >= length - 2]
     taken = map(len, checkpoint.pieces([heads[i] for i in long]))

@@ -1,8 +1,8 @@
 """Checkpoints of cross-encoders in all published formats: networks that read two texts as one input and return one
 score.
 
-Supported are lightning-ir's checkpoints since 2024 (Rank-DistiLLM's monoELECTRA), and the library's sequence
-classifiers with one or two labels. Knows token ids and tensors: no rankings.
+Supported are lightning-ir's checkpoints since 2024 (such as Rank-DistiLLM's monoELECTRA), and sequence classifiers of
+transformers with one or two labels. This module deals with token ids and tensors, not with rankings.
 """
 
 import copy
@@ -40,14 +40,15 @@ from pyterrier_lit.models.tokenization import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# The model_type of lightning-ir's cross-encoders: the first two in 2024-05, the third in 2024-06, "mono" since 2025-08
+# Values of model_type in lightning-ir's cross-encoders. The first two are from 2024-05, the third is from 2024-06, and
+# "mono" has been written since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
-BODIES = {"electra": "Electra", "bert": "Bert"}  # body of lightning-ir's cross-encoders -> prefix of library classes
-# Without this, sentence-transformers applies a sigmoid to a single label, and high scores would tie
+BODIES = {"electra": "Electra", "bert": "Bert"}  # body of a cross-encoder -> prefix of its classes in transformers
+# Without these fields, sentence-transformers applies a sigmoid to a single label, and high scores would tie
 IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
 POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names
-UNLIMITED = 10**9  # transformers writes a larger number for tokenizers without a maximum length
-LENGTHS = {"query_length": 32, "doc_length": 256}  # Rank-DistiLLM's maximum tokens of a query and of a passage
+UNLIMITED = 10**9  # for a tokenizer without a maximum length, transformers writes a number above this
+LENGTHS = {"query_length": 32, "doc_length": 256}  # maximum tokens of a query and of a passage in Rank-DistiLLM
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,16 +65,17 @@ class PairCheckpoint:
 
     @property
     def lengths(self) -> dict[str, int | None]:
-        """Maximum tokens of a query and of a passage, as recorded in the config.
+        """The maximum lengths of a query and of a passage in tokens. The config may record them.
 
-        The defaults are LENGTHS in lightning-ir's format, and otherwise None: only the pair is truncated.
+        If it does not, they are LENGTHS for a checkpoint in lightning-ir's format. For any other checkpoint they are
+        None: only the query-passage pair is truncated.
         """
         default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
         return {name: self.config.get(name) or length for name, length in default.items()}
 
     @property
     def stock(self) -> bool:
-        """Whether it is a classifier of transformers, which other libraries can load."""
+        """Whether the checkpoint is a sequence classifier of transformers, which other libraries can load."""
         return isinstance(self.network, LabelScorer)
 
     @property
@@ -87,7 +89,8 @@ class PairCheckpoint:
     def layout(self, *, special_tokens_as_text: bool = False) -> PairLayout:
         """The layout of two texts as one input.
 
-        special_tokens_as_text: whether special tokens inside a text are plain characters, instead of control tokens.
+        special_tokens_as_text: whether special tokens inside a text are read as plain characters instead of as control
+        tokens.
         """
         if special_tokens_as_text not in self._layouts:
             tokenizer = self.tokenizer
@@ -98,8 +101,8 @@ class PairCheckpoint:
         return self._layouts[special_tokens_as_text]
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids (B, L) -> float32 scores (B,), possibly still being computed on a
-        GPU."""
+        """input_ids, attention_mask, token_type_ids, each (B, L) -> float32 scores (B,). On a GPU, the method may
+        return before the scores are computed."""
         if self.device.type == "cuda":
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
@@ -118,12 +121,12 @@ class PairCheckpoint:
             save_json(folder / name, fields)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_layouts": {}}  # pickling loses a tokenizer's flag
+        return vars(self) | {"_layouts": {}}  # their tokenizers would lose the flag encode_special_tokens
 
 
 def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """A trained cross-encoder in any supported format, which is recognised by the weights first and then by the
-    config."""
+    """Load a trained cross-encoder in any supported format. The format is recognised by the names of the weights first,
+    and then by the config."""
     config, weights = folder.config, folder.weights()
     kind = config.get("model_type")
     if "linear.weight" in weights:
@@ -148,11 +151,12 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """An untrained cross-encoder in lightning-ir's format: the body of an ELECTRA, a BERT or a cross-encoder, with a
-    new head.
+    """An untrained cross-encoder with a new head. On the body of an ELECTRA or a BERT, or of a cross-encoder with such
+    a body, it is in lightning-ir's format.
 
-    The head is w ~ N(0, initializer_range) from torch's generator, without bias. Any other encoder becomes the
-    library's classifier with one label, whose head takes the weights that the checkpoint has, and is otherwise random.
+    The new head is a vector w ~ N(0, initializer_range) from torch's random generator, without bias. Any other encoder
+    becomes a sequence classifier of transformers with one label. The head of the classifier takes the weights that the
+    checkpoint has for it. Its other weights are random.
     """
     backbone = _backbone(folder.config)
     if backbone not in BODIES:
@@ -168,7 +172,7 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
 
 
 def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """A classifier of the library with a new head and Rank-DistiLLM's lengths."""
+    """A sequence classifier of transformers with a new head and the maximum lengths of Rank-DistiLLM."""
     kept = {name: value for name, value in folder.config.items() if name not in ("id2label", "label2id")}
     config = kept | {"num_labels": 1} | IDENTITY | LENGTHS
     try:
@@ -185,7 +189,7 @@ def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) ->
 def _lightning_ir(
     folder: Folder, network: PooledScorer, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """A checkpoint of lightning-ir, which always uses token types and truncates via decoded text."""
+    """A checkpoint of lightning-ir. Such a checkpoint always uses token types and truncates via decoded text."""
     tokenizer = folder.library_tokenizer(config["backbone_model_type"])
     reading = Reading(
         _limit(network.body, tokenizer), types=config.get("type_vocab_size") or 2, clean_up=_cleans_up(folder)
@@ -199,7 +203,8 @@ def _lightning_ir(
 def _classifier(
     folder: Folder, network: LabelScorer, beside: SentenceFiles, device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """A classifier of the library, with the tokenizer, token types and lengths of sentence-transformers."""
+    """A sequence classifier of transformers, with the tokenizer, token types and maximum lengths that
+    sentence-transformers would use."""
     tokenizer = folder.library_tokenizer()
     if beside.chat and tokenizer.chat_template and chats_about_pairs(tokenizer):
         raise ValueError(
@@ -227,8 +232,8 @@ def _classifier(
 
 
 def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
-    """Raise ValueError for a tokenizer that does not match the model, or that puts no special token between two
-    texts."""
+    """Raise ValueError for a tokenizer that does not match the model, and for a tokenizer that puts no special token
+    between two texts."""
     check_pieces(pieces_known(checkpoint.tokenizer), pieces, source)
     if checkpoint.pad_id not in range(pieces):
         raise ValueError(f"{source}: pad_token_id={checkpoint.pad_id!r} is not a token of {pieces}")
@@ -240,9 +245,10 @@ def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
 
 
 def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: str) -> PairCheckpoint:
-    """The checkpoint, with padding chosen so that a pair's score does not depend on the batch.
+    """The checkpoint, with a padding for which a pair's score does not depend on the other pairs in the batch.
 
-    Padding is on the right or on the left; networks that ignore the mask get batches of equal lengths, without padding.
+    Padding is on the right or on the left. If the score depends on the batch with both of them, as in networks that
+    ignore the attention mask, batches have inputs of equal lengths and no padding.
     """
     for side, reads_padding in (("right", False), ("left", False), ("right", True)):
         network.reads_padding = reads_padding
@@ -254,7 +260,7 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 (alone,) = network(**layout.tensors([short], checkpoint.pad_id))
                 beside, longer, _ = network(**layout.tensors([short, long, short], checkpoint.pad_id))
-        except ValueError:  # some models accept only one input at a time
+        except ValueError:  # with this padding, the model accepts only one input at a time
             continue
         noise = 1e-6 + 1e-4 * (alone.abs() + longer.abs())
         if not (alone - beside).abs() > noise:  # NaN is reported later
@@ -266,7 +272,7 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
 
 
 def _limit(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", max_length: int | None = None) -> int | None:
-    """The maximum input length in tokens, as in sentence-transformers; None without any limit."""
+    """The maximum input length in tokens, as in sentence-transformers. None if there is no limit."""
     config: Any = model.config
     limits = [max_length or tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     limit = min(limit for limit in [*limits, positions(model)] if limit and limit > 0)
@@ -280,7 +286,7 @@ def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledS
             f"{folder}: pooling_strategy={pooling!r} with scoring_strategy={scoring!r} is not supported; wanted"
             f" {', '.join(POOLINGS)} with 'rank' or 'mono'"
         )
-    bias = "linear.bias" in weights  # the weights decide: some configs do not record a trained bias
+    bias = "linear.bias" in weights  # not from the config: some configs do not record a trained bias
     network = PooledScorer(
         _body(folder, config, weights), pooling=pooling, rows=2 if scoring == "mono" else 1, bias=bias
     )
@@ -309,12 +315,12 @@ def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
 
 
 def _backbone(config: dict[str, Any]) -> str:
-    """The model type of the body: "electra", "bert", ..."""
+    """The model type of the body, such as "electra" or "bert"."""
     return config.get("backbone_model_type") or str(config.get("model_type")).removeprefix("mono-")
 
 
 def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrainedModel":
-    """An ELECTRA or BERT without pooler, in the shape of a config, with random weights."""
+    """An ELECTRA or BERT without pooler, in the shape that a config describes, with random weights."""
     import transformers
 
     backbone = config["backbone_model_type"]
@@ -328,11 +334,12 @@ def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrain
 
 
 def _bare(weights: Weights, backbone: str) -> Weights:
-    """Weights under the names of the bare body, without the prefix "electra."."""
+    """Weights under the names of the bare body, without a prefix such as "electra."."""
     return {name.removeprefix(f"{backbone}."): tensor for name, tensor in today(weights).items()}
 
 
 def _cleans_up(folder: Folder) -> bool:
-    """The tokenizer's flag clean_up_tokenization_spaces; its default was true until transformers 4.45."""
+    """The tokenizer's setting clean_up_tokenization_spaces. If it is not given, it is true for a checkpoint that
+    transformers wrote before version 4.45, and false for a later one."""
     written_by = [int(part) for part in str(folder.config.get("transformers_version", "4.41")).split(".")[:2]]
     return bool(folder.tokenizer_config.get("clean_up_tokenization_spaces", written_by < [4, 45]))

@@ -1,4 +1,7 @@
-"""The networks of cross-encoders: padded token ids of pairs -> a score for each. Knows no tokenizer."""
+"""The networks of cross-encoders: padded token ids of query-passage pairs -> a score for each pair.
+
+This module does not deal with tokenizers.
+"""
 
 import functools
 import inspect
@@ -17,12 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Classifiers of the library whose head reads the first token and whose layers have BERT's modules
+# Model types of transformers whose classifier reads the state of the first token and whose layers have BERT's modules
 READ_FIRST = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 class PooledScorer(nn.Module):
-    """score = w . pool(h) + b on a bare encoder. If w has two rows, the score is the log-probability of the second."""
+    """score = w . pool(h) + b on a bare encoder with hidden states h. If w has two rows, they are the logits of two
+    classes, and the score is the log-probability of the second class."""
 
     def __init__(self, body: "PreTrainedModel", *, pooling: str = "first", rows: int = 1, bias: bool = True):
         super().__init__()
@@ -40,16 +44,17 @@ class PooledScorer(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids (B, L) each -> scores (B,)"""
+        """input_ids, attention_mask, token_type_ids, each (B, L) -> scores (B,)."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         states = self.body(**inputs).last_hidden_state
         pooled, bias = POOLING[self.pooling](states, attention_mask), self.linear.bias
-        # In float32 regardless of the body's dtype: rounded to bfloat16, close scores would tie
+        # In float32 regardless of the body's dtype, since close scores would tie if they were rounded to bfloat16
         logits = F.linear(pooled.float(), self.linear.weight.float(), None if bias is None else bias.float())
         return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(-1)[:, 1]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights under the names that lightning-ir uses since 2025-08. Returns the fields of config.json."""
+        """Write the weights under the names that lightning-ir has used since 2025-08. Returns the fields of
+        config.json."""
         save_weights(folder, {name.removeprefix("body."): tensor for name, tensor in self.state_dict().items()})
         backbone = config["backbone_model_type"]
         return {key: value for key, value in config.items() if key != "auto_map"} | {
@@ -62,10 +67,10 @@ class PooledScorer(nn.Module):
 
 
 class LabelScorer(nn.Module):
-    """The logit of a sequence classifier with one label; with two labels, the second logit minus the first.
+    """The score of a sequence classifier: with one label its logit, with two labels the second logit minus the first.
 
-    reads_types: whether it takes token types. reads_padding: whether padding changes its score, so that only inputs of
-    equal length may share a batch.
+    reads_types: whether the network takes token types. reads_padding: whether padding changes the score, so that only
+    inputs of equal length may be in one batch.
     """
 
     reads_padding = False
@@ -84,28 +89,28 @@ class LabelScorer(nn.Module):
 
     @property
     def is_decoder(self) -> bool:
-        """Whether it is a decoder, which predicts the class at the last token."""
+        """Whether the network is a decoder, which predicts the class at the last token."""
         return hasattr(self.model, "score")
 
     @property
     def pieces(self) -> int:
-        """The size of its vocabulary."""
+        """The size of the network's vocabulary."""
         embeddings: Any = self.model.get_input_embeddings()
         return int(embeddings.num_embeddings)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids (B, L) each -> scores (B,)"""
+        """input_ids, attention_mask, token_type_ids, each (B, L) -> scores (B,)."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {"token_type_ids": token_type_ids} if self.reads_types else {}
         logits = self._logits(inputs).float()
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
     def _logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """inputs (B, L) each -> (B, labels)"""
+        """The inputs, each (B, L) -> logits (B, labels)."""
         if self.is_decoder and self.pad_id not in range(self.pieces):
-            # Without a padding token, the library would not find the last token of each input
+            # Without a padding token, transformers would not find the last token of each input
             states = self.model.base_model(**inputs).last_hidden_state
             last: torch.Tensor = self.model.get_submodule("score")(
                 POOLING["last_token"](states, inputs["attention_mask"])
@@ -115,8 +120,8 @@ class LabelScorer(nn.Module):
             logits: torch.Tensor = self.model(**inputs).logits
             return logits
         lengths = inputs["attention_mask"].sum(1)
-        # Encoder-decoders predict the class at the last end token, and require the same number of end tokens in each
-        # input of a batch; texts may contain end tokens, too
+        # Encoder-decoders predict the class at the last end token, and require that all inputs of a batch have the same
+        # number of end tokens. A text may contain further end tokens
         alike = lengths if self.reads_padding else (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
         groups = [(alike == value).nonzero()[:, 0] for value in alike.unique()]
         parts = [
@@ -132,11 +137,11 @@ class LabelScorer(nn.Module):
 
 
 def end_at_first_token(body: Any) -> None:
-    """Let the last layer of a BERT-like encoder compute only the state of the first token: (B, 1, H) instead of (B, L,
+    """Let the last layer of a BERT-like encoder compute the state of the first token only: (B, 1, H) instead of (B, L,
     H).
 
-    All tokens still provide keys and values; query, feed-forward and norms are computed for the first token only. In
-    training, the layer is unchanged.
+    Keys and values are still computed for all tokens. Query, feed-forward network and norms are computed for the first
+    token only. In training mode, the layer is unchanged.
     """
     layer = body.encoder.layer[-1]
     layer.forward = functools.partial(_first_state, layer)
@@ -145,7 +150,7 @@ def end_at_first_token(body: Any) -> None:
 def _first_state(
     layer: Any, states: torch.Tensor, mask: torch.Tensor | None = None, *others: Any, **named: Any
 ) -> torch.Tensor:
-    """The forward pass of a layer: states (B, L, H), mask (B, 1, L, L) or None -> (B, 1, H)."""
+    """The forward pass of the last layer: states (B, L, H), mask (B, 1, L, L) or None -> (B, 1, H)."""
     if layer.training:
         whole: torch.Tensor = type(layer).forward(layer, states, mask, *others, **named)
         return whole

@@ -1,4 +1,5 @@
-"""Two texts as one input: truncation, the tokenizer's special tokens, padding of a batch. Knows no model."""
+"""Two texts as one input: truncation, the tokenizer's special tokens, padding of a batch. This module does not deal
+with models."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ Pair = tuple[list[int], list[int]]  # the token ids of a query, the token ids of
 class Pieces(NamedTuple):
     """The tokens of a text, without special tokens around them."""
 
-    ids: list[int]  # truncated to `length` (see `PairLayout.pieces`), and then to the maximum input length
-    total: int  # the number of tokens after the first truncation
-    cut: bool  # whether `length` truncated the text
+    ids: list[int]  # truncated first to `length` (see `PairLayout.pieces`), and then to the maximum input length
+    total: int  # the number of tokens after the truncation to `length`
+    cut: bool  # whether the text was longer than `length`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Reading:
     """How a checkpoint reads two texts, in addition to the special tokens of its tokenizer.
 
     Args:
-        limit: maximum input length in tokens; None is unlimited.
-        types: the number of token types of the model, to which the tokenizer's types are limited; None keeps them all.
+        limit: maximum input length in tokens. None is unlimited.
+        types: the number of token types of the model. Higher token types of the tokenizer are replaced by the highest
+            type of the model. None keeps all types.
         prompt: a text that is put before each query.
         clean_up: truncate as lightning-ir does, via decoded text (`do n't` becomes `don't` after truncation).
         truncation_side, padding_side: "left" or "right".
@@ -42,7 +44,8 @@ class Reading:
 
 
 class PairLayout:
-    """A tokenizer's layout of two texts: prefix, query, middle, passage, suffix, each with its token types."""
+    """A tokenizer's layout of two texts: prefix, query, middle, passage, suffix. Each of these five parts has its token
+    types."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, reading: Reading | None = None):
         self.tokenizer = tokenizer
@@ -62,7 +65,7 @@ class PairLayout:
         highest = max(joined.type_ids) if self.reading.types is None else self.reading.types - 1
         types = [min(kind, highest) for kind in joined.type_ids]
         before, between, behind = (types[part] for part in parts)
-        # A type for each special token, and one type for each text
+        # One type for each special token, one for all tokens of the query, and one for all tokens of the passage
         each = [*before, types[at_query], *between, types[at_passage], *behind]
         self._types = torch.tensor(each, dtype=torch.long, device="cpu")
         self._texts = [len(before), len(before) + 1 + len(between)]
@@ -71,17 +74,21 @@ class PairLayout:
         self._ts = {id for piece, id in vocabulary.items() if piece.startswith("t")}
 
     def queries(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """The tokens of each query, with the checkpoint's prompt before it, truncated to `length`; None keeps all."""
+        """The tokens of each query with the checkpoint's prompt before it, truncated to `length` tokens. None keeps all
+        tokens."""
         return self.pieces([self.reading.prompt + text for text in texts], length)
 
     def pieces(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """The tokens of each text, truncated to `length`; None keeps all."""
+        """The tokens of each text, truncated to `length` tokens. None keeps all tokens."""
         return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: Pieces, passage: Pieces) -> Pair:
-        """Truncate a pair to the maximum input length as `tokenizers` does: the longer text first, until each has half.
+        """Truncate a query-passage pair to the maximum input length, as `tokenizers` does. A text that needs at most
+        half of the available tokens is kept whole, and the other text gets the rest. If both texts need more than half,
+        each gets half.
 
-        If the number of tokens is odd, the longer text keeps one more, or the passage if both are equally long.
+        If the number of available tokens is odd, the longer text gets one token more than the other text. If both texts
+        are equally long, the passage gets one more.
         """
         if self.reading.limit is None:
             return query.ids, passage.ids
@@ -92,11 +99,11 @@ class PairLayout:
         return self._cut(query.ids, of_query), self._cut(passage.ids, of_passage)
 
     def length(self, pair: Pair) -> int:
-        """The number of tokens of a pair's input."""
+        """The number of tokens of a pair's input, with special tokens."""
         return len(self.prefix) + len(pair[0]) + len(self.middle) + len(pair[1]) + len(self.suffix)
 
     def tensors(self, pairs: Sequence[Pair], pad_id: int) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and token_type_ids of a batch, each (B, L) int64."""
+        """input_ids, attention_mask and token_type_ids of a batch of P pairs, each an int64 tensor (P, L)."""
         inputs = [[*self.prefix, *query, *self.middle, *passage, *self.suffix] for query, passage in pairs]
         ids, mask = self._padded(inputs, pad_id)
         counts = torch.ones(len(pairs), len(self._types), dtype=torch.long, device="cpu")
@@ -117,14 +124,14 @@ class PairLayout:
         return Pieces(self._cut(kept, self.reading.limit), len(kept), length is not None and len(ids) > length)
 
     def _cut(self, ids: list[int], count: int | None) -> list[int]:
-        """The ids truncated to `count`; None keeps all."""
+        """The ids, truncated to `count`. None keeps all ids."""
         if count is None or len(ids) <= count:
             return ids
         return ids[:count] if self.reading.truncation_side == "right" else ids[len(ids) - count :]
 
     def _cleaned(self, ids: list[int]) -> list[int]:
-        """Decode and encode the ids, as lightning-ir's truncation does; this joins a separate n't to the word before
-        it."""
+        """Decode the ids and encode the text again, as lightning-ir's truncation does. This joins a separate n't to the
+        word before it."""
         if not (self.reading.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
             return ids
         from transformers import PreTrainedTokenizerFast

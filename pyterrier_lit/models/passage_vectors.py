@@ -1,4 +1,5 @@
-"""Vectors of passages from a column, a dense index or an encoder. Errors name the docno. Knows no language model."""
+"""Vectors of passages from a column, a dense index or an encoder. Error messages name the docno. This module does not
+deal with language models."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 def distinct(
     keys: Sequence[Sequence[Any]], docnos: Sequence[Sequence[Any]]
 ) -> tuple[list[Any], list[Any], list[list[int]]]:
-    """Q lists with a key and a docno for each passage -> the distinct keys, a docno for each distinct key, and for each
-    list the indices of its passages' keys among the distinct keys."""
+    """Q lists with a key and a docno for each passage -> the distinct keys; a docno for each distinct key; and, for
+    each list, the indices of its passages' keys among the distinct keys."""
     docno_of = {
         key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)
     }
@@ -20,7 +21,10 @@ def distinct(
 
 
 def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
-    """N vectors in a result frame (arrays, tensors or lists) -> (N, d) float32."""
+    """N vectors of a result frame (arrays, tensors or lists) -> (N, d) float32.
+
+    Raises TypeError for a value that is not a vector, and ValueError for vectors of different lengths.
+    """
     rows = []
     for value, docno in zip(values, docnos, strict=True):
         try:
@@ -41,10 +45,12 @@ def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
 
 
 def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
-    """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. ValueError names missing docnos.
+    """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. Raises ValueError, with some of their
+    names, for docnos that the index does not hold.
 
-    Each index position is mapped back to a docno to check it. For an unknown docno, some indexes return -1, which would
-    be the last vector; some return the position of another docno ("d01" for "d1"), and some raise an error.
+    To find such docnos, each position that the index returns is mapped back to a docno. For an unknown docno, some
+    indexes return -1, which would be the position of the last vector; some return the position of another docno ("d01"
+    for "d1"); and some raise an error.
     """
     if not hasattr(index, "payload"):
         raise TypeError(
@@ -69,16 +75,16 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
 
 
 def from_encoder(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
-    """N texts encoded by a pyterrier_dr.BiEncoder -> (N, d) float32."""
+    """N texts, encoded by a pyterrier_dr.BiEncoder -> (N, d) float32."""
     if not hasattr(encoder, "encode_docs"):
         raise TypeError(f"encoder={encoder!r} cannot encode passages; wanted a pyterrier_dr.BiEncoder")
     return _tensor(encoder.encode_docs(list(texts)))
 
 
 def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, trained_on: str) -> torch.Tensor:
-    """(N, d) -> unit vectors (N, d). ValueError when d is not `wanted`, or a number is not finite.
+    """Vectors (N, d) -> unit vectors (N, d). Raises ValueError if d is not `wanted`, and if a number is not finite.
 
-    trained_on: the encoder of the checkpoint, for the error message.
+    trained_on: a description of the encoder that the checkpoint was trained with, for the error message.
     """
     if vectors.shape[1] != wanted:
         raise ValueError(
@@ -96,7 +102,7 @@ def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, traine
 
 
 def _tensor(values: Any) -> torch.Tensor:
-    """A float32 tensor on the CPU, regardless of torch's defaults."""
+    """A float32 tensor on the CPU, regardless of torch's default dtype and device."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 

@@ -1,4 +1,7 @@
-"""Reads and writes PE-Rank's checkpoints in the reference's format: language model, prompts and passage encoder."""
+"""Reads and writes PE-Rank's checkpoints in the reference's format: language model, prompts and passage encoder.
+
+The reference is the code of PE-Rank's authors, liuqi6777/pe_rank.
+"""
 
 import dataclasses
 import json
@@ -25,7 +28,7 @@ from pyterrier_lit.models.text_encoder import TextEncoder, bare, read_text_encod
 from pyterrier_lit.models.tokenization import no_panic
 from pyterrier_lit.models.vector_lm import VectorLM, projector
 
-ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # prefixes of their weights' names
+ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # prefixes of the names of weights
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
 KIND = "embed_"  # prefix of the language model's model_type
 
@@ -38,7 +41,7 @@ class PERankCheckpoint:
     prompter: Prompter
     config: dict[str, Any]  # config.json
     folder: Folder
-    encoder_weights: Weights  # of the encoder inside the checkpoint, which is built from them on first use
+    encoder_weights: Weights  # of the encoder inside the checkpoint. The encoder is built on first use
     encoder: TextEncoder | None = None
 
     @property
@@ -56,8 +59,8 @@ class PERankCheckpoint:
         )
 
     def warn_of_other_encoders(self) -> None:
-        """Warn that vectors must come from the encoder of the checkpoint; with other vectors, the order is
-        meaningless."""
+        """Warn that given vectors must come from the encoder that the checkpoint was trained with. With other vectors,
+        the order of the passages is meaningless."""
         if self.config.get("encoder_name"):
             warnings.warn(
                 "neither a 'doc_vec' column nor an index says which encoder made its vectors; this checkpoint reads"
@@ -66,7 +69,8 @@ class PERankCheckpoint:
             )
 
     def prompts(self, queries: list[str], texts: list[list[str]], counts: list[int]) -> list[list[int]]:
-        """The token ids of the prompt for each query and its n passages, with their texts if given."""
+        """The token ids of the prompt for each query and its n passages, with the texts of the passages if they are
+        given. Raises ValueError for a prompt that is too long for the model."""
         prompts = self.prompter.ids(queries, texts, counts)
         limit = self.limit()
         for ids, query, n in zip(prompts, queries, counts, strict=True):
@@ -82,14 +86,16 @@ class PERankCheckpoint:
         return position_limit(self.network.body.config)
 
     def text_encoder(self) -> TextEncoder:
-        """The encoder inside the checkpoint. It is built on first use, since given vectors do not need it."""
+        """The encoder inside the checkpoint. It is built on first use, because it is not needed if the vectors are
+        given."""
         if self.encoder is None:
             self.encoder = _inner_encoder(self)
         return self.encoder
 
     def head(self) -> torch.Tensor:
-        """The language model's output layer (V, H), which ranking does not use: from the weights, or the tied
-        embeddings."""
+        """The language model's output layer (V, H). It is not used for ranking. It is read from the checkpoint's
+        weights, or is the input embedding if the two are tied. Raises ValueError if the checkpoint has no output
+        layer."""
         words: Any = self.network.body.get_input_embeddings()
         tied = self.config.get("tie_word_embeddings")
         weight = words.weight.detach() if tied else self.folder.weight("lm_head.weight")
@@ -103,7 +109,8 @@ class PERankCheckpoint:
     def save(self, folder: Path) -> None:
         """Write config, weights and tokenizers into an existing folder, including those of the encoder.
 
-        If the encoder's files are not available, a warning says so, and the folder only names the encoder.
+        If the encoder's files are not available, there is a warning, and the folder contains only the name of the
+        encoder.
         """
         if self.encoder_weights:
             try:
@@ -122,7 +129,7 @@ class PERankCheckpoint:
 
 
 def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PERankCheckpoint:
-    """Load a trained PE-Rank onto a device in a dtype."""
+    """Load a trained PE-Rank onto a device in a dtype. Raises ValueError for any other checkpoint."""
     import transformers
 
     kind = str(folder.config.get("model_type"))
@@ -137,7 +144,7 @@ def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PE
     body_weights = {name.removeprefix("model."): w for name, w in weights.items() if not name.startswith(others)}
     kind = kind.removeprefix(KIND)
     _check_kind(folder, kind)
-    # The body's position tables stay in float32, regardless of the dtype
+    # The position tables of the body stay in float32, regardless of `dtype`
     body = library_model(transformers.MODEL_MAPPING, folder.config, kind, body_weights, str(folder), dtype)
     hidden = body.config.hidden_size
     config = {"embedding_size": hidden} | folder.config
@@ -160,11 +167,11 @@ def new_pe_rank(
     embedding_size: int | None = None,
     projector_type: str = "mlp2x_gelu",
 ) -> PERankCheckpoint:
-    """A causal language model with an untrained projector.
+    """A PE-Rank on a causal language model, with an untrained projector.
 
     Args:
         encoder_name: hub id or folder of the passage encoder, such as sentence-transformers/all-MiniLM-L6-v2.
-        encoder_pooling: the pooling of its states into a vector: "mean", "cls" or "last_token".
+        encoder_pooling: how the encoder's hidden states are pooled into a vector: "mean", "cls" or "last_token".
         embedding_size: the dimension of the vectors, if no encoder is given.
         projector_type: "linear", "mlp2x_gelu" (with any digit from 1 to 9 in place of 2) or "identity".
     """
@@ -200,7 +207,8 @@ def new_pe_rank(
 def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
     """Build the encoder inside a checkpoint from the weights in the checkpoint.
 
-    Config and tokenizer come from the checkpoint if `save` wrote them there, else from the encoder that it names.
+    The encoder's config and tokenizer come from the checkpoint if `save` wrote them there, else from the encoder that
+    the checkpoint names.
     """
     folder, name = checkpoint.folder, checkpoint.config.get("encoder_name")
     if not checkpoint.encoder_weights:
@@ -227,8 +235,8 @@ def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
 def _encoder_folder(folder: Folder, name: Any) -> Folder:
     """The folder with the config and the tokenizer of a checkpoint's encoder.
 
-    The name must be a hub id, or a folder inside or next to the checkpoint's folder: a checkpoint must not open other
-    local files.
+    The name must be a hub id, or a folder inside or next to the checkpoint's folder. Other names are refused, because a
+    checkpoint must not open other local files.
     """
     home = Path(os.path.abspath(folder.path))
     if isinstance(name, str) and not Path(name).is_absolute():
@@ -246,7 +254,8 @@ def _encoder_folder(folder: Folder, name: Any) -> Folder:
 
 
 def _check_kind(folder: Folder, kind: str) -> None:
-    """Raise ValueError for a model_type that the library does not have, since code inside a checkpoint is never run."""
+    """Raise ValueError for a model_type that transformers does not have. Such a model would need code inside the
+    checkpoint, which is never run."""
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:

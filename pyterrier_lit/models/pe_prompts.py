@@ -1,7 +1,8 @@
-"""PE-Rank's prompts: a query and its passages in a checkpoint's chat template, tokenised. Knows no model.
+"""PE-Rank's prompts: a query and its passages in a checkpoint's chat template, tokenised. This module does not deal
+with models.
 
-A prompt represents a passage by a placeholder for its vector, by a placeholder and its text, or (in the paper's
-baseline) by its text only.
+A prompt represents each passage in one of three ways: by a placeholder for its vector, by a placeholder and its text,
+or (in the baseline of the paper) by its text only.
 """
 
 import re
@@ -14,7 +15,7 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import first_line
 from pyterrier_lit.models.tokenization import check_pieces, no_panic
 
-PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # for a passage's vector in the prompt; for a rank, in training only
+PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # tokens for a passage's vector, and for a rank in training prompts
 
 PROMPT = (
     "I will provide you with {n} passages, each with a special token representing the passage enclosed in [], followed"
@@ -37,7 +38,8 @@ TEXT_PROMPT = (
 
 
 class ChatPrompter:
-    """What all prompts share: a tokenizer with a chat template, one user turn, cleaned texts."""
+    """The base class of all prompters. A prompter has a tokenizer with a chat template. Its prompts are a single user
+    turn with cleaned texts."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -46,17 +48,17 @@ class ChatPrompter:
 
     @property
     def n_ids(self) -> int:
-        """The highest id in the tokenizer, + 1."""
+        """The highest id in the tokenizer, plus 1."""
         return 1 + int(max(self.tokenizer.get_vocab().values()))
 
     def render(self, query: str, texts: Sequence[Any]) -> str:
-        """The prompt for n passages in the chat template."""
+        """The prompt for a query and its passages in the chat template, as text."""
         return str(
             self.tokenizer.apply_chat_template(self.messages(query, texts), tokenize=False, add_generation_prompt=True)
         )
 
     def messages(self, query: str, texts: Sequence[Any]) -> list[dict[str, str]]:
-        """The prompt as one user turn."""
+        """The prompt for a query and its passages, as one user turn."""
         raise NotImplementedError
 
     def tokenized(self, queries: Sequence[str], texts: Sequence[Sequence[Any]]) -> list[list[int]]:
@@ -69,7 +71,7 @@ class ChatPrompter:
         return prompts
 
     def answered(self, messages: list[dict[str, str]], answer: str) -> tuple[list[int], int]:
-        """For training: the token ids of a prompt with its answer, and where the answer begins."""
+        """For training: the token ids of a prompt with its answer, and the position of the answer's first token."""
         turns = [*messages, {"role": "assistant", "content": answer}]
         asked, whole = (
             self.tokenizer(self.tokenizer.apply_chat_template(shown, tokenize=False), add_special_tokens=False)[
@@ -80,17 +82,17 @@ class ChatPrompter:
         return whole, len(asked)
 
     def _cleaned(self, text: str) -> str:
-        """A passage, cleaned as in the reference: no white space around it, and (12) for [12], which could be mistaken
-        for an identifier."""
+        """A passage, cleaned as in the code of PE-Rank's authors: white space around it is removed, and [12] becomes
+        (12), since [12] could be mistaken for an identifier."""
         return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
 
     def _neutral(self, text: str) -> str:
-        """The text with a space inside each special token of the tokenizer: `< PLACEHOLDER>`."""
+        """The text with a space inside each special token of the tokenizer: `< PLACEHOLDER>` for `<PLACEHOLDER>`."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 class Prompter(ChatPrompter):
-    """Builds prompts with placeholders for vectors, for a tokenizer that has the token <PLACEHOLDER>."""
+    """Builds prompts with placeholders for vectors. The tokenizer must have the token <PLACEHOLDER>."""
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)
@@ -101,8 +103,8 @@ class Prompter(ChatPrompter):
     def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
         """The token ids of the prompt for each query and its n passages.
 
-        texts: for each query the texts of its n passages, or an empty list for a prompt without texts. Raises
-        ValueError where a prompt does not have exactly one placeholder per passage.
+        texts: for each query the texts of its n passages, or an empty list for a prompt without texts. counts: n for
+        each query. Raises ValueError if a prompt does not have exactly one placeholder per passage.
         """
         prompts = self.tokenized(queries, [shown or [None] * n for shown, n in zip(texts, counts, strict=True)])
         for ids, query, n in zip(prompts, queries, counts, strict=True):
@@ -114,7 +116,8 @@ class Prompter(ChatPrompter):
         return prompts
 
     def messages(self, query: str, texts: Sequence[str | None]) -> list[dict[str, str]]:
-        """The prompt for n passages as one user turn. Each passage is a placeholder, followed by its text if given."""
+        """The prompt for n passages, as one user turn. Each passage is a placeholder, followed by the passage's text
+        unless the text is None."""
         passages = "".join(
             f"Passage {i}: [{PLACEHOLDER}]{'' if text is None else ' ' + self._cleaned(text)}\n\n"
             for i, text in enumerate(texts, 1)
@@ -123,31 +126,31 @@ class Prompter(ChatPrompter):
         return [{"role": "user", "content": content}]
 
     def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
-        """For alignment (training stage 1): a prompt with a passage's placeholder, and as its answer the passage's
-        text. The wording is not the paper's."""
+        """For alignment (training stage 1): a prompt with a passage's placeholder, and the passage's text as the
+        answer. The wording of the prompt is not the paper's."""
         content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
         return [{"role": "user", "content": content}], self._neutral(text.strip())
 
 
 class TextPrompter(ChatPrompter):
-    """Builds prompts with texts only, and their answers: "[4] > [2] > ..."."""
+    """Builds prompts with texts only, and the answers to these prompts: "[4] > [2] > ..."."""
 
     def messages(self, query: str, texts: Sequence[str]) -> list[dict[str, str]]:
-        """The prompt for n passages as one user turn."""
+        """The prompt for n passages, as one user turn."""
         passages = "".join(f"Passage {i}: {self._cleaned(text)}\n\n" for i, text in enumerate(texts, 1))
         content = TEXT_PROMPT.format(n=len(texts), query=self._neutral(query), passages=passages)
         return [{"role": "user", "content": content}]
 
     @staticmethod
     def answer(order: Sequence[int]) -> str:
-        """The target ranking string for positions, best first."""
+        """The target ranking string for the positions of some passages, best first."""
         return " > ".join(f"[{position + 1}]" for position in order)
 
     def identifiers(self, n: int) -> tuple[list[int], list[list[int]]]:
-        """The token ids of the start of an answer, "[", and for each of n identifiers its token ids up to the start of
-        the next identifier: those of "1] > [", "2] > [", ...
+        """The token ids of the start of an answer, "[". Also, for each of n identifiers, its token ids up to the start
+        of the next identifier: those of "1] > [", "2] > [", ...
 
-        Raises ValueError where the tokenizer splits an answer in another way.
+        Raises ValueError if the tokenizer splits an answer into other tokens than these.
         """
         numbers = range(1, n + 1)
         with no_panic("identifiers"):
@@ -172,9 +175,11 @@ class TextPrompter(ChatPrompter):
 
 
 def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prompter:
-    """The tokenizer and the chat template of a folder. ValueError where they do not belong to a PE-Rank model.
+    """The prompter with the tokenizer and the chat template of a folder. Raises ValueError if these do not belong to a
+    PE-Rank model.
 
-    vocab_size: the model's. add: whether to add PE-Rank's two tokens to the tokenizer.
+    vocab_size: the number of embeddings of the model. add: whether to add the two special tokens of PE-Rank to the
+    tokenizer.
     """
     tokenizer = _read_tokenizer(folder)
     if add:
@@ -190,7 +195,7 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
 
 
 def read_text_prompter(folder: Folder, vocab_size: int) -> TextPrompter:
-    """Like `read_prompter`, for prompts with texts only and any model with a chat template."""
+    """Like `read_prompter`, for prompts with texts only. The model may be any model with a chat template."""
     tokenizer = _read_tokenizer(folder)
     _check_template(folder, tokenizer)
     prompter = TextPrompter(tokenizer)
@@ -210,17 +215,17 @@ def _check_template(folder: Folder, tokenizer: Any) -> None:
 def _try(folder: Folder, render: Callable[[], str]) -> None:
     try:
         render()
-    except Exception as error:  # errors of Jinja, and errors that a template raises
+    except Exception as error:  # an error of Jinja, or one that the template raises
         raise ValueError(
             f"the chat template of {folder} cannot be used ({type(error).__name__}: {' '.join(str(error).split())})"
         ) from error
 
 
 def _read_tokenizer(folder: Folder) -> Any:
-    """The library's tokenizer, from tokenizer.json if that exists.
+    """The transformers tokenizer, from tokenizer.json if that file exists.
 
-    By itself, transformers 5 would rebuild the tokenizer with the class that tokenizer_config.json names, or for
-    Mistral with another class, and it would then give other token ids.
+    AutoTokenizer of transformers 5 would rebuild the tokenizer with the class that tokenizer_config.json names, or, for
+    Mistral, with another class. The rebuilt tokenizer would give other token ids.
     """
     import transformers
 
@@ -237,12 +242,12 @@ def _read_tokenizer(folder: Folder) -> Any:
             _check_sentencepieces(folder.path / "tokenizer.model")
         with no_panic("any text"):
             return known.from_pretrained(folder.path, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception
+    except Exception as error:  # the library tokenizers raises bare Exception
         raise ValueError(f"{folder} has no tokenizer that can be read ({first_line(error)})") from error
 
 
 def _check_sentencepieces(file: Path) -> None:
-    """Raise RuntimeError for a truncated file, from which transformers would build an empty vocabulary."""
+    """Raise RuntimeError for a truncated file. From such a file, transformers would build an empty vocabulary."""
     import sentencepiece
 
     try:

@@ -16,6 +16,7 @@ POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def check_pooling(name: str, names: tuple[str, ...], source: str) -> None:
-    """Raise ValueError for a pooling that a format does not have. source: the field and its file, for the message."""
+    """Raise ValueError for a pooling that is not one of the given names. source: where the pooling is set, for the
+    message."""
     if name not in names:
         raise ValueError(f"{source}={name!r}; wanted one of {', '.join(map(repr, names))}")

@@ -1,4 +1,4 @@
-"""The JSON files that sentence-transformers adds to a cross-encoder. Knows no networks."""
+"""The JSON files that sentence-transformers adds to a cross-encoder. This module does not deal with networks."""
 
 import dataclasses
 import json
@@ -8,16 +8,18 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-# The settings that are supported: in READING, and under "text" in its field PROCESSING
+# The settings that are supported in the file READING, and those that are supported under "text" in its field PROCESSING
 KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
 PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
 
 
 @dataclasses.dataclass(frozen=True)
 class SentenceFiles:
-    """The settings in these files: a prompt before each query, the maximum input length, whether texts are lower-cased.
+    """The settings in the JSON files that sentence-transformers adds to a cross-encoder.
 
-    max_length: in tokens. chat: whether the tokenizer's chat template joins two texts, if it has placeholders for them.
+    prompt: a text that is put before each query. max_length: the maximum input length in tokens. lower_case: whether
+    texts are lower-cased. chat: whether sentence-transformers joins two texts by the tokenizer's chat template, if the
+    template has placeholders for them.
     """
 
     prompt: str = ""
@@ -28,8 +30,8 @@ class SentenceFiles:
 
 
 def read_sentence_files(folder: Folder) -> SentenceFiles:
-    """The settings in a folder that holds a cross-encoder's files, else the defaults. ValueError names an unsupported
-    setting and its file."""
+    """The settings in a folder that holds a cross-encoder's files. The defaults if there are no such files. Raises
+    ValueError, with the setting and its file, for an unsupported setting."""
     files = {name: _read(folder, name) for name in (MODULES, SETTINGS, READING) if (folder.path / name).exists()}
     settings, reading = files.get(SETTINGS, {}), files.get(READING, {})
     if MODULES not in files or settings.get("model_type") != "CrossEncoder":
@@ -50,12 +52,13 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
         raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is not among {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
     longest = texts.get("max_length") or reading.get("max_seq_length")
-    chat = not reading.get("modality_config")  # if given, it lists all ways of reading texts
+    chat = not reading.get("modality_config")  # a modality_config lists all ways of reading texts
     return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), chat, files)
 
 
 def _check_modules(folder: Folder, modules: Any) -> None:
-    """Raise ValueError for a head in separate modules: only the head of a sequence classifier is supported."""
+    """Raise ValueError for a cross-encoder that is put together from several modules. Only a sequence classifier as the
+    single module is supported."""
     listed = [f"{module['path'] or 'its root'} ({str(module['type']).split('.')[-1]})" for module in modules]
     if len(modules) != 1 or modules[0]["path"]:
         raise ValueError(

@@ -1,11 +1,12 @@
 """T5 with Fusion-in-Decoder: each passage is encoded alone, and one decoder reads the states of all of them.
 
-So the cost of the encoder grows linearly with the number of passages, and the decoder still attends to every passage.
-Knows token ids and tensors: no prompts, no identifiers, no rankings.
+The cost of the encoder therefore grows linearly with the number of passages, and the decoder can still attend to every
+passage. This module deals with token ids and tensors, not with prompts as text, identifiers or rankings.
 
-Source: Izacard and Grave, arXiv 2007.01282; LiT5's use of it, arXiv 2312.16098. Shapes: B windows, P passages per
-window, S tokens in all passages of a window, D the model's width, H its heads, d the width of a head, V tokens in the
-vocabulary, R of them that may be generated.
+Sources: Izacard and Grave, arXiv 2007.01282; for LiT5, arXiv 2312.16098. Shapes: B is the number of windows, P the
+number of passages per window, S the number of tokens in all passages of a window, D the width of the model, H the
+number of its heads, d the width of a head, V the number of tokens in the vocabulary, and R the number of tokens that
+may be generated.
 """
 
 import dataclasses
@@ -26,8 +27,8 @@ from pyterrier_lit.models.library import check_layers, library_config, load_stri
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
-# Costs of a pass over 1, 2, 3 and 4 tokens, relative to a pass over one, for a T5-base on two cores (bench_drafts.py).
-# Five tokens would use another kernel (`attention.FEW`).
+# Costs of a decoder pass over 1, 2, 3 and 4 tokens, divided by the cost of a pass over one token, as measured for
+# a T5-base on two cores (bench_drafts.py). A pass over five tokens would use another kernel (`attention.FEW`)
 COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 START, EOS = 0, 1  # the decoder's first input (T5's pad token), and the end of sequence
 
@@ -40,10 +41,11 @@ class T5Checkpoint:
     pieces: SentencePieces
     config: dict[str, Any]  # config.json
     path: str = ""  # the folder of a trained checkpoint
-    warned: bool = False  # whether a warning has said that its family is unknown
+    warned: bool = False  # whether there was a warning that the family (v1 or v2) of the checkpoint is unknown
 
     def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
-        """A length in tokens: the caller's, else the length that `save` recorded under this name, else the default.
+        """A length in tokens. This is `own` if it is given, else the length that `save` recorded under this name, else
+        `default`.
 
         Raises ValueError for anything but a whole number of at least `least`.
         """
@@ -54,7 +56,7 @@ class T5Checkpoint:
         return number
 
     def save(self, folder: Path, **fields: Any) -> None:
-        """Write config (with further fields), weights and tokenizer into an existing folder."""
+        """Write config, weights and tokenizer into an existing folder. fields: further fields of the config."""
         tied = FiD(self.network).tied
         twins = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if tied else []))
         weights = {name: tensor for name, tensor in self.network.state_dict().items() if name not in twins}
@@ -65,10 +67,11 @@ class T5Checkpoint:
 def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Checkpoint:
     """Load a T5 with its language model head onto a device in a dtype, ready for inference.
 
-    Raises FileNotFoundError for a missing file, and ValueError for another architecture, other weights and float16.
+    Raises FileNotFoundError for a missing file. Raises ValueError for another architecture, for weights that do not
+    match the config, and for float16.
     """
     config = folder.config
-    if config.get("model_type") not in ("t5", "mt5"):  # they share one architecture
+    if config.get("model_type") not in ("t5", "mt5"):  # both have the same architecture
         raise ValueError(
             f"{folder} holds a {config.get('model_type')!r} checkpoint ({config.get('architectures')}); wanted a T5 or"
             " mT5"
@@ -82,8 +85,8 @@ def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Check
 
 
 def _read_network(folder: Folder) -> Any:
-    """The network on the CPU. The weights decide whether the output layer is tied to the embedding, since configs are
-    unreliable: transformers 5 writes tie_word_embeddings=true for all T5s."""
+    """The network on the CPU. Whether the output layer is tied to the embedding is decided by the weights, not by the
+    config: transformers 5 writes tie_word_embeddings=true for all T5s."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     weights = folder.weights()
@@ -118,22 +121,23 @@ def _read_network(folder: Folder) -> Any:
 
 @dataclasses.dataclass
 class Memory:
-    """The decoder's cache for B windows: keys and values of the passages, and of the decoder's tokens so far."""
+    """The decoder's cache for B windows: keys and values of the passages, and of the tokens that the decoder has
+    processed."""
 
-    keys: list[torch.Tensor]  # per layer (B, H, S, d), of the passages' tokens
-    values: list[torch.Tensor]
-    mask: torch.Tensor | None  # (B, 1, 1, S), added to the attention: 0, and -inf on padding; None without padding
-    norms: list[torch.Tensor] | None  # per layer (B, H, S) float32, the norm of each value, to compute attention mass
-    own_keys: torch.Tensor  # (layers, B, H, steps, d), of the decoder's own tokens
-    own_values: torch.Tensor
-    distance_bias: torch.Tensor  # (H, steps): by distance to an earlier token
-    read: list[int]  # decoder tokens of each window so far
+    keys: list[torch.Tensor]  # of the passages' tokens, per layer (B, H, S, d)
+    values: list[torch.Tensor]  # of the passages' tokens, per layer (B, H, S, d)
+    mask: torch.Tensor | None  # (B, 1, 1, S), added to the logits: -inf on padding, else 0. None if there is no padding
+    norms: list[torch.Tensor] | None  # norms of the values, per layer (B, H, S) float32, to compute attention mass
+    own_keys: torch.Tensor  # of the decoder's tokens, (layers, B, H, steps, d)
+    own_values: torch.Tensor  # of the decoder's tokens, (layers, B, H, steps, d)
+    distance_bias: torch.Tensor  # (H, steps): added to the logits, by the distance to an earlier token
+    read: list[int]  # the number of decoder tokens of each window so far
 
 
 class FiD:
     """A T5ForConditionalGeneration whose decoder attends to many separately encoded inputs.
 
-    Encoder and decoder may differ in depth.
+    Encoder and decoder may have different numbers of layers.
     """
 
     def __init__(self, network: Any):
@@ -150,12 +154,12 @@ class FiD:
         return embedding.device
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """n prompts of L_i token ids -> n encoder states (L_i, D). Padding is masked: the result does not depend on the
-        batch."""
+        """n prompts of L_i token ids -> n encoder states (L_i, D). Padding is masked, so the states of a prompt do not
+        depend on the other prompts in the batch."""
         encoder = self.network.encoder
         ids, inside = (tensor.to(self.device) for tensor in padded(prompts))
         bias = encoder.block[0].layer[0].SelfAttention.compute_bias(*[ids.shape[1]] * 2)  # (1, H, L, L)
-        if len({len(prompt) for prompt in prompts}) > 1:  # mask padding once for all layers
+        if len({len(prompt) for prompt in prompts}) > 1:  # mask padding, once for all layers
             bias = bias.masked_fill(~inside[:, None, None], torch.finfo(bias.dtype).min)
         hidden = encoder.dropout(self.network.shared(ids))
         for block in encoder.block:
@@ -164,10 +168,10 @@ class FiD:
         return [row[: len(prompt)] for row, prompt in zip(states, prompts, strict=True)]
 
     def read_prompts(self, windows: Sequence[Sequence[Sequence[int]]], steps: int, mass: bool = False) -> Memory:
-        """B windows of prompts -> a decoder cache with room for `steps` tokens.
+        """B windows of prompts -> a decoder cache with room for `steps` tokens per window.
 
-        Each distinct prompt is encoded once, in a batch with prompts of similar lengths. mass: whether `read` returns
-        attention mass too.
+        Each distinct prompt is encoded once, in a batch with prompts of similar lengths. mass: whether `read` should
+        also return attention mass.
         """
         prompts = list(dict.fromkeys(tuple(prompt) for window in windows for prompt in window))
         lengths = [len(prompt) for prompt in prompts]
@@ -176,9 +180,10 @@ class FiD:
         return self.memory([[state_of[tuple(prompt)] for prompt in window] for window in windows], steps, mass)
 
     def memory(self, windows: Sequence[Sequence[torch.Tensor]], steps: int, mass: bool = False) -> Memory:
-        """B windows of encoded passages -> a decoder cache with room for `steps` tokens.
+        """B windows of encoded passages -> a decoder cache with room for `steps` tokens per window.
 
-        Keys and values are computed once. Cross-attention has no positions, so states are concatenated without padding.
+        The keys and values of the passages are computed once. Cross-attention in T5 has no positions, so the states of
+        a window's passages are concatenated without padding between them. mass: as in `read_prompts`.
         """
         decoder, config = self.network.decoder, self.network.config
         joined = [torch.cat(list(passages)) for passages in windows]
@@ -200,11 +205,14 @@ class FiD:
 
     def read(self, memory: Memory, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """A decoder pass over the next m tokens of each window: ids (B, m) -> hidden states (B, m, D) after the final
-        norm.
+        norm. Attention is causal.
 
-        Attention is causal. A smaller number in `memory.read` removes the last tokens of a window, which this pass then
-        overwrites. The list that is also returned is empty unless the memory has norms. Then it holds the attention
-        mass of each token, per layer (B, m, S): the mean over heads of attention weight times value norm.
+        To remove the last tokens of a window from the cache, the caller lowers the window's number in `memory.read`.
+        The pass then overwrites these tokens.
+
+        Also returns a list, which is empty if the memory has no norms. Otherwise it holds the attention mass of each
+        token, per layer (B, m, S). The attention mass is the mean over heads of attention weight times norm of the
+        value.
         """
         decoder, mass = self.network.decoder, []
         places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -248,8 +256,9 @@ class FiD:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
         """Greedy decoding, until every window has generated EOS or has `max_length` tokens including START.
 
-        Yields at each step: the tokens (B,); a mask (B,) of the windows without EOS before this step; for each window 0
-        or the nan or inf found in its logits (B,); and the attention mass of `read`, per layer (B, S).
+        Yields at each step: the generated tokens (B,); a mask (B,) of the windows that had no EOS before this step; a
+        number per window (B,), which is NaN or infinite if the logits of the window contain such a number, else 0; and
+        the attention mass that `read` returned, per layer (B, S).
         """
         rows = memory.own_keys.shape[1]
         ids = torch.full((rows,), START, device=self.device)
@@ -280,9 +289,10 @@ class FiD:
 
 
 class PieceReader:
-    """A `decoding.Reader` for B windows of prompts. Token i has the vocabulary id pieces[i].
+    """A `decoding.Reader` for B windows of prompts. Its token i has the id pieces[i] in the vocabulary of the T5.
 
-    steps: the maximum number of tokens that a window keeps. The memory has additional room for tokens to be removed.
+    steps: the largest number of tokens that a window keeps. The cache has room for more tokens than these, since some
+    are removed again.
     """
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
@@ -297,7 +307,7 @@ class PieceReader:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The cost of a pass over 1, 2, ... tokens, relative to a pass over one."""
+        """The cost of a pass over 1, 2, ... tokens, divided by the cost of a pass over one token."""
         return COSTS.get(self.fid.network.shared.weight.dtype, COSTS[torch.bfloat16])
 
     def start(self) -> torch.Tensor:
@@ -305,12 +315,12 @@ class PieceReader:
         return self._after(torch.full((self.rows, 1), START, device=self.device))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m) -> logits (B, m, R) after each of them."""
+        """tokens (B, m) -> logits (B, m, R) after each of these tokens."""
         self.last = tokens.shape[1]
         return self._after(self.pieces[tokens])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Of the tokens of the last pass, keep the first counts[b] of window b and remove the rest."""
+        """Of the tokens of the last pass, keep the first counts[b] in window b and remove the rest."""
         self.memory.read = [read - self.last + count for read, count in zip(self.memory.read, counts, strict=True)]
 
     def _after(self, ids: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
-NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # SentencePiece's types of tokens
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # types of tokens in SentencePiece
 
 
 class SentencePieces:
-    """T5's tokens as the slow tokenizer splits them (`legacy=False`), from the bytes of a spiece.model.
+    """T5's tokens, from the bytes of a spiece.model. Texts are split as in the slow tokenizer of transformers with
+    `legacy=False`.
 
     Control tokens in a text, such as </s>, are read as plain characters.
     """
@@ -31,19 +32,21 @@ class SentencePieces:
         self._guard = len(self.processor.encode("<unk>"))
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text, without </s>. The <unk> in front prevents a leading space from being normalised
-        away."""
+        """The token ids of each text, without </s>. Internally an <unk> is put before the text, so that a leading space
+        is not normalised away."""
         guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
         return [ids[self._guard :] for ids in self.processor.encode(guarded)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids. Ids that the tokenizer does not have (<extra_id_0>, ...) become spaces."""
+        """The text of some token ids. Ids that the tokenizer does not have, such as that of <extra_id_0>, become
+        spaces."""
         known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
         return " ".join(self.processor.decode(group) for group in known)
 
 
 def read_pieces(folder: Folder) -> SentencePieces:
-    """Read spiece.model, else tokenizer.json, the only file that transformers 5 saves."""
+    """Read spiece.model. If there is no such file, read tokenizer.json, the only file that transformers 5 saves. Raises
+    FileNotFoundError if there is neither, and ValueError for a file that cannot be read."""
     file, fast = folder.path / "spiece.model", folder.path / "tokenizer.json"
     if not file.exists() and not fast.exists():
         raise folder.missing("spiece.model or tokenizer.json, T5's tokenizer")
@@ -56,15 +59,16 @@ def read_pieces(folder: Folder) -> SentencePieces:
 
 
 def sentencepiece_model(fields: dict[str, Any]) -> bytes:
-    """The spiece.model that a tokenizer.json was converted from: the same tokens, scores and character normalisation.
+    """The spiece.model that a tokenizer.json was converted from, as bytes: the same tokens, scores and character
+    normalisation.
 
-    fields: the content of the file. Raises ValueError for a tokenizer of another type.
+    fields: the content of tokenizer.json. Raises ValueError for a tokenizer of another type.
     """
     unigram, normalizers = fields["model"], [fields["normalizer"]]
     if unigram["type"] != "Unigram" or unigram.get("byte_fallback"):
         raise ValueError(f"it holds a {unigram['type']} tokenizer, wanted T5's Unigram")
     added, vocabulary = {token["content"] for token in fields["added_tokens"]}, list(unigram["vocab"])
-    while vocabulary[-1][0] in added:  # <extra_id_0> and the like follow the vocabulary
+    while vocabulary[-1][0] in added:  # tokens such as <extra_id_0> are at the end and are not in spiece.model
         vocabulary.pop()
     message = []
     for id, (piece, score) in enumerate(vocabulary):
@@ -80,7 +84,7 @@ def sentencepiece_model(fields: dict[str, Any]) -> bytes:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A protobuf field of bytes: key, length in groups of seven bits, content."""
+    """A protobuf field of bytes: the key, the length in groups of seven bits, and the content."""
     size, rest = b"", len(content)
     while rest > 127:
         size, rest = size + bytes([128 | rest & 127]), rest >> 7

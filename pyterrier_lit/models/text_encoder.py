@@ -1,4 +1,5 @@
-"""PE-Rank's passage encoder: texts -> vectors, with an encoder of the library or Jina v2. Knows no queries."""
+"""PE-Rank's passage encoder: texts -> vectors, with an encoder of transformers or Jina v2. This module does not deal
+with queries."""
 
 import dataclasses
 import math
@@ -16,9 +17,9 @@ from pyterrier_lit.models.library import Weights, auto_config, below, build, loa
 from pyterrier_lit.models.pooling import POOLING, check_pooling
 from pyterrier_lit.models.tokenization import check_pieces, encode, pieces_known
 
-LENGTH = 512  # maximum tokens of a passage
+LENGTH = 512  # maximum tokens of a passage, with special tokens
 POOLINGS = ("mean", "cls", "last_token")
-WORDS = "embeddings.word_embeddings.weight"  # in a BERT with a head, a prefix comes before this name
+WORDS = "embeddings.word_embeddings.weight"  # in a BERT with a head, the name of this weight has a prefix
 
 
 @dataclasses.dataclass
@@ -36,16 +37,17 @@ class TextEncoder:
         self.tokenizer.encode_special_tokens = True  # "[SEP]" in a passage is plain text
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text with special tokens, at most LENGTH; white space is collapsed to single spaces."""
+        """The token ids of each text with special tokens, at most LENGTH per text. White space in a text is collapsed
+        to single spaces."""
         return list(encode(self.tokenizer, [" ".join(text.split()) for text in texts], special_tokens=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.__post_init__()  # pickling loses the tokenizer's flag
+        self.__post_init__()  # pickling loses the tokenizer's flag encode_special_tokens
 
     def encode(self, batch: Sequence[list[int]]) -> torch.Tensor:
-        """The token ids of B texts -> float32 vectors (B, d), not normalised, possibly still being computed on a
-        GPU."""
+        """The token ids of B texts -> float32 vectors (B, d), not normalised. On a GPU, the method may return before
+        the vectors are computed."""
         pad = self.config.get("pad_token_id") or 0
         device = next(self.network.parameters()).device
         input_ids, mask = (tensor.to(device, torch.long) for tensor in padded(batch, pad))
@@ -62,7 +64,11 @@ def read_text_encoder(folder: Folder, pooling: str) -> TextEncoder:
 def text_encoder(
     config: dict[str, Any], weights: Weights, tokenizer: tokenizers.Tokenizer, pooling: str, source: str
 ) -> TextEncoder:
-    """An encoder from its parts. ValueError for an unknown pooling, and for parts of different encoders."""
+    """An encoder, built from its parts. Raises ValueError for an unknown pooling, and for a config, weights or a
+    tokenizer that do not belong together.
+
+    source: the name of the checkpoint, for error messages.
+    """
     check_pooling(pooling, POOLINGS, f"{source}: encoder_pooling")
     padding = config.get("pad_token_id") or 0
     check_pieces(max(pieces_known(tokenizer), padding + 1), config["vocab_size"], source, "encoder")
@@ -73,10 +79,10 @@ def text_encoder(
 
 
 def empty_encoder(config: dict[str, Any]) -> nn.Module:
-    """An encoder in the shape of its config.json, without pooler and before its weights are loaded.
+    """An encoder in the shape that a config.json describes, without pooler and before its weights are loaded.
 
-    Raises ValueError for an encoder that needs code in the checkpoint: loaded as a similar model, it would give wrong
-    vectors.
+    Raises ValueError for an encoder that needs code in the checkpoint. If it were loaded as a similar model without
+    this code, it would give wrong vectors.
     """
     import transformers
 
@@ -96,14 +102,16 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
 
 
 def bare(weights: Weights) -> Weights:
-    """Weights under the names of `empty_encoder`: without pooler and heads, and without the body's prefix."""
+    """Weights under the names that `empty_encoder` has: without the weights of pooler and heads, and without the prefix
+    of the body."""
     names = [name for name in weights if name.endswith(WORDS)]
     body = below(today(weights), names[0].removesuffix(WORDS)) if names else today(weights)
     return {name: tensor for name, tensor in body.items() if not name.startswith("pooler.")}
 
 
 class JinaBert(nn.Module):
-    """The body of jinaai/jina-embeddings-v2-*, with the module names of that checkpoint, so that it loads strictly.
+    """The body of jinaai/jina-embeddings-v2-*. Its modules have the same names as in these checkpoints, so that all
+    weights can be loaded strictly.
 
     config: the fields of the checkpoint's config.json. Source: Günther et al., Jina Embeddings 2 (arXiv 2310.19923).
     """
@@ -128,7 +136,7 @@ class JinaBert(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """input_ids, attention_mask (B, L) -> states (B, L, H)"""
+        """input_ids, attention_mask, each (B, L) -> states (B, L, H)."""
         words, types = self.embeddings["word_embeddings"], self.embeddings["token_type_embeddings"]
         states: torch.Tensor = self.embeddings["LayerNorm"](words(input_ids) + types.weight[0])
         bias = alibi(self.heads, input_ids.shape[1], input_ids.device)[None]
@@ -139,7 +147,8 @@ class JinaBert(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention with a bias, then GELU(a) * b, each followed by residual and norm."""
+    """A layer of JinaBert: attention with a bias, then the gated feed-forward network GELU(a) * b. Each of the two is
+    followed by a residual connection and a layer norm."""
 
     attention: Any
 
@@ -158,7 +167,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """states (B, L, H), attention bias (B, heads, L, L) -> (B, L, H)"""
+        """states (B, L, H), attention bias (B, heads, L, L) -> states (B, L, H)."""
         reads, writes = self.attention["self"], self.attention["output"]
         query, key, value = (
             reads[name](states).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
@@ -171,14 +180,15 @@ class Layer(nn.Module):
 
 
 def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The bias -slope_h * |i - j|, (heads, L, L)."""
+    """The attention bias -slope_h * |i - j| of head h for positions i and j, (heads, L, L)."""
     at = torch.arange(length, device=device)
     return -torch.tensor(slopes(heads), dtype=torch.float32, device=device)[:, None, None] * (at[:, None] - at).abs()
 
 
 def slopes(heads: int) -> list[float]:
-    """The slopes 2^-(8/n), 2^-(16/n), ... 2^-8 if the number of heads n is a power of two. Otherwise, the slopes for
-    the next lower power of two, and then every second slope for the next higher one."""
+    """The slope of each head in ALiBi. If the number of heads n is a power of two, the slopes are 2^-(8/n), 2^-(16/n),
+    ... 2^-8. Otherwise, they are the slopes for the next lower power of two, followed by every second slope for the
+    next higher power of two."""
     n = 2 ** math.floor(math.log2(heads))
     own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     return own if n == heads else own + slopes(2 * n)[0::2][: heads - n]

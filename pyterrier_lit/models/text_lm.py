@@ -1,7 +1,8 @@
 """A causal language model of transformers that continues text prompts, and its checkpoint.
 
-The reader is PE-Rank's (`vector_lm`) without vectors: prompts are padded on the left, and a common prefix is processed
-once. Shapes: B prompts, R tokens that may be generated, H the model's width.
+The prompts are processed as in `vector_lm`, but contain no vectors. They are padded on the left, and a common prefix of
+all prompts is processed once. Shapes: B is the number of prompts, R the number of tokens that may be generated, and H
+the width of the model.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from pyterrier_lit.models.vector_lm import VectorLM, VectorReader
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NO_PLACEHOLDER = -1  # not an id: these prompts have no vectors
-LONGEST_IDENTIFIER = 6  # tokens of "100] > [" if every character is a token, together with a space before it
+NO_PLACEHOLDER = -1  # not the id of a token, since these prompts have no vectors
+LONGEST_IDENTIFIER = 6  # tokens of "100] > [" if each character, with the space before it, is one token
 
 
 class TextLM(VectorLM):
-    """A causal language model of the library: its body and its output layer."""
+    """A causal language model of transformers: its body and its output layer."""
 
     def __init__(self, model: "PreTrainedModel"):
         body: Any = model.base_model
@@ -35,7 +36,8 @@ class TextLM(VectorLM):
         self.model = model
 
     def begin(self, prompts: list[list[int]], pieces: Sequence[int] | None = None) -> "TextReader":
-        """A reader for B prompts. pieces: the vocabulary ids of the tokens that may be generated; None is all."""
+        """A reader for B prompts. pieces: the vocabulary ids of the tokens that may be generated. None allows all
+        tokens."""
         embeddings: Any = self.body.get_input_embeddings()
         begun = self.read(prompts, [torch.empty(0, self.body.config.hidden_size)] * len(prompts))
         ids = torch.arange(embeddings.num_embeddings) if pieces is None else torch.tensor(pieces, device="cpu")
@@ -44,9 +46,10 @@ class TextLM(VectorLM):
 
 
 class TextReader(VectorReader):
-    """A `decoding.Reader` for B prompts that generates text tokens: `passages` holds their embeddings, (B, R, H).
+    """A `decoding.Reader` for B prompts that generates text tokens. As in `VectorReader`, `passages` holds the
+    embeddings of the tokens that may be generated, (B, R, H).
 
-    ids: (R,), the vocabulary ids of the tokens.
+    ids: (R,), the vocabulary ids of these tokens.
     """
 
     def __init__(
@@ -64,8 +67,8 @@ class TextReader(VectorReader):
         self.bias = None if getattr(head, "bias", None) is None else head.bias[ids]
 
     def _logits(self, last: int) -> torch.Tensor:
-        """Logits (B, last, R), float32. Transformations that do not change their order, such as scaling, are left
-        out."""
+        """float32 logits (B, last, R) after the last tokens. Transformations that do not change the order of the
+        logits, such as scaling, are left out."""
         states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
         return F.linear(states[:, -last:], self.weight, self.bias).float()
 
@@ -79,8 +82,8 @@ class TextCheckpoint:
     config: dict[str, Any]  # config.json
 
     def prompts(self, queries: list[str], texts: list[list[str]]) -> list[list[int]]:
-        """The token ids of the prompt for each query and its passages. ValueError for a prompt that leaves no room for
-        the answer."""
+        """The token ids of the prompt for each query and its passages. Raises ValueError for a prompt that leaves no
+        room for the answer."""
         prompts, limit = self.prompter.tokenized(queries, texts), position_limit(self.network.body.config)
         for ids, query, shown in zip(prompts, queries, texts, strict=True):
             answer = LONGEST_IDENTIFIER * len(shown)
@@ -92,27 +95,28 @@ class TextCheckpoint:
         return prompts
 
     def ends(self) -> list[int]:
-        """The tokens that end an answer."""
+        """The ids of the tokens that end an answer."""
         said = self.config.get("eos_token_id")
         ends = {self.prompter.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
         return sorted(ends - {None})
 
     def answers(self, written: list[list[int]]) -> list[str]:
-        """The texts of lists of generated token ids, each list up to its first end token."""
+        """The texts of some lists of generated token ids. Each list is read up to its first end token."""
         ends = self.ends()
         kept = [ids[: next((at for at, id in enumerate(ids) if id in ends), None)] for ids in written]
         return [str(self.prompter.tokenizer.decode(ids)) for ids in kept]
 
     def save(self, folder: Path) -> None:
-        """Write config, weights and tokenizer into an existing folder, as transformers reads them."""
+        """Write config, weights and tokenizer into an existing folder, in the format of transformers."""
         weights = self.network.model.state_dict()
-        names = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}  # a shared tensor once
+        names = {tensor.data_ptr(): name for name, tensor in reversed(weights.items())}  # one name for each tensor
         save_checkpoint(folder, self.config, {name: weights[name] for name in names.values()})
         self.prompter.tokenizer.save_pretrained(folder)
 
 
 def read_text_lm(folder: Folder, device: torch.device, dtype: torch.dtype) -> TextCheckpoint:
-    """Load a causal language model with a chat template onto a device in a dtype. ValueError for any other model."""
+    """Load a causal language model with a chat template onto a device in a dtype. Raises ValueError for any other
+    model."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = str(folder.config.get("model_type"))

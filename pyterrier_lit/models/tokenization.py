@@ -11,9 +11,9 @@ from pyterrier_lit.models.errors import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CHUNK = 1_000  # texts
+CHUNK = 1_000  # texts that are tokenised in one call
 CHAT_TEMPLATE = "chat_template"  # the field of a tokenizer_config.json
-# BERT's settings for letters: names in tokenizer_config.json -> names in tokenizer.json
+# BERT's settings for characters: their names in tokenizer_config.json -> their names in tokenizer.json
 BERT = {
     "do_lower_case": "lowercase",
     "strip_accents": "strip_accents",
@@ -24,7 +24,7 @@ BERT = {
 def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
     """Raise ValueError for a tokenizer with more tokens than the model has embeddings.
 
-    known: the tokenizer's highest id + 1. size: the number of embeddings.
+    known: the highest id in the tokenizer, plus 1. size: the number of embeddings.
     """
     if known > size:
         raise ValueError(
@@ -33,19 +33,20 @@ def check_pieces(known: int, size: int, source: str, model: str = "model") -> No
 
 
 def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
-    """1 + the highest id of a tokenizer, among its vocabulary and the special tokens that it puts around a text."""
+    """The highest id of a tokenizer, plus 1, among its vocabulary and the special tokens that it puts around a text."""
     around = [*tokenizer.encode("").ids, *tokenizer.encode("", "").ids]
     return max([*tokenizer.get_vocab().values(), *around], default=-1) + 1
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of a tokenizer, which is not an Exception and so would pass error handlers."""
+    """Whether an error is a panic of the library tokenizers. A panic is a BaseException but not an Exception, so
+    `except Exception` does not catch it."""
     return type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def no_panic(source: str) -> Iterator[None]:
-    """Turn a tokenizer's panic inside the block into a ValueError."""
+    """A context that turns a tokenizer's panic into a ValueError. source: what was tokenised, for the error message."""
     try:
         yield
     except BaseException as error:
@@ -55,9 +56,10 @@ def no_panic(source: str) -> Iterator[None]:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
-    """The token ids of each text. Texts are tokenised in chunks, since the result for a text takes some 10 kB.
+    """The token ids of each text. The texts are tokenised in chunks, since the tokenizer's result takes about 10 kB of
+    memory per text.
 
-    Raises ValueError with the text at which the tokenizer fails.
+    Raises ValueError, with the text, if the tokenizer fails at a text.
     """
     for start in range(0, len(texts), CHUNK):
         chunk = list(texts[start : start + CHUNK])
@@ -76,7 +78,8 @@ def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bo
 
 
 def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
-    """Let the settings of tokenizer_config.json take precedence over BERT's in tokenizer.json, as transformers does."""
+    """Give the settings of tokenizer_config.json precedence over BERT's settings in tokenizer.json, as transformers
+    does."""
     normalizer = tokenizer.normalizer
     if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
         for setting in settings.keys() & BERT.keys():
@@ -85,7 +88,7 @@ def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
 
 
 def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:
-    """The `tokenizers` object behind a tokenizer of the library, without truncation or padding."""
+    """The `tokenizers` object behind a tokenizer of transformers, without truncation or padding."""
     bare: tokenizers.Tokenizer = tokenizer.backend_tokenizer
     bare.no_truncation()
     bare.no_padding()
@@ -93,8 +96,8 @@ def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer
 
 
 def chats_about_pairs(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether a tokenizer's chat template has placeholders for a query and a document. sentence-transformers builds the
-    inputs for pairs with such a template."""
+    """Whether a tokenizer's chat template has placeholders for a query and a document. With such a template,
+    sentence-transformers builds the inputs for query-passage pairs."""
 
     def written(query: Any, document: Any) -> str:
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
@@ -103,7 +106,7 @@ def chats_about_pairs(tokenizer: "PreTrainedTokenizerFast") -> bool:
     for content in (str, lambda text: [{"type": "text", "text": text}]):
         try:
             plain, *others = (written(content(query), content(text)) for query, text in ("ab", "cb", "ac"))
-        except Exception:  # templates may raise any error, often for an unknown role
+        except Exception:  # a template may raise any error, for example for an unknown role
             continue
         if plain not in others:
             return True

@@ -1,9 +1,9 @@
 """A causal language model whose prompts contain vectors, and whose next token is one of these vectors.
 
-A projector maps the vectors into the space of the model's input embeddings, where they replace placeholders. The logit
-of a vector is its dot product with the last hidden state: the vectors are the vocabulary. Knows no text and no queries.
-Shapes: B prompts, L their length, N vectors per prompt, H the width of the model. Source: PE-Rank (arXiv 2406.14848),
-section 3.
+A projector maps the vectors into the space of the model's input embeddings. There they replace placeholders in the
+prompt. The vectors of a prompt are also its vocabulary: the logit of a vector is its dot product with the last hidden
+state. This module does not deal with texts or queries. Shapes: B is the number of prompts, L their length in tokens, N
+the number of vectors per prompt, and H the width of the model. Source: PE-Rank (arXiv 2406.14848), section 3.
 """
 
 import functools
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Costs of a pass over 1, 2, 3 and 4 vectors, relative to a pass over one: averages over models of width 512 and 1,024
-# and over 1 and 8 prompts, on two cores
+# Costs of a pass over 1, 2, 3 and 4 vectors, divided by the cost of a pass over one vector. They are averages over
+# models of width 512 and 1,024 and over batches of 1 and 8 prompts, measured on two cores
 COSTS = {torch.float32: (1.0, 1.3, 1.45, 1.6), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 
 
@@ -37,7 +37,7 @@ class VectorLM(nn.Module):
         use_for_few_queries(body)
         self.body = body
         self.projector = projector
-        self.placeholder = placeholder  # the token id in place of a vector
+        self.placeholder = placeholder  # the token id that stands for a vector in a prompt
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -46,10 +46,11 @@ class VectorLM(nn.Module):
     def forward(
         self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None
     ) -> tuple[torch.Tensor, Any]:
-        """Process inputs (B, L, H) at positions (B, L), with a mask (B, C + L) over the C cached tokens and the inputs.
+        """Process inputs (B, L, H) at positions (B, L), with a mask (B, C + L) over the C tokens in the cache and the
+        inputs.
 
-        Returns hidden states (B, L, H) and the extended cache. Raises RuntimeError where the library ignored the given
-        cache.
+        Returns hidden states (B, L, H) and the extended cache. Raises RuntimeError if this version of transformers
+        ignores the given cache.
         """
         body: Any = type(self.body)
         name = _cache_argument(body)
@@ -66,10 +67,10 @@ class VectorLM(nn.Module):
         return states, grown
 
     def read(self, prompts: list[list[int]], vectors: list[torch.Tensor]) -> "VectorReader":
-        """A reader for B prompts, each with one placeholder per row of its vectors (N, d).
+        """A reader for B prompts. Each prompt has one placeholder for each row of its vectors (N, d).
 
-        A common prefix of the prompts is processed once, if the model attends to all previous tokens. The rest is
-        padded on the left.
+        If the model attends to all previous tokens, a common prefix of the prompts is processed only once. The rest of
+        each prompt is padded on the left.
         """
         device = next(self.parameters()).device
         cache, common = None, self._common(prompts) if _minds_no_gaps(self.body) else []
@@ -90,7 +91,8 @@ class VectorLM(nn.Module):
         return VectorReader(self, inputs, F.pad(mask, (len(common), 0), value=1), passages, cache)
 
     def _common(self, prompts: list[list[int]]) -> list[int]:
-        """The common prefix of several prompts, before any vector, and shorter than the shortest prompt."""
+        """The common prefix of several prompts. It ends before the first vector, and is shorter than the shortest
+        prompt."""
         if len(prompts) < 2:
             return []
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
@@ -102,7 +104,8 @@ class VectorLM(nn.Module):
     ) -> torch.Tensor:
         """ids (B, L), mask (B, L) -> input embeddings (B, L, H).
 
-        The projected passages (B, N, H), where `inside` (B, N) is true, replace the placeholders in order.
+        The projected vectors `passages` (B, N, H) replace the placeholders, in order. Vectors for which `inside` (B, N)
+        is false are padding and are not used.
         """
         embedded: torch.Tensor = self.body.get_input_embeddings()(ids)
         at = ((ids == self.placeholder) & (mask == 1))[..., None]
@@ -110,10 +113,10 @@ class VectorLM(nn.Module):
 
 
 class VectorReader:
-    """A `decoding.Reader` for B prompts, whose tokens are the indices of the prompt's vectors.
+    """A `decoding.Reader` for B prompts. Its tokens are the indices of a prompt's vectors.
 
-    inputs: (B, L, H), the prompts without the cached prefix. mask: (B, C + L), 0 on padding, over the C tokens in
-    `cache` and the inputs. passages: (B, N, H), the projected vectors.
+    inputs: (B, L, H), the prompts without the cached prefix. mask: (B, C + L), over the C tokens in `cache` and the
+    inputs, 0 on padding. passages: (B, N, H), the projected vectors. cache: the cache of the common prefix, or None.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class VectorReader:
         self.network = network
         self.inputs = inputs
         self.mask = mask
-        self.positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -inputs.shape[1] :]  # the first real token is at 0
+        self.positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -inputs.shape[1] :]  # 0 at the first token after padding
         self.passages = passages
         self.cache = cache
 
@@ -132,19 +135,19 @@ class VectorReader:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The cost of a pass over 1, 2, ... vectors, relative to a pass over one. There is only the first cost, so that
-        each pass has one vector, where padding inside a prompt would change the result or the cache cannot be
-        cropped."""
+        """The cost of a pass over 1, 2, ... vectors, divided by the cost of a pass over one vector. It has a single
+        entry, so that each pass has one vector, if padding inside a prompt would change the result or if the cache
+        cannot be cropped."""
         if not _minds_no_gaps(self.network.body) or not _can_be_cut(self.cache):
             return COSTS[torch.float32][:1]
         return COSTS.get(self.network.body.dtype, COSTS[torch.bfloat16])
 
     def start(self) -> torch.Tensor:
-        """Logits (B, N) after the prompt: the dot products of the last hidden state with each vector, float32."""
+        """float32 logits (B, N) after the prompt: the dot product of the last hidden state with each vector."""
         return self._logits(last=1)[:, 0]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m), which are indices of vectors -> logits (B, m, N) after each of them."""
+        """tokens (B, m), which are indices of vectors -> logits (B, m, N) after each of these tokens."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         self.inputs = self.passages[rows, tokens]
         self.mask = F.pad(self.mask, (0, tokens.shape[1]), value=1)
@@ -152,15 +155,15 @@ class VectorReader:
         return self._logits(last=tokens.shape[1])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Of the tokens of the last pass, keep the first counts[b] of row b and remove the rest.
+        """Of the tokens of the last pass, keep the first counts[b] in row b and remove the rest.
 
-        Tokens that no row keeps are cropped from the cache. Tokens that only some rows keep are masked for the other
-        rows, whose positions continue as if these tokens did not exist.
+        Tokens that no row keeps are removed from the cache. Tokens that only some rows keep stay in the cache. They are
+        masked in the other rows, whose positions continue as if these tokens did not exist.
         """
         kept, most = torch.tensor(counts, device=self.device)[:, None], max(counts)
         read = self.inputs.shape[1]
         if most < read:
-            self.cache.crop(most - read)  # a negative number is how many to remove
+            self.cache.crop(most - read)  # a negative number says how many tokens to remove
         hidden = torch.arange(most, device=self.device) >= kept
         self.mask = self.mask[:, : self.mask.shape[1] - read + most].clone()
         self.mask[:, self.mask.shape[1] - most :].masked_fill_(hidden, 0)
@@ -172,9 +175,10 @@ class VectorReader:
 
 
 def _minds_no_gaps(body: Any) -> bool:
-    """Whether padding may occur inside a prompt, with only the mask and the positions to indicate it.
+    """Whether the model gives the same result if there is padding inside a prompt and only the mask and the positions
+    say so.
 
-    False for sliding-window and chunked attention, which count padding as tokens, and for models of the library that
+    False for sliding-window and chunked attention, which count padding as tokens, and for transformers models that
     accept no positions.
     """
     kinds = getattr(body.config, "layer_types", None)
@@ -184,7 +188,8 @@ def _minds_no_gaps(body: Any) -> bool:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Whether the library's cache, after the prompt, contains only keys and values per token."""
+    """Whether a transformers cache, after the prompt, contains only keys and values per token, so that tokens can be
+    removed."""
     from transformers.cache_utils import DynamicLayer
 
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -192,7 +197,8 @@ def _can_be_cut(cache: Any) -> bool:
 
 @functools.cache
 def _cache_argument(model: Any) -> str:
-    """The name of a model's cache argument in this version of transformers. Models ignore arguments of other names."""
+    """The name of a model's cache argument in this version of transformers. A model ignores an argument with any other
+    name."""
     names = inspect.signature(model.forward).parameters
     known = [name for name in ("cache", "past_key_values") if name in names]
     if not known:
@@ -201,8 +207,9 @@ def _cache_argument(model: Any) -> str:
 
 
 def projector(kind: str, width: int, hidden: int) -> nn.Module:
-    """A projector from `width` to `hidden`: `linear`, `mlp{k}x_gelu` (k linear layers with GELU between them) or
-    `identity`."""
+    """A projector from `width` to `hidden` dimensions. kind: `linear`, `mlp{k}x_gelu` (k linear layers with GELU
+    between them) or `identity`. Raises ValueError for any other kind, and for `identity` if `width` is not equal to
+    `hidden`."""
     if kind == "identity" and width == hidden:
         return nn.Identity()
     linear = functools.partial(nn.Linear, dtype=torch.float32)

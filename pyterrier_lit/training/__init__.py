@@ -1,4 +1,4 @@
-"""Training, declared in pipelines: FineTune learns from labels, Distil from a teacher."""
+"""Training inside a pipeline: FineTune learns from labels, Distil learns from a teacher."""
 
 from pyterrier_lit.training.data import read_teacher
 from pyterrier_lit.training.distil import Distil, FineTune

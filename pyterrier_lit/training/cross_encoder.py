@@ -1,9 +1,10 @@
 """Training of CrossEncoder: its scores learn the order of a query's passages, from labels or from a teacher.
 
-A training example is a query with some passages of its list. The network scores each (query, passage) pair, and a loss
-compares the scores with the targets of the passages. Rank-DistiLLM (arXiv 2405.07920) trains in two stages: first on
-labels, with one relevant passage against non-relevant passages of the first stage ("lce"), then on the rankings of a
-large language model, with all pairs of passages in a ranking ("ranknet").
+A training example is a query with some passages of its list. The network scores each query-passage pair, and a loss
+compares the scores with the targets of the passages. Rank-DistiLLM (arXiv 2405.07920) trains in two stages. Stage 1
+learns from labels, with one relevant passage and several non-relevant passages of the first stage per query (the loss
+"lce"). Stage 2 learns from the rankings of a large language model, with all pairs of passages in a ranking (the loss
+"ranknet").
 """
 
 import dataclasses
@@ -37,13 +38,19 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PairRecipe(Recipe):
-    """A recipe for CrossEncoder: a training example is a query with some of its passages.
+    """A recipe for CrossEncoder. A training example is a query with some of its passages.
 
     Args:
         loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse", "mse" or "list_mle"; see `training.losses`.
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
-        n_passages, sampling: how many passages of a list are sampled for an example, and how; see `data.sample`.
-        max_tokens: tokens, including padding, in one forward pass; None is 1,024 on a CPU, 16,384 on a GPU.
+        n_passages: how many passages of a list are sampled for an example. None takes all passages of the list.
+        sampling: how the passages are sampled. "top" takes the first passages of the list. "random" samples uniformly.
+            "top_and_random" takes the first n_passages / 2 passages and samples the rest uniformly. "log_random"
+            samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r). "single_relevant" samples one passage
+            with a positive target, and the rest among the passages without one.
+        max_tokens: maximum tokens, including padding, in one forward pass. None is 1,024 on a CPU and 16,384 on a GPU.
+
+    The fields of `trainer.Recipe` are accepted, too.
     """
 
     loss: str = "ranknet"
@@ -58,8 +65,8 @@ class PairRecipe(Recipe):
 
 
 RECIPES: dict[str, Recipe] = {
-    # Rank-DistiLLM, appendix C and the authors' configurations: AdamW at 1e-5, weight decay 0.01 on all parameters, no
-    # warm-up, no schedule
+    # Source: Rank-DistiLLM, appendix C, and the authors' configurations. AdamW with learning rate 1e-5, weight decay
+    # 0.01 on all parameters, no warm-up, and no learning rate schedule
     "rank-distillm-labels": PairRecipe(
         1e-5, steps=20_000, loss="lce", n_passages=8, sampling="single_relevant", micro_batch=8
     ),
@@ -69,7 +76,7 @@ FINE_TUNE, DISTIL = "rank-distillm-labels", "rank-distillm-rankings"  # the defa
 
 
 class Example(NamedTuple):
-    """A query, some of its passages, and the target of each."""
+    """A query, some of its passages, and the target of each of these passages."""
 
     query: str
     passages: list[str]
@@ -77,14 +84,14 @@ class Example(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """The tokenised pairs of Q queries, grouped by query, and the targets of each query's passages."""
+    """The tokenised query-passage pairs of Q queries, grouped by query, and the targets of each query's passages."""
 
     pairs: list[Pair]
     targets: list[list[float]]
 
 
 def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
-    """The training objective of a CrossEncoder for a recipe."""
+    """The training objective of a CrossEncoder for a recipe. Raises ValueError for an unknown loss."""
     checkpoint: PairCheckpoint = student.load()
     if recipe.loss not in LOSSES:
         raise ValueError(f"loss={recipe.loss!r}; wanted one of {', '.join(map(repr, LOSSES))}")
@@ -102,7 +109,7 @@ def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
 
 
 def sample_passages(text_field: str, recipe: PairRecipe, given: Ranking, rng: random.Random) -> Example:
-    """Sample passages of a list as the recipe says."""
+    """Sample passages of a list, with the recipe's `n_passages` and `sampling`."""
     passages, targets = given.columns[text_field], given.columns["target"]
     positions = sample(targets, recipe.n_passages, recipe.sampling, rng)
     return Example(given.query, take(passages, positions), [targets[i] for i in positions])
@@ -115,7 +122,8 @@ def collate(student: CrossEncoder, examples: list[Example]) -> PairBatch:
 
 
 def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, batch: PairBatch) -> torch.Tensor:
-    """The recipe's loss for the scores (Q, N) of Q queries, where N is the largest number of passages of a query."""
+    """The recipe's loss for Q queries. It compares the scores (Q, N), where N is the largest number of passages of a
+    query, with the targets."""
     counts = [len(targets) for targets in batch.targets]
     scores = pad_sequence(
         list(score(checkpoint, layout, batch.pairs, recipe.max_tokens).split(counts)), batch_first=True
@@ -126,7 +134,7 @@ def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, bat
 
 
 def score(checkpoint: PairCheckpoint, layout: PairLayout, pairs: list[Pair], max_tokens: int | None) -> torch.Tensor:
-    """The scores (P,) of P pairs, computed in batches of similar lengths."""
+    """The scores (P,) of P query-passage pairs. They are computed in batches of pairs with similar lengths."""
     lengths = [layout.length(pair) for pair in pairs]
     parts = list(like_lengths(lengths, max_tokens or encoder_tokens(checkpoint.device)))
     computed = torch.cat(

@@ -1,7 +1,8 @@
 """Training data: targets for result frames, sampling from their lists, and files of runs and questions.
 
-The target of a passage says how relevant it is to its query (higher is better): its label in the qrels, or its score
-from a teacher. Result frames hold it in the column `target`.
+A list is a query with its passages, in the order of the first stage. The target of a passage says how relevant the
+passage is to its query (higher is better). It is the passage's label in the qrels, or its score from a teacher. In a
+result frame, the targets are in the column `target`.
 """
 
 import hashlib
@@ -29,10 +30,10 @@ Teacher = pt.Transformer | pd.DataFrame | str | Path | None
 
 
 def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "passages") -> pd.DataFrame:
-    """A result frame with the labels of the qrels as targets; unjudged passages get 0.
+    """A result frame with the labels of the qrels as targets. The target of an unjudged passage is 0.
 
-    what: how error messages call the passages. Raises ValueError without qrels, for a label that is not a finite
-    number, and where none of the passages is judged relevant.
+    what: the word for the passages in error messages. Raises ValueError if there are no qrels, for a label that is not
+    a finite number, and if none of the passages is judged relevant.
     """
     labelled = _joined(frame, label_values(qrels)).fillna({"target": 0})
     if not (labelled["target"] > 0).any():
@@ -41,13 +42,14 @@ def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "pa
 
 
 def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
-    """A result frame with a teacher's scores as targets; for a teacher with ranks only, the negative ranks.
+    """A result frame with a teacher's scores as targets. If the teacher gives ranks but no scores, the targets are the
+    negative ranks.
 
     teacher: a transformer that reranks the frame; or a run, as a frame or as a file that `read_run` reads. None is the
-        incoming order of the passages: the first has target 0, the second -1.
+    incoming order of the passages: in each list, the first passage has target 0, the second -1, and so on.
 
-    Passages that the teacher does not rank are left out, with a warning. Raises ValueError where none is left, and for
-    a score that is not a finite number.
+    Passages that the teacher does not rank are left out, with a warning. Raises ValueError if no passage is left, and
+    for a score that is not a finite number.
     """
     if teacher is None:
         return frame.assign(target=[-float(place) for place in places(frame)])
@@ -60,7 +62,7 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
 
 
 def none_relevant(n: int, what: str = "passages") -> ValueError:
-    """The error for n passages none of which is judged relevant in the qrels."""
+    """The error to raise if none of n passages is judged relevant in the qrels."""
     return ValueError(
         f"none of the {n} {what} is judged relevant in the qrels: check that qids and docnos belong to the same"
         " collection"
@@ -68,7 +70,10 @@ def none_relevant(n: int, what: str = "passages") -> ValueError:
 
 
 def check_ranked(ranked: int, n: int) -> None:
-    """Raise ValueError where a teacher ranks none of n passages; warn where it ranks only some."""
+    """Raise ValueError if a teacher ranks none of n passages. Warn if it ranks only some of them.
+
+    ranked: how many of the n passages the teacher ranks.
+    """
     if not ranked:
         raise ValueError(
             f"the teacher ranks none of the {n} passages: check that qids and docnos belong to the same collection"
@@ -78,10 +83,10 @@ def check_ranked(ranked: int, n: int) -> None:
 
 
 def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
-    """The qrels of a result frame's queries, in the form that ir_measures takes.
+    """The qrels of the queries in a result frame, in the form that ir_measures takes.
 
-    Raises ValueError for a label that is not a whole number, and where none of the passages is judged relevant, since
-    nDCG would always be 0.
+    Raises ValueError for a label that is not a whole number. Also raises ValueError if none of the passages in the
+    frame is judged relevant, since `nDCG@10` would always be 0.
     """
     with_labels(frame, qrels, "validation passages")
     labels = numbers(qrels, "label").to_numpy()
@@ -101,7 +106,7 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _content(value: Any) -> Any:
-    """A vector or a number of another library in a form that JSON can hold."""
+    """A vector or a number of another library, in a form that JSON can hold."""
     if hasattr(value, "numpy"):  # a torch tensor
         value = value.numpy()
     is_vector = hasattr(value, "tobytes") and value.dtype != object
@@ -109,10 +114,11 @@ def _content(value: Any) -> Any:
 
 
 def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
-    """Sample the positions of n passages of a list; of all passages if the list has at most n, or if n is None.
+    """Sample n passages of a list and return their positions in the list. Returns all positions if the list has at most
+    n passages or if n is None.
 
-    targets: the targets of the passages, in the order of the first stage. how: one of SAMPLERS (lightning-ir's names);
-    ValueError for any other.
+    targets: the targets of the passages, in the order of the first stage. how: one of SAMPLERS, which have
+    lightning-ir's names. Raises ValueError for any other name.
     """
     if how not in SAMPLERS:
         raise ValueError(f"sampling={how!r}; wanted one of {', '.join(map(repr, SAMPLERS))}")
@@ -127,7 +133,8 @@ def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[
 
 
 def _log_random(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
-    # The n largest of u^(1/w) are a sample without replacement by weights w (Efraimidis and Spirakis, 2006)
+    # With u uniform in [0, 1], the items with the n largest u^(1/w) are a sample without replacement in which an item
+    # has weight w (Efraimidis and Spirakis, 2006)
     keys = [rng.random() ** math.log1p(i + 1) for i in range(len(targets))]
     return sorted(sorted(range(len(targets)), key=lambda i: -keys[i])[:n])
 
@@ -139,19 +146,22 @@ SAMPLERS: dict[str, Callable[[Sequence[float], int, random.Random], list[int]]] 
         *range(n // 2),
         *sorted(rng.sample(range(n // 2, len(targets)), n - n // 2)),
     ],
-    "log_random": _log_random,  # a passage at rank r with weight 1 / log(1 + r)
-    "single_relevant": _one_relevant,  # a random relevant passage first, then random other passages
+    "log_random": _log_random,  # the weight of the passage at rank r = 1, 2, ... is 1 / log(1 + r)
+    "single_relevant": _one_relevant,  # first a random relevant passage, then random passages that are not relevant
 }
 
 
 def window(
     targets: Sequence[float], smallest: int, largest: int, shuffle: float, rng: random.Random
 ) -> tuple[list[int], list[int]]:
-    """Sample a window of `smallest` to `largest` passages of a list. All sizes are equally likely.
+    """Sample a window of passages from a list. The size of the window is between `smallest` and `largest` passages, and
+    all these sizes are equally likely. If the list is shorter than the sampled size, the window has all passages of the
+    list.
 
-    Returns the positions of the passages in the list, in the order shown to the student (that of the list, or with
-    probability `shuffle` a random order); and their positions in the window, best first. Among passages with equal
-    targets, the one that is shown first counts as better.
+    Returns two lists. The first has the positions of the passages in the list, in the order shown to the student. This
+    is the order of the list or, with probability `shuffle`, a random order. The second has the positions of the
+    passages in the window, from the highest target to the lowest. Passages with equal targets keep the order in which
+    they are shown.
     """
     size = min(rng.randint(smallest, largest), len(targets))
     shown = sorted(rng.sample(range(len(targets)), size))
@@ -161,7 +171,7 @@ def window(
 
 
 class Lists(Sequence[Ranking]):
-    """A view of the lists at the given positions."""
+    """A view of some lists: those at the given positions."""
 
     def __init__(self, lists: Sequence[Ranking], positions: Iterable[int]):
         self.lists, self.positions = lists, array("q", positions)
@@ -174,12 +184,13 @@ class Lists(Sequence[Ranking]):
 
 
 def uneven(lists: Sequence[Ranking]) -> Lists:
-    """The lists with at least two different targets. No order can be learned from the other lists."""
+    """The lists with at least two different targets. A list whose targets are all equal has no order that could be
+    learned."""
     return Lists(lists, (i for i, given in enumerate(lists) if len(set(given.columns["target"])) > 1))
 
 
 class Texts(Sequence[str]):
-    """A column of texts that are looked up on access, by the docnos of a query's passages."""
+    """A column with the texts of a query's passages. The texts are looked up by docno on each access."""
 
     def __init__(self, look_up: Callable[[str, list[str]], list[str]], qid: str, docnos: list[str]):
         self.look_up, self.qid, self.docnos = look_up, qid, docnos
@@ -198,19 +209,20 @@ class Texts(Sequence[str]):
 
 
 def take(column: Sequence[Any], positions: Sequence[int]) -> list[Any]:
-    """The values of a column at these positions; a `Texts` column needs only one look-up."""
+    """The values of a column at the given positions. A `Texts` column looks them up with a single call."""
     if isinstance(column, Texts):
         return column.look_up(column.qid, [column.docnos[i] for i in positions])
     return [column[i] for i in positions]
 
 
 def some_of(given: Ranking, positions: Sequence[int]) -> Ranking:
-    """A list reduced to the passages at these positions, in this order."""
+    """A list reduced to the passages at the given positions, in the order of the positions."""
     return given._replace(columns={name: take(column, positions) for name, column in given.columns.items()})
 
 
 class Passages(Sequence[Ranking]):
-    """The passages of some lists as lists of one passage each, without repeated and empty texts."""
+    """The passages of some lists, each as a list of one passage. Empty texts, and texts that occurred before, are left
+    out."""
 
     def __init__(self, lists: Sequence[Ranking], text_field: str):
         self.lists, self.positions, self.places = lists, array("q"), array("q")
@@ -231,14 +243,14 @@ class Passages(Sequence[Ranking]):
 
 
 def read_run(path: str | Path) -> pd.DataFrame:
-    """Read a run from a TREC file, a parquet file or JSON lines, each optionally gzipped: Rank-DistiLLM's files,
-    TIREx's re-ranking input, the rankings that rank_llm writes, permutations {qid, final_list: [docno, ...]}, and what
-    `pt.io.write_results` writes.
+    """Read a run from a TREC file or JSON lines, both optionally gzipped, or from a parquet file. Among the accepted
+    files are those of Rank-DistiLLM, TIREx's re-ranking input, the rankings that rank_llm writes, permutations {qid,
+    final_list: [docno, ...]}, and what `pt.io.write_results` writes.
 
-    Returns qid, docno, score, rank (from 0) and, if the file has them, query and text. Ranks are computed from the
-    scores. If a row of the file has no score, all scores are the negative ranks. If a query has a passage twice, the
-    first row is kept. Raises ValueError, with the line, for a row without qid, without docno or with neither score nor
-    rank, and for invalid numbers.
+    Returns a frame with qid, docno, score, rank (from 0) and, if the file has them, query and text. The ranks are
+    computed from the scores. If at least one row of the file has no score, the score of each row is its negative rank.
+    If a query has a passage twice, the first of the two rows is kept. Raises ValueError, with the line, for a row
+    without qid or docno, for an invalid number, and if some row has no score and some row has no rank.
     """
     path = Path(path).expanduser()
     rows = list(run_records(path))
@@ -256,10 +268,10 @@ def read_run(path: str | Path) -> pd.DataFrame:
 
 
 def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a run file that `read_run` reads: place in the file, qid, docno, score, rank, query and text,
-    with None for missing values.
+    """Yield the rows of a run file that `read_run` reads, each as a dict with `where` (the place in the file), qid,
+    docno, score, rank, query and text. Missing values are None.
 
-    columns: which of these columns to read from a parquet file; None is all.
+    columns: the columns to read from a parquet file. None reads all columns.
     """
     if path.suffix == ".parquet":
         for number, record in enumerate(_parquet(path, columns), 1):
@@ -287,19 +299,21 @@ def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def is_trec(path: Path) -> bool:
-    """Whether a run is in TREC's format: by its name, it is neither parquet nor JSON."""
+    """Whether a run is in TREC's format. This is so if the file name ends neither in .parquet nor in a suffix of
+    JSON."""
     return not {".parquet", ".jsonl", ".json"} & set(path.suffixes)
 
 
 def basis_of(path: Path) -> str:
-    """What defines the order of a run: "score" if all rows have one, as in TREC's format, else "rank"."""
+    """The column that determines the order of a run: "score" if all rows have a score, as in TREC's format, else
+    "rank"."""
     if is_trec(path):
         return "score"
     return "score" if all(row["score"] is not None for row in run_records(path, ["qid", "docno", "score"])) else "rank"
 
 
 def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, with one batch in memory at a time. NaN counts as missing."""
+    """The rows of a parquet file, with one batch of rows in memory at a time. NaN counts as missing."""
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
@@ -310,7 +324,7 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, An
 
 
 def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A row of a run, from a JSON object or a row of a table."""
+    """A row of a run, from a JSON object or from a row of a parquet file."""
     record = {NAMES.get(name, name): value for name, value in record.items()}
     ids = {name: key(record, name, where) for name in KEY}
     values = {name: number(record, name, where) for name in ("score", "rank")}
@@ -327,17 +341,19 @@ def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataFrame:
-    """Read public teacher data that contains its passages, for `Distil`: RankZephyr's conversations, PE-Rank's
-    train.jsonl, RankGPT's and TWOLAR's permutations, as JSON lines or one JSON array, optionally gzipped.
+    """Read public teacher data that contains the passages, for `Distil`. The file is one of these, as JSON lines or one
+    JSON array, optionally gzipped: RankZephyr's conversations, PE-Rank's train.jsonl, or the permutations of RankGPT or
+    TWOLAR.
 
     Args:
         path: the file.
-        orders: RankGPT's second file, one JSON array of the teacher's answers. Without it, retrieved_passages must
-            already be in the teacher's order, as TWOLAR's are.
+        orders: RankGPT's second file, one JSON array of the teacher's answers. Without this file, the lists in
+            `retrieved_passages` must already be in the teacher's order, as TWOLAR's are.
 
-    Returns qid, query, docno, text, rank (the teacher's, from 0) and shown (the position of the passage in the
-    teacher's input). `files.teachers.read_taught` documents the formats and the errors. A warning counts the orders
-    that had to be completed.
+    Returns a frame with qid, query, docno, text, rank (the rank that the teacher gave the passage, from 0) and shown
+    (the position of the passage in the teacher's input, from 0). `files.teachers.read_taught` documents the formats and
+    the errors. If the teacher's order of a list does not name each passage exactly once, the order is completed. A
+    warning states the number of completed orders.
     """
     names = ["qid", "query", "docno", "text", "rank", "shown"]
     rows, repaired, lists = [], 0, 0
@@ -355,11 +371,12 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
 
 def read_qa(path: str | Path) -> pd.DataFrame:
-    """Read questions with their answers and passages, to train a LiT5Score by `FineTune`. Returns qid, query, docno,
-    text, answers and rank.
+    """Read questions with their answers and passages, to train a LiT5Score by `FineTune`. Returns a frame with qid,
+    query, docno, text, answers and rank.
 
-    path: JSON lines or one JSON array of records with question, answers, and ctxs; each of the ctxs has a text, and
-    optionally title and docid (or id). Raises ValueError, with the place in the file, for a missing field.
+    path: JSON lines or one JSON array. Each record has the fields question, answers, and ctxs, a list of passages. Each
+    passage in ctxs has a text, and optionally title and docid (or id). Raises ValueError, with the place in the file,
+    for a missing field.
     """
     rows = []
     for position, (where, record) in enumerate(objects(Path(path).expanduser())):
@@ -379,13 +396,14 @@ def read_qa(path: str | Path) -> pd.DataFrame:
 
 
 def _key_or(record: dict[str, Any], names: Sequence[str], default: str, where: str) -> str:
-    """The first id in these fields, else the default."""
+    """The first id in the given fields, or the default if none of the fields has one."""
     name = next((name for name in names if record.get(name) is not None), None)
     return default if name is None else key(record, name, where)
 
 
 def read_qrels(path: Path | None) -> pd.DataFrame | None:
-    """Read qrels in TREC's format; None without a file. ValueError names the first malformed line."""
+    """Read qrels in TREC's format. Returns None if path is None. Raises ValueError, with the line, for the first
+    malformed line."""
     if path is None:
         return None
     rows = []
@@ -410,7 +428,8 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
 
 
 def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]:
-    """The labels of qrels with their qids and docnos. Raises ValueError without qrels, and what `_values` raises."""
+    """The labels of qrels, each with its qid and docno. Raises ValueError if there are no qrels, and the same errors as
+    `_values`."""
     if qrels is None:
         raise ValueError(
             "there are no labels to learn from: call fit(topics, qrels), or use Distil for a teacher's ranking"
@@ -419,16 +438,18 @@ def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]
 
 
 def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
-    """The scores of a teacher's run; for a run with ranks only, the negative ranks. Raises what `_values` raises."""
+    """The scores of a teacher's run, each with its qid and docno. If the run has ranks but no scores, these are the
+    negative ranks. Raises the same errors as `_values`."""
     if "score" not in run and "rank" in run:
         run = run.assign(score=-numbers(run, "rank").to_numpy())
     return _values(run, "score", "the teacher's ranking")
 
 
 def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
-    """The qid and docno of each row as text, with its value in a column of numbers.
+    """Yield the qid and docno of each row, both as text, and the row's value in a column of numbers.
 
-    Raises ValueError for a missing column, for a row without qid or docno, and for a number that is not finite.
+    Raises ValueError for a missing column, for a row without qid or docno, and for a number that is not finite. who:
+    the name of the frame in these messages.
     """
     missing = [name for name in (*KEY, column) if name not in given]
     if missing:
@@ -448,9 +469,10 @@ def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, s
 
 
 def _joined(frame: pd.DataFrame, values: Iterable[tuple[str, str, float]]) -> pd.DataFrame:
-    """The frame with the column `target`, looked up by qid and docno; NaN where there is no value.
+    """The frame with a new column `target`. The target of a row is the value for its qid and docno, or NaN if there is
+    none.
 
-    Keys are compared as text. Of repeated keys, the first counts.
+    Qids and docnos are compared as text. If several values have the same qid and docno, the first one counts.
     """
     value_of: dict[tuple[str, str], float] = {}
     for qid, docno, target in values:

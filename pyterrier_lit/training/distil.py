@@ -1,8 +1,9 @@
 """FineTune and Distil: train a student inside a pipeline, from labels or from a teacher's ranking.
 
-Both read the student's columns from the training frame, add a target for each passage, and call `trainer.train` with
-the student's recipe. The module of this folder with the same name as the student's own module defines its recipes and
-objectives: for `pyterrier_lit.cross_encoder.CrossEncoder` this is `pyterrier_lit.training.cross_encoder`.
+FineTune and Distil both read from the training frame the columns that the student needs, add a target for each passage,
+and call `trainer.train` with the recipe. The recipes and objectives of a student are in the module of this folder that
+has the same name as the student's own module. For example, those of `pyterrier_lit.cross_encoder.CrossEncoder` are in
+`pyterrier_lit.training.cross_encoder`.
 """
 
 import copy
@@ -33,25 +34,26 @@ FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings
 
 
 class Training(pt.Estimator):
-    """What FineTune and Distil share: `fit` trains the student, and `transform` reranks with it."""
+    """The common base class of FineTune and Distil: `fit` trains the student, and `transform` reranks with the
+    student."""
 
     def __init__(self, student: Reranker, *, recipe: str | Recipe | None = None, verbose: bool = True, **settings: Any):
         self.student = student
         self.recipe = recipe
         self.verbose = verbose
         self.settings = settings
-        self._logs: list[pd.DataFrame] = []  # one per `fit`; shared with compiled copies
+        self._logs: list[pd.DataFrame] = []  # one frame per `fit`; compiled copies share this list
 
     @property
     def log(self) -> pd.DataFrame:
-        """Losses and measurements of the last `fit`, one row per logged step. Raises AttributeError before the first
-        `fit`."""
+        """The losses and measurements of the last `fit`, one row per logged step. Raises AttributeError before the
+        first `fit`."""
         if not self._logs:
             raise AttributeError(f"{type(self).__name__} has no log before it is fitted")
         return self._logs[-1]
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Rerank with the student; warns if `fit` was never called."""
+        """Rerank with the student. Warns if `fit` was never called."""
         if len(inp) and not self._logs:
             name = type(self).__name__
             warnings.warn(
@@ -63,7 +65,9 @@ class Training(pt.Estimator):
         return self.student.transform(inp)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """A copy whose student stops at rank k, followed by the cutoff; None if the student cannot be fused with it."""
+        """A pipeline that does the same as this stage followed by `% k` and in which the student decodes only the first
+        k ranks. Returns None if the student's own `fuse_rank_cutoff` returns None, or if the student has no such
+        method."""
         fuse = getattr(self.student, "fuse_rank_cutoff", None)
         fused = fuse(k) if fuse else None
         if fused is None:
@@ -82,7 +86,8 @@ class Training(pt.Estimator):
         raise NotImplementedError
 
     def chosen_recipe(self) -> Recipe:
-        """The recipe (named or default) with the settings that override its fields.
+        """The recipe, with the fields that `settings` overrides. Without `recipe`, this is the student's default
+        recipe.
 
         Raises TypeError for a student that cannot be trained and for an unknown setting, and ValueError for an unknown
         recipe.
@@ -98,7 +103,7 @@ class Training(pt.Estimator):
         return recipe.replace(**{name: self.settings[name] for name in self.settings if name not in FOR_EVERY_RECIPE})
 
     def chosen_settings(self) -> Settings:
-        """The settings that are not fields of the recipe, as `trainer.Settings`."""
+        """Those of the `settings` that are not fields of the recipe, as `trainer.Settings`."""
         chosen = {name: self.settings[name] for name in self.settings if name in FOR_EVERY_RECIPE}
         return Settings(verbose=self.verbose, **chosen)
 
@@ -109,14 +114,24 @@ class Training(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train the student on result frames with the columns that it reads, starting from its current weights, so that
-        a second `fit` continues the first. Afterwards `log` holds the losses and measurements. A StoredRun in place of
-        the first frame reads the same lists from files.
+        """Train the student in place on a result frame. The frame needs the columns that the student reads. A StoredRun
+        in place of the training frame reads the same lists from files. Training starts from the student's current
+        weights, so a second `fit` continues the first. Afterwards `log` holds the losses and measurements.
 
-        With validation frames, `nDCG@10` is measured every `every` steps as `pt.Experiment` would on these queries, and
-        the student keeps the weights of the best measurement. Raises what `chosen_recipe`, `data.with_labels`,
-        `data.with_teacher`, `StoredRun`, `validation` and `trainer.train` raise, and ValueError where no list can be
-        learned from.
+        With a validation frame and its qrels, the `nDCG@10` of the student is measured every `every` steps. The value
+        is the same as that of `pt.Experiment` on the validation queries. At the end, the student has the weights with
+        the highest `nDCG@10`.
+
+        For a frame that the student cannot read, `fit` raises the same errors as the student's `transform`. It raises
+        the errors of StoredRun and of `trainer.train`, and TypeError for a student that cannot be trained or for an
+        unknown setting. It raises ValueError
+
+        - for an unknown recipe, and for an invalid value of a setting;
+        - for missing labels, and for a label or a teacher's score that is not a finite number;
+        - for a teacher that ranks none of the passages;
+        - for qrels that judge none of the passages relevant;
+        - for a validation frame without qrels, and for validation qrels without a frame;
+        - if the training data has no list from which the student can learn.
         """
         recipe, settings = self.chosen_recipe(), self.chosen_settings()
         measured_on = self.validation(topics_or_res_va, qrels_va)
@@ -148,7 +163,7 @@ class Training(pt.Estimator):
         self.student.note_training(self.told(recipe, objective, len(lists), log))
 
     def told(self, recipe: Recipe, objective: Objective, n_lists: int, log: Log) -> dict[str, str]:
-        """What the student's model card records about a `fit`."""
+        """What the student's model card records about a `fit`, as name -> text."""
         name = self.default_recipe(training_module(self.student)) if self.recipe is None else self.recipe
         name = type(name).__name__ if isinstance(name, Recipe) else name
         fields = [f"{name}={value!r}" for name, value in vars(recipe).items() if value is not None and value != {}]
@@ -165,16 +180,16 @@ class Training(pt.Estimator):
         return told
 
     def learned_from(self, columns: set[str]) -> str:
-        """A description of the training data. columns: those that the student reads."""
+        """A description of the training data for the model card. columns: the columns that the student reads."""
         raise NotImplementedError
 
     def validation(
         self, frame: pd.DataFrame | None, qrels: pd.DataFrame | None
     ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-        """The validation frame and the qrels of its queries; None if neither is given.
+        """The validation frame and the qrels of its queries. Returns None if neither of the two arguments is given.
 
-        Raises ValueError for one without the other and for qrels that judge none of the passages relevant, and what the
-        student raises for a frame that it cannot read.
+        Raises ValueError if only one of the two is given or if the qrels judge none of the passages relevant. Raises
+        the student's own errors for a frame that the student cannot read.
         """
         if frame is None and qrels is None:
             return None
@@ -184,7 +199,7 @@ class Training(pt.Estimator):
         return frame, judgements(frame, qrels)
 
     def described(self, given: Iterable[Any], measured_on: tuple[pd.DataFrame, pd.DataFrame] | None) -> dict[str, str]:
-        """What must be unchanged for training to resume from a folder's checkpoint."""
+        """What must be unchanged for training to resume from a folder's checkpoint, as name -> text."""
         valid: list[Any] = []
         if measured_on:
             valid = [*rankings(measured_on[0], self.student.column_sets()), *measured_on[1].to_numpy().tolist()]
@@ -195,7 +210,7 @@ class Training(pt.Estimator):
         }
 
     def apply_attributes(self, **changes: Any) -> "Training":
-        """A copy with other arguments or settings, for `pt.inspect.transformer_apply_attributes`."""
+        """A copy with other arguments or settings. `pt.inspect.transformer_apply_attributes` calls this method."""
         given = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(self)} | changes
         return type(self)(**given.pop("settings") | given)
 
@@ -207,28 +222,31 @@ class FineTune(Training):
     """Train a student on labels: `pipe = first_stage >> text >> FineTune(student); pipe.fit(topics, qrels)`.
 
     Args:
-        student: a reranker, usually from `from_backbone`. It is trained in place; in a pipeline it ranks.
-        recipe: the name of one of the student's recipes, or a Recipe. None is the paper's recipe.
+        student: a reranker, usually from `from_backbone`. `fit` trains it in place, and the pipeline then reranks with
+            it.
+        recipe: the name of one of the student's recipes, or a Recipe. None selects the student's default recipe.
         verbose: show progress.
-        settings: hyperparameters of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
-            class), and fields of `trainer.Settings`: folder= (where checkpoints are saved, to resume from), every=
-            (steps between checkpoints and between measurements on validation frames), patience= (stop after this many
-            measurements without a better `nDCG@10`) and seed= (42).
+        settings: any field of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
+            class), and any field of `trainer.Settings`: folder= (where checkpoints are saved, to resume from), every=
+            (steps between checkpoints and between measurements on the validation frame), patience= (stop after this
+            many measurements in a row without a better `nDCG@10`) and seed= (default 42).
 
-    LiT5Score learns from answers instead of labels, in a column `answers` (a text or a list of texts for each query).
-    PERank's alignment stage learns from the passages alone.
+    In the pipeline above, `text` is a stage that adds the texts of the passages, such as `dataset.text_loader()`.
+
+    A LiT5Score learns from answers instead of labels. The answers are in a column `answers`, which holds a text or a
+    list of texts for each query. The alignment stage of a PERank learns from the texts of the passages alone.
     """
 
     def default_recipe(self, module: ModuleType) -> str:
-        """The student's recipe for labels."""
+        """The name of the student's recipe for labels."""
         return str(module.FINE_TUNE)
 
     def learned_from(self, columns: set[str]) -> str:
-        """Labels, or what the recipe learns from instead."""
+        """What the recipe learns from: "labels", "answers" or "the passages alone"."""
         return "labels" if "target" in columns else "answers" if "answers" in columns else "the passages alone"
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
-        """The frame or stored run with its labels."""
+        """The frame or stored run with the labels of the qrels as targets."""
         return given.labelled(qrels) if isinstance(given, StoredRun) else with_labels(given, qrels)
 
 
@@ -238,10 +256,11 @@ class Distil(Training):
 
     Args:
         student, recipe, verbose, settings: as for FineTune.
-        teacher: a transformer that reranks the passages of the training queries; or a run, as a frame or a file. None
-            takes the order of the first stage.
+        teacher: a transformer that reranks the passages of the training queries; or a run, as a frame or a file. With
+            None, the student learns the order of the first stage.
 
-    `first_stage % 50` sets the depth of the lists (50 in the paper), and `topics.sample(1_000)` the number of queries.
+    `first_stage % 50` limits the lists to 50 passages, the depth in the paper of Rank-DistiLLM. `topics.sample(1_000)`
+    samples 1,000 training queries.
     """
 
     def __init__(
@@ -257,7 +276,8 @@ class Distil(Training):
         self.teacher = teacher
 
     def default_recipe(self, module: ModuleType) -> str:
-        """The student's recipe for a teacher's ranking. Raises TypeError for a student that is trained on answers."""
+        """The name of the student's recipe for a teacher's ranking. Raises TypeError for a student that learns from
+        answers."""
         if module.DISTIL is None:
             raise TypeError(
                 f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; use FineTune"
@@ -265,7 +285,7 @@ class Distil(Training):
         return str(module.DISTIL)
 
     def learned_from(self, columns: set[str]) -> str:
-        """A description of the teacher, in which local paths are shortened to their last part."""
+        """A description of the teacher for the model card. Local paths are shortened to their last part."""
         if self.teacher is None:
             return "the order of the candidates"
         if isinstance(self.teacher, str | Path):
@@ -275,16 +295,16 @@ class Distil(Training):
         return f"the ranking of {_without_folders(repr(self.teacher))}"
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
-        """The frame or stored run with the teacher's scores."""
+        """The frame or stored run with the teacher's scores as targets."""
         if isinstance(given, StoredRun):
             return given.taught(self.teacher, self.student.text_field)
         return with_teacher(given, self.teacher)
 
 
 def training_module(student: pt.Transformer) -> ModuleType:
-    """The training module of a student's class, or of its nearest parent class that has one.
+    """The training module of a student's class, or of its nearest parent class that has a training module.
 
-    Raises TypeError for a student that has none.
+    Raises TypeError for a student whose classes have no training module.
     """
     package, _, here = __package__.rpartition(".")
     for kind in type(student).__mro__:
@@ -298,12 +318,15 @@ def training_module(student: pt.Transformer) -> ModuleType:
 
 
 def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> float:
-    """`nDCG@10` of a result frame after reranking by the student, over the judged queries (`data.judgements`)."""
+    """The mean `nDCG@10` of a result frame after the student has reranked it, over the queries of `judged`.
+
+    judged: qrels from `data.judgements`.
+    """
     run = student.in_its_dtype().transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
     run = run[["query_id", "doc_id", "score"]].astype({"query_id": "str", "doc_id": "str"})
     return float(ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, run)[ir_measures.nDCG @ 10])
 
 
 def _without_folders(call: str) -> str:
-    """The text with each quoted local path shortened to its last part."""
+    """The text, in which each quoted local path is shortened to its last part."""
     return re.sub(r"(?<=['\"])[/~][^'\"]*/", "", call)

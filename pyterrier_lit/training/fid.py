@@ -1,10 +1,10 @@
-"""Training of Fusion-in-Decoder (arXiv 2007.01282), which both LiT5 rerankers share: a T5 learns to generate a
-text from many passages.
+"""Training of Fusion-in-Decoder (arXiv 2007.01282), which both LiT5 rerankers share: a T5 learns to generate a text
+from many passages.
 
-The encoder of a T5 reads each passage alone, in a prompt with the query. The decoder attends to the tokens of all
-passages and learns to generate the answer by cross-entropy. The encoder's activations for a hundred passages would fill
-a GPU. With gradient checkpointing only the encoder's output states are kept, and the backward pass recomputes the
-encoder for a part of the passages at a time.
+The encoder of the T5 reads each passage alone, in a prompt with the query. The decoder attends to the tokens of all
+passages and learns to generate the answer. The loss is the cross-entropy of the answer. The encoder's activations for a
+hundred passages would fill the memory of a GPU. With gradient checkpointing, only the encoder's output states are kept.
+The backward pass then recomputes the activations for a part of the passages at a time.
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ class FiDRecipe(Recipe):
 
     Args:
         dropout: the dropout rate of the T5.
-        max_tokens: tokens, including padding, in one pass of the encoder; None is 1,024 on a CPU, 16,384 on a GPU.
+        max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and
+            16,384 on a GPU.
     """
 
     dropout: float = 0.1
@@ -38,20 +39,21 @@ class FiDRecipe(Recipe):
 
 
 class AnswerBatch(NamedTuple):
-    """The tokenised prompts of the passages of B queries, and the tokenised answer of each query with EOS."""
+    """The token ids of B queries: for each query, the prompts of its passages, and its answer with EOS."""
 
     prompts: list[list[list[int]]]
     answers: list[list[int]]
 
 
 def collate(read: Callable[[Any], PromptsAndAnswer], examples: list[Any]) -> AnswerBatch:
-    """Tokenise B examples; `read` tokenises one."""
+    """Tokenise B examples. read: a function that tokenises one example."""
     prompts, answers = zip(*map(read, examples), strict=True)
     return AnswerBatch(list(prompts), list(answers))
 
 
 def set_dropout(network: Any, dropout: float) -> None:
-    """Set the dropout rate of every layer. T5 stores it in modules, and as a number for the attention weights."""
+    """Set the dropout rate of every layer. T5 stores the rate in Dropout modules and, for the attention weights, as a
+    number."""
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -62,9 +64,10 @@ def set_dropout(network: Any, dropout: float) -> None:
 def answer_loss(
     t5: T5Checkpoint, decay: float, max_tokens: int | None, checkpointing: bool, batch: AnswerBatch
 ) -> torch.Tensor:
-    """The mean cross-entropy of the answers' tokens, with weight decay^t for token t of an answer.
+    """The mean cross-entropy of the tokens of the answers. Token t of an answer (from 0) has the weight decay^t.
 
-    max_tokens: tokens, including padding, in one pass of the encoder; None is 1,024 on a CPU, 16,384 on a GPU.
+    max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and 16,384
+    on a GPU.
     """
     fid = FiD(t5.network)
     states, attention_mask = encode(fid, batch.prompts, max_tokens, checkpointing)
@@ -74,14 +77,20 @@ def answer_loss(
 def text_loss(
     fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, answers: Sequence[Sequence[int]], decay: float
 ) -> torch.Tensor:
-    """The loss of B answers, given the encoder states (B, S, D) of their passages and a mask (B, S)."""
+    """The cross-entropy of B answers, given the encoder states (B, S, D) of their passages and a mask (B, S).
+
+    answers: the token ids of each answer. decay: as in `answer_loss`.
+    """
     labels, inside = (tensor.to(fid.device) for tensor in padded(answers, EOS))
     written = torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1]], 1)  # the decoder's inputs
     return decayed_cross_entropy(fid.logits(decode(fid, states, attention_mask, written)), labels, inside, decay)
 
 
 def decode(fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """The decoder's states (B, T, D) for the input ids (B, T)."""
+    """The decoder's states (B, T, D) for the input ids (B, T).
+
+    states: encoder states (B, S, D). attention_mask: their mask (B, S). written: the input ids.
+    """
     decoder = fid.network.decoder
     read = decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=attention_mask)
     decoded: torch.Tensor = read.last_hidden_state
@@ -91,8 +100,11 @@ def decode(fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, written
 def encode(
     fid: FiD, windows: Sequence[Sequence[Sequence[int]]], max_tokens: int | None, checkpointing: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompts of B queries -> encoder states (B, S, D) and a mask (B, S). The passages of a query are concatenated;
-    S is the most tokens that a query has."""
+    """The prompts of B queries -> encoder states (B, S, D) and a mask (B, S). The states of a query are the
+    concatenated states of its prompts. S is the largest number of tokens of a query, over all of its prompts.
+
+    windows: for each query, the token ids of its prompts.
+    """
     prompts = [prompt for window in windows for prompt in window]
     encoded: list[Any] = [None] * len(prompts)
     for part in like_lengths([len(prompt) for prompt in prompts], max_tokens or encoder_tokens(fid.device)):

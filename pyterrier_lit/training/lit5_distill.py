@@ -1,12 +1,13 @@
 """Training of LiT5Distill: it learns to generate the teacher's order of a window of passages.
 
-A training example is a window of passages from a teacher's ranking. The student reads the passages with their
-identifiers and learns to generate the identifiers, best first, such as "3 1 2". The windows vary in size and some are
-shuffled, so that the student depends neither on the number of passages nor on their order. Early tokens have a larger
-weight in the loss, as they name the best passages. Source: LiT and Lean, ECIR 2025; arXiv 2312.16098.
+A training example is a window of passages from a query's list. The student reads the passages with their identifiers
+and learns to generate the identifiers in the teacher's order, best first, such as "3 1 2". The windows vary in size and
+some are shuffled, so that the student depends neither on the number of passages nor on their order. The first tokens of
+the answer have larger weights in the loss than later tokens, because they name the best passages. Sources: LiT and
+Lean, ECIR 2025; arXiv 2312.16098.
 
-For `decoding="first"`, a second loss trains the logits of the first decoding step to rank all passages (FIRST, arXiv
-2406.15657).
+The recipe `lit5-distill-first` trains a student for `decoding="first"`. It adds a second loss, which trains the logits
+of the first decoding step to rank all passages (FIRST, arXiv 2406.15657).
 """
 
 import dataclasses
@@ -29,15 +30,22 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class WindowRecipe(FiDRecipe):
-    """A recipe for LiT5Distill: a training example is a window sampled from a list. The paper varies the size and the
-    order of the windows, but does not state the distributions.
+    """A recipe for LiT5Distill. A training example is a window of passages, sampled from a query's list. The paper (LiT
+    and Lean, ECIR 2025) varies the size and the order of the windows. It does not say how the sizes and orders are
+    distributed.
 
     Args:
-        smallest, largest: range of the number of passages in a window; largest=None is the student's window size.
-        shuffle: the probability that a window is shuffled; otherwise it keeps the order of the first stage.
-        decay: the weight of a token in the loss relative to the previous token.
-        first_weight: the weight of the loss on the first decoding step, for decoding="first"; 0 omits this loss.
-        dropout, max_tokens: see `training.fid.FiDRecipe`.
+        smallest, largest: the smallest and the largest number of passages in a window. largest=None is the student's
+            window size.
+        shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
+            stage.
+        decay: the weight of each token of the answer in the loss, divided by the weight of the token before it.
+        first_weight: the weight of the loss on the first decoding step, for decoding="first". 0 omits this loss.
+        dropout: the dropout rate of the T5.
+        max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and
+            16,384 on a GPU.
+
+    The fields of `trainer.Recipe` are accepted, too.
     """
 
     smallest: int = 2
@@ -47,12 +55,13 @@ class WindowRecipe(FiDRecipe):
     first_weight: float = 0.0
 
     def objective(self, student: LiT5Distill) -> Objective:
-        """The cross-entropy of the target ranking string, and RankNet on the first decoding step. Raises ValueError for
-        invalid window sizes."""
+        """The cross-entropy of the target ranking string, plus RankNet on the first decoding step if first_weight is
+        above 0. Raises ValueError unless 2 <= smallest <= largest."""
         return objective(student, self)
 
 
-# LiT and Lean, section 3. The paper does not give the number of epochs: it took the best epoch on development queries
+# Source: LiT and Lean, section 3. The paper does not give the number of epochs: its authors took the epoch that was
+# best on development queries
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
@@ -62,7 +71,8 @@ FINE_TUNE = DISTIL = "lit5-distill-v2"  # the default recipe
 
 
 class OrderExample(NamedTuple):
-    """A query, passages in the order shown to the student, and their positions, best first."""
+    """A query, passages in the order shown to the student, and the positions of the passages in this order, best
+    first."""
 
     query: str
     passages: list[str]
@@ -70,7 +80,7 @@ class OrderExample(NamedTuple):
 
 
 def objective(student: LiT5Distill, recipe: WindowRecipe) -> Objective:
-    """The training objective of a LiT5Distill for a recipe."""
+    """The training objective of a LiT5Distill for a recipe. Raises ValueError unless 2 <= smallest <= largest."""
     t5: T5Checkpoint = student.load()
     largest = recipe.largest or student.window()[0]
     if not 2 <= recipe.smallest <= largest:
@@ -95,8 +105,8 @@ def sample_window(
 
 
 class WindowBatch(NamedTuple):
-    """B windows: the tokenised prompts of their passages, the tokenised target ranking strings with EOS, and the
-    orders."""
+    """The token ids of B windows: for each window, the prompts of its passages, and the target ranking string with EOS.
+    Also the positions of each window's passages, best first."""
 
     prompts: list[list[list[int]]]
     answers: list[list[int]]
@@ -126,8 +136,12 @@ def loss(t5: T5Checkpoint, recipe: WindowRecipe, batch: WindowBatch) -> torch.Te
 def first_step_loss(
     t5: T5Checkpoint, states: torch.Tensor, attention_mask: torch.Tensor, orders: list[list[int]]
 ) -> torch.Tensor:
-    """Weighted RankNet over the log-probability that each identifier is generated first, by which decoding="first"
-    ranks."""
+    """Weighted RankNet over the log-probabilities of the identifiers at the first decoding step. With decoding="first",
+    the student ranks by these log-probabilities.
+
+    states, attention_mask: what `training.fid.encode` returned for the windows. orders: the positions of each window's
+    passages, best first.
+    """
     counts = [len(order) for order in orders]
     words, pieces = identifiers(t5, max(counts))
     scores, inside = first_scores(Beginning(FiD(t5.network), states, attention_mask, pieces), words, counts)
@@ -136,8 +150,10 @@ def first_step_loss(
 
 
 class Beginning:
-    """A `decoding.Reader` for the first tokens of an answer, with gradients. Token i has the vocabulary id
-    pieces[i]."""
+    """A `decoding.Reader` for the first tokens of an answer, with gradients.
+
+    pieces: for each token that the reader knows, its id in the vocabulary of the T5.
+    """
 
     def __init__(self, fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, pieces: list[int]):
         self.fid, self.memory = fid, (states, attention_mask)
@@ -153,8 +169,8 @@ class Beginning:
         return self.read(self.pieces.new_empty((len(self.begin), 0)))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m) after the start token -> logits (B, m, R) after each of them; for m = 0, the logits (B, 1, R)
-        after the start token."""
+        """tokens (B, m) after the start token -> logits (B, m, R) after each of these tokens. For m = 0, the logits (B,
+        1, R) after the start token."""
         written = torch.cat([self.begin, self.pieces[tokens]], 1)
         states = decode(self.fid, *self.memory, written)
         return self.fid.logits(states[:, min(tokens.shape[1], 1) :], self.pieces)

@@ -1,8 +1,9 @@
 """Training of LiT5Score: it learns to answer questions from passages, without any relevance labels.
 
-A training example is a question with the first passages of its list and one of its answers, which the student learns to
-generate. To do so it must attend to the passages that contain the answer; at inference this attention is their score.
-Source: arXiv 2312.16098; the model is the FiD reader of Izacard and Grave, arXiv 2007.01282.
+A training example is a question with the first passages of its list and one of its answers. The student learns to
+generate the answer. To do so, it must attend to the passages that contain the answer. When the student ranks, this
+attention gives the scores of the passages. Source: arXiv 2312.16098. The model is the FiD reader of Izacard and Grave,
+arXiv 2007.01282.
 """
 
 import dataclasses
@@ -20,12 +21,16 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRecipe(FiDRecipe):
-    """A recipe for LiT5Score: a training example is a question with the first passages of its list and one of its
+    """A recipe for LiT5Score. A training example is a question with the first passages of its list and one of its
     answers.
 
     Args:
-        n_passages: passages per example; None is the student's n_passages.
-        dropout, max_tokens: see `training.fid.FiDRecipe`.
+        n_passages: passages per example. None is the student's n_passages.
+        dropout: the dropout rate of the T5.
+        max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and
+            16,384 on a GPU.
+
+    The fields of `trainer.Recipe` are accepted, too.
     """
 
     n_passages: int | None = None
@@ -36,13 +41,13 @@ class AnswerRecipe(FiDRecipe):
 
 
 RECIPES: dict[str, Recipe] = {
-    # LiT5-Score's own recipe is not published; this is the one of FiD's large reader (Izacard and Grave), its
-    # predecessor
+    # The recipe of LiT5-Score is not published. This is the recipe of the large reader of FiD (Izacard and Grave), the
+    # predecessor of LiT5-Score
     "fid-reader": AnswerRecipe(
         5e-5, batch_size=64, steps=15_000, warmup=1_000, schedule="linear", weight_decay=0.01, clip=1.0
     ),
 }
-FINE_TUNE, DISTIL = "fid-reader", None  # the default recipes; a teacher's ranking has no answers
+FINE_TUNE, DISTIL = "fid-reader", None  # the default recipes. DISTIL is None, since a teacher's ranking has no answers
 
 
 class AnswerExample(NamedTuple):
@@ -69,24 +74,26 @@ def objective(student: LiT5Score, recipe: AnswerRecipe) -> Objective:
 
 
 def answered(lists: Sequence[Ranking]) -> list[Ranking]:
-    """The lists of the questions that have an answer."""
+    """The lists of the questions that have at least one answer."""
     return [given for given in lists if answers_of(given)]
 
 
 def sample_answer(text_field: str, n_passages: int, given: Ranking, rng: random.Random) -> AnswerExample:
-    """The first passages of a question, and one of its answers at random."""
+    """The first passages of a question, and one of its answers, chosen at random."""
     return AnswerExample(given.query, given.columns[text_field][:n_passages], rng.choice(answers_of(given)))
 
 
 def read(student: LiT5Score, example: AnswerExample) -> PromptsAndAnswer:
-    """The tokenised prompts of the passages, and the tokenised answer, truncated to the student's answer_length."""
+    """The token ids of the passages' prompts, and the token ids of the answer, truncated to the student's
+    answer_length."""
     pieces = student.load().pieces([example.answer])[0]
     most = student.lengths()["answer_length"] - 2  # answer_length counts START and EOS
     return student.prompts(example.query, example.passages).ids, [*pieces[:most], EOS]
 
 
 def answers_of(given: Ranking) -> list[str]:
-    """The answers in the first row of a question: one text or a list of texts."""
+    """The answers to a question. They are read from the first row of the question, which holds one text or a list of
+    texts."""
     found = given.columns["answers"][0]
     texts = [found] if isinstance(found, str) else list(found) if isinstance(found, Sequence) else []
     return [text for text in texts if isinstance(text, str) and text.strip()]

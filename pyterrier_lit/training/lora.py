@@ -1,6 +1,6 @@
-"""LoRA: low-rank adapters on the frozen linear layers of a network. Knows no texts.
+"""LoRA: low-rank adapters on the frozen linear layers of a network. This module does not deal with texts.
 
-Source: Hu et al., arXiv 2106.09685; implemented by the library peft.
+Source: Hu et al., arXiv 2106.09685. The implementation is that of the library peft.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from torch import nn
 
 @contextlib.contextmanager
 def adapted(network: Any, rank: int, seed: int) -> Iterator[None]:
-    """Freeze a model of transformers and train adapters of this rank on each of its linear layers, initialised with
-    `seed`. At the end of the block the adapters are merged into the weights; after an error they are removed.
+    """A context in which a model of transformers is frozen and LoRA adapters on all of its linear layers are trained.
+    At the end, the adapters are merged into the weights of the model. After an error, they are removed instead.
 
-    W x becomes W x + 2 B A x with A (rank, in) and B (out, rank) in float32, where B starts at zero. Raises ImportError
-    without peft.
+    An adapter replaces W x by W x + 2 B A x, with A (rank, in) and B (out, rank) in float32. B starts at zero, and A is
+    initialised at random with `seed`. Raises ImportError if peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

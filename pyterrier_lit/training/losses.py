@@ -1,8 +1,11 @@
-"""Losses: pure functions of (scores, targets) that return a scalar. Knows no texts and no models.
+"""Losses: pure functions of (scores, targets) that return a scalar. This module does not deal with texts or models.
 
-Scores s and targets t are (Q, N): Q queries with N passages, higher is better. `mask` (Q, N) is true where there is a
-passage; None means that every list has N passages. Values outside the mask have no effect. In pairwise losses, a list
-without pairs (a single passage, or only ties) contributes nothing, and the loss is 0 when no list has a pair.
+The scores s and the targets t have the shape (Q, N): Q queries with up to N passages each. Higher values are better.
+`mask` (Q, N) is true where there is a passage. If `mask` is None, every query has N passages. Values outside the mask
+have no effect. Some losses are means over pairs of passages of the same query. In these losses, a query without a pair
+(with a single passage, or with equal targets only) contributes nothing, and the loss is 0 if no query has a pair.
+
+Rank-DistiLLM is arXiv 2405.07920; its original code is in the library lightning-ir. PE-Rank is arXiv 2406.14848.
 """
 
 import torch
@@ -12,22 +15,23 @@ Mask = torch.Tensor | None
 
 
 def ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
-    """Mean over all pairs in the batch with t_i > t_j of log(1 + exp(-T (s_i - s_j))). Ties are not pairs.
+    """RankNet: the mean of log(1 + exp(-T (s_i - s_j))) over all pairs of passages in the batch with t_i > t_j.
 
-    Source: Burges et al., ICML 2005; Rank-DistiLLM, whose printed formula has the wrong sign and a sum; the mean is
-    that of lightning-ir.
+    temperature: T. Sources: Burges et al., ICML 2005; Rank-DistiLLM. The formula printed in Rank-DistiLLM has the wrong
+    sign and a sum over the pairs. This function takes the mean, as lightning-ir does.
     """
     return _mean(F.softplus(-temperature * _differences(_filled(scores, mask))), _better(targets, mask))
 
 
 def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """RankNet with larger weights for pairs near the top: mean over all pairs in the batch with t_i > t_j of::
+    """RankNet with larger weights for pairs near the top. It is the mean, over all pairs of passages in the batch with
+    t_i > t_j, of::
 
         log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
-    Source: FIRST, arXiv 2406.15657, section 3.2. The paper prints a sum; its code takes the mean over the pairs of each
-    list.
+    Source: FIRST, arXiv 2406.15657, section 3.2. The formula in the paper is a sum. The paper's code takes the mean
+    over the pairs of each list.
     """
     inside = _inside(scores, mask)
     rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)
@@ -36,57 +40,60 @@ def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = N
 
 
 def margin_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """Mean over all pairs of the batch with t_i > t_j of ((s_i - s_j) - (t_i - t_j))^2.
+    """Margin-MSE: the mean of ((s_i - s_j) - (t_i - t_j))^2 over all pairs of passages in the batch with t_i > t_j.
 
-    Source: Hofstätter et al., arXiv 2010.02666, over all pairs of a list as in lightning-ir.
+    Source: Hofstätter et al., arXiv 2010.02666. As in lightning-ir, the mean is over all pairs of passages of each
+    query.
     """
     differences = _differences(_filled(scores, mask)) - _differences(_filled(targets, mask))
     return _mean(differences.square(), _better(targets, mask))
 
 
 def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """Mean over all passages of the batch of (s_i - t_i)^2: the student learns a teacher's scores themselves.
+    """MSE: the mean of (s_i - t_i)^2 over all passages in the batch. The student learns the teacher's scores
+    themselves.
 
-    Unlike the other losses, this one also fits the scale of the teacher's scores. Source: Hinton et al., arXiv
-    1503.02531, section 2.1, where matching the logits is the limit of high temperatures.
+    Unlike the other losses of scores and targets, this loss changes if a constant is added to all scores of a query.
+    Source: Hinton et al., arXiv 1503.02531, section 2.1. There, matching the logits is the limit of high temperatures.
     """
     inside = _inside(scores, mask)
     return _mean((_filled(scores, mask) - _filled(targets, mask)).square(), inside)
 
 
 def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
-    """Approximate discounted rank MSE: mean over all passages of the batch of (p_i - r_i)^2 / log2(r_i + 1), with::
+    """Approximate discounted rank MSE: the mean of (p_i - r_i)^2 / log2(r_i + 1) over all passages in the batch, with::
 
         p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)   the approximate rank
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
-    Source: Rank-DistiLLM, appendix B. The p_i printed there is not a rank; this one is from Qin et al., 2010. The mean
-    (the paper prints a sum) and the float32 weights are those of lightning-ir.
+    temperature: T. Source: Rank-DistiLLM, appendix B. The formula for p_i in that paper does not give a rank. The
+    formula used here is from Qin et al., 2010. The paper prints a sum over the passages. This function takes the mean,
+    and computes the weights 1 / log2(r_i + 1) in float32, as lightning-ir does.
     """
     inside = _inside(scores, mask)
     pairs = inside[:, :, None] & inside[:, None]  # (Q, i, j)
     higher = (-_differences(_filled(scores, mask)) / temperature).sigmoid()
-    approximate = 0.5 + torch.where(pairs, higher, 0).sum(2)  # sigmoid(0) of the pair (i, i) adds the other 0.5
+    approximate = 0.5 + torch.where(pairs, higher, 0).sum(2)  # the sum includes sigmoid(0) = 0.5 of the pair (i, i)
     rank = 1 + _order(targets, inside).argsort(dim=1)
     weight = 1 / torch.log2(rank.float() + 1)
     return _mean((approximate - rank).square() * weight, inside)
 
 
 def lce(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """Localised contrastive estimation, InfoNCE: mean over queries of -log softmax(s) at the passage with the
+    """Localised contrastive estimation (InfoNCE): the mean over queries of -log softmax(s) at the passage with the
     highest target.
 
-    If several passages have the highest target, the first one counts. Source: Gao et al., ECIR 2021; Rank-DistiLLM,
-    stage 1.
+    If several passages of a query have the highest target, the first one counts. Sources: Gao et al., ECIR 2021;
+    Rank-DistiLLM, stage 1.
     """
     inside = _inside(scores, mask)
     return F.cross_entropy(scores.masked_fill(~inside, float("-inf")), _order(targets, inside)[:, 0])
 
 
 def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
-    """Mean over queries of KL(softmax(t / T) || softmax(s)): the targets are a teacher's scores.
+    """The mean over queries of KL(softmax(t / T) || softmax(s)). The targets are a teacher's scores.
 
-    Source: Hinton et al., arXiv 1503.02531; with T = 1 equal to lightning-ir's.
+    temperature: T. Source: Hinton et al., arXiv 1503.02531. With T = 1, the loss equals that of lightning-ir.
     """
     inside = _inside(scores, mask)
     teacher = (targets / temperature).to(scores.dtype).masked_fill(~inside, float("-inf")).log_softmax(1)
@@ -94,13 +101,14 @@ def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperatu
 
 
 def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "mean") -> torch.Tensor:
-    """Negative log-likelihood of the target order (Plackett-Luce): mean over queries of the mean (reduction="mean") or
-    sum ("sum") over ranks i of::
+    """ListMLE: the negative log-likelihood of the order by target in the Plackett-Luce model. It is the mean over
+    queries of the mean (reduction="mean") or the sum (reduction="sum") over ranks i of::
 
         -log softmax(s_i over the passages not yet ranked) at the passage of rank i
 
-    scores: (Q, N), or (Q, N, N) where row i holds the scores at rank i, since PE-Rank computes new scores at each step.
-    Ties are ranked in the order of their positions. Source: Xia et al., ICML 2008; PE-Rank, stage 2.
+    scores: (Q, N), or (Q, N, N) where row i holds the scores at rank i, since PE-Rank computes new scores at each rank.
+    Passages with equal targets are ranked in the order of their positions. Sources: Xia et al., ICML 2008; PE-Rank,
+    stage 2.
     """
     logs, ranks = _stepwise(scores, targets, mask)
     return _over_ranks(-logs.diagonal(dim1=1, dim2=2), ranks, reduction)
@@ -109,10 +117,11 @@ def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, red
 def list_kl(
     scores: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "sum"
 ) -> torch.Tensor:
-    """Mean over queries of the sum or mean over ranks of KL(teacher || student), each over the passages not yet ranked.
+    """The mean over queries of the sum (reduction="sum") or the mean (reduction="mean") over ranks of KL(teacher ||
+    student). At each rank, teacher and student are distributions over the passages not yet ranked.
 
-    scores, teacher: in the shapes of `list_mle`; both receive gradients. Source: PE-Rank, stage 2, whose code uses the
-    sum.
+    scores: the student's scores. teacher: the teacher's scores. Both have one of the shapes that `list_mle` accepts,
+    and gradients flow into both. Source: PE-Rank, stage 2, whose code uses the sum.
     """
     logs, ranks = _stepwise(scores, targets, mask)
     taught, _ = _stepwise(teacher, targets, mask)
@@ -122,11 +131,12 @@ def list_kl(
 def decayed_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, mask: Mask = None, decay: float = 0.95
 ) -> torch.Tensor:
-    """Weighted mean over all tokens in the batch of -log softmax(logits) at the label, with weight decay^t for token t.
+    """The weighted mean over all tokens in the batch of -log softmax(logits) at the token's label. Token t of a
+    sequence (from 0) has the weight decay^t.
 
-    logits: (B, T, V). labels: (B, T). mask: (B, T). decay=1 is the ordinary cross-entropy of a language model. Source:
-    LiT and Lean, ECIR 2025, section 3, which does not say how the weights are normalised; here, they are divided by
-    their sum.
+    logits: (B, T, V), for B sequences of T tokens and a vocabulary of V tokens. labels: (B, T). mask: (B, T). decay=1
+    is the ordinary cross-entropy of a language model. Source: LiT and Lean, ECIR 2025, section 3. The paper does not
+    say how the weights are normalised. This function divides them by their sum.
     """
     inside = _inside(labels, mask)
     weights = decay ** torch.arange(labels.shape[1], device=labels.device) * inside
@@ -144,19 +154,19 @@ def _filled(values: torch.Tensor, mask: Mask) -> torch.Tensor:
 
 
 def _differences(values: torch.Tensor) -> torch.Tensor:
-    """(Q, N) -> v_i - v_j (Q, N, N)"""
+    """(Q, N) -> the differences v_i - v_j, (Q, N, N)."""
     return values[:, :, None] - values[:, None]
 
 
 def _better(targets: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """(Q, N) -> (Q, i, j): true where i and j are passages and the target of i is higher."""
+    """(Q, N) -> (Q, i, j): true if i and j are passages and the target of i is higher than that of j."""
     inside = _inside(targets, mask)
     return (_differences(_filled(targets, mask)) > 0) & inside[:, :, None] & inside[:, None]
 
 
 def _order(targets: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Positions in descending order of target, with ties in the order of their positions; positions outside the mask
-    come last."""
+    """Positions in descending order of target. Positions with equal targets keep their order. Positions outside the
+    mask come last."""
     last = _filled(targets, inside).min() - 1
     return targets.masked_fill(~inside, last).argsort(dim=1, descending=True, stable=True)
 
@@ -166,14 +176,15 @@ def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 def _divergence(teacher: torch.Tensor, student: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Elementwise terms of the KL divergence from log-probabilities; 0 where `where` is false."""
+    """The terms of the KL divergence, computed elementwise from log-probabilities. A term is 0 where `where` is
+    false."""
     teacher, student = teacher.masked_fill(~where, 0), student.masked_fill(~where, 0)
     return torch.where(where, teacher.exp() * (teacher - student), 0)
 
 
 def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax at each rank over the passages not yet ranked, (Q, rank, passages by rank), with -inf for ranked
-    passages; and a mask of the ranks, (Q, N)."""
+    """The log softmax at each rank over the passages not yet ranked, (Q, rank, passages by rank), in which passages
+    that are already ranked have -inf. Also a mask of the ranks, (Q, N)."""
     inside = _inside(targets, mask)
     order = _order(targets, inside)
     scores = scores if scores.ndim == 3 else scores[:, None].expand(-1, scores.shape[1], -1)

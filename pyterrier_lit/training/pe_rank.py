@@ -1,13 +1,15 @@
-"""Training of PERank in two stages: alignment of the passage vectors, then ranking by them (arXiv 2406.14848).
+"""Training of PERank in two stages: alignment of the passage vectors, then ranking by these vectors.
+
+Source: arXiv 2406.14848.
 
 Stage 1, alignment: the language model sees the vector of a passage in place of its text and must reconstruct the text.
-Only the projector, which maps the vector into the input space of the language model, is trained.
+Only the projector is trained. It maps the vector into the input space of the language model.
 
-Stage 2, ranking: a training example is a window of passages from a teacher's ranking. The prompt contains their vectors
-and is followed by the vectors in the teacher's order. Before each rank, the hidden state should have the largest dot
-product with the vector of the next passage, among those not yet ranked (ListMLE). A second prompt also contains the
-texts and is trained in the same way, and a KL divergence distils the rankings of the second prompt into those of the
-first.
+Stage 2, ranking: a training example is a window of passages from a query's list. The prompt contains the vectors of the
+passages, and the vectors follow once more in the teacher's order. Before each rank, the hidden state should have a
+larger dot product with the vector of the next passage than with the vector of any other passage that is not yet ranked
+(ListMLE). A second prompt contains both the vectors and the texts of the passages, and is trained in the same way. A KL
+divergence distils the rankings of the second prompt into those of the first.
 """
 
 import dataclasses
@@ -34,38 +36,47 @@ from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_o
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentRecipe(Recipe):
-    """A recipe for stage 1 of PERank: only the projector is trained, and each passage of the lists is an example.
+    """A recipe for stage 1 of PERank. Only the projector is trained, and each passage is a training example.
 
     Args:
-        max_length: maximum tokens of the prompt with its answer, which is the text of the passage; the text is
+        max_length: maximum tokens of the prompt with its answer. The answer is the text of the passage, and is
             truncated.
+
+    The fields of `trainer.Recipe` are accepted, too.
     """
 
     max_length: int = 512
 
     def objective(self, student: PERank) -> Objective:
-        """The cross-entropy of a passage's text given its vector. Raises ValueError for a PERank that was saved before:
-        saving drops the output layer for words."""
+        """The cross-entropy of a passage's text given its vector. Raises ValueError for a PERank that `save` wrote,
+        since `save` leaves out the output layer for words. A language model whose output layer is tied to its input
+        embeddings is not affected."""
         return alignment(student, self)
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingRecipe(Recipe):
-    """A recipe for stage 2 of PERank: a training example is a window sampled from a list.
+    """A recipe for stage 2 of PERank. A training example is a window of passages, sampled from a query's list.
 
     Args:
-        smallest, largest: range of the number of passages in a window; largest=None is the student's window size, and
-            smallest=None is the same as largest.
-        shuffle: the probability that a window is shuffled; otherwise it keeps the order of the first stage.
-        text_weight: the weight of the ListMLE with the texts in the prompt; 0 omits that prompt and the KL divergence.
-        kl_weight: the weight of the KL divergence between the rankings of the two prompts.
-        reduction: "sum" or "mean" over the ranks of a window in ListMLE. The published code used the sum until 2024-10
-            and has used the mean since. The KL divergence is always a sum, so that with "mean" its relative weight is n
-            times as large for n passages. Training again with "mean" is reported to be far worse (the code's issue
-            tracker: .6355 instead of .7046).
+        smallest, largest: the smallest and the largest number of passages in a window. largest=None is the student's
+            window size, and smallest=None is the same as largest.
+        shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
+            stage.
+        text_weight: the weight of ListMLE for the prompt with texts. 0 omits this prompt and the KL divergence.
+        kl_weight: the weight of the KL divergence between the ranking of the prompt with texts and the ranking of the
+            prompt without texts.
+        reduction: "sum" or "mean" over the ranks of a window in ListMLE. The published code of PE-Rank used the sum
+            until October 2024 and has used the mean since. The KL divergence is always a sum. With "mean", its weight
+            relative to ListMLE is therefore n times as large, for a window of n passages. In the issue tracker of the
+            published code, a user reports an `nDCG@10` of .6355 on TREC DL 2019 after training with "mean", and of
+            .7046 after training with "sum".
         max_length: maximum tokens of a prompt with its answer.
-        lora: train the language model by LoRA adapters of this rank instead of all weights, for a single GPU; they are
-            merged after training. None trains all weights. The projector is trained in either case.
+        lora: the rank of LoRA adapters that are trained instead of the language model's weights. This needs less memory
+            than training all weights, and is meant for a single GPU. After training, the adapters are merged into the
+            weights. None trains all weights. The projector is trained with and without LoRA.
+
+    The fields of `trainer.Recipe` are accepted, too.
     """
 
     smallest: int | None = None
@@ -78,12 +89,12 @@ class RankingRecipe(Recipe):
     lora: int | None = None
 
     def objective(self, student: PERank) -> Objective:
-        """ListMLE with and without texts in the prompt, plus the KL divergence between the two."""
+        """ListMLE with and without texts in the prompt, plus the KL divergence between the two rankings."""
         return ranking(student, self)
 
 
-# The published scripts: AdamW, cosine schedule, warm-up of 3 %. Batch size: in stage 1, 4 GPUs x 1 (README) or 8
-# (paper); in stage 2, 4 GPUs x 4 x 2 accumulated
+# Source: the published scripts. AdamW, cosine schedule, warm-up of 3 %. Global batch size of stage 1: 4 GPUs x 1 in the
+# README, 4 GPUs x 8 in the paper. Global batch size of stage 2: 4 GPUs x 4 x 2 accumulation steps
 RECIPES: dict[str, Recipe] = {
     "pe-rank-alignment": AlignmentRecipe(
         1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True
@@ -113,10 +124,11 @@ def read(
     vectors: Sequence[torch.Tensor],
     orders: Sequence[Sequence[int]],
 ) -> Read:
-    """Run the language model on B tokenised prompts with placeholders for the passages, followed by one rank token for
-    each passage, in a given order.
+    """Run the language model on B prompts. Each prompt has a placeholder for each of its passages, and is followed by
+    one rank token per passage. The inputs at the rank tokens are the vectors of the passages in a given order.
 
-    vectors: for each prompt the vectors (n, d) of its passages. orders: for each prompt a permutation of its passages.
+    prompts: the token ids of each prompt. vectors: for each prompt, the vectors (n, d) of its passages. orders: for
+    each prompt, a permutation of the positions of its passages.
     """
     network, device = checkpoint.network, device_of(checkpoint.network)
     ids, mask = (tensor.to(device) for tensor in padded(prompts))
@@ -129,12 +141,12 @@ def read(
     return Read(states, ids, passages, inside)
 
 
-Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]  # lists -> the vectors (n, d) of the passages of each
+Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]  # lists -> for each list, the vectors (n, d) of its passages
 
 
 def embedding(student: PERank) -> Embed:
-    """A function that returns the vectors of a batch's passages, from the student's source of vectors. Encoders are not
-    trained."""
+    """A function that returns the vectors of the passages of some lists. The vectors come from the student's source of
+    vectors. An encoder is not trained."""
     checkpoint, budget, quiet = student.load(), Budget(student.max_tokens), student.apply_attributes(verbose=False)
 
     def embed(lists: Sequence[Ranking]) -> list[torch.Tensor]:
@@ -149,8 +161,8 @@ def embedding(student: PERank) -> Embed:
 
 
 def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
-    """The lists, after reading the vectors of the first list (of all lists for a `doc_vec` column), so that wrong
-    vectors raise an error before the first step."""
+    """The lists, unchanged. First, the vectors of the first list are read (with a `doc_vec` column, those of all
+    lists), so that unusable vectors raise an error before the first step."""
     for given in lists:
         embed([given])
         if "doc_vec" not in given.columns:
@@ -162,8 +174,8 @@ def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
 
 
 class AlignmentBatch(NamedTuple):
-    """B tokenised prompts with their answers, where the answers begin, and the passages, each as a list of one
-    passage."""
+    """B prompts with their answers, as token ids; the positions of the first tokens of the answers; and the passages,
+    each as a list of one passage."""
 
     conversations: list[list[int]]
     starts: list[int]
@@ -191,7 +203,7 @@ def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
 
 
 def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
-    """The language model's output layer (H -> V). It is used only in stage 1, and is frozen."""
+    """The language model's output layer (H -> V), which is used in stage 1 only. It is not trained."""
     weight = checkpoint.head()
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight, requires_grad=False)
@@ -199,14 +211,15 @@ def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
 
 
 def the_passage(passage: Ranking, rng: random.Random) -> Ranking:
-    """The passage itself; nothing is sampled."""
+    """The passage itself. Nothing is sampled."""
     return passage
 
 
 def collate_conversations(
     prompter: Prompter, max_length: int, text_field: str, passages: list[Ranking]
 ) -> AlignmentBatch:
-    """For each passage, a prompt with its vector, and its text as the answer."""
+    """For each passage, a prompt with its placeholder, and as the answer its text. Both are tokenised and truncated to
+    max_length tokens in total."""
     answered = [prompter.answered(*prompter.alignment(*passage.columns[text_field])) for passage in passages]
     return AlignmentBatch(
         conversations=[ids[:max_length] for ids, _ in answered],
@@ -230,8 +243,9 @@ def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, embed: Embed, 
 
 
 class RankingExample(NamedTuple):
-    """A window: its tokenised prompts with answers, without and optionally with the texts; its passages as shown to the
-    student; and their positions, best first."""
+    """A window. It has the token ids of its prompt without texts and, optionally, those of its prompt with texts, each
+    with the answer; the passages in the order shown to the student; and the positions of the passages in this order,
+    best first."""
 
     prompts: list[list[int]]
     window: Ranking
@@ -239,7 +253,8 @@ class RankingExample(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """B windows: all prompts without the texts, optionally all prompts with the texts, and the passages and orders."""
+    """B windows: all prompts without texts and, optionally, all prompts with texts; the passages of each window; and
+    the positions of the passages, best first."""
 
     views: list[list[list[int]]]
     windows: list[Ranking]
@@ -271,7 +286,8 @@ def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
 def sample_window(
     prompter: Prompter, recipe: RankingRecipe, size: int, text_field: str, given: Ranking, rng: random.Random
 ) -> RankingExample:
-    """Sample a window of passages from a list. Raises ValueError where its prompt is too long."""
+    """Sample a window of passages from a list. Raises ValueError if its prompt has more than the recipe's max_length
+    tokens."""
     largest = recipe.largest or size
     shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
     passages = some_of(given, shown)
@@ -289,7 +305,7 @@ def sample_window(
 
 
 def collate_windows(examples: list[RankingExample]) -> RankingBatch:
-    """Collect B windows; the prompts are grouped by view (without or with texts)."""
+    """Collect B windows. The prompts without texts are in one group, and the prompts with texts in another."""
     views = [list(view) for view in zip(*(example.prompts for example in examples), strict=True)]
     return RankingBatch(views, [example.window for example in examples], [example.order for example in examples])
 
@@ -299,7 +315,7 @@ def ranking_loss(
 ) -> torch.Tensor:
     """L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts || vectors), the mean over B windows.
 
-    a is the recipe's text_weight and b its kl_weight; with a = 0, only the first term remains.
+    a is the recipe's text_weight, and b is its kl_weight. With a = 0, only the first term remains.
     """
     vectors = embed(batch.windows)
     scores, insides = zip(*(rank_scores(checkpoint, view, vectors, batch.orders) for view in batch.views), strict=True)
@@ -315,8 +331,8 @@ def ranking_loss(
 def rank_scores(
     checkpoint: PERankCheckpoint, prompts: list[list[int]], vectors: list[torch.Tensor], orders: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dot products h . e_j of the hidden state h before each rank with each passage j, for B windows: (B, rank, N).
-    Also a mask of the passages, (B, N)."""
+    """The dot products (B, rank, N) of the hidden state before each rank with the vector of each passage, for B
+    windows. Also a mask of the passages, (B, N)."""
     states, ids, passages, inside = read(checkpoint, prompts, vectors, orders)
     before = states[:, :-1][ids[:, 1:] == checkpoint.prompter.rank]
     at_ranks = torch.zeros_like(passages).masked_scatter(inside[..., None], before.to(passages.dtype))
@@ -324,6 +340,7 @@ def rank_scores(
 
 
 def worth(order: list[int]) -> list[int]:
-    """The target of each position in an order of n positions: n for the first in the order, 1 for the last."""
+    """The target of each position in an order of n positions: n for the position that comes first in the order, 1 for
+    the last."""
     value_of = dict(zip(order, range(len(order), 0, -1), strict=True))
     return [value_of[position] for position in range(len(order))]

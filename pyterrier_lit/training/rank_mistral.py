@@ -1,9 +1,9 @@
 """Training of RankMistral: it learns to generate the teacher's order of a window of passages.
 
-A training example is a window of passages from a teacher's ranking. The language model reads their texts in one prompt
-and learns to generate "[4] > [2] > ...". As in instruction tuning, the loss is the cross-entropy of the answer's
-tokens, including the end token. PE-Rank's authors publish no recipe for this baseline; the hyperparameters are those of
-PE-Rank's stage 2.
+A training example is a window of passages from a query's list. The language model reads the texts of the passages in
+one prompt and learns to generate the target ranking string, such as "[4] > [2] > [1] > [3]". As in instruction tuning,
+the loss is the cross-entropy of the answer's tokens, including the end token. RankMistral is a baseline of PE-Rank's
+authors. They publish no recipe for it. The hyperparameters used here are those of PE-Rank's stage 2.
 """
 
 import dataclasses
@@ -25,13 +25,16 @@ from pyterrier_lit.training.trainer import Objective, Recipe, device_of, enable_
 
 @dataclasses.dataclass(frozen=True)
 class TextRankingRecipe(Recipe):
-    """A recipe for RankMistral: a training example is a window sampled from a list.
+    """A recipe for RankMistral. A training example is a window of passages, sampled from a query's list.
 
     Args:
-        smallest, largest: range of the number of passages in a window; largest=None is the student's window size, and
-            smallest=None is the same as largest.
-        shuffle: the probability that a window is shuffled; otherwise it keeps the order of the first stage.
+        smallest, largest: the smallest and the largest number of passages in a window. largest=None is the student's
+            window size, and smallest=None is the same as largest.
+        shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
+            stage.
         max_length: maximum tokens of a prompt with its answer.
+
+    The fields of `trainer.Recipe` are accepted, too.
     """
 
     smallest: int | None = None
@@ -53,7 +56,7 @@ FINE_TUNE = DISTIL = "rank-mistral"  # the default recipe
 
 
 class Conversation(NamedTuple):
-    """A tokenised prompt with its answer, and where the answer begins."""
+    """The token ids of a prompt with its answer, and the position of the answer's first token."""
 
     ids: list[int]
     start: int
@@ -78,7 +81,8 @@ def objective(student: RankMistral, recipe: TextRankingRecipe) -> Objective:
 def sample_window(
     prompter: TextPrompter, recipe: TextRankingRecipe, text_field: str, size: int, given: Ranking, rng: random.Random
 ) -> Conversation:
-    """Sample a window of passages from a list. Raises ValueError where its prompt is too long."""
+    """Sample a window of passages from a list. Raises ValueError if its prompt with the answer has more than the
+    recipe's max_length tokens."""
     largest = recipe.largest or size
     shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
     texts = take(given.columns[text_field], shown)

@@ -1,7 +1,9 @@
-"""Training from a stored run, for runs too large for a frame: a few bytes per row, texts looked up for each batch.
+"""Training from a run in a file, without a frame: memory holds a few bytes per row, and each batch looks up its texts.
 
-For each row, memory holds its docno and its target; for each query, its qid, its text and the index of its first row. A
-list of the run equals the list from a result frame with the same rows, so training gives the same student from both.
+A result frame with all texts can be too large for memory. For each row of a stored run, memory holds the docno and the
+target. For each query, it holds the qid, the text of the query and the index of the query's first row. The lists of a
+stored run equal the lists of a result frame with the same rows. Training on the stored run therefore gives the same
+student as training on the frame.
 """
 
 import math
@@ -32,39 +34,42 @@ from pyterrier_lit.training.data import (
 )
 
 SHOWN = 20_000  # passages per call of a teacher
-LOOKED_AT = 100  # lists whose texts are checked before the first step
+LOOKED_AT = 100  # at least this many lists have their texts checked before the first step
 COLUMNS = ("qid", "docno", "score", "rank")
 
 Values = Iterable[tuple[str, str, float]]
 
 
 class StoredRun:
-    """A run in a file, with a source of its texts. `fit` takes it in place of a result frame::
+    """A run in a file, together with a source of the passages' texts. `fit` takes a StoredRun in place of a result
+    frame::
 
         first = StoredRun("colbert.run.gz", topics, dataset, depth=100)
         Distil(student, "rankzephyr.run.gz").fit(first)
 
     Args:
-        path: a TREC run, a parquet file or JSON lines, optionally gzipped. The rows of a query must be consecutive.
-            They are ordered by rank, ties by descending score.
+        path: a TREC run or JSON lines, both optionally gzipped, or a parquet file. The rows of a query must be
+            consecutive. The passages of a query are ordered by rank, and those with equal ranks by descending score.
         topics: the text of each query: a frame with qid and query, a mapping, or a file (`qid tab query`, or
             .jsonl[.gz] with lines {qid, query}).
-        texts: the text of each docno: a text loader or an object with one (a dataset, an index), a document store of
-            ir_datasets, a mapping, or a file (`docno tab text`, or .jsonl[.gz] with lines {docno, text}). From a text
-            loader, the column `text_field` of the student is read.
-        depth: how many passages of each query to use, from the top; None is all.
+        texts: the text of each docno: a text loader, an object that has one (a dataset, an index), a document store of
+            ir_datasets, a mapping, or a file (`docno tab text`, or .jsonl[.gz] with lines {docno, text}). A text loader
+            must add the column that the student's `text_field` names.
+        depth: how many passages of each query to use, from the top. None uses all of them.
 
-    The file is read once. Raises OSError when it cannot be read, and ValueError, with the line, for a malformed or
-    empty run, for a query whose rows are not consecutive, for a repeated passage, and for a qid that is missing from
-    the topics. A passage without text raises an error with its qid and docno: for a hundred queries before the first
-    step, for the other queries when the passage is sampled.
+    The constructor reads the run once. Raises OSError if the run cannot be read. Raises ValueError, with the line, for
+    a malformed or empty run, for a query whose rows are not consecutive, for a passage that occurs twice for a query,
+    and for a qid that is missing from the topics.
+
+    During training, a passage without a text raises ValueError with its qid and docno. Before the first step, the texts
+    of at least 100 queries are checked. The texts of the other queries are checked when their passages are sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
         self.path, self.texts = Path(path).expanduser(), texts
         self.qids, self.queries, self.docnos = Strings(), Strings(), Strings()
         self.starts = array("q", [0])  # the index of each query's first row; then the number of rows
-        self.targets: array[float] | None = None  # per row, nan where there is none
+        self.targets: array[float] | None = None  # one per row; NaN for a row without a target
         ask = queries_of(topics)
         for rows in best_first(self.path, rows_in(self.path), depth):
             query = ask([rows[0].qid]).get(rows[0].qid)
@@ -76,28 +81,30 @@ class StoredRun:
             self.starts.append(self.starts[-1] + len(rows))
 
     def __len__(self) -> int:
-        """The number of passages, over all queries."""
+        """The number of passages, summed over all queries."""
         return self.starts[-1]
 
     def __repr__(self) -> str:
         return f"StoredRun({str(self.path)!r}: {len(self.qids)} queries, {len(self)} passages)"
 
     def docnos_of(self, query: int) -> list[str]:
-        """The docnos of the query with this index, best first."""
+        """The docnos of a query, best first. query: the index of the query in the run."""
         docnos: str = self.docnos[query]
         return docnos.split(" ")
 
     def labelled(self, qrels: pd.DataFrame | None) -> "StoredRun":
-        """A copy with labels as targets, as `data.with_labels` adds them to a frame."""
+        """A copy with labels as targets. The targets are those of `data.with_labels` for a frame with the same rows."""
         targets = self._joined(label_values(qrels), missing=0.0)
         if not any(target > 0 for target in targets):
             raise none_relevant(len(self))
         return self._with(targets)
 
     def taught(self, teacher: Teacher, text_field: str) -> "StoredRun":
-        """A copy with a teacher's scores as targets, as `data.with_teacher` adds them to a frame.
+        """A copy with a teacher's scores as targets. The targets are those of `data.with_teacher` for a frame with the
+        same rows.
 
-        A transformer is called with about 20,000 passages at a time, with their texts in the column `text_field`.
+        A teacher that is a transformer is called with about 20,000 passages at a time. Their texts are in the column
+        `text_field`.
         """
         if teacher is None:
             lengths = (end - start for start, end in pairwise(self.starts))
@@ -116,7 +123,8 @@ class StoredRun:
     def lists(self, column_sets: ColumnSets, text_field: str) -> "StoredLists":
         """The lists that a student reads, equal to those of `frames.rankings` for a frame with the same rows.
 
-        Raises ValueError where every column set needs a column that a run does not have.
+        Raises ValueError if each of the column sets has a column that a stored run cannot supply. A stored run supplies
+        only the texts and the targets.
         """
         held = {text_field, "target"}
         columns = next((columns for columns in column_sets if columns.keys() <= held), None)
@@ -133,7 +141,8 @@ class StoredRun:
         return run
 
     def _joined(self, values: Values, missing: float) -> "array[float]":
-        """The value of each row. Of repeated passages, the first counts."""
+        """The value of each row. If several values have the same qid and docno, the first one counts. missing: the
+        value of a row for which `values` has none."""
         found, number_of = array("d", [math.nan]) * len(self), {qid: i for i, qid in enumerate(self.qids)}
         last, row_of = None, dict[str, int]()
         for qid, docno, value in values:
@@ -150,7 +159,7 @@ class StoredRun:
         return found if missing != missing else array("d", (missing if v != v else v for v in found))
 
     def _asked(self, teacher: pt.Transformer, text_field: str) -> Values:
-        """A transformer's scores of all passages."""
+        """The scores that a transformer gives to all passages of the run."""
         lists, rows = self.lists([{text_field: str}], text_field), list[dict[str, Any]]()
         for i, given in enumerate(lists):
             passages = zip(given.columns["docno"], given.columns[text_field], strict=True)
@@ -164,12 +173,13 @@ class StoredRun:
 
 
 class StoredLists(Sequence[Ranking]):
-    """The lists of a stored run, built on each access.
+    """The lists of a stored run. Each list is built anew on each access.
 
-    The lists are in the order of a frame's lists, where queries are ordered by the rank of their best passage: a query
-    whose first passages the teacher left out comes later. A query without passages has no list.
+    The lists have the same order as the lists of a frame. If the run has targets, the queries are sorted by the rank of
+    their first passage that has a target, and a query without such a passage has no list. Queries with equal ranks keep
+    the order of the run.
 
-    text_field: the column of the texts, or None if they are not read. look_up: qid, docnos -> the texts.
+    text_field: the column of the texts, or None if they are not read. look_up: a function qid, docnos -> the texts.
     """
 
     def __init__(self, run: StoredRun, text_field: str | None, look_up: Callable[[str, list[str]], list[str]]):
@@ -178,7 +188,7 @@ class StoredLists(Sequence[Ranking]):
         self.order = array("q", sorted((i for i, place in enumerate(first) if place >= 0), key=first.__getitem__))
 
     def _first(self, query: int) -> int:
-        """The rank (from 0) of a query's first passage with a target, or -1 if there is none."""
+        """The rank (from 0) of the first passage of a query that has a target, or -1 if no passage has one."""
         start, targets = self.run.starts[query], self.run.targets
         if targets is None:
             return 0
@@ -201,13 +211,14 @@ class StoredLists(Sequence[Ranking]):
         return Ranking(qid, self.run.queries[i], columns | {"docno": docnos})
 
     def some_texts(self) -> list[list[str]]:
-        """Look up the texts of a hundred lists, evenly spaced in the run. Raises ValueError for a missing text."""
+        """Look up the texts of at least 100 lists, evenly spaced in the run; of all lists if there are fewer. Raises
+        ValueError for a passage without a text."""
         some = range(0, len(self), max(len(self) // LOOKED_AT, 1))
         return [] if self.text_field is None else [list(self[i].columns[self.text_field]) for i in some]
 
 
 class Strings(Sequence[str]):
-    """Many strings, concatenated in memory: each takes its bytes plus eight bytes."""
+    """Many strings, concatenated in memory. Each string takes the bytes of its UTF-8 form and eight more."""
 
     def __init__(self) -> None:
         self.bytes, self.ends = bytearray(), array("q")
@@ -225,7 +236,7 @@ class Strings(Sequence[str]):
 
 
 def rows_in(path: Path) -> Iterator[Row]:
-    """The rows of a run file. ValueError for a docno with white space."""
+    """The rows of a run file. Raises ValueError for a docno with white space."""
     if is_trec(path):
         yield from run_rows(path)
         return
@@ -236,8 +247,8 @@ def rows_in(path: Path) -> Iterator[Row]:
 
 
 def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
-    """The scores of the rows of a run file; if any row has no score, the negative ranks of all rows, as in
-    `data.read_run`."""
+    """The scores of the rows of a run file, each with its qid and docno. If at least one row has no score, these are
+    the negative ranks of all rows, as in `data.read_run`."""
     basis, row = basis_of(path), None
     for row in rows_in(path):
         value = row.score if basis == "score" else row.rank
@@ -252,7 +263,8 @@ def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def queries_of(topics: Any) -> Lookup:
-    """A function qid -> query text. TypeError for topics of a type that StoredRun does not take."""
+    """A function that takes qids and returns a dict with the text of each known query. Raises TypeError for topics of a
+    type that StoredRun does not take."""
     if isinstance(topics, str | Path):
         return topics_in(str(topics))
     if isinstance(topics, pd.DataFrame) and {"qid", "query"} <= set(topics.columns):
@@ -263,9 +275,9 @@ def queries_of(topics: Any) -> Lookup:
 
 
 def look_up(texts: Any, column: str, run: Path) -> Callable[[str, list[str]], list[str]]:
-    """A function qid, docnos -> texts. TypeError for texts of a type that StoredRun does not take.
+    """A function qid, docnos -> the texts. Raises TypeError for texts of a type that StoredRun does not take.
 
-    column: the column that a text loader adds. The function raises ValueError for a docno without text.
+    column: the column that a text loader adds. The returned function raises ValueError for a docno without a text.
     """
     if isinstance(texts, str | Path):
         find = documents(str(texts))
@@ -288,7 +300,7 @@ def _texts(find: Lookup, run: Path, qid: str, docnos: list[str]) -> list[str]:
         found, error = find(docnos), None
     except TypeError:
         raise
-    except Exception as raised:  # text loaders raise different errors for an unknown docno
+    except Exception as raised:  # the type of the error for an unknown docno depends on the text loader
         if len(docnos) > 1:
             return [text for docno in docnos for text in _texts(find, run, qid, [docno])]
         found, error = {}, raised

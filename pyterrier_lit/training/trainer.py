@@ -1,10 +1,10 @@
 """The training loop: transformers' Trainer with a network, and with functions for its examples and their loss.
 
-Each step takes `batch_size` training lists (a query with its passages), samples an example from each, and updates the
-weights once with the mean loss of these examples. Gradients are accumulated over micro-batches that fit into memory.
-What differs between rerankers is passed to `train` as an `Objective`.
+Each step takes `batch_size` training lists (a list is a query with its passages), samples an example from each list,
+and updates the weights once with the mean loss of these examples. Gradients are accumulated over micro-batches that fit
+into memory. The functions that differ between rerankers are passed to `train` as an `Objective`.
 
-Knows no frames, no texts and no rerankers.
+This module does not deal with frames, texts or rerankers.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 MEASURE = "nDCG@10"  # the log's name for the result of `validate`
 STARTED_WITH = "training.json"  # in the training folder: the recipe, seed, data and weights that training started with
-WHOLE = "whole.json"  # in a checkpoint, written last: the size of each of its files
+WHOLE = "whole.json"  # in each checkpoint: the sizes of its other files. It is written last
 WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
-# Networks trained with a folder -> the digest of their initial weights: training may resume in the same process, where
-# the weights have changed
+# Each network that was trained with a folder -> the folder, and the digest of the network's initial weights. Training
+# may resume in the same process, in which the weights have changed since
 _began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
-# An entry has step, and those of loss, learning_rate, grad_norm and nDCG@10 that were logged at this step
+# One entry per logged step. It has `step` and those of loss, learning_rate, grad_norm and nDCG@10 that were logged then
 Log = list[dict[str, float]]
 
 
@@ -50,9 +50,11 @@ class Settings:
     """Settings of training that do not depend on the recipe.
 
     Args:
-        folder: where checkpoints are saved. Training that is started again with the same recipe, data and initial
-            weights resumes from there. None saves nothing.
-        every: steps between checkpoints, and between measurements on validation frames. None is a tenth of all steps.
+        folder: where checkpoints are saved. If training is started again with the same recipe, data, seed and initial
+            weights, it resumes from the last checkpoint in this folder. If one of these differs, training raises
+            ValueError. None saves no checkpoints.
+        every: steps between checkpoints, and between measurements on the validation frame. None is a tenth of all
+            steps.
         patience: stop after this many measurements in a row without a better `nDCG@10`. None never stops early.
         seed: determines the order of the lists and everything that is sampled.
         verbose: show progress.
@@ -67,23 +69,25 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of training. Each reranker has a subclass with more fields, and the recipe of a paper is an
-    instance of it.
+    """The hyperparameters of training. Each reranker has a subclass with more fields. The recipe of a paper is an
+    instance of such a subclass. A list, in this description, is a query with its passages.
 
     Args:
         learning_rate: the peak learning rate of AdamW, the same for all parameters.
         batch_size: lists per step, over all devices (the global batch size).
-        steps: number of weight updates; None trains for `epochs`.
-        epochs: passes over all lists, if steps is None.
-        warmup: steps of linear warm-up, or, if below 1, their fraction of all steps.
+        steps: number of weight updates. None trains for `epochs`.
+        epochs: passes over all lists. It has no effect if steps is given.
+        warmup: the number of steps in which the learning rate rises linearly to its peak. A value below 1 is a fraction
+            of all steps.
         schedule: the learning rate schedule after warm-up: "constant", "linear" or "cosine".
         weight_decay: the weight decay of AdamW.
-        clip: the maximum gradient norm; 0 does not clip.
-        micro_batch: maximum lists per forward pass on a device (micro-batch size); batch_size must be a multiple of it.
-        precision: "bfloat16" is mixed precision (autocast with float32 weights), "float32" is full precision; None is
-            bfloat16 on a GPU that supports it, else float32.
-        checkpointing: gradient checkpointing, which saves memory by recomputing activations in the backward pass.
-        workers: processes that prepare batches; 0 prepares them in the training process.
+        clip: the maximum gradient norm. 0 does not clip gradients.
+        micro_batch: maximum lists per forward pass on a device (the micro-batch size). batch_size must be a multiple of
+            micro_batch times the number of devices.
+        precision: "bfloat16" is mixed precision (autocast with float32 weights), "float32" is full precision. None is
+            "bfloat16" on a GPU that supports it, else "float32".
+        checkpointing: use gradient checkpointing, which saves memory by recomputing activations in the backward pass.
+        workers: number of processes that prepare batches. 0 prepares them in the training process.
         options: further arguments of transformers.TrainingArguments, such as deepspeed.
     """
 
@@ -102,7 +106,8 @@ class Recipe:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "Recipe":
-        """This recipe with some fields changed. Raises TypeError for an unknown field, with the names of all fields."""
+        """A copy of this recipe in which some fields have other values. Raises TypeError, with the names of all fields,
+        for an unknown field."""
         names = [field.name for field in dataclasses.fields(self)]
         unknown = [name for name in changes if name not in names]
         if unknown:
@@ -114,27 +119,27 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def objective(self, student: Any) -> "Objective":
-        """The training objective of a student for this recipe."""
+        """The objective that a student is trained on with this recipe."""
         raise NotImplementedError(f"{type(self).__name__} has no objective; use a recipe of a reranker")
 
 
 def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
-    """The default `Objective.around`: the network is trained as it is."""
+    """The default of `Objective.around`. It changes nothing in the network."""
     return contextlib.nullcontext()
 
 
 class Objective(NamedTuple):
     """What a student learns: its network, and the functions from training lists to a loss.
 
-    With Recipe.workers the functions are pickled for other processes, so they must be module-level functions or
-    `partial`s of these.
+    If the recipe's `workers` is above 0, the functions are pickled for other processes. They must therefore be
+    module-level functions, or `functools.partial` objects of such functions.
     """
 
     network: nn.Module
-    """What is trained, in place."""
+    """The network to train. It is trained in place."""
     column_sets: Sequence[Mapping[str, type]]
-    """Alternative sets of columns of a training frame; the first complete set is read, as in `frames.rankings`. The
-    column "target" requires labels or a teacher."""
+    """Alternative sets of columns of a training frame. As in `frames.rankings`, the first set whose columns are all
+    present is read. A set with the column "target" requires labels or a teacher."""
     prepare: Callable[[Sequence[Any]], Sequence[Any]]
     """All lists -> the lists that can be trained on, in any form that `sample` reads."""
     sample: Callable[[Any, random.Random], Any]
@@ -144,10 +149,10 @@ class Objective(NamedTuple):
     loss: Callable[[Any], torch.Tensor]
     """A batch -> the mean loss of its examples, a scalar with gradients."""
     wanted: str = "wanted queries with passages that are not all worth the same"
-    """The end of the error message when `prepare` returns no lists."""
+    """The end of the error message for the case that `prepare` returns no lists."""
     around: Callable[[int], contextlib.AbstractContextManager[None]] = as_it_is
-    """A context manager that changes the network during training, such as by adding adapters; it is called with the
-    seed."""
+    """A function that takes the seed and returns a context manager. The context manager can change the network for the
+    time of training, for example by adding adapters."""
 
 
 def train(
@@ -163,16 +168,18 @@ def train(
     """Train the objective's network in place, and return the log.
 
     Args:
-        lists: what `objective.prepare` returned.
+        lists: the lists that `objective.prepare` returned.
+        recipe: the hyperparameters.
         settings: None is `Settings()`.
-        described: what else must be unchanged for training in `settings.folder` to resume, by name, such as a digest of
-            the data.
-        validate: evaluates the network, higher is better. It is called every `settings.every` steps, and the network
-            ends with the weights of the best measurement.
-        begins: called after all checks, before the first step.
+        described: a name and a value for everything else that must be unchanged for training to resume from
+            `settings.folder`, such as a digest of the data.
+        validate: a function that returns the quality of the network (higher is better). It is called every
+            `settings.every` steps. At the end, the network has the weights of the highest value.
+        begins: a function that is called after all checks and before the first step.
 
-    Raises ValueError for no lists, for a batch_size that is not a multiple of micro_batch times the devices, for less
-    than one step, and for a folder that was used with another recipe, seed, `described` or initial weights.
+    Raises ValueError if there are no lists, if batch_size is not a multiple of micro_batch times the number of devices,
+    if there would be less than one step, and if `settings.folder` has checkpoints of training with another recipe,
+    another seed, another `described` or other initial weights.
     """
     from transformers import TrainingArguments
 
@@ -208,7 +215,11 @@ def train(
 def training_arguments(
     n_lists: int, recipe: Recipe, settings: Settings, device: torch.device, *, validated: bool
 ) -> dict[str, Any]:
-    """A recipe and settings as transformers.TrainingArguments. Raises ValueError as `train` does."""
+    """A recipe and settings as transformers.TrainingArguments. Raises ValueError for the lists, batch sizes and steps
+    that `train` refuses.
+
+    validated: whether the network is measured during training.
+    """
     micro_batch, accumulated = _micro_batches(n_lists, recipe)
     steps = _steps(n_lists, recipe)
     every = settings.every or max(steps // 10, 1)
@@ -297,7 +308,8 @@ def _claim(folder: Path, started: dict[str, Any]) -> None:
 
 
 def _starting_weights(network: nn.Module, folder: Path) -> str:
-    """The digest of a network's weights; if it was already trained with this folder, of its initial weights."""
+    """The digest of a network's weights. If the network was already trained with this folder, the digest of its initial
+    weights."""
     before = _began.get(network)
     if before is None or before[0] != folder or not _last_whole(folder):
         before = _began[network] = folder, digest(network)
@@ -314,14 +326,18 @@ def digest(network: nn.Module) -> str:
 
 
 def _last_whole(folder: Path) -> str | None:
-    """The last complete checkpoint in a folder. The process may have been killed while it wrote a later one."""
+    """The last complete checkpoint in a folder. A later one may be incomplete, if the process was killed while writing
+    it."""
     states = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     whole = [path for path in states if _is_whole(path)]
     return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def _find_best(state: Path) -> None:
-    """Correct the path of the best checkpoint in a checkpoint's state, since the folder may have been moved."""
+    """Correct the path of the best checkpoint in a checkpoint's state. The path is wrong if the folder was moved.
+
+    state: the folder of the checkpoint.
+    """
     file, whole = state / "trainer_state.json", state / WHOLE
     held = json.loads(file.read_text(encoding="utf-8"))
     best = held.get("best_model_checkpoint")
@@ -340,7 +356,7 @@ def _is_whole(state: Path) -> bool:
 
 
 def _keeper() -> "TrainerCallback":
-    """A callback that writes WHOLE last into each checkpoint."""
+    """A callback that adds the file WHOLE to each checkpoint after all other files."""
     from transformers import TrainerCallback
 
     class Keeper(TrainerCallback):
@@ -358,9 +374,10 @@ def _keeper() -> "TrainerCallback":
 
 
 class Samples(torch.utils.data.Dataset[Any]):
-    """Examples by index: example i is always the same, so that resumed training sees the same examples.
+    """Training examples by index. An index always gives the same example, so resumed training sees the same examples as
+    training without interruption.
 
-    Every len(lists) indices are an epoch, which contains each list once, in a new order.
+    Each epoch is a block of len(lists) indices. It contains each list once, in a new order.
     """
 
     def __init__(self, sample: Callable[[Any, random.Random], Any], lists: Sequence[Any], count: int, seed: int):
@@ -380,10 +397,10 @@ class Samples(torch.utils.data.Dataset[Any]):
 
 
 class NetworkWithLoss(nn.Module):
-    """A network whose `forward` returns its loss on a batch, since the Trainer calls a model and reads "loss" from the
+    """A network whose `forward` returns the loss of a batch. The Trainer calls its model and reads "loss" from the
     result.
 
-    The loss is the mean over a micro-batch; the Trainer divides it by the number of micro-batches.
+    The loss is the mean over a micro-batch. The Trainer divides it by the number of micro-batches.
     """
 
     def __init__(self, network: nn.Module, loss: Callable[[Any], torch.Tensor]):
@@ -395,14 +412,15 @@ class NetworkWithLoss(nn.Module):
         return {"loss": self.loss(batch.examples)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """The trainable parameters and buffers. Shared tensors appear once, since safetensors refuses two names for one
-        tensor."""
+        """The trainable parameters and the buffers. A tensor with several names appears under its first name only,
+        since safetensors refuses two names for one tensor."""
         found = super().state_dict(*args, **kwargs)
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         return {name: found[name] for name in _first_names(found).values() if name not in frozen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load what `state_dict` returned, under all names of each tensor; other tensors are unchanged."""
+        """Load what `state_dict` returned. Each tensor is loaded under all of its names. Tensors that are not in
+        `state_dict` are unchanged."""
         own = super().state_dict()
         first = _first_names(own)
         given = {name: state_dict[first[name]] for name in first if first[name] in state_dict}
@@ -410,7 +428,7 @@ class NetworkWithLoss(nn.Module):
 
 
 def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Each name of a tensor -> the first name of that tensor."""
+    """Each name of a tensor -> the first name of the same tensor."""
     first: dict[tuple[int, torch.Size], str] = {}
     return {name: first.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}
 
@@ -427,7 +445,8 @@ def _loop(
     validate: Callable[[], float] | None,
     patience: int | None,
 ) -> "Trainer":
-    """transformers.Trainer with AdamW over all trainable parameters, and a function for validation."""
+    """A transformers.Trainer with AdamW over all trainable parameters. It calls `validate` in place of its own
+    evaluation."""
     import transformers
 
     class Loop(transformers.Trainer):
@@ -460,8 +479,8 @@ def _loop(
 
 
 def _one_gpu(arguments: "TrainingArguments") -> "TrainingArguments":
-    """The arguments with at most one GPU. With several, the Trainer would use DataParallel, and each GPU would get the
-    same batch."""
+    """The arguments with at most one GPU. On a machine with several GPUs, the Trainer would otherwise use DataParallel,
+    in which each GPU would get the same batch."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -470,7 +489,7 @@ def _one_gpu(arguments: "TrainingArguments") -> "TrainingArguments":
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """The device of a network's parameters, which can change between creating an objective and computing its loss."""
+    """The device of a network's parameters. It can change between creating an objective and computing its loss."""
     return next(network.parameters()).device
 
 
@@ -485,7 +504,8 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
 
 
 def _disable_gradient_checkpointing(network: nn.Module) -> None:
-    """Undo `enable_gradient_checkpointing`, including the hook that it leaves, which cannot be pickled."""
+    """Undo `enable_gradient_checkpointing`. Also remove the hook that transformers adds for it, which cannot be
+    pickled."""
     for module in network.modules():
         if getattr(module, "supports_gradient_checkpointing", False):
             disable: Any = (
@@ -498,8 +518,9 @@ def _disable_gradient_checkpointing(network: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _float32_in_training_mode(network: nn.Module, autocast: bool) -> Iterator[None]:
-    """Inside the block, all weights are float32 and dropout is on; under autocast, frozen weights keep their dtype to
-    save memory. Afterwards, device, dtypes and evaluation mode are restored, and gradient checkpointing is off."""
+    """A context in which all weights are float32 and dropout is on. Under autocast, frozen weights keep their dtype to
+    save memory. At the end, the network is on its former device, in its former dtypes and in evaluation mode, and
+    gradient checkpointing is off."""
     device = device_of(network)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(network)}
     try:
@@ -523,8 +544,8 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def _eager_attention_on_cpu(network: nn.Module) -> Iterator[None]:
-    """On a CPU, use "eager" attention inside the block: there, the gradient of the fused kernel ("sdpa") is several
-    times slower. Afterwards, every model has its own attention implementation again."""
+    """A context in which a network on a CPU uses "eager" attention, because the gradient of the fused kernel ("sdpa")
+    is several times slower on a CPU. At the end, every model has its former attention implementation again."""
     models: list[Any] = [module for module in network.modules() if hasattr(module, "set_attn_implementation")]
     before = [model.config._attn_implementation for model in models]
     try:
@@ -541,7 +562,7 @@ def _eager_attention_on_cpu(network: nn.Module) -> Iterator[None]:
 
 
 def _log(history: list[dict[str, float]]) -> Log:
-    """The Trainer's log of the steps, without its summaries of the whole training."""
+    """The Trainer's entries for the steps, without its summaries of the whole training."""
     kept = ("step", "loss", "learning_rate", "grad_norm", MEASURE)
     entries = [{name: entry[name] for name in kept if name in entry} for entry in history]
     return [entry for entry in entries if len(entry) > 1]
