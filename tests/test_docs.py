@@ -631,7 +631,7 @@ def test_published_figures_are_those_of_published_csv():
     for page, model, first_stage, column, number, source in cells:
         tables = next(tables for name, tables in SOURCES.items() if source.startswith(name))
         found = table[
-            table["model"].isin(ALONE if model == "none" else [MODELS.get(model, model)])
+            table["model"].isin(ALONE if model == "(first stage alone)" else [MODELS.get(model, model)])
             & table["collection"].isin(COLLECTIONS[column])
             & table["table"].isin(tables)
             & table["first_stage"].str.contains(FIRST_STAGES[first_stage], regex=False)
