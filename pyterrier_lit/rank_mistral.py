@@ -42,7 +42,7 @@ class RankMistral(ListwiseReranker):
             permutation in the form "[4] > [2] > ...", "constrained" and "free" give the same order.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages. The texts are not truncated: ValueError is raised
-            if a prompt and its answer are longer than the model's maximum length.
+            if a prompt and its answer together are longer than the model's maximum length.
         max_tokens: maximum number of prompt tokens in a batch of windows. The keys and values of each token take
             memory: 131 kB per token with a Mistral 7B in bfloat16. If a batch does not fit into memory, `max_tokens` is
             halved and the batch is computed again.
