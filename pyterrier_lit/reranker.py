@@ -145,8 +145,8 @@ class Reranker(pt.Transformer):
         return {"docno": [list(map(str, range(len(given)))) for given in shown], self.text_field: shown}
 
     def load(self) -> Any:
-        """Return the checkpoint, which is loaded if it is not in memory. Call `load` to save this time in the first
-        query.
+        """Return the checkpoint, and load it first if it is not in memory. Call `load` yourself if the first query
+        should not wait for the loading.
 
         After a change of `model`, `revision`, `device` or `dtype`, the checkpoint is loaded again. There is one
         exception: weights that exist in memory only (untrained, trained, or passed to `hold`) are converted when
@@ -394,7 +394,7 @@ class Held:
         source: the values of the reranker's arguments in `loads_from` with which the checkpoint was read.
         given: whether the weights exist in memory only, because the checkpoint was passed to `hold` or trained.
         trained: a unique name if the checkpoint was trained in memory, else "".
-        saved: the folder or hub repository in which the trained checkpoint was saved last, or "".
+        saved: the folder or hub repository in which the checkpoint was saved last, or "".
         trainings: facts about each training run, for the model card.
         card: the model card that was read with the checkpoint.
     """
