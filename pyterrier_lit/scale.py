@@ -23,7 +23,7 @@ READ = 2_048  # maximum characters of a passage that count towards its cost: mod
 # Tokens of a shard: the smallest shard is a few full batches; several of the largest shards fit into memory
 SMALLEST, LARGEST = 32_768, 1_000_000
 IN_FLIGHT = 2  # shards sent to a worker at a time: one is computed, one is waiting
-ATTEMPTS = 3  # how often a worker may die over one shard, or each worker while it loads the model, before an error
+ATTEMPTS = 3  # an error is raised after so many deaths of workers over one shard, or per worker while loading the model
 PATIENCE = 30  # seconds to wait for resources that are in use
 
 # Ray reads RAY_DISABLE_FAILURE_SIGNAL_HANDLER when it is imported. If it is not set, ray.shutdown() replaces the signal
