@@ -37,20 +37,22 @@ class CrossEncoder(Reranker):
             this label; with two labels, the score is the second logit minus the first. A classifier is used with its
             tokenizer, token types and default prompt, as in sentence-transformers. Code inside a checkpoint is never
             run.
-        query_length, doc_length: maximum length of a query and of a passage in tokens. None takes the length that the
-            checkpoint records. If it records none, a cross-encoder of lightning-ir gets 32 tokens per query and 256 per
-            passage; a sequence classifier limits only the whole pair, as in sentence-transformers: to the model's
-            maximum input length, by truncating the longer text of the pair first. A warning appears if the passage was
-            truncated in more than half of the query-passage pairs of a call. With `verbose`, the progress bar shows the
-            number of such pairs.
-        special_tokens: how a special token such as [SEP] is read that occurs inside a query or passage. "parse" reads
-            it as a control token, as lightning-ir does. "text" reads it as plain characters; use this for untrusted
-            texts.
+        query_length: maximum length of a query in tokens. None takes the length that the checkpoint records. If it
+            records none, the maximum is 32 for a cross-encoder of lightning-ir, and a sequence classifier has no
+            maximum.
+        doc_length: maximum length of a passage in tokens. None takes the length that the checkpoint records. If it
+            records none, the maximum is 256 for a cross-encoder of lightning-ir, and a sequence classifier has no
+            maximum. A query-passage pair that is longer than the model's maximum input length is truncated further, the
+            longer text first, as in sentence-transformers. A warning appears if the passage was truncated in more than
+            half of the pairs of a call. With `verbose`, the progress bar shows the number of these pairs.
+        special_tokens: how the characters of a special token, such as [SEP], are read inside a query or passage.
+            "parse" reads them as a control token, as lightning-ir does. "text" reads them as plain characters; choose
+            "text" for untrusted queries or passages.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages.
         max_tokens: maximum number of tokens in a batch, including padding. None is 1,024 on a CPU and 16,384 on a GPU.
             If a batch does not fit into memory, `max_tokens` is halved and the batch is computed again.
-        device: None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
+        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
         dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
         verbose: show a progress bar.
 

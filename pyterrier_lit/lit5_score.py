@@ -65,7 +65,7 @@ class LiT5Score(Reranker):
         text_field: name of the column with the texts of the passages.
         max_tokens: maximum number of prompt tokens in a batch of queries. If a batch does not fit into memory,
             `max_tokens` is halved and the batch is computed again.
-        device: None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
+        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
         dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
         verbose: show a progress bar.
 

@@ -46,7 +46,7 @@ class RankMistral(ListwiseReranker):
         max_tokens: maximum number of prompt tokens in a batch of windows. The keys and values of each token take
             memory: 131 kB per token with a Mistral 7B in bfloat16. If a batch does not fit into memory, `max_tokens` is
             halved and the batch is computed again.
-        device: None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
+        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
         dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
         verbose: show a progress bar.
 
