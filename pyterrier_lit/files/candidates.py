@@ -42,7 +42,7 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
     candidates of equal rank by descending score. If some have no rank, all are ordered by descending score. If some
     have no score either, they keep the order of the file.
 
-    In the other formats, an object is a query with the list of its passages, best first:
+    In the formats of the papers' authors, an object is a query with the list of its passages, best first:
 
     - rank_llm: {query: {qid, text}, candidates: [{docid, doc}]}; a doc with a title is read as "Title: ... Content:
       ...";
