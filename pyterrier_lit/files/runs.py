@@ -83,7 +83,7 @@ def write_run(
     Raises FileExistsError if the output exists, or if a part exists and `resume` is False. Raises BlockingIOError if
     another process writes the output. Raises ValueError if a part has other arguments, weights or input, and if the
     input changes while it is read. Raises OSError if the run cannot be written. Errors of `read` and of the reranker
-    are not caught. A note on each error says what was kept.
+    are not caught. If a part is kept, a note on the error names it.
     """
     check_settings(system, chunk)
     output = Path(os.path.realpath(output)) if output.is_symlink() else output
