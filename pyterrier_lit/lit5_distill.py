@@ -35,15 +35,16 @@ class LiT5Distill(ListwiseReranker):
             with windows of 20 passages, `castorini/LiT5-Distill-{base,large,xl}-v2` (v2) with one window of 100. A
             folder that `save` wrote can be given, too.
         window_size: passages per window, at most 100. None takes the size that the checkpoint records. If it records
-            none, the size follows from the checkpoint's name or path: 100 for v2 and 20 for v1. If these do not say v1
-            or v2 either, the size is 20, with a warning. A list shorter than the window is read in one window.
+            none, the size follows from the checkpoint's name or path: 100 for v2 and 20 for v1. If neither the name nor
+            the path says v1 or v2, the size is 20, with a warning. A list shorter than the window is read in one
+            window.
         stride: how many positions the window moves up between two windows. None takes the stride that the checkpoint
             records, if window_size is None as well, and otherwise half of the window size.
         passes: how many times the windows slide over each list.
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
             the passage is. None takes the length that the checkpoint records, else 150, as in the papers for MS MARCO.
-            For BEIR, the papers used 512. A long query leaves less room for the passage. If it leaves none, a warning
-            appears.
+            For BEIR, the papers used 512. A long query leaves less room for the passage. If there is no room left, a
+            warning appears.
         top_k: decode only the first k ranks. These ranks are the same as without `top_k`; the other passages follow in
             the order in which the windows leave them. None decodes all ranks. Compiling a rank cutoff sets `top_k`, as
             in `((first_stage >> LiT5Distill()) % 10).compile()`.
@@ -129,8 +130,8 @@ class LiT5Distill(ListwiseReranker):
 
     def family(self) -> str:
         """The family of the checkpoint, "v1" or "v2". It is read from the checkpoint's name, else from the name of the
-        checkpoint that it was saved from. If no name says it, the family is "v1"; for a trained checkpoint, one warning
-        says that this is assumed."""
+        checkpoint that it was saved from. If no name says it, the family is taken to be "v1", with one warning for a
+        trained checkpoint."""
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
         if known is None and checkpoint.path and not checkpoint.warned:

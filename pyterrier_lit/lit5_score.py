@@ -53,7 +53,7 @@ class LiT5Score(Reranker):
             below them keep their incoming order and get the scores -1, -2, ...
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
             the passage is. None takes the length that the checkpoint records, else the paper's 150. A long query leaves
-            less room for the passage. If it leaves none, a warning appears.
+            less room for the passage. If there is no room left, a warning appears.
         answer_length: maximum length of the generated answer in tokens, including the start token. None takes the
             length that the checkpoint records, else the paper's 20.
         aggregation: how the attention mass of a passage's tokens becomes its score. "mean" is the paper's formula,

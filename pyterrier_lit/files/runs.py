@@ -175,7 +175,7 @@ class Part:
         self.end = self.file.tell()
 
     def finish(self, output: Path) -> None:
-        """Flush the run to disk and rename it to the output. It is gzipped if the name of the output ends in .gz."""
+        """Flush the run to disk and rename it to the output. The file is gzipped if the output ends in .gz."""
         try:
             self.file.truncate()
             if output.suffix == ".gz":
