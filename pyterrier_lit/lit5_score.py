@@ -56,9 +56,10 @@ class LiT5Score(Reranker):
             less room for the passage. If there is no room left, a warning appears.
         answer_length: maximum length of the generated answer in tokens, including the start token. None takes the
             length that the checkpoint records, else the paper's 20.
-        aggregation: how the attention mass of a passage's tokens becomes its score. "mean" is the paper's formula,
-            score(d). "max" takes the maximum over the tokens of the passage instead of their sum. "late" gives layer l
-            of n layers (l from 1) the weight 2 l / (n + 1). "max" and "late" are not from the paper.
+        aggregation: how the attention mass of a passage's tokens becomes its score. "mean", as in the paper, sums the
+            mass over tokens, layers and decoding steps, and divides by 256 times the number of layers. "max" takes the
+            maximum over the tokens of the passage instead of their sum. "late" gives layer l of n layers (l from 1) the
+            weight 2 l / (n + 1). "max" and "late" are not from the paper.
         answer_field: name of a new column with the generated answer, which is the same in all rows of a query. None
             adds no column.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
@@ -119,7 +120,7 @@ class LiT5Score(Reranker):
         return added
 
     def query_columns(self) -> list[str]:
-        """The name of the column for the generated answers, or no name if `answer_field` is None."""
+        """A list with the name of the column for the generated answers. It is empty if `answer_field` is None."""
         return [] if self.answer_field is None else [self.answer_field]
 
     def saved_settings(self) -> dict[str, Any]:
