@@ -60,9 +60,9 @@ class PERank(ListwiseReranker):
 
     `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` builds an
     untrained PERank. `name` is a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2". `encoder_name` is
-    an encoder such as "sentence-transformers/all-MiniLM-L6-v2"; its pooling is "mean", "cls" or "last_token". If you
-    give no encoder, give the dimension of the vectors as `embedding_size`. The projector is "linear", "mlp2x_gelu"
-    (with any digit from 1 to 9 in place of 2) or "identity".
+    an encoder such as "sentence-transformers/all-MiniLM-L6-v2", and `encoder_pooling` is "mean", "cls" or "last_token".
+    If you give no encoder, give the dimension of the vectors as `embedding_size`. `projector_type` is "linear",
+    "mlp2x_gelu" (with any digit from 1 to 9 in place of 2) or "identity".
 
     In a list of n passages, the first passage of the decoded order gets the score n, the second n - 1, and the last 1.
     In float32, the orders equal those of liuqi6777/pe_rank, with two exceptions: texts that contain special tokens, and
