@@ -1,9 +1,9 @@
 """RankMistral: a language model reads the texts of a window of passages and generates their identifiers, best first.
 
 RankMistral is the baseline without compression in the paper on PE-Rank: the same language model and windows and nearly
-the same prompt, but with the full text of each passage. A prompt of RankMistral has thousands of tokens, where one of
-PE-Rank has hundreds. An identifier takes several decoding steps, where a passage of PE-Rank takes one. Source: arXiv
-2406.14848, section 4.
+the same prompt, but with the full text of each passage. A prompt of RankMistral has thousands of tokens; a prompt of
+PE-Rank has hundreds. To decode one rank, RankMistral takes several decoding steps, one for each token of an identifier;
+PE-Rank takes one step. Source: arXiv 2406.14848, section 4.
 """
 
 import dataclasses
