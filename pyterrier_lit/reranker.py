@@ -110,8 +110,8 @@ class Reranker(pt.Transformer):
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """Score the passages of Q queries, which are given in columns. Returns `score`, Q lists of scores, and each of
-        `query_columns`, Q values."""
+        """Score the passages of Q queries. columns: the passages. Returns `score`, which has Q lists of scores, and
+        each of `query_columns`, which has Q values."""
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
     def column_sets(self) -> ColumnSets:
