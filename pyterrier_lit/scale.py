@@ -50,8 +50,8 @@ class Distributed(pt.Transformer):
     replaces it, and the shards of the dead worker are computed again.
 
     The results are those of the reranker, because the workers only compute scores: this process reads, checks and ranks
-    the frame. Scores may differ in the last bits of a float, since the batches differ. A rank cutoff (`% k`) is
-    compiled into `Distributed` as into the reranker itself.
+    the frame. Scores may differ from those of the reranker alone in the last bits of a float, since the batches differ.
+    A rank cutoff (`% k`) is compiled into `Distributed` as into the reranker itself.
 
     Workers start on first use. They stop when `close` is called, or when this object and all its copies are deleted.
     Copies share workers as long as they have the same reranker and weights. If the weights are trained further, new
@@ -91,8 +91,8 @@ class Distributed(pt.Transformer):
         return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """A copy on the same workers whose reranker computes only the first k ranks, followed by RankCutoff(k). None if
-        the reranker cannot do this."""
+        """What `compile` puts in place of `self >> RankCutoff(k)`: a copy of this object that uses the same workers and
+        computes only the first k ranks, followed by RankCutoff(k). None if the reranker cannot stop after k ranks."""
         fused = self.reranker.fuse_rank_cutoff(k) if hasattr(self.reranker, "fuse_rank_cutoff") else None
         if fused is None:
             return None
