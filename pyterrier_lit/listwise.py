@@ -69,7 +69,8 @@ class ListwiseReranker(Reranker):
         decode: Decode,
         budget: Budget | None = None,
     ) -> list[list[int]]:
-        """Order the passages of each query by sliding windows. Returns what `order` returns.
+        """Order the passages of each query by sliding windows. Returns for each query the positions of its passages in
+        its list (from 0), best first.
 
         The r-th windows of all queries are computed together. If the model returns NaN or an infinity, ValueError is
         raised; its message names the query and the docnos.
@@ -117,7 +118,7 @@ class ListwiseReranker(Reranker):
         return super(ListwiseReranker, shorter).rank(query, passages, top_k, return_documents)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """The pipeline by which `compile` replaces `self >> RankCutoff(k)`. It returns the same k passages in fewer
+        """What `compile` puts in place of `self >> RankCutoff(k)`: a pipeline that returns the same k passages in fewer
         decoding steps. None if `top_k` is already at most k."""
         if k < 1 or (self.top_k is not None and self.top_k <= k):
             return None
