@@ -29,7 +29,8 @@ class Budget:
         self.warned = False
 
     def halve(self, items: int, longest: int) -> None:
-        """Called when a batch of this many items, padded to `longest` tokens, did not fit into memory."""
+        """Halve the budget, after a batch of `items` items, each padded to `longest` tokens, did not fit into
+        memory."""
         self.tokens = items // 2 * longest
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -58,7 +59,7 @@ def counted_tokens() -> Iterator[Tokens]:
     """A context manager that counts the tokens of all batches which this thread computes inside the block.
 
     If the function that computes a batch calls `map_batches` itself, only the batches of this inner call are counted.
-    LiT5 does so to encode the prompts of windows.
+    LiT5's function calls `map_batches` to encode the prompts of windows.
     """
     tokens = Tokens()
     before = _counting.set(tokens)
