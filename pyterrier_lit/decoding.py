@@ -41,7 +41,7 @@ class Drafting(Reader, Protocol):
         """
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Keep the first counts[b] tokens that the last pass processed in row b, and remove its other tokens.
+        """Of the tokens that the last pass processed in row b, keep the first counts[b] and remove the rest.
 
         A row that keeps no token has ended; its later logits are meaningless.
         """
@@ -50,8 +50,8 @@ class Drafting(Reader, Protocol):
 def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
     """Constrained greedy decoding: each step chooses the best token that continues a candidate not yet chosen.
 
-    It drafts and verifies, which is speculative decoding without a draft model. The logits of one step rank all
-    remaining candidates, so they also predict the choices of the next steps. These predicted tokens are the draft. One
+    The method is draft and verify: speculative decoding without a draft model. The logits of one step rank all
+    remaining candidates, so they also predict the tokens of the next steps. The predicted tokens are the draft. One
     pass processes the last chosen token and the draft. Each row keeps the drafted tokens that greedy decoding would
     have chosen. The order is the same as with one token per pass, and fewer passes are needed. `Pace` sets the length
     of the draft.
@@ -65,7 +65,7 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
     chosen, pace = [candidates], Pace(reader.costs)
     while speller.going.any():
         most = int(speller.left.max()) * speller.depth  # upper bound on the number of tokens still to choose
-        draft = speller.draft(1 + pace.length(most - 1))  # its last token is not processed, only compared
+        draft = speller.draft(1 + pace.length(most - 1))  # the last token is compared, not processed
         read = reader.read(torch.cat([last[:, None], draft[:, :-1]], 1).to(reader.device)).cpu()
         agreeing, kept, agreed = speller.going, torch.zeros_like(last), 0
         for logits, drafted in zip(read.unbind(1), draft.unbind(1), strict=True):
