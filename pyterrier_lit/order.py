@@ -11,14 +11,14 @@ def complete(positions: Iterable[int], n: int) -> list[int]:
 
 
 def parse(text: str, n: int) -> list[int]:
-    """Parse a text of identifiers, counted from 1, into a permutation of 0..n-1: "3 1 3" or "[3] > [1]" -> [2, 0, 1,
-    ...].
+    """Parse a text of identifiers, which count from 1, into a permutation of 0..n-1.
 
-    Each sequence of the digits 0-9 is a number, and all other characters separate numbers, as in LiT5's clean-up.
+    "3 1 3" and "[3] > [1]" become [2, 0, 1, ...]. Each sequence of the digits 0-9 is an identifier, and all other
+    characters separate identifiers, as in LiT5's clean-up.
     """
     numbers = [
         int(digits) for digits in re.findall(r"[0-9]+", text) if len(digits) < 19
-    ]  # Python refuses to parse thousands of digits
+    ]  # Python's int refuses thousands of digits
     return complete([number - 1 for number in numbers], n)
 
 
