@@ -330,8 +330,8 @@ def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, An
 
 
 def constructor_options() -> Parameters:
-    """The constructor arguments that are command line options; for each argument, the rerankers that have it, with its
-    parameter."""
+    """The constructor arguments that are command line options: argument name -> reranker -> parameter, for each
+    reranker that has the argument."""
     found: Parameters = {}
     for name, kind in RERANKERS.items():
         for parameter in inspect.signature(kind).parameters.values():
@@ -341,7 +341,7 @@ def constructor_options() -> Parameters:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Parse NAME=VALUE. If VALUE is not a Python literal, it is a text."""
+    """Parse NAME=VALUE. VALUE is read as a Python literal; if it is not one, it is taken as text."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
