@@ -1,8 +1,8 @@
 """Reads candidates from files, one query at a time: a re-ranking file, or a run with topics and documents. Knows no
 model.
 
-The file is not held in memory as a whole, but only one query with its passages and the qids that were read before. A
-file that is a single JSON array is the exception.
+Memory holds one query with its passages, and the qids of the queries read before. Only a file that is a single JSON
+array is read into memory as a whole.
 """
 
 import json
@@ -51,9 +51,9 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
     A query without passages is left out.
 
-    Raises OSError if the file cannot be read. Raises ValueError, whose message has the line, for a missing field, a
-    repeated (qid, docno), a query whose lines are not consecutive, an empty file and a pipe, and wherever
-    `numbered_lines` does.
+    Raises OSError if the file cannot be read. Raises ValueError, whose message has the line, if a field is missing, if
+    a (qid, docno) is repeated, if the lines of a query are not consecutive, or if the file is empty or a pipe. Also
+    raises the errors of `numbered_lines`.
     """
     for rows in _queries(path, _rerank_rows(path)):
         differing = next((row for row in rows if row.query != rows[0].query), None)
@@ -263,7 +263,8 @@ def _texts(path: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in a file of JSON lines or one JSON array, each after its place in the file, for error messages."""
+    """Yields (place, object) for each object in a file of JSON lines or one JSON array. The place is the file with the
+    number of the line or item, for error messages."""
     lines = numbered_lines(path)
     first = next(lines, None)
     if first is None:
