@@ -26,7 +26,8 @@ UNDECODED = re.compile("[\udc80-\udcff]")  # what Python's "surrogateescape" mak
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file, each after its place in the file, for error messages. Blank lines are left out.
+    """Yields (place, line) for each line of a text file that is not blank. The place is the file with the number of the
+    line, for error messages.
 
     The format is detected from the content, not from the name of the file. gzip, also with several members, is detected
     from the first two bytes. UTF-16 and UTF-32 are detected from their byte order mark or from NUL bytes; other files
