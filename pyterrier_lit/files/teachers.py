@@ -158,7 +158,7 @@ def _pe_rank(where: str, record: dict[str, Any]) -> tuple[str, list[Passage], li
     if head is None:
         raise ValueError(f"{where}: no turn of messages_wo_content is PE-Rank's prompt, '... search query: QUERY.'")
     _agree(where, head[1], head.string[head.string.rfind(TAIL) :])
-    first = min(ranking, default=0)  # numbers start at 1, or at 0 if there is a 0
+    first = min(ranking, default=0)  # the numbers start at 0 if one of them is 0, else at 1
     return head[1], [(_docno(text), text) for text in texts[:n]], [number - min(first, 1) for number in ranking]
 
 
@@ -201,7 +201,7 @@ def _positions(text: str, name: str) -> list[int]:
 
     name: a regular expression that matches an identifier.
     """
-    found = [name for name in re.findall(name, text) if len(name) < 19]  # Python refuses to parse thousands of digits
+    found = [name for name in re.findall(name, text) if len(name) < 19]  # Python's int refuses thousands of digits
     return [int(name) - 1 if name.isdecimal() else ord(name) - ord("A") for name in found]
 
 
