@@ -19,19 +19,19 @@ from pyterrier_lit.files.teachers import is_taught
 from pyterrier_lit.files.tirex import About, candidates_in, describe, run_in, write_submission
 from pyterrier_lit.reranker import Reranker
 
-RERANKERS: dict[str, type[Reranker]] = {  # module name -> class
+RERANKERS: dict[str, type[Reranker]] = {  # name on the command line -> class
     kind.__module__.rpartition(".")[2].replace("_", "-"): kind
     for kind in (getattr(pyterrier_lit, name) for name in pyterrier_lit.__all__)
 }
-SET_HERE = ("model", "text_field", "answer_field", "verbose")  # arguments that get no generated option
+SET_HERE = ("model", "text_field", "answer_field", "verbose")  # arguments of rerankers that get no generated option
 
 Parameters = dict[str, dict[str, inspect.Parameter]]  # argument name -> reranker -> parameter
 
 
 def rerank(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
-    """Rerank the candidates in a file into a TREC run."""
+    """Rerank the candidates in a file and write a TREC run."""
     add_candidates(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the run; gzipped if its name ends in .gz")
+    parser.add_argument("--output", type=Path, required=True, help="file for the run; gzipped if its name ends in .gz")
     add_reranker(parser, named)
     add_run(parser)
 
@@ -44,11 +44,11 @@ def rerank(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argp
 
 
 def tirex(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
-    """Rerank as a system in TIRA does, from an input directory to run.txt and ir-metadata.yml, and check both."""
+    """Rerank the candidates in TIRA's input directory, write run.txt and ir-metadata.yml, and check both files."""
     for option, variables, meaning in (
         ("--input", ("TIRA_INPUT_DATASET", "inputDataset"), "the input directory"),
         ("--output", ("TIRA_OUTPUT_DIR", "outputDir"), "the output directory"),
-        ("--input-run", ("inputRun",), "the directory of an earlier system's run, for data sets without rerank.jsonl"),
+        ("--input-run", ("inputRun",), "directory with a first stage's run, if the input has no rerank.jsonl"),
     ):
         value = next((os.environ[name] for name in variables if os.environ.get(name)), None)
         parser.add_argument(
@@ -58,10 +58,11 @@ def tirex(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
             required=value is None and option != "--input-run",
             help=f"{meaning}; default: ${' or $'.join(variables)}",
         )
-    parser.add_argument("--dataset", help="TIRA's id of the data set; default: $TIRA_DATASET_ID, else the input's name")
-    parser.add_argument("--team", default="pyterrier-lit", help="your team's name in TIRA (default %(default)s)")
-    parser.add_argument("--repository", default="pyterrier-lit", help="where the code is, a URL (default %(default)s)")
-    parser.add_argument("--compress", action="store_true", help="write run.txt.gz")
+    meaning = "TIRA's id of the data set; default: $TIRA_DATASET_ID, else the name of the input directory"
+    parser.add_argument("--dataset", help=meaning)
+    parser.add_argument("--team", default="pyterrier-lit", help="name of your team in TIRA (default %(default)s)")
+    parser.add_argument("--repository", default="pyterrier-lit", help="URL of the code (default %(default)s)")
+    parser.add_argument("--compress", action="store_true", help="write run.txt.gz instead of run.txt")
     add_reranker(parser, named)
     add_run(parser)
 
@@ -85,7 +86,7 @@ def tirex(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
 
 
 def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
-    """Train a reranker on candidates in a file, from labels or from a teacher's run."""
+    """Train a reranker on the candidates in a file, from qrels, a teacher's ranking, answers, or the passages alone."""
     add_reranker(parser, named)
     add_backbone(parser, named)
     add_candidates(parser)
@@ -126,21 +127,26 @@ def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
     return run
 
 
-COMMANDS = (rerank, train, tirex)  # each adds its options to a parser and returns the function that runs the command
+# Each of these functions adds the options of a command to a parser, and returns the function that runs the command
+COMMANDS = (rerank, train, tirex)
 
 
 def add_candidates(parser: argparse.ArgumentParser) -> None:
-    """The options that say where candidates are."""
-    meaning = "rerank.jsonl[.gz], candidates of rank_llm, PE-Rank or LiT5 in JSON, or a TREC run[.gz] with the next two"
+    """Add the options for the files with the candidates."""
+    meaning = (
+        "file with the candidates: rerank.jsonl[.gz], JSON in the format of rank_llm, PE-Rank or LiT5, or a TREC"
+        " run[.gz] together with --topics and --documents"
+    )
     parser.add_argument("--input", type=Path, required=True, help=meaning)
-    parser.add_argument("--topics", help="qid and query: .jsonl[.gz], tab-separated, or irds:ID")
-    parser.add_argument("--documents", help="docno and text: .jsonl[.gz], tab-separated, or irds:ID")
+    meaning = "{0} for a run: .jsonl[.gz] or tab-separated, with {1}; or irds:ID for a data set of ir_datasets"
+    parser.add_argument("--topics", help=meaning.format("queries", "qid and query"))
+    parser.add_argument("--documents", help=meaning.format("documents", "docno and text"))
 
 
 def candidates(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, path: Path
 ) -> Callable[[], Iterator[Candidates]]:
-    """Returns a function, each call of which reads the candidates in a file from the start."""
+    """Returns a function. Each of its calls reads the candidates in a file from the start."""
     if (arguments.topics is None) != (arguments.documents is None):
         parser.error("--topics and --documents go together, with a run as --input")
     if arguments.topics is None and not {".jsonl", ".json"} & set(path.suffixes):
@@ -152,13 +158,13 @@ def candidates(
 
 
 def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
-    """The options that all commands have: the reranker and its arguments.
+    """Add the options of all commands: the reranker, its model and its arguments.
 
-    named: the reranker whose options the help shows; None shows those of all rerankers.
+    named: the reranker whose options the help shows; None shows the options of all rerankers.
     """
     parser.add_argument("--reranker", choices=RERANKERS, required=True)
-    parser.add_argument("--model", help="hub id or folder; default: the reranker's published checkpoint")
-    own = parser.add_argument_group("arguments of the rerankers", "as the classes of pyterrier_lit document them")
+    parser.add_argument("--model", help="hub id or folder; default: a published checkpoint of the reranker")
+    own = parser.add_argument_group("arguments of the rerankers", "as in the documentation of their Python classes")
     for name, parameters in constructor_options().items():
         kind = value_types(next(iter(parameters.values())))[0]
         own.add_argument(
@@ -171,7 +177,11 @@ def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
 
 
 def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | None) -> str:
-    """The help for an argument, from the docstring of the named reranker or of all rerankers that have the argument."""
+    """The help text for an argument of a reranker, from the docstring of its class.
+
+    parameters: for each reranker that has the argument, its parameter. named: the reranker whose help is shown; None
+    joins the texts of all rerankers that have the argument.
+    """
     if named is not None and named not in parameters:
         return argparse.SUPPRESS
     owners: dict[str, list[str]] = {}
@@ -185,34 +195,34 @@ def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | 
 
 
 def documented(kind: Callable[..., Any]) -> dict[str, str]:
-    """The description of each argument in the Args section of a docstring."""
+    """Argument name -> its description in the Args section of the docstring of `kind`."""
     _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
     entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
     return {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The options of the commands that write a run."""
-    parser.add_argument("--depth", type=positive, help="candidates reranked per query; default: all")
-    parser.add_argument("--system", help="last column of the run; default: reranker and model")
+    """Add the options of the commands that write a run."""
+    parser.add_argument("--depth", type=positive, help="maximum candidates reranked per query; default: all")
+    parser.add_argument("--system", help="name in the last column of the run; default: names of reranker and model")
     parser.add_argument(
         "--chunk",
         type=positive,
-        help="pairs reranked between two writes: more is faster, fewer means less to repeat after a crash"
-        f" (default {CHUNKS['cpu']}, on a GPU {CHUNKS['cuda']:,})",
+        help="query-passage pairs reranked between two writes: with more pairs, reranking is faster; with fewer, less"
+        f" must be repeated after a crash (default {CHUNKS['cpu']}, on a GPU {CHUNKS['cuda']:,})",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="resume an interrupted run with the same options, weights and input",
+        help="resume an interrupted run; options, weights and input must be the same as before",
     )
 
 
 def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
-    """The options for a reranker that is trained from a pre-trained model."""
+    """Add the options for training a reranker from a pre-trained model."""
     parser.add_argument(
         "--backbone",
-        help="hub id or folder of a pre-trained model to start from; without it, training continues from --model",
+        help="hub id or folder of a pre-trained model to start from; without --backbone, --model is trained further",
     )
     for name, kind in RERANKERS.items():
         for option, parameter in kind.begin_options().items():
@@ -223,33 +233,41 @@ def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
-    """The options for the training data and the recipe."""
+    """Add the options for the training data and the recipe."""
     taught = parser.add_mutually_exclusive_group(required=True)
-    taught.add_argument("--labels", type=Path, help="learn from these qrels")
-    meaning = "learn from this ranking: TREC run[.gz], .jsonl[.gz] or .parquet; or RankGPT's permutations of --input"
+    taught.add_argument("--labels", type=Path, help="learn from the qrels in this file")
+    meaning = (
+        "learn from the teacher's ranking in this file: a TREC run[.gz], .jsonl[.gz] or .parquet; or a JSON array of"
+        " RankGPT's permutations for the records of --input"
+    )
     taught.add_argument("--teacher", type=Path, help=meaning)
     meaning = (
-        "learn the order of --input: that of the run, or of the teacher in RankZephyr's, PE-Rank's or TWOLAR's data"
+        "learn the order of the passages in --input: that of the run, or the teacher's order in the data of RankZephyr,"
+        " PE-Rank or TWOLAR"
     )
     taught.add_argument("--order", action="store_true", help=meaning)
     taught.add_argument(
-        "--answers", action="store_true", help="learn to generate answers: --input holds question, answers, ctxs"
+        "--answers",
+        action="store_true",
+        help="learn to generate answers; --input is JSON with the fields question, answers and ctxs",
     )
     taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, stage 1)")
-    parser.add_argument("--depth", type=positive, help="candidates per query; default: all")
-    parser.add_argument("--valid", type=Path, help="validation candidates for nDCG@10, in the format of --input")
-    parser.add_argument("--valid-labels", type=Path, help="the qrels for --valid")
-    parser.add_argument("--recipe", help="the name of a recipe; default: the paper's recipe")
-    meaning = "a hyperparameter of the recipe, such as steps=1000"
+    parser.add_argument("--depth", type=positive, help="maximum candidates per query; default: all")
+    parser.add_argument("--valid", type=Path, help="candidates for validation by nDCG@10, in the format of --input")
+    parser.add_argument("--valid-labels", type=Path, help="qrels for the candidates in --valid")
+    parser.add_argument("--recipe", help="name of a recipe; default: the recipe of the reranker's paper")
+    meaning = "set a hyperparameter of the recipe, such as steps=1000; may be repeated"
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="NAME=VALUE", help=meaning)
-    parser.add_argument("--every", type=positive, help="steps between checkpoints and between measurements")
-    parser.add_argument("--patience", type=positive, help="stop after this many measurements without a better nDCG@10")
-    parser.add_argument("--seed", type=int, default=42, help="random seed (default %(default)s)")
-    parser.add_argument("--state", type=Path, help="folder for checkpoints, to resume from")
+    meaning = "training steps between two checkpoints and between two measurements on --valid"
+    parser.add_argument("--every", type=positive, help=meaning)
+    meaning = "stop after this many measurements in a row without a better nDCG@10"
+    parser.add_argument("--patience", type=positive, help=meaning)
+    parser.add_argument("--seed", type=int, default=42, help="random seed of the training (default %(default)s)")
+    parser.add_argument("--state", type=Path, help="folder for checkpoints, from which training resumes")
 
 
 def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
-    """The estimator of `pyterrier_lit.training` that the options describe."""
+    """The estimator that the options describe, `Distil` or `FineTune` of `pyterrier_lit.training`."""
     from pyterrier_lit.training import Distil, FineTune
 
     settings = {name: getattr(arguments, name) for name in ("recipe", "every", "patience", "seed")}
@@ -260,7 +278,7 @@ def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
 
 
 def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Raise those errors of training that can be found without loading the model or reading the data."""
+    """Raise the errors of training that can be detected without loading the model or reading the data."""
     plan = learner(reranker(parser, arguments), arguments)
     plan.chosen_recipe()
     plan.chosen_settings()
@@ -273,7 +291,7 @@ def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 
 def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker that the options describe; its checkpoint is not loaded."""
+    """The reranker that the options describe. Its checkpoint is not loaded yet."""
     given = {name: getattr(arguments, name) for name in constructor_options() if hasattr(arguments, name)}
     for name in given:
         owners = constructor_options()[name]
@@ -296,7 +314,7 @@ def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> R
     given |= {name: getattr(arguments, name) for name in kind.begin_options() if hasattr(arguments, name)}
     import torch
 
-    torch.manual_seed(arguments.seed)  # so that resumed training starts from the same weights
+    torch.manual_seed(arguments.seed)  # training that is resumed must start from the same weights
     return kind.from_backbone(arguments.backbone, **given)
 
 
@@ -312,7 +330,8 @@ def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, An
 
 
 def constructor_options() -> Parameters:
-    """The constructor arguments that can be command line options; for each of them, the rerankers that have it."""
+    """The constructor arguments that are command line options: argument name -> reranker -> parameter, for each
+    reranker that has the argument."""
     found: Parameters = {}
     for name, kind in RERANKERS.items():
         for parameter in inspect.signature(kind).parameters.values():
@@ -322,7 +341,7 @@ def constructor_options() -> Parameters:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Parse NAME=VALUE; the value is a Python literal, else text."""
+    """Parse NAME=VALUE. VALUE is read as a Python literal; if it is not one, it is taken as text."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -333,8 +352,8 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def value_types(parameter: inspect.Parameter) -> list[type]:
-    """Those of the types int, float and str that a parameter accepts, preferred first; none if it accepts only objects
-    such as an index."""
+    """The types among int, float and str that a parameter accepts, the preferred type first. The list is empty if the
+    parameter accepts only objects such as an index."""
     kinds = get_args(parameter.annotation) or (parameter.annotation,)
     return [kind for kind in (int, float, str) if kind in kinds]
 
@@ -351,13 +370,13 @@ def positive(text: str) -> int:
 
 
 def program() -> str:
-    """The name under which this program was called."""
+    """The name under which this program was called: "pyterrier-lit" or "python -m pyterrier_lit"."""
     script = Path(sys.argv[0]).stem
     return script if script == "pyterrier-lit" else "python -m pyterrier_lit"
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command. An error prints one line to stderr and gives a nonzero exit code."""
+    """Run one command. Returns the exit code. On an error, this code is not 0, and one line is printed to stderr."""
     words = sys.argv[1:] if words is None else words
     asked = re.search(r"--reranker[ =](\S+)", " ".join(words))
     named = asked[1] if asked and asked[1] in RERANKERS else None
@@ -380,7 +399,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def failed(parser: argparse.ArgumentParser, what: str, error: BaseException, code: int) -> int:
-    """Print one line with the error and its notes, which say what was kept. Returns the exit code."""
+    """Print one line with the error and its notes, such as what was kept of a run. Returns the exit code."""
     told = " ".join("; ".join([what, *getattr(error, "__notes__", ())]).split())
     print(f"{parser.prog}: {told.replace('resume continues', '--resume continues')}", file=sys.stderr)
     return code

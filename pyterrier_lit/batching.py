@@ -15,10 +15,11 @@ Batch = tuple[list[int], Any]  # the indices of its items, and their answers
 
 
 class Budget:
-    """The most tokens in a batch, including padding. Whenever a batch does not fit into memory, the budget becomes half
-    of that batch.
+    """The maximum number of tokens in a batch, including padding. If a batch does not fit into memory, the budget
+    becomes half of the tokens of this batch.
 
-    Calls of `map_batches` that share a budget find out only once how much fits into memory, and warn once.
+    Several calls of `map_batches` can share a budget: then the size that fits into memory is found only once, with one
+    warning.
     """
 
     def __init__(self, tokens: int):
@@ -28,7 +29,8 @@ class Budget:
         self.warned = False
 
     def halve(self, items: int, longest: int) -> None:
-        """Called when a batch of this many items, padded to `longest` tokens, did not fit into memory."""
+        """Halve the budget, after a batch of `items` items, each padded to `longest` tokens, did not fit into
+        memory."""
         self.tokens = items // 2 * longest
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -43,10 +45,10 @@ class Budget:
 
 @dataclasses.dataclass
 class Tokens:
-    """The number of tokens in computed batches, without and with padding."""
+    """The number of tokens in all batches that were computed."""
 
-    real: int = 0
-    padded: int = 0
+    real: int = 0  # without padding
+    padded: int = 0  # with padding
 
 
 _counting: contextvars.ContextVar[Tokens] = contextvars.ContextVar("tokens")
@@ -54,10 +56,10 @@ _counting: contextvars.ContextVar[Tokens] = contextvars.ContextVar("tokens")
 
 @contextlib.contextmanager
 def counted_tokens() -> Iterator[Tokens]:
-    """Count the tokens of all batches that this thread computes inside the block.
+    """A context manager that counts the tokens of all batches which this thread computes inside the block.
 
-    Where the function that computes a batch calls `map_batches` itself, as LiT5 does to encode the prompts of windows,
-    only the inner batches are counted.
+    If the function that computes a batch calls `map_batches` itself, only the batches of this inner call are counted.
+    LiT5's function calls `map_batches` to encode the prompts of windows.
     """
     tokens = Tokens()
     before = _counting.set(tokens)
@@ -69,7 +71,8 @@ def counted_tokens() -> Iterator[Tokens]:
 
 @contextlib.contextmanager
 def inference() -> Iterator[None]:
-    """Compute without gradients and in the model's own dtype, even inside the caller's autocast."""
+    """A context manager for computing without gradients and in the model's own dtype, even if the caller uses
+    autocast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for device in ("cpu", "cuda"):
@@ -79,13 +82,16 @@ def inference() -> Iterator[None]:
 
 
 def encoder_tokens(device: torch.device) -> int:
-    """The default number of tokens in a batch of an encoder: on a CPU, small enough for its caches; otherwise large
-    enough to fill a GPU."""
+    """The default maximum number of tokens in a batch of an encoder: few enough for the caches of a CPU, or enough to
+    keep a GPU busy."""
     return 1_024 if device.type == "cpu" else 16_384
 
 
 def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Batches of item indices with similar lengths, the longest first, of at most `max_tokens` including padding."""
+    """Batches of items with similar lengths, as lists of indices in `lengths`, which has the tokens of each item.
+
+    The longest items come first. A batch has at most `max_tokens` tokens including padding, or a single item.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
         count = max(max_tokens // max(lengths[order[0]], 1), 1)
@@ -94,7 +100,8 @@ def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
 
 
 def padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """B rows of integers -> int64 (B, L), padded with `value` on the right, and a mask (B, L), true inside the rows."""
+    """B rows of at most L integers -> int64 (B, L), padded with `value` on the right, and a mask (B, L) that is False
+    on the padding."""
     numbers = [torch.tensor(row, dtype=torch.long, device="cpu") for row in rows]
     mask = [torch.ones(len(row), dtype=torch.bool, device="cpu") for row in rows]
     return pad_sequence(numbers, batch_first=True, padding_value=value), pad_sequence(mask, batch_first=True)
@@ -107,17 +114,18 @@ def map_batches(
     max_tokens: int | Budget,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> list[Any]:
-    """Apply `function` to all items in batches of at most `max_tokens` tokens including padding, the longest items
-    first.
+    """Apply `function` to all items in batches of similar lengths, the longest items first.
 
-    function: list of items -> one answer per item, as a list or as a tensor whose first dimension is the batch. A GPU
-        may still be computing this tensor: it is read after the next batch has started, so that the GPU never waits.
-    lengths: tokens of each item. An item longer than `max_tokens` is a batch of its own.
-    max_tokens: a number, or a `Budget` that several calls share.
-    progress: called with the number of items that were just finished, such as the `update` of a progress bar.
+    function: list of items -> one answer per item, as a list or as a tensor whose first dimension is the batch. A
+        returned tensor is read only after the next batch has started, so that a GPU never waits.
+    lengths: tokens of each item.
+    max_tokens: maximum number of tokens in a batch, including padding, or a `Budget` that several calls share. An item
+        that is longer is a batch of its own.
+    progress: called with the number of items of each finished batch, such as the `update` of a progress bar.
 
-    Returns the answers in the order of the items, tensors as (nested) lists. When a batch does not fit into memory,
-    this batch and the following ones are halved, with one warning. Raises MemoryError when a single item does not fit.
+    Returns the answers in the order of the items. A tensor is returned as a (nested) list. If a batch does not fit into
+    memory, this batch and the following ones are halved, with one warning. Raises MemoryError if a single item does not
+    fit.
     """
     budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
     answers: list[Any] = [None] * len(items)
@@ -132,7 +140,7 @@ def map_batches(
 def _computed(
     function: Callable[[list[Any]], Any], items: Sequence[Any], lengths: Sequence[int], budget: Budget
 ) -> Iterator[Batch]:
-    order = sorted(range(len(items)), key=lambda i: -lengths[i])  # longest first: memory runs out at once or never
+    order = sorted(range(len(items)), key=lambda i: -lengths[i])  # longest first: memory runs out at the start or never
     start, tokens = 0, _counting.get(Tokens())
     while start < len(order):
         longest = max(lengths[order[start]], 1)
@@ -142,7 +150,7 @@ def _computed(
         if computed is None:
             budget.halve(len(batch), longest)
             continue
-        if tokens.padded == counted:  # else `function` called map_batches, which counted
+        if tokens.padded == counted:  # else `function` called map_batches, which has counted its batches
             tokens.real += sum(lengths[i] for i in batch)
             tokens.padded += len(batch) * longest
         yield batch, computed
@@ -150,8 +158,8 @@ def _computed(
 
 
 def _attempt(function: Callable[[list[Any]], Any], batch: list[Any], longest: int) -> Any:
-    """The answers, or None when the batch did not fit into memory. In that case, the memory is free again after the
-    return."""
+    """The answers of `function` for a batch, or None if the batch did not fit into memory. The memory of a failed batch
+    is free again when this function has returned."""
     try:
         return function(batch)
     except (RuntimeError, MemoryError) as error:

@@ -1,8 +1,9 @@
 """CrossEncoder: one encoder reads a query and a passage together and returns one score.
 
 The encoder reads "[CLS] query [SEP] passage [SEP]", so every word of the passage can attend to every word of the query.
-The score is a linear function of the state at [CLS]. Each pair is scored independently (pointwise).
-Rank-DistiLLM's monoELECTRA (arXiv 2405.07920) is distilled from the rankings of large language models.
+The score is a linear function of the encoder's last state at [CLS]. Each query-passage pair is scored on its own
+(pointwise). The default model, Rank-DistiLLM's monoELECTRA (arXiv 2405.07920), was distilled from rankings by large
+language models.
 """
 
 import dataclasses
@@ -20,38 +21,48 @@ from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, new_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
 
-SPECIAL_TOKENS = {"parse": False, "text": True}  # whether special tokens inside a text are plain characters
+SPECIAL_TOKENS = {"parse": False, "text": True}  # whether a special token inside a text is read as plain characters
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class CrossEncoder(Reranker):
     """Rerank by a cross-encoder that reads each (query, passage) pair: score(q, d) = w . h_[CLS] + b.
 
+    h_[CLS] is the encoder's last state at the token [CLS]; w and b are the weights of the scoring head.
+
     Args:
-        model: hub id or folder. Supported are lightning-ir's checkpoints with ELECTRA or BERT
-            (`webis/monoelectra-base`, `webis/monoelectra-large`; all formats since 2024), and sequence classification
-            checkpoints with one label, whose logit is the score, or with two labels, where the score is the difference
-            of their logits. Tokenizer, token types and default prompt are used as transformers and
-            sentence-transformers use them. Code inside a checkpoint is never run.
-        query_length, doc_length: maximum tokens of a query and of a passage. None takes the lengths that the checkpoint
-            records; lightning-ir's checkpoints that record none get 32 and 256. For other classifiers, None truncates
-            the pair as sentence-transformers does: at the checkpoint's maximum length, the longer side first. A warning
-            appears when more than half of the passages of a call were truncated; `verbose` shows how many.
-        special_tokens: "parse" reads [SEP], [CLS], ... inside a text as control tokens, as lightning-ir does; "text"
-            reads them as plain characters, for untrusted text.
-        revision: a branch, tag or commit of the model on the hub; None is its main branch.
-        text_field: the column with the passages.
-        max_tokens: tokens per batch, including padding. None is 1,024 on a CPU and 16,384 on a GPU. When memory runs
-            out, max_tokens is halved and the batch retried.
-        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
-        dtype: None is bfloat16 on a GPU that has it, else float32.
+        model: hub id or folder of a checkpoint of one of two kinds. The first kind is a cross-encoder of lightning-ir
+            over ELECTRA or BERT, such as `webis/monoelectra-base` or `webis/monoelectra-large`, in any format since
+            2024. The second kind is a sequence classifier of transformers: with one label, the score is the logit of
+            this label; with two labels, the score is the second logit minus the first. A classifier is used with its
+            tokenizer, token types and default prompt, as in sentence-transformers. Code inside a checkpoint is never
+            run.
+        query_length: maximum length of a query in tokens. None takes the length that the checkpoint records. If it
+            records none, the maximum is 32 for a cross-encoder of lightning-ir, and a sequence classifier has no
+            maximum.
+        doc_length: maximum length of a passage in tokens. None takes the length that the checkpoint records. If it
+            records none, the maximum is 256 for a cross-encoder of lightning-ir, and a sequence classifier has no
+            maximum. A query-passage pair that is longer than the model's maximum input length is truncated further, the
+            longer text first, as in sentence-transformers. A warning appears if the passage was truncated in more than
+            half of the pairs of a call. With `verbose`, the progress bar shows the number of these pairs.
+        special_tokens: how the characters of a special token, such as [SEP], are read inside a query or passage.
+            "parse" reads them as a control token, as lightning-ir does. "text" reads them as plain characters; choose
+            "text" for untrusted queries or passages.
+        revision: a branch, tag or commit of the model on the hub; None takes the main branch.
+        text_field: name of the column with the texts of the passages.
+        max_tokens: maximum number of tokens in a batch, including padding. None is 1,024 on a CPU and 16,384 on a GPU.
+            If a batch does not fit into memory, `max_tokens` is halved and the batch is computed again.
+        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
+        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
         verbose: show a progress bar.
 
-    `CrossEncoder.from_backbone("google/electra-base-discriminator")` puts an untrained scoring head on ELECTRA or BERT;
-    for ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and other encoders it builds transformers' sequence classifier.
-    The score of a pair depends on that pair alone, so `pyterrier_caching.ScorerCache` is safe. Passages with equal
-    scores keep their incoming order. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025; scores equal those of
-    lightning-ir.
+    `CrossEncoder.from_backbone("google/electra-base-discriminator")` creates an untrained cross-encoder: an ELECTRA or
+    BERT with a new scoring head. With ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and other encoders, it creates a
+    sequence classifier of transformers.
+
+    The score of a query-passage pair depends on this pair alone, so the scores can be cached with
+    `pyterrier_caching.ScorerCache`. Passages with equal scores keep their incoming order. The scores equal those that
+    lightning-ir computes. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025.
     """
 
     model: str = "webis/monoelectra-base"
@@ -65,7 +76,8 @@ class CrossEncoder(Reranker):
     begin = staticmethod(new_pairs)
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """`score`: the model's score of every passage of every query. Identical pairs are computed once."""
+        """`score`: for each query, the list of its passages' scores. Identical query-passage pairs are computed
+        once."""
         self.option("special_tokens", SPECIAL_TOKENS)  # before the checkpoint is loaded
         checkpoint: PairCheckpoint = self.load()
         asked = [
@@ -92,11 +104,12 @@ class CrossEncoder(Reranker):
         return {"score": [[score_of[pair] for pair in pairs] for pairs in asked]}
 
     def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> Any:
-        """The scores of P (query, passage) pairs, as sentence-transformers' CrossEncoder.predict returns them: a
-        float32 array (P,), or a number for a single pair. Scores are logits, before any sigmoid. Raises what `score`
-        does.
+        """The scores of P (query, passage) pairs, in the form that sentence-transformers' CrossEncoder.predict returns:
+        a float32 array (P,), or a number for a single pair. Scores are logits; no sigmoid is applied. Raises the same
+        errors as `score`.
 
-        Listwise rerankers do not have this method: their score of a pair depends on the other passages of the query.
+        The other rerankers do not have this method: with them, the score of a passage depends on the other passages of
+        the query.
         """
         if pairs and isinstance(pairs[0], str):
             return self.predict([cast(tuple[str, str], pairs)])[0]
@@ -105,12 +118,14 @@ class CrossEncoder(Reranker):
         return torch.tensor(scores, dtype=torch.float32).reshape(-1).numpy()
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
-        """P (query, passage) texts -> their layout, and P truncated pairs of token ids. Each text is tokenised once."""
+        """For P (query, passage) texts: the layout of the model's inputs, and P truncated pairs of token ids. Each
+        distinct text is tokenised once."""
         layout, pairs, _ = self.cut_pairs(texts)
         return layout, pairs
 
     def cut_pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair], int]:
-        """Like `pairs`; also returns in how many pairs the passage was truncated."""
+        """The layout and the pairs of token ids as from `pairs`, and the number of pairs whose passage was
+        truncated."""
         lengths = self.lengths()
         layout: PairLayout = self.load().layout(special_tokens_as_text=self.option("special_tokens", SPECIAL_TOKENS))
         queries = list(dict.fromkeys(query for query, _ in texts))
@@ -122,8 +137,8 @@ class CrossEncoder(Reranker):
         return layout, pairs, sum(pieces.cut or len(ids) < pieces.total for pieces, ids in read)
 
     def lengths(self) -> dict[str, int | None]:
-        """Maximum tokens of a query and of a passage: the caller's, else those that the checkpoint records; None is no
-        maximum."""
+        """`query_length` and `doc_length` in tokens: the argument, or where it is None, the checkpoint's length. None
+        in the result means no maximum. Raises ValueError for an argument that is not a positive whole number."""
         checkpoint: PairCheckpoint = self.load()
         lengths: dict[str, int | None] = {}
         for name in LENGTHS:
@@ -134,15 +149,16 @@ class CrossEncoder(Reranker):
         return lengths
 
     def save(self, path: str | Path, layout: str | None = None) -> None:
-        """Write a folder that the constructor can load. If this fails, OSError is raised, and a folder that existed
-        before is unchanged.
+        """Write the checkpoint into a folder that the constructor can load. Raises OSError if the checkpoint cannot be
+        written; a checkpoint that was in the folder before is then unchanged.
 
         Args:
-            path: the folder.
-            layout: None keeps the format of the checkpoint (lightning-ir's or a classifier). "transformers" writes a
-                BERT sequence classifier with the same scores (ELECTRA where the embeddings are smaller than the hidden
-                states), which sentence-transformers, Text Embeddings Inference, vLLM and ONNX exporters read. Raises
-                ValueError where no such classifier computes the same scores.
+            path: the folder, which is created if necessary.
+            layout: None keeps the checkpoint's format, which is lightning-ir's or that of a sequence classifier.
+                "transformers" writes a sequence classifier with the same scores, which sentence-transformers, Text
+                Embeddings Inference, vLLM and ONNX exporters can read: a BERT classifier, or an ELECTRA classifier if
+                the embeddings are smaller than the hidden states. Raises ValueError if no such classifier computes the
+                same scores.
         """
         if layout not in (None, "transformers"):
             raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")
@@ -150,5 +166,5 @@ class CrossEncoder(Reranker):
         self.write(path, as_classifier(checkpoint, self.lengths()) if layout == "transformers" else checkpoint)
 
     def saved_settings(self) -> dict[str, Any]:
-        """The lengths, which the saved checkpoint records."""
+        """The maximum lengths of a query and of a passage, which `save` records in the checkpoint."""
         return self.lengths()

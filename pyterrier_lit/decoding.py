@@ -1,8 +1,9 @@
 """Decoding of an order: each candidate is chosen once, best first. Knows no text and no model.
 
 A `Reader` wraps the model: it returns logits over the tokens that may be generated, and processes the tokens that were
-chosen. A candidate consists of one or more tokens: in LiT5 an identifier has one or two, in PE-Rank each passage is one
-token. Shapes: B rows (prompts), N candidates, R tokens that may be generated.
+chosen. A candidate consists of one or more tokens: in LiT5 a candidate is an identifier of one or two tokens, in
+PE-Rank it is a passage, which is one token. Shapes: B rows (one for each prompt), N candidates, R tokens that may be
+generated.
 """
 
 from collections.abc import Sequence
@@ -10,22 +11,22 @@ from typing import Protocol
 
 import torch
 
-# For each row: the chosen candidates, best first; and 0, or a nan or inf that was among the logits of a choice
+# For each row: the chosen candidates, best first; and 0 if the logits of all choices were finite, else nan or infinity
 Choices = tuple[list[list[int]], list[float]]
 
 
 class Reader(Protocol):
-    """A model that continues B prompts with tokens; R different tokens are possible."""
+    """A model that continues B prompts with tokens, of which R may be generated."""
 
     @property
     def device(self) -> torch.device:
-        """The model's device."""
+        """The device of the model."""
 
     def start(self) -> torch.Tensor:
-        """Prefill: process the prompts and return the logits of the first token, (B, R)."""
+        """Prefill: process the prompts. Returns the logits of the first token, (B, R)."""
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Process the next m tokens of each row, (B, m), in one pass; return the logits after each of them, (B, m,
+        """Process the next m tokens of each row, (B, m), in one pass. Returns the logits after each token, (B, m,
         R)."""
 
 
@@ -34,34 +35,37 @@ class Drafting(Reader, Protocol):
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The cost of a pass over 1, 2, ... tokens, relative to a pass over one; available after `start`. The number of
-        entries is the most tokens that a pass may have. With one entry, `keep` is never called."""
+        """The cost of a pass over 1, 2, ... tokens, relative to a pass over one token. It is available after `start`.
+
+        A pass has at most as many tokens as this tuple has entries. With a single entry, `keep` is never called.
+        """
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Of the tokens of the last pass, keep the first counts[b] of row b and remove the rest.
+        """Of the tokens that the last pass processed in row b, keep the first counts[b] and remove the rest.
 
-        A row that keeps none has ended; its later logits are meaningless.
+        A row that keeps no token has ended; its later logits are meaningless.
         """
 
 
 def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[int], tops: Sequence[int]) -> Choices:
     """Constrained greedy decoding: each step chooses the best token that continues a candidate not yet chosen.
 
-    Draft and verify: speculative decoding without a draft model. The logits of one step rank all remaining candidates,
-    so they also predict the choices of the next steps: the draft. One pass processes the last choice and the draft, and
-    each row keeps the drafted tokens that greedy decoding would have chosen. The order equals that of decoding one
-    token per pass, and fewer passes are needed. `Pace` sets the length of the draft.
+    The method is draft and verify: speculative decoding without a draft model. The logits of one step rank all
+    remaining candidates, so they also predict the tokens of the next steps. The predicted tokens are the draft. One
+    pass processes the last chosen token and the draft. Each row keeps the drafted tokens that greedy decoding would
+    have chosen. The order is the same as with one token per pass, and fewer passes are needed. `Pace` sets the length
+    of the draft.
 
-    words: the tokens of N candidates, of which row b has the first counts[b]. tops: how many of them each row must
-    choose. The last remaining candidate is not decoded.
+    words: the tokens of each of N candidates. counts: row b has the first counts[b] candidates. tops: how many
+    candidates each row must choose. If a row must choose all its candidates, the last one is not decoded.
     """
     needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
     speller = Speller(words, counts, needed)
     last, candidates = speller.step(reader.start().cpu())
     chosen, pace = [candidates], Pace(reader.costs)
     while speller.going.any():
-        most = int(speller.left.max()) * speller.depth  # upper bound on the tokens still to choose
-        draft = speller.draft(1 + pace.length(most - 1))  # its last token is not processed, only compared
+        most = int(speller.left.max()) * speller.depth  # upper bound on the number of tokens still to choose
+        draft = speller.draft(1 + pace.length(most - 1))  # the last token is compared, not processed
         read = reader.read(torch.cat([last[:, None], draft[:, :-1]], 1).to(reader.device)).cpu()
         agreeing, kept, agreed = speller.going, torch.zeros_like(last), 0
         for logits, drafted in zip(read.unbind(1), draft.unbind(1), strict=True):
@@ -83,17 +87,17 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
 
 
 class Pace:
-    """The draft length that maximises the expected number of tokens per unit of cost.
+    """Chooses the length of the next draft: the length that maximises the expected number of tokens per unit of cost.
 
-    The acceptance rate of drafted tokens is estimated from recent passes, including drafted tokens that were not
-    processed.
+    The acceptance rate of drafted tokens is estimated from recent passes. Drafted tokens that were not processed count
+    for this estimate as well.
     """
 
-    HITS, TRIALS = 1.0, 2.5  # prior: draft from the start only where a longer pass costs little
-    MEMORY = 0.9  # decay of earlier passes, per pass
+    HITS, TRIALS = 1.0, 2.5  # prior of the acceptance rate: the first pass drafts only if longer passes cost little
+    MEMORY = 0.9  # the weight of earlier passes is multiplied by this number after each pass
 
     def __init__(self, costs: Sequence[float]):
-        self.costs = costs  # of a pass over 1, 2, ... tokens
+        self.costs = costs  # the cost of a pass over 1, 2, ... tokens
         self.hits, self.trials = self.HITS, self.TRIALS
 
     def length(self, most: int) -> int:
@@ -104,16 +108,17 @@ class Pace:
         return gains.index(max(gains))
 
     def saw(self, hits: int, trials: int) -> None:
-        """Record that `hits` of `trials` drafted tokens were right."""
+        """Record that `hits` of `trials` drafted tokens were those that greedy decoding chose."""
         self.hits = self.MEMORY * self.hits + hits
         self.trials = self.MEMORY * self.trials + trials
 
 
 def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]) -> Choices:
-    """Order the candidates by their probability of being generated first. This takes one pass, or two if there are
-    candidates of two tokens.
+    """Order the candidates by their probability of being generated first. This takes one pass, or two passes if there
+    are candidates of two tokens.
 
-    Raises what `first_scores` raises. Source: FIRST, arXiv 2406.15657, section 3.
+    words: the tokens of each of N candidates. counts: row b has the first counts[b] candidates. Raises the same errors
+    as `first_scores`. Source: FIRST, arXiv 2406.15657, section 3.
     """
     likelihood, usable = first_scores(reader, words, counts)
     broken = not_finite(likelihood, usable).tolist()
@@ -124,11 +129,11 @@ def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
 def first_scores(
     reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-probability that a candidate is generated first, (B, N), up to a constant per row: log p(token), or log
-    p(first token) p(second | first) for candidates of two tokens. Also returns a mask of the candidates that each row
-    has, (B, N).
+    """The log-probability that each candidate is generated first, (B, N), up to a constant per row. For a candidate of
+    one token, it is log p(token). For a candidate of two tokens, it is log p(first token) + log p(second token | first
+    token). Also returns a mask of the candidates that each row has, (B, N).
 
-    Raises ValueError for candidates of more than two tokens, and where candidates of two tokens do not all have the
+    Raises ValueError if a candidate has more than two tokens, or if the candidates of two tokens do not all have the
     same first token.
     """
     begins = {word[0] for word in words if len(word) > 1}
@@ -139,13 +144,14 @@ def first_scores(
         )
     device, n = reader.device, torch.tensor(counts, device="cpu")[:, None]
     usable = (torch.arange(len(words), device="cpu") < n).to(device)  # (B, N)
-    # Single tokens and the shared first token come from one softmax, whose constant does not change the order
+    # All first tokens come from one softmax, whose normalising constant does not change the order
     likelihood = reader.start().float()[:, torch.tensor([word[0] for word in words], device=device)]
     if begins:
         two = torch.tensor([len(word) > 1 for word in words], device=device) & usable
         begin = torch.full((len(counts), 1), begins.pop(), device=device)
         second = reader.read(begin)[:, 0].float()[:, torch.tensor([word[-1] for word in words], device=device)]
-        least = torch.finfo(second.dtype).min  # finite: -inf has no gradient in rows without such candidates
+        # A finite number, since -inf has no gradient in rows without candidates of two tokens
+        least = torch.finfo(second.dtype).min
         likelihood = likelihood + second.masked_fill(~two, least).log_softmax(1).where(two, 0.0)
     return likelihood, usable
 
@@ -154,11 +160,11 @@ class Speller:
     """The state of constrained decoding for B rows: each step chooses the best token that continues an unused
     candidate.
 
-    No candidate may be a prefix of another. All tensors are on the CPU. Raises ValueError for equal candidates, empty
-    candidates and prefixes.
+    All tensors are on the CPU. Raises ValueError if a candidate is empty, or if it equals another candidate or is a
+    prefix of it.
 
-    words: the tokens of N candidates. counts: how many of them each row has. needed: how many each row must choose;
-    None is all.
+    words: the tokens of each of N candidates. counts: row b has the first counts[b] candidates. needed: how many
+    candidates each row must choose; None is all.
     """
 
     def __init__(self, words: Sequence[Sequence[int]], counts: Sequence[int], needed: Sequence[int] | None = None):
@@ -167,30 +173,33 @@ class Speller:
         if len(whole) < len(words) or whole & prefixes:
             raise ValueError(f"two candidates cannot be told apart, or one of them is empty: {list(words)}")
         self.words = words
-        self.depth = max(map(len, words))  # tokens of the longest candidate
+        self.depth = max(map(len, words))  # number of tokens of the longest candidate
         table = [[*word, *[-1] * (self.depth - len(word))] for word in words]
         self.tokens = torch.tensor(table, device="cpu").T  # (depth, N)
         self.lengths = torch.tensor([len(word) for word in words], device="cpu")  # (N,)
         self.unused = torch.arange(len(words), device="cpu") < torch.tensor(counts, device="cpu")[:, None]  # (B, N)
-        self.candidates_left = self.unused  # (B, N): unused candidates that share the current prefix
-        self.left = torch.tensor(counts if needed is None else needed, device="cpu")  # (B,): candidates to choose
-        # (B,): how many tokens of the current candidate are chosen
+        # (B, N): the unused candidates that begin with the tokens chosen since the last complete candidate
+        self.candidates_left = self.unused
+        # (B,): the number of candidates still to choose
+        self.left = torch.tensor(counts if needed is None else needed, device="cpu")
+        # (B,): how many tokens of the current candidate have been chosen
         self.written = torch.zeros(len(counts), dtype=torch.long, device="cpu")
-        # (B,): 0, or a nan or inf that was among the logits of a choice
+        # (B,): 0 if the logits of all choices were finite, else nan or an infinity
         self.broken = torch.zeros(len(counts), dtype=torch.float32, device="cpu")
-        # By position of a token in its candidate: the latest logits, (B, R)
+        # For each position of a token in its candidate: the latest logits for this position, (B, R)
         self.seen: list[torch.Tensor | None] = [None] * self.depth
 
     @property
     def going(self) -> torch.Tensor:
-        """(B,): rows that still have candidates to choose and whose logits were finite."""
+        """A mask (B,) of the rows that must still choose candidates and whose logits were finite so far."""
         return (self.left > 0) & (self.broken == 0)
 
     def step(self, logits: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits (B, R) -> the token that each row chooses, (B,), and the candidate that it completes, (B,), or -1.
+        """One step: logits (B, R) -> the token that each row chooses, (B,), and the candidate that this token
+        completes, (B,), or -1 if it completes none.
 
-        rows: (B,), the rows that choose; None is all. Other rows, and rows without unused candidates, do not change:
-        their token is meaningless and their candidate is -1.
+        rows: a mask (B,) of the rows that choose a token; None is all rows. The state of the other rows, and of rows
+        without unused candidates, does not change: their token is meaningless and their candidate is -1.
         """
         rows = torch.ones_like(self.going) if rows is None else rows
         for place in range(self.depth):
@@ -213,10 +222,11 @@ class Speller:
         return token, candidate
 
     def draft(self, length: int) -> torch.Tensor:
-        """The draft of each row's next tokens, (B, length): the unused candidates in the order of the latest logits.
+        """A draft of the next tokens of each row, (B, length): the tokens of the unused candidates, in the order of
+        their probability by the latest logits.
 
-        The probability of a candidate is the product of its tokens' probabilities. Tokens without logits so far count
-        as equally likely, and ties keep the order of the candidates.
+        The probability of a candidate is the product of the probabilities of its tokens. Tokens at a position that has
+        no logits yet count as equally likely. Equally likely candidates keep their order.
         """
         likelihood = torch.zeros(self.unused.shape, device="cpu")
         for place, logits in enumerate(self.seen):
@@ -235,6 +245,6 @@ class Speller:
 
 
 def not_finite(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """values (B, N), mask of the values that count (B, N) -> float32 (B,): 0 where these are all finite, else nan or an
-    infinity."""
+    """values (B, N), counts: a mask (B, N) of the values to check -> float32 (B,): 0 if all checked values of a row are
+    finite, else nan or an infinity."""
     return values.float().masked_fill(values.isfinite() | ~counts, 0.0).sum(1)

@@ -10,7 +10,7 @@ import pandas as pd
 import pyterrier as pt
 
 Columns = dict[str, list[list[Any]]]  # column name -> for each query the values of its passages, best first
-ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns: column name -> str or object
+ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns, each: column name -> type (str or object)
 
 
 def rerank(
@@ -20,29 +20,30 @@ def rerank(
     query_columns: Sequence[str] = (),
     context: pt.Transformer | None = None,
 ) -> pd.DataFrame:
-    """Rerank a result frame: `results` computes a new score for every row, and ranks follow from the scores.
+    """Rerank a result frame: `results` computes a new score for every row, and the ranks follow from the scores.
 
     Args:
-        frame: rows with `qid`, `query`, `docno` and one of `column_sets`, in any order and with any index; it is not
-            modified.
-        results: called once with all queries and the columns of their passages, including `docno`. Passages come best
-            first: by `rank`, else by `score`, else in row order. `results` returns `score`, a list of scores per query
-            (higher is better), and one value per query for each of `query_columns`.
-        column_sets: alternative sets of columns with the type of their values (str, or object for any). The first set
-            whose columns are all present is used.
-        query_columns: columns to add.
-        context: the transformer that PyTerrier names in its error when a column is missing.
+        frame: a frame with the columns `qid`, `query`, `docno` and those of one of `column_sets`. Its rows may have any
+            order and any index. It is not modified.
+        results: a function that is called once, with the list of all queries and the columns of their passages,
+            including `docno`. The passages of a query are ordered by the column `rank`, else by the column `score`,
+            else as in the frame. The function returns `score`, which has a list of scores for each query (higher is
+            better), and each of `query_columns`, which has one value for each query.
+        column_sets: alternative sets of columns, each with the type of its values: str, or object for any type. The
+            first set whose columns are all in the frame is used.
+        query_columns: names of the columns that are added besides `score` and `rank`.
+        context: the transformer that PyTerrier names in its error message if a column is missing.
 
-    Returns the same rows in the same order, with new `score` (float64) and `rank` (from 0) and all other columns. With
-    PyTerrier's switch pt.model.STRICT_SORT, the rows are sorted by qid and rank. Equal scores keep their incoming
-    order. Half a surrogate pair, which no tokenizer accepts, is passed to the model as U+FFFD; the column is unchanged.
-    For other odd input see pt_docs/bad_input.rst.
+    Returns the same rows in the same order, with a new `score` (float64), a new `rank` (from 0) and all other columns.
+    If pt.model.STRICT_SORT is set, the rows are sorted by qid and rank. Passages with equal scores keep their incoming
+    order. If a text contains half of a surrogate pair, which no tokenizer accepts, the model reads U+FFFD in its place;
+    the column of the result is unchanged. For other unusual input, see pt_docs/bad_input.rst.
 
-    A row without a query (PyTerrier's `+` produces some) takes the query of the other rows with its qid.
+    A row without a query, which PyTerrier's operator `+` can produce, takes the query of the other rows with its qid.
 
-    Raises pt.validate.InputValidationError for a missing column, TypeError for a query or text that is not a string,
-    and ValueError for a missing qid or docno, two queries under one qid, an incoming rank or score that is no number,
-    or a new score that is not finite.
+    Raises pt.validate.InputValidationError if a column is missing, and TypeError if a query or text is not a string.
+    Raises ValueError if a qid or docno is missing, if a qid has two queries, if an incoming rank or score is not a
+    number, or if a new score is not finite.
     """
     _check_columns(frame, column_sets, context, query_columns)
     if frame.empty:
@@ -60,7 +61,7 @@ def rerank(
 
 
 def not_finite(value: object, query: str, docnos: Sequence[Any]) -> ValueError:
-    """The error for a model that returned nan or inf for passages of a query."""
+    """The error for a model that returned `value`, nan or an infinity, for some passages of a query."""
     others = f" and {len(docnos) - 1} more of its passages" if len(docnos) > 1 else ""
     return ValueError(
         f"the model gave {value} for query {query!r}, docno {docnos[0]!r}{others}; try dtype='float32', and check the"
@@ -69,17 +70,17 @@ def not_finite(value: object, query: str, docnos: Sequence[Any]) -> ValueError:
 
 
 class Ranking(NamedTuple):
-    """A query with its passages best first, column by column."""
+    """A query and its passages."""
 
     qid: str
     query: str
-    columns: dict[str, list[Any]]
+    columns: dict[str, list[Any]]  # column name -> the values of the passages, best first
 
 
 def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transformer | None = None) -> list[Ranking]:
-    """The queries of a result frame with their passages, as a reranker reads them. Used for training.
+    """The queries of a result frame with their passages, as `rerank` reads them. Used for training.
 
-    Takes the arguments of `rerank` and raises the same errors.
+    The arguments are those of `rerank`. Raises the same errors as `rerank`.
     """
     _check_columns(frame, column_sets, context)
     if frame.empty:
@@ -93,8 +94,10 @@ def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transform
 
 
 def places(frame: pd.DataFrame) -> list[int]:
-    """The position of each row in the list of its query, from 0, as `rerank` orders them: by rank, else by score, else
-    in row order."""
+    """For each row of a frame, the position of its passage in the list of its query, from 0.
+
+    A list is ordered as in `rerank`: by the column `rank`, else by the column `score`, else as in the frame.
+    """
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
     place_of = {row: place for ranking in _lists(rows) for place, row in enumerate(ranking.tolist())}
@@ -102,15 +105,16 @@ def places(frame: pd.DataFrame) -> list[int]:
 
 
 def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
-    """A column as numbers, with NaN for missing values. ValueError names the first row that holds anything else."""
+    """A column of a frame as numbers, with NaN for missing values. Raises ValueError if a value is not a number; the
+    message names its row."""
     return _numbers(frame.reset_index(drop=True), column)
 
 
 def _read(
     frame: pd.DataFrame, column_sets: ColumnSets
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
-    """Returns the rows with a new index, the row numbers of each query (best first), the queries, and the columns of
-    their passages: `docno` and the first complete column set."""
+    """Returns four things: the rows with a new index from 0; for each query, the numbers of its rows, best first; the
+    queries; and the columns of their passages, which are `docno` and the first column set that the frame has."""
     column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
@@ -131,7 +135,7 @@ def _read(
 
 
 def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
-    """The row numbers of each query, best first."""
+    """For each query, the numbers of its rows, best first."""
     for column, ascending in (("rank", True), ("score", False)):
         if column in rows:
             numbers = _numbers(rows, column)
@@ -141,7 +145,7 @@ def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
 
 
 def _with_queries(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, where a missing query is filled in from another row with the same qid."""
+    """The rows. Where a row has no query, the query of another row with the same qid is filled in."""
     missing = rows["query"].isna()
     if not missing.any():
         return rows
@@ -154,7 +158,10 @@ def _with_queries(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:
-    """The query of each list."""
+    """The query of each list. queries: the query of each row. lists: the row numbers of each list.
+
+    Raises ValueError if the rows of a list have different queries.
+    """
     for ranking in lists:
         differing = next((queries[row] for row in ranking if queries[row] != queries[ranking[0]]), None)
         if differing is not None:

@@ -1,7 +1,7 @@
 """What listwise rerankers share: windows -> orders -> scores, and the fusion with `% k`. Knows no prompt and no model.
 
-A listwise reranker reads a window of passages together and returns their order. Long lists are reranked in windows that
-slide from the bottom to the top (RankGPT, arXiv 2304.09542).
+A listwise reranker reads the passages of a window together and returns their order. A list that is longer than a window
+is reranked in overlapping windows that slide from the bottom of the list to the top (RankGPT, arXiv 2304.09542).
 """
 
 import copy
@@ -22,10 +22,10 @@ from pyterrier_lit.windows import Window, slide, sliding_windows
 class Prompt(NamedTuple):
     """The prompt for one window."""
 
-    content: Any  # in the form that the model takes
-    tokens: int  # its length, for batching
-    n: int  # number of passages
-    top: int  # how many ranks must be decoded; the other passages follow in their order
+    content: Any  # the prompt in the form that the model takes
+    tokens: int  # length of the prompt in tokens, for batching
+    n: int  # number of passages in the window
+    top: int  # how many ranks must be decoded; the other passages follow in their incoming order
 
 
 Decode = Callable[[list[Prompt]], Choices]
@@ -33,10 +33,9 @@ Decode = Callable[[list[Prompt]], Choices]
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ListwiseReranker(Reranker):
-    """A reranker that decodes an order and can stop after the first `top_k` ranks. Compiling `reranker % k` sets
-    `top_k`.
+    """A reranker that decodes the order of its passages and can stop after the first `top_k` ranks.
 
-    A subclass implements `order_columns`, which calls `slide`.
+    Compiling `reranker % k` sets `top_k` to k. A subclass implements `order_columns`, which calls `slide`.
     """
 
     _: dataclasses.KW_ONLY
@@ -48,15 +47,17 @@ class ListwiseReranker(Reranker):
     max_tokens: int = 16_384
 
     def order(self, queries: list[str], passages: Passages) -> list[list[int]]:
-        """The positions of each query's passages, best first: Q queries, Q lists of passages -> Q permutations."""
+        """For each query, the positions of its passages in its list (from 0), best first: Q queries, Q lists of
+        passages -> Q permutations."""
         return self.order_columns(queries, self.columns(passages))
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """`order` for passages in columns."""
+        """Like `order`, for passages that are given in columns."""
         raise NotImplementedError(f"{type(self).__name__} must say how it orders passages")
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """`score`: n for the best of a query's n passages, 1 for the last."""
+        """`score`: for each query, the list of its passages' scores. Of n passages, the best has the score n and the
+        last has the score 1."""
         return {"score": [scores(order) for order in self.order_columns(queries, columns)]}
 
     def slide(
@@ -68,10 +69,19 @@ class ListwiseReranker(Reranker):
         decode: Decode,
         budget: Budget | None = None,
     ) -> list[list[int]]:
-        """Order each query's passages by sliding windows; the r-th windows of all queries are computed together.
+        """Order the passages of each query by sliding windows. Returns for each query the positions of its passages in
+        its list (from 0), best first.
 
-        shape: window size and stride. prompts: W windows -> their prompts. decode: a batch of prompts -> the choices
-        for each. ValueError names the query and docnos for which the model returned NaN or an infinity.
+        The r-th windows of all queries are computed together. If the model returns NaN or an infinity, ValueError is
+        raised; its message names the query and the docnos.
+
+        Args:
+            queries: the text of each query.
+            columns: the columns of the passages; only `docno` is used.
+            shape: window size and stride, in passages.
+            prompts: returns the prompts for a list of windows.
+            decode: returns the choices for a batch of prompts.
+            budget: the maximum number of tokens in a batch; None is a budget of `max_tokens`.
         """
         size, stride = shape
         counts = [len(docnos) for docnos in columns["docno"]]
@@ -102,13 +112,14 @@ class ListwiseReranker(Reranker):
     def rank(
         self, query: str, passages: Sequence[str], top_k: int | None = None, return_documents: bool = False
     ) -> list[dict[str, Any]]:
-        """As `Reranker.rank`, but only the first top_k ranks are decoded."""
+        """The passages of one query, best first, as from `Reranker.rank`. Only the first top_k ranks are decoded."""
         shorter = copy.copy(self)
         shorter.top_k = min((k for k in (self.top_k, top_k) if k is not None), default=None)
         return super(ListwiseReranker, shorter).rank(query, passages, top_k, return_documents)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What `compile` substitutes for `self >> RankCutoff(k)`: the same top k in fewer decoding steps."""
+        """What `compile` puts in place of `self >> RankCutoff(k)`: a pipeline that returns the same k passages in fewer
+        decoding steps. None if `top_k` is already at most k."""
         if k < 1 or (self.top_k is not None and self.top_k <= k):
             return None
         shorter = copy.copy(self)
@@ -117,5 +128,8 @@ class ListwiseReranker(Reranker):
 
 
 def of_windows(values: Sequence[Sequence[Any]], windows: Sequence[Window]) -> list[list[Any]]:
-    """For each window, the values of its passages. values: for each of Q queries, one value per passage."""
+    """For each window, the values of its passages.
+
+    values: for each query, one value per passage, such as its text or its docno.
+    """
     return [[values[window.query][number] for number in window.passages] for window in windows]

@@ -1,8 +1,9 @@
 """LiT5Score: a T5 answers the query from all passages, and a passage's score is the attention that it receives.
 
-Each passage becomes a prompt "question: ... context: ..." and is encoded alone (Fusion-in-Decoder). The decoder attends
-to all of them and generates an answer. The passages that contain the answer receive attention, so training needs no
-relevance judgements: questions with answers are enough. Source: arXiv 2312.16098 v1, section 3.2.
+Each passage becomes a prompt "question: ... context: ..." and is encoded separately (Fusion-in-Decoder). The decoder
+attends to all prompts of the query and generates an answer. Passages that contain the answer receive more attention
+than others, so training needs no relevance judgements: questions with answers are enough. Source: arXiv 2312.16098 v1,
+section 3.2.
 """
 
 import dataclasses
@@ -19,10 +20,10 @@ from pyterrier_lit.reranker import Reranker
 
 
 class Aggregation(NamedTuple):
-    """How attention mass becomes a passage's score."""
+    """How the attention mass of a passage's tokens becomes the passage's score."""
 
-    layers: Callable[[int], list[float]]  # number of layers -> a weight for each, 1 on average
-    tokens: str  # how the mass of a passage's tokens is combined: "sum" or "amax"
+    layers: Callable[[int], list[float]]  # number of decoder layers -> a weight for each layer, 1 on average
+    tokens: str  # how the attention mass of a passage's tokens is combined: "sum" or "amax"
 
 
 AGGREGATIONS = {
@@ -39,36 +40,42 @@ class LiT5Score(Reranker):
         score(d) = sum over t, l, s of  a[l, t, s] / (256 * layers)
         a[l, t, s] = mean over heads of  attention weight * length of value vector
 
-    l runs over the layers, and s over the tokens of passage d without those of the query, which each prompt repeats. t
-    runs from the start token to the position that predicts the end of the answer. The softmax of the attention is over
-    the tokens of all passages.
+    a[l, t, s] is the attention mass of token s in decoder layer l at decoding step t. l runs over all decoder layers. t
+    runs from the start token to the position that predicts the end of the answer. s runs over the tokens in the prompt
+    of passage d, except the tokens of the query, which each prompt repeats. The softmax that gives the attention
+    weights is over the tokens of all prompts of the query.
 
     Args:
-        model: hub id or folder: `castorini/LiT5-Score-{base,large,xl}`, or a folder that `save` wrote.
-        n_passages: how many passages from the top of the list are scored; 100 in the paper. They share one attention
-            softmax, so scores of separate windows could not be compared. The passages below keep their incoming order,
-            with scores -1, -2, ...
-        max_length: maximum tokens of a prompt, which is truncated on the right. None takes the length that the
-            checkpoint records, else the paper's 150. Queries are not truncated; a query that leaves no room for a
-            passage causes a warning.
-        answer_length: maximum tokens of the answer, with the start token. None takes the length that the checkpoint
-            records, else the paper's 20.
-        aggregation: "mean" is the paper's, as above. "max" takes the maximum over a passage's tokens instead of their
-            sum. "late" weights layer l of n (from 1) by 2 l / (n + 1). "max" and "late" are not from the paper.
-        answer_field: the name of a new column for the generated answer, which is the same in all rows of a query; None
+        model: hub id or folder of a LiT5-Score checkpoint: `castorini/LiT5-Score-{base,large,xl}`, or a folder that
+            `save` wrote.
+        n_passages: how many passages of each list are scored, from the top; 100 in the paper. They share one softmax,
+            so the model reads them all at once and not in windows, whose scores would not be comparable. The passages
+            below them keep their incoming order and get the scores -1, -2, ...
+        max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
+            the passage is. None takes the length that the checkpoint records, else the paper's 150. A long query leaves
+            less room for the passage. If there is no room left, a warning appears.
+        answer_length: maximum length of the generated answer in tokens, including the start token. None takes the
+            length that the checkpoint records, else the paper's 20.
+        aggregation: how the attention mass of a passage's tokens becomes its score. "mean", as in the paper, sums the
+            mass over tokens, layers and decoding steps, and divides by 256 times the number of layers. "max" takes the
+            maximum over the tokens of the passage instead of their sum. "late" gives layer l of n layers (l from 1) the
+            weight 2 l / (n + 1). "max" and "late" are not from the paper.
+        answer_field: name of a new column with the generated answer, which is the same in all rows of a query. None
             adds no column.
-        revision: a branch, tag or commit of the model on the hub; None is its main branch.
-        text_field: the column with the passages.
-        max_tokens: prompt tokens per batch of queries. When memory runs out, max_tokens is halved and the batch
-            retried.
-        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
-        dtype: None is bfloat16 on a GPU that has it, else float32.
+        revision: a branch, tag or commit of the model on the hub; None takes the main branch.
+        text_field: name of the column with the texts of the passages.
+        max_tokens: maximum number of prompt tokens in a batch of queries. If a batch does not fit into memory,
+            `max_tokens` is halved and the batch is computed again.
+        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
+        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
         verbose: show a progress bar.
 
-    `LiT5Score.from_backbone("google/t5-v1_1-base")` starts from a pre-trained T5 or mT5 that has not learned to answer.
-    The score of a passage depends on the other passages, so do not use `pyterrier_caching.ScorerCache`. Source: arXiv
-    2312.16098 v1, section 3.2. In float32 the scores equal those of castorini/LiT5 within 1e-4 for lists of
-    `n_passages` passages.
+    `LiT5Score.from_backbone("google/t5-v1_1-base")` starts from a pre-trained T5 or mT5, which must then be trained to
+    answer questions.
+
+    The score of a passage depends on the other passages of the query, so do not cache scores with
+    `pyterrier_caching.ScorerCache`. In float32, for lists of `n_passages` passages, the scores equal those of
+    castorini/LiT5 within 1e-4. Source: arXiv 2312.16098 v1, section 3.2.
     """
 
     model: str = "castorini/LiT5-Score-base"
@@ -85,7 +92,8 @@ class LiT5Score(Reranker):
     begin = staticmethod(read_t5)
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """`score` of every passage of every query, and the answers under the name `answer_field`."""
+        """`score`: for each query, the list of its passages' scores. If `answer_field` is set, also the answer to each
+        query under this name."""
         if not isinstance(self.n_passages, int) or self.n_passages < 1:
             raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")
         aggregation = self.option("aggregation", AGGREGATIONS)
@@ -112,16 +120,17 @@ class LiT5Score(Reranker):
         return added
 
     def query_columns(self) -> list[str]:
-        """The column for the answers, if `answer_field` names one."""
+        """A list with the name of the column for the generated answers. It is empty if `answer_field` is None."""
         return [] if self.answer_field is None else [self.answer_field]
 
     def saved_settings(self) -> dict[str, Any]:
-        """The reranker's name, and the lengths of prompts and answers."""
+        """What `save` records in the checkpoint: the reranker's name, and the maximum lengths of a prompt and of an
+        answer."""
         return {"reranker": "LiT5Score", "lengths": self.lengths()}
 
     def lengths(self) -> dict[str, int]:
-        """Maximum tokens of a prompt and of an answer: the caller's, else those that the checkpoint records, else the
-        paper's."""
+        """Maximum length of a prompt and of an answer in tokens: the arguments, else the lengths that the checkpoint
+        records, else the paper's."""
         checkpoint: T5Checkpoint = self.load()
         return {
             "max_length": checkpoint.length("max_length", self.max_length, 150),
@@ -129,8 +138,8 @@ class LiT5Score(Reranker):
         }
 
     def prompts(self, query: str, passages: list[str]) -> "Prompts":
-        """The token ids of the prompts of a query's first `n_passages` passages, at most `max_length` each including
-        </s>."""
+        """The prompts for the first `n_passages` passages of a query. Each prompt has at most `max_length` token ids,
+        including </s>."""
         pieces_of, length = self.load().pieces, self.lengths()["max_length"]
         texts = [f"question: {query} context: {passage}" for passage in passages[: self.n_passages]]
         question, *pieces = pieces_of([f"question: {query}", *texts])
@@ -138,34 +147,33 @@ class LiT5Score(Reranker):
 
 
 class Prompts(NamedTuple):
-    """The prompts of a query's passages, and how many tokens at the start of each prompt belong to the query."""
+    """The prompts of a query's passages."""
 
-    ids: list[list[int]]
-    question: int
+    ids: list[list[int]]  # the token ids of each prompt
+    question: int  # how many tokens at the start of each prompt belong to the query
 
 
 class Attended(NamedTuple):
-    """The scores of a query's passages; the tokens of the answer without EOS; and 0, or the nan or inf found in the
-    logits."""
+    """What the model returns for one query."""
 
-    scores: list[float]
-    answer: list[int]
-    broken: float
+    scores: list[float]  # one for each passage
+    answer: list[int]  # the token ids of the answer, without EOS
+    broken: float  # 0 if all logits were finite, else nan or an infinity
 
 
 def attend(
     checkpoint: T5Checkpoint, prompts: list[Prompts], aggregation: Aggregation, answer_length: int
 ) -> list[Attended]:
-    """Generate the answers of B queries and sum, step by step, the attention that each passage receives.
+    """Generate the answers to B queries and sum the attention mass of each passage over the decoding steps.
 
-    The result equals that of the original code, which stores the attention in all layers, (layers, T, S); here, only a
-    sum per passage is stored, (B, P).
+    The original code stores the attention mass of every token at every step in every layer, (layers, T, S). This
+    function stores only one sum per passage, (B, P), and returns the same scores.
     """
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([each.ids for each in prompts], answer_length, mass=True)
     n_layers, most = len(memory.keys), max(len(each.ids) for each in prompts)
     weights = aggregation.layers(n_layers)
-    owner = _owners(prompts, most).to(fid.device)  # (B, S): each token's passage; `most` where a token does not count
+    owner = _owners(prompts, most).to(fid.device)  # (B, S): the passage of each token, `most` if it does not count
     total, written, broken = torch.zeros(len(prompts), most, dtype=torch.float32, device=fid.device), [], []
     for ids, unfinished, not_finite_now, mass in fid.greedy(memory, answer_length):
         step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))
@@ -187,7 +195,7 @@ def attend(
 
 
 def _owners(prompts: list[Prompts], nobody: int) -> torch.Tensor:
-    """The index of each token's passage, (B, S); `nobody` for tokens of the query and padding."""
+    """For each token of the prompts, the index of its passage, (B, S); `nobody` for tokens of the query and padding."""
     rows = [
         [passage if at >= each.question else nobody for passage, ids in enumerate(each.ids) for at in range(len(ids))]
         for each in prompts

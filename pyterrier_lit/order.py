@@ -5,24 +5,25 @@ from collections.abc import Iterable
 
 
 def complete(positions: Iterable[int], n: int) -> list[int]:
-    """A permutation of 0..n-1: the given positions without repetitions, then the missing ones in order."""
+    """A permutation of 0..n-1: the given positions without repetitions, then the missing positions in ascending
+    order. Positions outside 0..n-1 are ignored."""
     return list(dict.fromkeys([position for position in positions if 0 <= position < n] + list(range(n))))
 
 
 def parse(text: str, n: int) -> list[int]:
-    """Parse a text of 1-based identifiers into a permutation of 0..n-1: "3 1 3" or "[3] > [1]" -> [2, 0, 1, ...].
+    """Parse a text of identifiers, which count from 1, into a permutation of 0..n-1.
 
-    Each run of the digits 0-9 is a number, and everything else separates numbers, as in LiT5's clean-up.
+    "3 1 3" and "[3] > [1]" become [2, 0, 1, ...]. Each sequence of the digits 0-9 is an identifier, and all other
+    characters separate identifiers, as in LiT5's clean-up.
     """
     numbers = [
         int(digits) for digits in re.findall(r"[0-9]+", text) if len(digits) < 19
-    ]  # Python refuses to parse thousands of digits
+    ]  # Python's int refuses thousands of digits
     return complete([number - 1 for number in numbers], n)
 
 
 def scores(order: list[int]) -> list[float]:
-    """The score of each position: n for the position that is first in the order, n - 1 for the second, ... 1 for the
-    last."""
+    """The score of each position: n for the first position in the order, n - 1 for the second, ... 1 for the last."""
     by_position = [0.0] * len(order)
     for rank, position in enumerate(order):
         by_position[position] = float(len(order) - rank)

@@ -1,9 +1,9 @@
 """PERank: a language model reads one vector per passage and decodes the passages, best first.
 
-An encoder turns each passage into one vector, and a projector maps it into the input space of the language model, where
-it replaces the text of the passage. So the prompt has a few tokens per passage instead of hundreds. The model decodes
-passages, not words: the next passage is the one whose vector has the largest dot product with the last hidden state.
-Source: arXiv 2406.14848.
+An encoder turns each passage into one vector, and a projector maps this vector into the input space of the language
+model. In the prompt, the projected vector stands in place of the passage's text, so the prompt has a few tokens per
+passage instead of hundreds. The model decodes passages, not words: the next passage is the one whose projected vector
+has the largest dot product with the model's last hidden state. Source: arXiv 2406.14848.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pyterrier_lit.models.pe_checkpoint import PERankCheckpoint, new_pe_rank, re
 from pyterrier_lit.models.vector_lm import VectorReader
 from pyterrier_lit.windows import Window
 
-MODES = {"embedding": False, "text+embedding": True}  # whether the prompt also contains the texts
+MODES = {"embedding": False, "text+embedding": True}  # whether the prompt also contains the texts of the passages
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -32,39 +32,41 @@ class PERank(ListwiseReranker):
     Args:
         model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or a folder that `save`
             wrote. Code inside a checkpoint is never run.
-        window_size, stride: passages per window, and how many positions the window moves. A list shorter than the
-            window is one window.
-        passes: how often the windows slide over each list.
-        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the passages below stay
-            where the windows leave them. `((first >> PERank()) % 10).compile()` sets it.
-        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages, looked up by `docno` (a `docid` column is
-            ignored).
-        encoder: a pyterrier_dr.BiEncoder that encodes passages; None is the encoder inside the checkpoint. A `doc_vec`
-            column takes precedence over `vectors`, and `vectors` over an encoder. All vectors must come from the
-            encoder that the checkpoint was trained with. The texts of the passages are needed only by an encoder or a
-            mode with text.
-        mode: how the prompt represents a passage: "embedding", as in the paper, by its vector; "text+embedding" by its
-            vector followed by its text.
-        decoding: "constrained", as in the paper, decodes one passage after the other. "first" ranks by the logits of
-            the first decoding step, in one forward pass per window; the published checkpoints were not trained for
-            this.
-        revision: a branch, tag or commit of the model on the hub; None is its main branch.
-        text_field: the column with the passages.
-        max_tokens: prompt tokens per batch of windows. Each token needs memory for its keys and values (131 kB for a
-            Mistral 7B in bfloat16). When memory runs out, max_tokens is halved and the batch retried.
-        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
-        dtype: None is bfloat16 on a GPU that has it, else float32.
+        window_size: passages per window. A list shorter than the window is read in one window.
+        stride: how many positions the window moves up between two windows.
+        passes: how many times the windows slide over each list.
+        top_k: decode only the first k ranks. These ranks are the same as without `top_k`; the other passages follow in
+            the order in which the windows leave them. None decodes all ranks. Compiling a rank cutoff sets `top_k`, as
+            in `((first_stage >> PERank()) % 10).compile()`.
+        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages. They are looked up by `docno`; a column
+            `docid` is ignored. If the frame has a column `doc_vec`, the vectors in this column are used instead.
+        encoder: a pyterrier_dr.BiEncoder that encodes the passages; None is the encoder inside the checkpoint. It is
+            used only without `vectors` and without a column `doc_vec`. All vectors must come from the encoder that the
+            checkpoint was trained with. The texts of the passages are required only if they are encoded or if `mode` is
+            "text+embedding".
+        mode: how the prompt represents a passage. "embedding", as in the paper, is the passage's vector;
+            "text+embedding" is the vector followed by the passage's text.
+        decoding: how the order of a window is decoded. "constrained", as in the paper, decodes one passage after the
+            other. "first" sorts the passages by the logits of the first decoding step, which takes one forward pass per
+            window. The published checkpoints were not trained for "first".
+        revision: a branch, tag or commit of the model on the hub; None takes the main branch.
+        text_field: name of the column with the texts of the passages.
+        max_tokens: maximum number of prompt tokens in a batch of windows. The keys and values of each token take
+            memory: 131 kB per token with a Mistral 7B in bfloat16. If a batch does not fit into memory, `max_tokens` is
+            halved and the batch is computed again.
+        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
+        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
         verbose: show a progress bar.
 
     `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` builds an
-    untrained PERank from a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2" and an encoder such as
-    "sentence-transformers/all-MiniLM-L6-v2", pooled by "mean", "cls" or "last_token". Without an encoder, give the
-    dimension of the vectors as `embedding_size`. The projector is "linear", "mlp2x_gelu" (with any number in place of
-    2) or "identity".
+    untrained PERank. `name` is a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2". `encoder_name` is
+    an encoder such as "sentence-transformers/all-MiniLM-L6-v2", and `encoder_pooling` is "mean", "cls" or "last_token".
+    If you give no encoder, give the dimension of the vectors as `embedding_size`. `projector_type` is "linear",
+    "mlp2x_gelu" (with any digit from 1 to 9 in place of 2) or "identity".
 
-    Scores are n, n - 1, ... 1 in the decoded order. Source: Liu et al., WWW 2025. In float32 the orders equal those of
-    liuqi6777/pe_rank, except for texts with special tokens and for lists of window_size - stride passages, which
-    liuqi6777/pe_rank does not rank.
+    In a list of n passages, the first passage of the decoded order gets the score n, the second n - 1, and the last 1.
+    In float32, the orders equal those of liuqi6777/pe_rank, with two exceptions: texts that contain special tokens, and
+    lists of window_size - stride passages, which liuqi6777/pe_rank does not rank. Source: Liu et al., WWW 2025.
     """
 
     model: str = "liuqi6777/pe-rank-mistral-jina"
@@ -81,9 +83,9 @@ class PERank(ListwiseReranker):
     begin = staticmethod(new_pe_rank)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """The positions of each query's passages, best first.
+        """For each query, the positions of its passages in its list (from 0), best first.
 
-        columns: `docno`, and `doc_vec` or `text_field` as the mode and the source of the vectors require.
+        columns: `docno`, and those of the columns `doc_vec` and `text_field` that `column_sets` requires.
         """
         decode, shows_text = self.option("decoding", DECODINGS), self.option("mode", MODES)
         checkpoint: PERankCheckpoint = self.load()
@@ -105,8 +107,8 @@ class PERank(ListwiseReranker):
         return self.slide(queries, columns, shape, prompts, lambda batch: decode(checkpoint, batch), budget)
 
     def column_sets(self) -> ColumnSets:
-        """A column of vectors; without it, the text to encode, unless vectors are looked up by docno. Also the text if
-        the prompt contains it."""
+        """Alternative sets of input columns. The first set has the column `doc_vec`. The second set has the texts to
+        encode instead, or no column if `vectors` is given. If the prompt contains the texts, both sets have them."""
         text = self.text_column()
         shown: dict[str, type] = text if self.option("mode", MODES) else {}
         return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
@@ -114,7 +116,7 @@ class PERank(ListwiseReranker):
     def vectors_of(
         self, checkpoint: PERankCheckpoint, columns: Columns, budget: Budget
     ) -> tuple[torch.Tensor, list[list[int]]]:
-        """Unit vectors (D, d) of the distinct passages, and for each query the row numbers of its passages."""
+        """The unit vectors (D, d) of D distinct passages, and for each query the row numbers of its passages."""
         docnos = columns["docno"]
         if "doc_vec" in columns:
             keys: Sequence[Sequence[Any]] = [[(i, j) for j in range(len(ranking))] for i, ranking in enumerate(docnos)]
@@ -132,7 +134,7 @@ class PERank(ListwiseReranker):
         return normalised(vectors, names, checkpoint.embedding_size, checkpoint.trained_on), rows
 
     def subtransformers(self) -> dict[str, Any]:
-        """None: an index or encoder used for vectors is not a stage of the pipeline."""
+        """An empty dict: the index and the encoder of the vectors are not stages of the pipeline."""
         return {}
 
     def _encode(self, checkpoint: PERankCheckpoint, texts: list[str], budget: Budget) -> torch.Tensor:
@@ -145,7 +147,7 @@ class PERank(ListwiseReranker):
 
 
 def constrained(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> Choices:
-    """The paper's decoding: each step chooses the best unused passage, whose vector is the next input."""
+    """The paper's decoding: each step chooses the best unused passage. Its vector is the input of the next step."""
     counts = [prompt.n for prompt in batch]
     return in_turn(_read(checkpoint, batch), _tokens(counts), counts, [prompt.top for prompt in batch])
 
@@ -165,5 +167,5 @@ def _read(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> VectorReader:
 
 
 def _tokens(counts: list[int]) -> list[list[int]]:
-    """Each passage is one token."""
+    """The tokens of each candidate for `decoding`: each passage is one token."""
     return [[passage] for passage in range(max(counts))]

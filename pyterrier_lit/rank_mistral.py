@@ -1,8 +1,9 @@
 """RankMistral: a language model reads the texts of a window of passages and generates their identifiers, best first.
 
-This is PE-Rank's uncompressed baseline: the same language model, the same windows and nearly the same prompt, but with
-the full text of each passage. So a prompt has thousands of tokens instead of hundreds, and an identifier takes several
-decoding steps where a passage of PE-Rank takes one. Source: arXiv 2406.14848, section 4.
+RankMistral is the baseline without compression in the paper on PE-Rank: the same language model and windows and nearly
+the same prompt, but with the full text of each passage. A prompt of RankMistral has thousands of tokens; a prompt of
+PE-Rank has hundreds. To decode one rank, RankMistral takes several decoding steps, one for each token of an identifier;
+PE-Rank takes one step. Source: arXiv 2406.14848, section 4.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from pyterrier_lit.models.text_lm import TextCheckpoint, read_text_lm
 from pyterrier_lit.order import parse
 from pyterrier_lit.windows import Window
 
-ANSWER_LENGTH = 256  # tokens that decoding="free" may generate
+ANSWER_LENGTH = 256  # maximum tokens that decoding="free" generates
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -27,26 +28,33 @@ class RankMistral(ListwiseReranker):
 
     Args:
         model: hub id or folder of a causal language model of transformers that has a chat template and was trained to
-            rank with this prompt, or a folder that `save` wrote. Code inside a checkpoint is never run.
-        window_size, stride: passages per window, and how many positions the window moves. A list shorter than the
-            window is one window.
-        passes: how often the windows slide over each list.
-        top_k: decode only the first k ranks. They equal the first k ranks of the full order; the passages below stay
-            where the windows leave them. `((first >> RankMistral(...)) % 10).compile()` sets it.
-        decoding: "constrained" generates each identifier exactly once, so the result is a permutation. "free" is
-            unconstrained greedy decoding of 256 tokens with the original code's clean-up: repeated identifiers are
-            dropped, missing ones follow in incoming order. Where the generated text is a permutation in the form "[4] >
-            [2] > ...", both give the same order.
-        text_field: the column with the passages. They are not truncated: a prompt longer than the model's maximum
-            length is an error.
-        max_tokens: prompt tokens per batch of windows. Each token needs memory for its keys and values (131 kB for a
-            Mistral 7B in bfloat16). When memory runs out, max_tokens is halved and the batch retried.
-        device: None is the first GPU (CUDA's, else Apple's mps), else the CPU.
-        dtype: None is bfloat16 on a GPU that has it, else float32.
+            rank with the prompt of this class, or a folder that `save` wrote. Code inside a checkpoint is never run.
+        window_size: passages per window. A list shorter than the window is read in one window.
+        stride: how many positions the window moves up between two windows.
+        passes: how many times the windows slide over each list.
+        top_k: decode only the first k ranks. These ranks are the same as without `top_k`; the other passages follow in
+            the order in which the windows leave them. None decodes all ranks. Compiling a rank cutoff sets `top_k`, as
+            in `((first_stage >> RankMistral(...)) % 10).compile()`.
+        decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
+            identifier exactly once, so the result is a permutation. "free" is greedy decoding of at most 256 tokens
+            without constraints, followed by the original code's clean-up: repeated identifiers are dropped, and
+            passages whose identifier is missing are appended in their incoming order. If the freely generated text is a
+            permutation in the form "[4] > [2] > ...", "constrained" and "free" give the same order.
+        revision: a branch, tag or commit of the model on the hub; None takes the main branch.
+        text_field: name of the column with the texts of the passages. The texts are not truncated: ValueError is raised
+            if a prompt and its answer together are longer than the model's maximum length.
+        max_tokens: maximum number of prompt tokens in a batch of windows. The keys and values of each token take
+            memory: 131 kB per token with a Mistral 7B in bfloat16. If a batch does not fit into memory, `max_tokens` is
+            halved and the batch is computed again.
+        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
+        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
         verbose: show a progress bar.
 
-    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` starts from a model that has not learned to rank.
-    Scores are n, n - 1, ... 1 in the decoded order. Source: the text mode of liuqi6777/pe_rank.
+    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` starts from a language model that must then be
+    trained to rank.
+
+    In a list of n passages, the first passage of the decoded order gets the score n, the second n - 1, and the last 1.
+    Source: the text mode of liuqi6777/pe_rank.
     """
 
     _: dataclasses.KW_ONLY
@@ -59,7 +67,7 @@ class RankMistral(ListwiseReranker):
     begin = staticmethod(read_text_lm)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """The positions of each query's passages, best first."""
+        """For each query, the positions of its passages in its list (from 0), best first."""
         decode = self.option("decoding", DECODINGS)
         checkpoint: TextCheckpoint = self.load()
         texts = columns[self.text_field]
@@ -77,7 +85,7 @@ class RankMistral(ListwiseReranker):
 
 
 def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """Greedy decoding in which each step chooses among tokens that continue an unused identifier."""
+    """Greedy decoding in which each step chooses among the tokens that continue an unused identifier."""
     counts = [prompt.n for prompt in batch]
     opening, words = checkpoint.prompter.identifiers(max(counts))
     pieces = sorted(set(chain.from_iterable(words)))
@@ -87,8 +95,8 @@ def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
 
 
 def free(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """The original code's decoding: unconstrained greedy decoding, then its clean-up of the text. Generates all ranks
-    and ignores `top`."""
+    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. It
+    always generates all ranks, whatever the `top` of a prompt."""
     reader = checkpoint.network.begin([prompt.content for prompt in batch])
     ends = torch.tensor(checkpoint.ends(), device=reader.device)
     logits, written = reader.start(), []

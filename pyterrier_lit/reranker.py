@@ -24,7 +24,7 @@ from pyterrier_lit.models.checkpoints import Folder, fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype, converted, dtype_name
 from pyterrier_lit.models.hub import CARD, again, base_of, card, in_place_of, is_hub_id, push, read_card, trainings_of
 
-Passages = Sequence[Sequence[str]] | Columns  # the texts of each query's passages, or several columns of them
+Passages = Sequence[Sequence[str]] | Columns  # for each query the texts of its passages, or several such columns
 Loaded = TypeVar("Loaded")
 Named = TypeVar("Named")
 
@@ -33,9 +33,11 @@ Named = TypeVar("Named")
 class Reranker(pt.Transformer):
     """A transformer that gives every passage a new score. It loads its checkpoint on first use.
 
-    A subclass is a dataclass whose fields are its arguments. It names the functions that load a checkpoint (`read`) and
-    create an untrained one from a pre-trained model (`begin`), and implements `results`. Copies share the checkpoint in
-    memory, a pickle contains it, and several threads may use one reranker.
+    A subclass is a dataclass whose fields are the arguments of its constructor. It sets two functions: `read` loads a
+    checkpoint, and `begin` creates an untrained one from a pre-trained model. It implements `results`.
+
+    Copies of a reranker share its checkpoint in memory. A pickle of a reranker contains the checkpoint. Several threads
+    may use one reranker.
     """
 
     model: str
@@ -54,10 +56,11 @@ class Reranker(pt.Transformer):
         "dtype",
     )  # the arguments that `read` depends on
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
-    begin: ClassVar[Callable[..., Any]]  # as `read`, for a pre-trained model; may have more keyword arguments
+    # (folder of a pre-trained model, device, dtype) -> an untrained checkpoint; may have more keyword arguments
+    begin: ClassVar[Callable[..., Any]]
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
-        """Raises TypeError for batch_size, an argument of other libraries."""
+        """Create the object. Raises TypeError for `batch_size`, an argument of other libraries."""
         if "batch_size" in arguments:
             raise TypeError(
                 f"{cls.__name__} has no batch_size: a batch holds as many inputs as fit into max_tokens; set that, to"
@@ -70,14 +73,15 @@ class Reranker(pt.Transformer):
         self._held = Held()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """The same rows in the same order with new `score` and `rank`. Raises what `frames.rerank` does."""
+        """Rerank a result frame. Returns the same rows in the same order, with new columns `score` and `rank`. Raises
+        the same errors as `frames.rerank`."""
         return rerank(inp, self.results, self.column_sets(), self.query_columns(), context=self)
 
     def score(self, queries: list[str], passages: Passages) -> list[list[float]]:
         """The score of every passage (higher is better): Q queries, Q lists of passages -> Q lists of scores.
 
-        Raises TypeError for a string in place of a list and for any other object in place of a string, and ValueError
-        where the model returned NaN or an infinity.
+        Raises TypeError if `queries` or the passages of a query are a string instead of a list, or if a query or
+        passage is not a string. Raises ValueError if the model returns NaN or an infinity.
         """
         if isinstance(queries, str):
             raise TypeError(f"queries={queries[:80]!r}; wanted a list of queries, and for each a list of its passages")
@@ -92,11 +96,11 @@ class Reranker(pt.Transformer):
     def rank(
         self, query: str, passages: Sequence[str], top_k: int | None = None, return_documents: bool = False
     ) -> list[dict[str, Any]]:
-        """The passages of one query, best first, as sentence-transformers' CrossEncoder.rank returns them.
+        """The passages of one query, best first, in the form that sentence-transformers' CrossEncoder.rank returns.
 
-        Returns a dict for each of the first top_k passages (None: all) with `corpus_id`, its position in `passages`;
-        `score`; and, with return_documents, `text`. Passages with equal scores keep their order. Raises what `score`
-        does.
+        Returns one dict for each of the `top_k` best passages; None returns all passages. `corpus_id` is the position
+        of the passage in `passages`, and `score` is its score. With return_documents, `text` is its text. Passages with
+        equal scores keep their order. Raises the same errors as `score`.
         """
         if not passages:
             return []
@@ -106,16 +110,16 @@ class Reranker(pt.Transformer):
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """Q queries and the columns of their passages -> `score` (Q lists of scores) and each of `query_columns` (Q
-        values)."""
+        """Score the passages of Q queries. columns: the passages. Returns `score`, which has Q lists of scores, and
+        each of `query_columns`, which has Q values."""
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
     def column_sets(self) -> ColumnSets:
-        """Alternative sets of input columns. The first set that a frame has is used."""
+        """Alternative sets of input columns. The first set whose columns are all in the frame is used."""
         return [self.text_column()]
 
     def text_column(self) -> dict[str, type]:
-        """The column with the passages. Raises TypeError where `text_field` is not a single name."""
+        """The column with the texts of the passages. Raises TypeError if `text_field` is not a single name."""
         if not isinstance(self.text_field, str):
             raise TypeError(
                 f"text_field={self.text_field!r}; wanted the name of one column. Join several before:"
@@ -124,11 +128,12 @@ class Reranker(pt.Transformer):
         return {self.text_field: str}
 
     def query_columns(self) -> list[str]:
-        """The columns that are added to a frame, besides score and rank."""
+        """The names of the columns that are added to a frame besides `score` and `rank`, with one value per query."""
         return []
 
     def columns(self, passages: Passages) -> Columns:
-        """Passages as columns. For plain texts, the docnos are their positions."""
+        """The passages as columns. For passages that are given as texts only, the docnos are their positions in the
+        list."""
         if isinstance(passages, dict):
             return passages
         for number, given in enumerate(passages):
@@ -140,11 +145,13 @@ class Reranker(pt.Transformer):
         return {"docno": [list(map(str, range(len(given)))) for given in shown], self.text_field: shown}
 
     def load(self) -> Any:
-        """Load the checkpoint, or return the one in memory. Call it to warm up before the first query.
+        """Return the checkpoint, and load it first if it is not in memory. Call `load` yourself if the first query
+        should not wait for the loading.
 
-        A change of `model`, `revision`, `device` or `dtype` loads it again. Weights that exist in memory only
-        (untrained, trained, or passed to `hold`) are converted instead when `device` or `dtype` changes. Raises
-        FileNotFoundError or ValueError, which say what is missing, damaged or of the wrong kind.
+        After a change of `model`, `revision`, `device` or `dtype`, the checkpoint is loaded again. There is one
+        exception: weights that exist in memory only (untrained, trained, or passed to `hold`) are converted when
+        `device` or `dtype` changes. Raises FileNotFoundError or ValueError if a file is missing, damaged or of the
+        wrong kind; the message names it.
         """
         while True:
             held, source = self._held, self._source()
@@ -154,26 +161,26 @@ class Reranker(pt.Transformer):
                     _mind_forks()
                 if held.source == source:
                     return held.checkpoint
-                if self._held is held:  # copies of this reranker keep the old one
+                if self._held is held:  # copies of this reranker keep the old `Held`
                     self._held = self._converted(held) if held.given and self._is_of(held) else Held()
 
     def hold(self, checkpoint: Any) -> None:
-        """Use this checkpoint instead of the one that `load` would read for the current arguments."""
+        """Use the given checkpoint instead of the one that `load` would read for the current arguments."""
         self._held = Held(checkpoint, self._source(), given=True)
         _mind_forks()
 
     def hold_trained(self) -> None:
-        """Mark the weights in memory as trained: they are no longer those of `model`."""
+        """Mark the weights in memory as trained. They are then no longer regarded as the weights of `model`."""
         self.load()
         self._held.given, self._held.trained, self._held.saved = True, uuid.uuid4().hex[:8], ""
 
     def note_training(self, training: dict[str, str]) -> None:
-        """Record a training run (name -> value) for the model card."""
+        """Record facts about a training run (name -> value) for the model card."""
         self._held.trainings = (*self._held.trainings, training)
 
     def in_its_dtype(self) -> Self:
-        """This reranker; or, where its weights are in another dtype than `dtype` says (as during training), a converted
-        copy."""
+        """This reranker if its weights have the dtype that its argument `dtype` sets, else a copy with converted
+        weights. During training, weights may have another dtype."""
         checkpoint, device = self.load(), choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         if all(parameter.dtype == dtype for parameter in checkpoint.network.parameters()):
@@ -183,27 +190,27 @@ class Reranker(pt.Transformer):
         return ready
 
     def in_memory(self) -> Any | None:
-        """The checkpoint if it is loaded, else None."""
+        """The checkpoint if it is loaded for the current arguments, else None."""
         held = self._held
         return held.checkpoint if held.source == self._source() else None
 
     def once(self, build: Callable[[], Loaded]) -> Loaded:
-        """The result of `build`, which reads a part of the checkpoint that `load` did not read. It runs under the lock
-        of `load` and raises the same errors."""
+        """The result of `build`, a function that reads a part of the checkpoint that `load` did not read. `build` runs
+        under the lock of `load`. Raises the same errors as `load`."""
         with self._held.lock:
             return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that the constructor can load. If this fails, OSError is raised, and a folder that existed
-        before is unchanged.
+        """Write the checkpoint into a folder that the constructor can load. Raises OSError if the checkpoint cannot be
+        written; a checkpoint that was in the folder before is then unchanged.
 
-        It also writes a model card, README.md. A card that `save` wrote earlier is replaced, but its license is kept;
-        any other README.md is left as it is.
+        A model card, README.md, is written too. If `save` wrote an earlier card into the folder, the new card replaces
+        it and keeps its license. Any other README.md is left as it is.
         """
         self.write(path, self.load())
 
     def write(self, path: str | Path, checkpoint: Any) -> None:
-        """Save a checkpoint that gives the same scores as the loaded one, and record the path."""
+        """Save a checkpoint that gives the same scores as the loaded one, with its model card, and record the path."""
         settings, place = self.saved_settings(), Path(path).expanduser()
         there, text = read_card(place), self._card(place.absolute().name, checkpoint, settings)
         new = text if there is None else in_place_of(text, there)
@@ -226,17 +233,19 @@ class Reranker(pt.Transformer):
         token: str | None = None,
         **layout: Any,
     ) -> str:
-        """Save to a repository on the hub, created if necessary, and return the commit's id, which `revision=` accepts.
+        """Save the checkpoint to a repository on the hub. Returns the id of the commit, which the argument `revision`
+        of the constructor accepts.
 
         Args:
-            repo_id: owner/name.
+            repo_id: owner/name of the repository, which is created if necessary.
             private: whether a new repository is private; None is the account's default.
-            revision: the branch, created if necessary; None is main.
-            commit_message: None names the reranker's class.
-            token: None uses HF_TOKEN or the token of `hf auth login`.
+            revision: the branch, which is created if necessary; None is main.
+            commit_message: message of the commit; None is a message with the name of the reranker's class.
+            token: access token of the hub; None uses the environment variable HF_TOKEN or the token of `hf auth login`.
             layout: further arguments of `save`.
 
-        A README.md that `save` did not write is kept. Raises OSError when the upload fails.
+        If the repository has a README.md that `save` did not write, this README.md is kept. Raises OSError if the
+        upload fails.
         """
         held = self._held
         saved = held.saved
@@ -254,11 +263,12 @@ class Reranker(pt.Transformer):
         return commit
 
     def saved_settings(self) -> dict[str, Any]:
-        """What `save` records with the weights: arguments that belong to the checkpoint, such as lengths."""
+        """The arguments that `save` records in the checkpoint, such as the maximum length of a prompt."""
         return {}
 
     def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
-        """The model card of the loaded checkpoint: the card in its folder, else a new one."""
+        """The model card for saving the loaded checkpoint: the card that was in its folder if the weights are
+        unchanged, else a new card."""
         held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
         before = held.card
         if before is not None and not held.given and model.is_dir():
@@ -276,11 +286,13 @@ class Reranker(pt.Transformer):
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:
-        """An untrained reranker on top of a pre-trained model. `torch.manual_seed` fixes its random weights.
+        """An untrained reranker on top of a pre-trained model. If you call `torch.manual_seed` first, its random
+        weights are reproducible.
 
         Args:
-            name: hub id or folder of the model.
-            arguments: those of the constructor, and the keyword arguments of `begin`.
+            name: hub id or folder of the pre-trained model.
+            arguments: arguments of the constructor, and for PERank also `encoder_name`, `encoder_pooling`,
+                `embedding_size` and `projector_type`.
         """
         options = {option: arguments.pop(option) for option in cls.begin_options() if option in arguments}
         reranker = cls(name, **arguments)
@@ -292,7 +304,8 @@ class Reranker(pt.Transformer):
         return reranker
 
     def apply_attributes(self, **changes: Any) -> Self:
-        """A copy with other arguments and the same weights, for `pt.inspect.transformer_apply_attributes`."""
+        """A copy with changed arguments and the same weights. `pt.inspect.transformer_apply_attributes` calls this
+        method."""
         known = {attribute.name for attribute in pt.inspect.transformer_attributes(self)}
         if unknown := changes.keys() - known:
             raise pt.inspect.InspectError(f"{type(self).__name__} has no argument {', '.join(sorted(unknown))}")
@@ -303,36 +316,38 @@ class Reranker(pt.Transformer):
 
     @classmethod
     def begin_options(cls) -> dict[str, inspect.Parameter]:
-        """What `from_backbone` accepts besides the constructor's arguments."""
+        """The arguments that `from_backbone` accepts besides those of the constructor."""
         parameters = inspect.signature(cls.begin).parameters
         return {name: parameter for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
 
     def folder(self) -> Folder:
-        """The files of the model, downloaded from the hub if necessary. Raises what `fetch` does."""
+        """The folder with the checkpoint's files, which are downloaded from the hub if necessary. Raises the same
+        errors as `fetch`."""
         return fetch(self.model, revision=self.revision)
 
     def option(self, argument: str, known: Mapping[str, Named]) -> Named:
-        """What an argument whose value is a name stands for. ValueError lists the known names."""
+        """The entry of `known` under the name that is the value of an argument. For an unknown name, raises ValueError,
+        whose message lists the known names."""
         name = getattr(self, argument)
         if name not in known:
             raise ValueError(f"{argument}={name!r}; wanted one of {', '.join(map(repr, known))}")
         return known[name]
 
     def progress(self, total: int, unit: str) -> tqdm:
-        """A progress bar over `total` units of work, shown when `verbose`."""
+        """A progress bar over `total` units of work. It is shown if `verbose` is True."""
         bar: tqdm = pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
         return bar
 
     def _read(self) -> tuple[Any, str | None]:
-        """The checkpoint, and the model card in its folder."""
+        """The checkpoint, and the text of the model card in its folder, or None."""
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         folder = self.folder()
         return type(self).read(folder, device, dtype), read_card(folder.path)
 
     def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
-        """The result of `build`, called outside inference mode so that its tensors can be trained. Unexpected errors of
-        a library become a ValueError that names the model."""
+        """The result of `build`, which is called outside inference mode, so that its tensors can be trained. If a
+        library raises an unexpected error, ValueError is raised instead, with a message that names the model."""
         try:
             with torch.inference_mode(False):
                 return build()
@@ -357,7 +372,8 @@ class Reranker(pt.Transformer):
         return held.source is not None and held.source[:2] == (self.model, self.revision)
 
     def call(self) -> str:
-        """The constructor call with these arguments, whether or not the weights were trained since."""
+        """The constructor call with the reranker's arguments. It does not show whether the weights were trained
+        since."""
         return representation(self, last=[field.name for field in dataclasses.fields(Reranker) if field.kw_only])
 
     def __repr__(self) -> str:
@@ -371,10 +387,16 @@ class Reranker(pt.Transformer):
 class Held:
     """A checkpoint in memory, the arguments that it was read with, and a lock for reading it.
 
-    given: whether it was passed to `hold` instead of read from `model`. trained: a unique name if it was trained in
-    memory. saved: the folder or the hub repository in which it was saved. trainings: facts about each training run, for
-    the model card. card: the model card that was read with it. Copies of a reranker share one `Held`. A pickle omits
-    the lock.
+    Copies of a reranker share one `Held`. A pickle omits the lock.
+
+    Args:
+        checkpoint: the checkpoint, or None before it is read.
+        source: the values of the reranker's arguments in `loads_from` with which the checkpoint was read.
+        given: whether the weights exist in memory only, because the checkpoint was passed to `hold` or trained.
+        trained: a unique name if the checkpoint was trained in memory, else "".
+        saved: the folder or hub repository in which the checkpoint was saved last, or "".
+        trainings: facts about each training run, for the model card.
+        card: the model card that was read with the checkpoint.
     """
 
     _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
@@ -401,8 +423,8 @@ class Held:
 
     @classmethod
     def after_fork(cls) -> None:
-        """A forked process has no other threads, so torch must not wait for its thread pool, and nothing for a lock
-        that another thread held."""
+        """Prepare a new forked process, which has a single thread: torch must not wait for the threads of its pool, and
+        locks that other threads held must be replaced."""
         torch.set_num_threads(1)
         for held in cls._all:
             held.lock = threading.RLock()
@@ -410,13 +432,14 @@ class Held:
 
 @functools.cache
 def _mind_forks() -> None:
-    """Prepare this process for forks, once a checkpoint is loaded."""
+    """Register `Held.after_fork`, once in this process. Called when a checkpoint is loaded."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=Held.after_fork)
 
 
 def texts(name: str, given: Sequence[str]) -> list[str]:
-    """The texts in valid UTF-8, as tokenizers require. TypeError names the first that is not a string."""
+    """The texts in valid UTF-8, as tokenizers require. Raises TypeError if an item is not a string; the message has its
+    name and position."""
     wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
     if wrong is not None:
         raise TypeError(f"{name}[{wrong}] is {given[wrong]!r}; wanted a string")
@@ -426,7 +449,7 @@ def texts(name: str, given: Sequence[str]) -> list[str]:
 def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str:
     """The constructor call that rebuilds a transformer, with the arguments that differ from their defaults.
 
-    last: arguments to print after the others.
+    last: names of arguments to print after all others.
     """
     shown = []
     for argument in sorted(pt.inspect.transformer_attributes(transformer), key=lambda argument: argument.name in last):
@@ -445,5 +468,5 @@ def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str
 
 
 def _in_one_line(value: Any) -> str:
-    """The repr of an argument on one line; for a frame or an array, its type and shape."""
+    """The repr of an argument on one line. A frame or an array is represented by its type and shape."""
     return f"<{type(value).__name__} of {value.shape}>" if hasattr(value, "shape") else repr(value)

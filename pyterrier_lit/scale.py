@@ -18,14 +18,16 @@ from pyterrier_lit import signals
 from pyterrier_lit.frames import Columns, rerank
 from pyterrier_lit.reranker import Reranker
 
-CHARACTERS = 4  # per token, on average
-READ = 2_048  # characters of a passage that count towards its cost: models truncate the rest
-SMALLEST, LARGEST = 32_768, 1_000_000  # tokens of a shard: a few full batches; several such shards fit into memory
-IN_FLIGHT = 2  # shards per worker: one being computed, one waiting
-ATTEMPTS = 3  # how often workers may die on one shard or while loading
+CHARACTERS = 4  # characters per token, on average
+READ = 2_048  # maximum characters of a passage that count towards its cost: models truncate the rest
+# Tokens of a shard: the smallest shard is a few full batches; several of the largest shards fit into memory
+SMALLEST, LARGEST = 32_768, 1_000_000
+IN_FLIGHT = 2  # shards sent to a worker at a time: one is computed, one is waiting
+ATTEMPTS = 3  # an error is raised after so many deaths of workers over one shard, or per worker while loading the model
 PATIENCE = 30  # seconds to wait for resources that are in use
 
-# Ray reads this variable at import. Without it, ray.shutdown() would take over the signals of a JVM in this process
+# Ray reads RAY_DISABLE_FAILURE_SIGNAL_HANDLER when it is imported. If it is not set, ray.shutdown() replaces the signal
+# handlers of a JVM in this process. TAKES_SIGNALS: whether Ray was imported before without the variable
 TAKES_SIGNALS = "ray" in sys.modules and "RAY_DISABLE_FAILURE_SIGNAL_HANDLER" not in os.environ
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
@@ -34,23 +36,26 @@ class Distributed(pt.Transformer):
     """Rerank with Ray: `num_workers` processes, each with a copy of the model, on this machine or on a cluster.
 
     Args:
-        reranker: any reranker of this package. Each worker loads its checkpoint; on a cluster, its model must be a hub
-            id, or a folder that all machines can read. Weights that this process has already loaded or trained are sent
-            to the workers.
-        num_workers: how many processes, each with a copy of the model.
-        num_gpus: GPUs per worker. Leave the reranker's device=None, so that each worker uses its own GPU.
-        num_cpus: CPU cores per worker, which is also its number of threads.
+        reranker: any reranker of this package. If this process has loaded or trained the weights already, they are sent
+            to the workers. Otherwise each worker loads the checkpoint of the reranker; on a cluster, the reranker's
+            `model` must then be a hub id, or a folder that all machines can read.
+        num_workers: number of worker processes, each with a copy of the model.
+        num_gpus: GPUs per worker. Leave the reranker's argument `device` at None, so that each worker uses its own GPU.
+        num_cpus: CPU cores per worker; each worker has as many threads.
         verbose: show a progress bar.
 
-    Requires Ray (extra `ray`). Ray is started on this machine unless `ray.init` was called or RAY_ADDRESS names a
-    cluster. Queries are split into shards by their estimated number of tokens; the largest shards are sent first, at
-    most two to a worker at a time. When a worker dies, its queries are sent to another worker, and a new worker
-    replaces it.
+    Ray must be installed (`pip install 'pyterrier-lit[ray]'`). It is started on this machine, unless `ray.init` was
+    called before or RAY_ADDRESS names a cluster. The queries are split into shards by their estimated number of tokens.
+    The largest shards are sent first, and a worker has at most two shards at a time. If a worker dies, a new worker
+    replaces it, and the shards of the dead worker are computed again.
 
-    The results are those of the reranker: this process reads, checks and ranks the frame, and the workers only compute
-    scores. As with any change of batching, scores may differ in the last bits of a float. `% k` fuses as with the
-    reranker itself. Workers start on first use and live until `close`, or until this object and its copies are deleted.
-    Copies share workers as long as they have the same reranker and weights; after further training, new workers start.
+    The results are those of the reranker, because the workers only compute scores: this process reads, checks and ranks
+    the frame. Scores may differ from those of the reranker alone in the last bits of a float, since the batches differ.
+    A rank cutoff (`% k`) is compiled into `Distributed` as into the reranker itself.
+
+    Workers start on first use. They stop when `close` is called, or when this object and all its copies are deleted.
+    Copies share workers as long as they have the same reranker and weights. If the weights are trained further, new
+    workers start.
     """
 
     schematic: ClassVar[dict[str, str]] = {"label": "Distributed"}
@@ -76,16 +81,18 @@ class Distributed(pt.Transformer):
         self.pool = Pool()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Rerank as the reranker does.
+        """Rerank a result frame on the workers. Returns what the reranker returns, and raises the same errors.
 
-        Raises ImportError without Ray, ValueError where no machine has the resources for a worker, and RuntimeError
-        where these resources stay in use, where workers keep dying, or where `close` is called meanwhile.
+        In addition, raises ImportError if Ray is not installed, and ValueError if no machine has the resources for a
+        worker. Raises RuntimeError if the resources for a worker stay in use, if workers die repeatedly, or if `close`
+        is called during the reranking.
         """
         reranker = self.reranker
         return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """The reranker with the cutoff fused into it, on the same workers."""
+        """What `compile` puts in place of `self >> RankCutoff(k)`: a copy of this object that uses the same workers and
+        computes only the first k ranks, followed by RankCutoff(k). None if the reranker cannot stop after k ranks."""
         fused = self.reranker.fuse_rank_cutoff(k) if hasattr(self.reranker, "fuse_rank_cutoff") else None
         if fused is None:
             return None
@@ -94,11 +101,12 @@ class Distributed(pt.Transformer):
         return shorter >> pt.RankCutoff(k)
 
     def close(self) -> None:
-        """Stop the workers; the next call starts new ones."""
+        """Stop the workers. The next call of `transform` starts new workers."""
         self.pool.stop()
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """The reranker's results for Q queries and the columns of their passages, computed by the workers."""
+        """What the reranker's `results` returns for Q queries and the columns of their passages, computed by the
+        workers."""
         shards = shards_of(costs(queries, columns), self.num_workers)
         calls = [
             lambda shard=shard: (_light(self.reranker), [queries[i] for i in shard], _of(columns, shard))
@@ -116,7 +124,8 @@ class Distributed(pt.Transformer):
         return results
 
     def started(self) -> tuple["Pool", "Wanted"]:
-        """The workers for the current reranker, started if necessary, and the `Wanted` that they were started for."""
+        """The workers for the current reranker, which are started if necessary, and the `Wanted` for which they were
+        started."""
         job = _ray_started().get_runtime_context().get_job_id()
         wanted = Wanted(self.reranker, self.num_workers, self.num_gpus, self.num_cpus, job)
         while True:
@@ -127,7 +136,7 @@ class Distributed(pt.Transformer):
                 if pool.wanted == wanted:
                     return pool, pool.wanted
                 if self.pool is pool:
-                    self.pool = Pool()  # copies keep the old one
+                    self.pool = Pool()  # copies keep the old `Pool`
 
     def __repr__(self) -> str:
         reranker, *others = pt.inspect.transformer_attributes(self)
@@ -136,7 +145,7 @@ class Distributed(pt.Transformer):
 
 
 def costs(queries: Sequence[str], columns: Columns) -> list[int]:
-    """The approximate number of tokens that a model reads for each query, from the lengths of the texts."""
+    """For each query, the approximate number of tokens that a model reads, estimated from the lengths of the texts."""
     return [
         sum(
             1 + (len(query) + sum(min(len(value), READ) for value in cells if isinstance(value, str))) // CHARACTERS
@@ -147,9 +156,11 @@ def costs(queries: Sequence[str], columns: Columns) -> list[int]:
 
 
 def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
-    """Split the queries 0, 1, ... into shards, the most expensive queries first. A shard has half of a worker's share
-    of the remaining cost, so that the last shards are small and all workers end at about the same time. A shard costs
-    at most LARGEST, unless it is a single query that costs more.
+    """Split queries into shards: lists of positions in `costs`, which has the cost of each query in tokens.
+
+    The most expensive queries come first. Each shard costs about half of a worker's share of the remaining cost, so the
+    last shards are small and all workers end at about the same time. A shard costs at most LARGEST, unless it is a
+    single query that costs more.
     """
     order = deque(sorted(range(len(costs)), key=lambda i: -costs[i]))
     left = sum(costs)
@@ -181,9 +192,10 @@ class Worker:
 
 
 class Wanted:
-    """What a set of workers is started with: a reranker with its weights, the number of workers, the GPUs and cores of
-    each, and the Ray job. Two of these are equal if their rerankers differ only in arguments that are sent with each
-    call.
+    """What a set of workers is started with: a reranker with its weights, the number of workers, the GPUs and CPU cores
+    of each worker, and the Ray job.
+
+    Two objects are equal if they differ only in arguments of the reranker that are sent to the workers with each call.
     """
 
     def __init__(self, reranker: Reranker, workers: int, num_gpus: float, num_cpus: float, job: str):
@@ -197,7 +209,7 @@ class Wanted:
 
 
 class Pool:
-    """The workers of a `Distributed` and its copies, for one reranker with its weights."""
+    """The workers that a `Distributed` and its copies share, for one reranker with its weights."""
 
     _make: Callable[[], Any]  # starts a worker
 
@@ -207,10 +219,11 @@ class Pool:
         self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Pool, ()  # a pickle starts workers of its own
+        return Pool, ()  # an unpickled pool starts workers of its own
 
     def start(self, wanted: Wanted) -> None:
-        """Start as many of the workers as the resources allow. ValueError or RuntimeError where they allow none."""
+        """Start the workers, or as many of them as the resources allow. Raises ValueError or RuntimeError if the
+        resources do not allow any worker."""
         ray = _ray()
         n = _placeable(ray, wanted)
         quiet = copy.copy(wanted.reranker)
@@ -221,8 +234,10 @@ class Pool:
         self.workers, self.wanted = [self._make() for _ in range(n)], wanted
 
     def run(self, asked: Sequence[Callable[[], tuple[Any, ...]]], wanted: Wanted) -> Iterator[tuple[int, Any]]:
-        """Yield (index, answer) of each call as it finishes, computed by the workers that were started for `wanted`.
-        The arguments of a call are built when a worker is free.
+        """Let the workers that were started for `wanted` compute calls of `Worker.call`. Yields (index in `asked`,
+        answer) as each call finishes.
+
+        asked: for each call, a function that builds its arguments. It is called when a worker is free.
         """
         ray = _ray()
         waiting = deque(range(len(asked)))
@@ -279,7 +294,7 @@ class Pool:
             _ray().kill(worker)
 
     def _living(self, wanted: Wanted) -> list[Any]:
-        """The workers. Raises RuntimeError if the workers that were started for `wanted` have been stopped."""
+        """The workers that were started for `wanted`. Raises RuntimeError if they have been stopped."""
         with self.lock:
             if self.wanted is not wanted:
                 raise RuntimeError("the workers were closed while they ranked; call again")
@@ -300,7 +315,8 @@ def _ray() -> Any:
 
 
 def _ray_started() -> Any:
-    """Ray, started if necessary. A JVM in this process gets its signal handlers back."""
+    """The module of Ray, which is started if necessary. If a JVM runs in this process, its signal handlers are
+    restored."""
     ray = _ray()
     if not ray.is_initialized():
         ray.init()
@@ -314,7 +330,10 @@ def _ray_started() -> Any:
 
 
 def _placeable(ray: Any, wanted: Wanted) -> int:
-    """How many of the workers the resources allow, after waiting a while for resources in use."""
+    """How many of the wanted workers the resources allow. Waits up to PATIENCE seconds for resources that are in use.
+
+    Raises ValueError if no machine has the resources for a worker, and RuntimeError if these resources stay in use.
+    """
     machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
     each = _words(wanted.each)
     room = [
@@ -346,7 +365,7 @@ def _words(resources: dict[str, float]) -> str:
 
 
 def _weights(reranker: Reranker) -> tuple[Any, int]:
-    """The checkpoint in memory, and a count of the changes that training made to its weights."""
+    """The checkpoint in memory or None, and a number that grows with each change of its weights by training."""
     checkpoint = reranker.in_memory()
     network = getattr(checkpoint, "__dict__", {}).get("network")
     tensors = [] if network is None else network.parameters()
@@ -366,7 +385,7 @@ def _arguments(reranker: Reranker) -> dict[str, Any]:
 
 
 def _is_light(reranker: Reranker, name: str, value: Any) -> bool:
-    """Whether an argument does not affect which weights are loaded, and so can be sent with each call."""
+    """Whether an argument can be sent with each call: a plain value that does not affect which weights are loaded."""
     return name not in reranker.loads_from and isinstance(value, str | int | float | None)
 
 

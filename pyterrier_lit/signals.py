@@ -1,7 +1,7 @@
 """Restores the signal handlers of a JVM after another library replaced them. Knows neither Terrier nor Ray.
 
-A JVM raises SIGSEGV, SIGBUS, SIGFPE and SIGILL in normal operation and handles them itself. With another handler, the
-process soon dies.
+A JVM raises SIGSEGV, SIGBUS, SIGFPE and SIGILL in normal operation and handles them itself. If another library has
+replaced the JVM's handlers of these signals, the process soon dies.
 """
 
 import ctypes
@@ -11,17 +11,18 @@ import signal
 import sys
 
 JAVAS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
-SIZE = 512  # bytes, larger than struct sigaction on any system; its first field is the handler's address
+SIZE = 512  # bytes: more than struct sigaction has on any system. The first field of sigaction is the handler's address
 
 
 class _Symbol(ctypes.Structure):
-    """dladdr's result for an address: the first field is the library that contains it."""
+    """The result of dladdr for an address. Its first field is the file name of the library that contains the
+    address."""
 
     _fields_ = (("library", ctypes.c_char_p), *((name, ctypes.c_void_p) for name in ("base", "name", "address")))
 
 
 def jvm() -> bool:
-    """Whether a JVM runs in this process, as PyTerrier starts one."""
+    """Whether a JVM runs in this process, such as the one that PyTerrier starts."""
     return "jnius" in sys.modules
 
 
@@ -39,14 +40,14 @@ def _are_javas() -> bool:
 
 
 def handler(number: int) -> int:
-    """The address of a signal's handler; 0 for the system's default."""
+    """The address of the handler of a signal; 0 is the system's default handler."""
     action = ctypes.create_string_buffer(SIZE)
     ctypes.CDLL(None).sigaction(number, None, action)
     return ctypes.c_void_p.from_buffer(action).value or 0
 
 
 def library(address: int) -> str:
-    """The file name of the library that contains an address, or ""."""
+    """The file name of the library that contains an address, or "" if there is none."""
     symbol = _Symbol()
     found = ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(symbol))
     return os.path.basename(symbol.library.decode()) if found and symbol.library else ""

@@ -1,4 +1,4 @@
-"""Sliding windows over rankings, bottom to top, all queries in parallel. Knows positions only: no text, no model."""
+"""Sliding windows over rankings, bottom to top, all queries in parallel. Knows only positions: no text and no model."""
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -6,29 +6,28 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """Positions start..stop-1 of a ranking. Only the first `top` of their new order are needed; the rest may stay as
-    they are."""
+    """The positions of a window in a ranking: start, start + 1, ... stop - 1."""
 
     start: int
     stop: int
-    top: int
+    top: int  # how many ranks of the window's new order are needed; the other passages may keep their order
 
 
 class Window(NamedTuple):
-    """A window to order: the index of its query, the indices of its passages in that query's list, and how many ranks
-    of their new order are needed."""
+    """A window to order."""
 
-    query: int
-    passages: list[int]
-    top: int
+    query: int  # the index of its query
+    passages: list[int]  # the indices of its passages in the query's list
+    top: int  # how many ranks of the window's new order are needed
 
 
 def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> list[Span]:
-    """The windows of one pass over n positions, from bottom to top. The top window is shorter if the strides do not end
-    exactly at the top.
+    """The windows of one pass over a list of n positions, from bottom to top.
 
-    k: how many final ranks are needed; None is all. Of a window's new order, only the ranks that the next window
-    includes (the first len - stride) and those among the final k are then needed.
+    The last window, at the top, is shorter than `size` if the strides do not end exactly at the top of the list.
+
+    k: how many ranks of the final order are needed; None is all. With k, two kinds of ranks of a window's new order are
+    needed: the first length - stride ranks, which the next window reads, and the ranks that are among the final k.
     """
     if not 1 <= stride <= size:
         raise ValueError(f"window_size={size!r} with stride={stride!r}; wanted 1 <= stride <= window_size")
@@ -54,12 +53,18 @@ def slide(
     passes: int = 1,
     k: int | None = None,
 ) -> list[list[int]]:
-    """Order the lists of all queries by sliding windows. Round r orders the r-th window of every query that has one.
+    """Order the lists of all queries by sliding windows.
 
-    counts: passages per query. order_windows: the windows of a round -> for each a permutation of its positions, best
-    first. passes: how often the windows slide over each list; only the last pass may stop at rank k.
+    Round r orders the r-th window of each query that has at least r windows. Returns for each query the indices of its
+    passages, best first.
 
-    Returns for each query the indices of its passages, best first.
+    Args:
+        counts: the number of passages of each query.
+        size: passages per window.
+        stride: how many positions the window moves up between two windows.
+        order_windows: returns for each window of a round a permutation of its positions, best first.
+        passes: how many times the windows slide over each list.
+        k: how many ranks of the final order are needed; None is all. Only the last pass uses k.
     """
     if passes < 1:
         raise ValueError(f"passes={passes!r}; wanted a positive number")

@@ -1,8 +1,8 @@
 """Reads candidates from files, one query at a time: a re-ranking file, or a run with topics and documents. Knows no
 model.
 
-Memory holds one query with its passages, and the qids read so far, but not the whole file, unless the file is one JSON
-array.
+Memory holds one query with its passages, and the qids of the queries read before. Only a file that is a single JSON
+array is read into memory as a whole.
 """
 
 import json
@@ -27,28 +27,33 @@ class Candidates(NamedTuple):
     texts: list[str]
 
 
-Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> the texts of the known ones
-LISTS = {"candidates", "hits", "ctxs"}  # fields with a query's passages, in rank_llm, PE-Rank and LiT5
+Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> the text of each known id
+LISTS = {"candidates", "hits", "ctxs"}  # fields with a query's passages, in the formats of rank_llm, PE-Rank and LiT5
 TEXTS = ("text", "segment", "contents", "content", "body", "passage")  # fields with the text of a document in rank_llm
 ID = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query in JSON lines or one JSON array, in the order of the file.
+    """The first `depth` candidates of each query in a file of JSON lines or one JSON array, in the order of the file.
 
-    In TIRA's format (rerank.jsonl) a line is an object with qid, query, docno, text, and optionally rank and score;
-    other fields, such as original_document, are ignored. qid and docno may be numbers. The lines of a query must be
-    consecutive. A query's candidates are ordered by rank (from 0 or from 1), with ties by descending score; if some
-    have no rank, by descending score; if some have no score either, by line.
+    In TIRA's format (rerank.jsonl), each line is an object with qid, query, docno and text, and optionally rank and
+    score. Other fields, such as original_document, are ignored. qid and docno may be numbers. The lines of a query must
+    be consecutive. If all candidates of a query have a rank (from 0 or from 1), they are ordered by rank, and
+    candidates of equal rank by descending score. If some have no rank, all are ordered by descending score. If some
+    have no score either, they keep the order of the file.
 
-    An object with a list is a query with all of its passages, best first, in the formats that the papers' authors
-    publish: rank_llm's {query: {qid, text}, candidates: [{docid, doc}]}, where a doc with a title is read as "Title:
-    ... Content: ..."; PE-Rank's {query, hits: [{qid, docid, content}]}; and LiT5's {id, question, ctxs: [{docid,
-    text}]}, where a title is put before the text. A query without passages is left out.
+    In the formats of the papers' authors, an object is a query with the list of its passages, best first:
 
-    Raises OSError when the file cannot be read, and ValueError, with the line, for any other fault: a missing field, a
-    repeated (qid, docno), a query whose lines are not consecutive, an empty file, a pipe, or what `numbered_lines`
-    refuses.
+    - rank_llm: {query: {qid, text}, candidates: [{docid, doc}]}; a doc with a title is read as "Title: ... Content:
+      ...";
+    - PE-Rank: {query, hits: [{qid, docid, content}]};
+    - LiT5: {id, question, ctxs: [{docid, text}]}; a title is put before the text.
+
+    A query without passages is left out.
+
+    Raises OSError if the file cannot be read. Raises ValueError, whose message has the line, if a field is missing, if
+    a (qid, docno) is repeated, if the lines of a query are not consecutive, or if the file is empty or a pipe. Also
+    raises the errors of `numbered_lines`.
     """
     for rows in _queries(path, _rerank_rows(path)):
         differing = next((row for row in rows if row.query != rows[0].query), None)
@@ -64,9 +69,8 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = None) -> Iterator[Candidates]:
     """The first `depth` candidates of each query in a TREC run[.gz], in the order of the file.
 
-    Candidates are ordered by rank, ties by descending score.
-
-    Raises what `read_rerank_file` does, and ValueError for a qid or docno that is missing from topics or documents.
+    The candidates of a query are ordered by rank, and candidates of equal rank by descending score. Raises the same
+    errors as `read_rerank_file`, and ValueError if a qid is not in `topics` or a docno is not in `documents`.
     """
     for best in best_first(path, run_rows(path), depth):
         queries, texts = topics([best[0].qid]), documents([row.docno for row in best])
@@ -80,16 +84,22 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
 
 def topics(source: str) -> Lookup:
-    """The query of each qid: from .jsonl[.gz] lines {qid, query}, from `qid tab query` in any other file, or from
-    ir_datasets for irds:ID."""
+    """A function that returns the queries of given qids.
+
+    source: a .jsonl[.gz] file with lines {qid, query}, any other file with lines `qid tab query`, or irds:ID for a data
+    set of ir_datasets.
+    """
     if source.startswith("irds:"):
         return OnDisk(source, ((query.query_id, query.default_text()) for query in _irds(source).queries_iter()))
     return OnDisk(source, _texts(Path(source), "qid", "query"))
 
 
 def documents(source: str) -> Lookup:
-    """The text of each docno: from .jsonl[.gz] lines {docno, text}, from `docno tab text` in any other file, or from
-    ir_datasets for irds:ID."""
+    """A function that returns the texts of given docnos.
+
+    source: a .jsonl[.gz] file with lines {docno, text}, any other file with lines `docno tab text`, or irds:ID for a
+    data set of ir_datasets.
+    """
     if source.startswith("irds:"):
         store = _irds(source).docs_store()
         return lambda docnos: {doc.doc_id: _whole(doc.default_text()) for doc in store.get_many_iter(docnos)}
@@ -99,7 +109,7 @@ def documents(source: str) -> Lookup:
 class OnDisk:
     """Texts by id in a temporary database, which is deleted when the process ends.
 
-    The texts are stored as UTF-8; a lone surrogate becomes U+FFFD, as it does for the model.
+    The texts are stored as UTF-8. A lone surrogate becomes U+FFFD, as in `frames.rerank`.
     """
 
     def __init__(self, source: str, texts: Iterable[tuple[str, str]]):
@@ -119,7 +129,7 @@ class OnDisk:
 
 
 class Row(NamedTuple):
-    """A line of a file of candidates. query and text are empty if they are in other files."""
+    """A line of a file with candidates. `query` and `text` are empty if they are in other files."""
 
     where: str  # the file and the line, for messages
     qid: str
@@ -131,13 +141,16 @@ class Row(NamedTuple):
 
 
 def best_first(path: Path, rows: Iterable[Row], depth: int | None = None) -> Iterator[list[Row]]:
-    """The first `depth` rows of each query of a file, best first, as `read_run` orders them. Raises what `read_run`
-    does."""
+    """For each query of a file, its first `depth` rows, best first. They are ordered as in `read_rerank_file`.
+
+    Raises ValueError if the file is empty or a pipe, if the rows of a query are not consecutive, or if a query has a
+    docno twice.
+    """
     return (_best_first(group)[:depth] for group in _queries(path, rows))
 
 
 def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows of each query. Each query may occur once, and each passage once per query."""
+    """For each query, the list of its rows. Raises the same errors as `best_first`."""
     if path.is_fifo() or path.is_char_device():
         raise ValueError(f"{path} is a pipe or a terminal; candidates are read twice, so write them into a file")
     finished: set[str] = set()
@@ -174,7 +187,7 @@ def _rerank_rows(path: Path) -> Iterator[Row]:
 
 
 def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
-    """The rows of a query whose passages are all in one record, in the list with this name."""
+    """The rows of a query whose passages are all in one record, in the list that has the given name."""
     passages = record[name]
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
         raise ValueError(f"{where} has no list of passages under {name}; wanted an object for each")
@@ -195,7 +208,7 @@ def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
 
 
 def _composed(passage: dict[str, Any], name: str, where: str) -> str:
-    """The text of a passage with its title, combined as each format's own reader does."""
+    """The text of a passage, together with its title as in the code of the format's authors."""
     doc = passage.get("doc", passage) if name == "candidates" else passage
     if not isinstance(doc, dict):
         return _text(passage, "doc", where)
@@ -219,7 +232,7 @@ def _rerank_row(where: str, record: dict[str, Any]) -> Row:
 
 
 def run_rows(path: Path) -> Iterator[Row]:
-    """The lines of a TREC run[.gz]. ValueError names the first malformed line."""
+    """The lines of a TREC run[.gz]. Raises ValueError, whose message has the line, if a line is malformed."""
     for where, line in numbered_lines(path):
         columns = line.split()
         if len(columns) != 6:
@@ -250,7 +263,8 @@ def _texts(path: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in JSON lines or one JSON array, each with its place in the file."""
+    """Yields (place, object) for each object in a file of JSON lines or one JSON array. The place is the file with the
+    number of the line or item, for error messages."""
     lines = numbered_lines(path)
     first = next(lines, None)
     if first is None:
@@ -274,7 +288,7 @@ def _json(where: str, text: str) -> Any:
 
 
 def key(record: dict[str, Any], name: str, where: str) -> str:
-    """The id in a field, as text. ValueError for anything but a string or a whole number."""
+    """The id in a field, as text. Raises ValueError unless it is a string or a whole number."""
     value = record.get(name)
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"{where} {_given(record, name)}; wanted a string or a whole number")
@@ -282,7 +296,7 @@ def key(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def _id(value: str, name: str, where: str) -> str:
-    """A qid or docno that a run file can hold; ValueError for any other."""
+    """The qid or docno, if a run file can contain it. Raises ValueError otherwise."""
     if not ID.fullmatch(value):
         raise ValueError(
             f"{where} has {name} {value!r}; it may not be empty or contain white space, control characters or a"
@@ -304,7 +318,8 @@ def _whole(text: str) -> str:
 
 
 def number(record: dict[str, Any], name: str, where: str) -> float | None:
-    """The number in a field, or None without one. ValueError for anything but a finite number."""
+    """The number in a field, or None if the field is absent or null. Raises ValueError for anything but a finite
+    number."""
     if record.get(name) is None:
         return None
     try:

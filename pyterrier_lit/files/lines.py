@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 GZIP = b"\x1f\x8b"
-OTHERS = {  # first bytes -> a format that is not text and is not unpacked here
+OTHERS = {  # first bytes of a file -> its format, which is not text and is not unpacked here
     b"PK\x03\x04": "a zip archive",
     b"BZh": "packed by bzip2",
     b"\xfd7zXZ": "packed by xz",
@@ -22,17 +22,19 @@ OTHERS = {  # first bytes -> a format that is not text and is not unpacked here
     b"PAR1": "a parquet file",
     b"version https://git-lfs": "a pointer of git LFS; `git lfs pull` fetches the file itself",
 }
-UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, after surrogateescape
+UNDECODED = re.compile("[\udc80-\udcff]")  # what Python's "surrogateescape" makes of bytes that are not UTF-8
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file, each with its place for error messages; blank lines are left out.
+    """Yields (place, line) for each line of a text file that is not blank. The place is the file with the number of the
+    line, for error messages.
 
-    The format is detected from the bytes, not from the name: gzip (also with several members) from the first two bytes,
-    UTF-16 and UTF-32 from their byte order mark or NULs, else UTF-8. A byte order mark before a line is removed.
+    The format is detected from the content, not from the name of the file. gzip, also with several members, is detected
+    from the first two bytes. UTF-16 and UTF-32 are detected from their byte order mark or from NUL bytes; other files
+    are UTF-8. A byte order mark before a line is removed.
 
-    Raises OSError when the file cannot be read, and ValueError, with file and line, when it is truncated, damaged, in
-    another encoding or format, or changes while it is read.
+    Raises OSError if the file cannot be read. Raises ValueError, whose message has the file and the line, if the file
+    is truncated or damaged, has another encoding or format, or changes while it is read.
     """
     number = 0
     try:
@@ -44,7 +46,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
                 if number == 1 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
                     raise ValueError(f"{path} ends its lines with carriage returns alone; save it with line feeds")
                 if line.strip():
-                    # Concatenated files have byte order marks inside
+                    # A file that was concatenated from others can have byte order marks inside
                     yield f"{path}, line {number}", line.lstrip("\ufeff")
             if _state(file) != before:
                 raise ValueError(f"{path} changed while it was read; run again when it is complete")
@@ -53,14 +55,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _damaged(path: Path, number: int, found: str) -> ValueError:
-    """The error for a file that is intact only up to a line."""
+    """The error for a file that is intact only up to the given line."""
     return ValueError(
         f"{path} cannot be read beyond line {number}: it is cut short or damaged; fetch it again ({found})"
     )
 
 
 def _not_utf8(path: Path, number: int, line: str, at: int, gzipped: bool) -> ValueError:
-    """The error for a line with a byte that is not valid at its place."""
+    """The error for a line that is not valid UTF-8. at: the position of the first invalid byte in the line."""
     found = f"byte {ord(line[at]) - 0xDC00:#x} at character {at + 1}"
     if not line.endswith("\n") and at >= len(line) - 3:
         return _damaged(path, number - 1, f"the last line ends within a character: {found}")
@@ -70,7 +72,7 @@ def _not_utf8(path: Path, number: int, line: str, at: int, gzipped: bool) -> Val
 
 
 def _text(path: Path, opened: io.BufferedReader) -> io.TextIOWrapper:
-    """The text of an opened file, unpacked if it is gzipped (even twice)."""
+    """The text of an opened file, unpacked if it is gzipped once or several times."""
     while opened.peek(2).startswith(GZIP):
         opened = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=opened, mode="rb")))
     start = opened.peek(32)
@@ -82,6 +84,6 @@ def _text(path: Path, opened: io.BufferedReader) -> io.TextIOWrapper:
 
 
 def _state(file: BinaryIO) -> tuple[int, int] | None:
-    """A value that changes when the file is written to; None for a pipe, which changes as it is read."""
+    """A value that changes when the file is written to. None for anything but a regular file, such as a pipe."""
     found = os.fstat(file.fileno())
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

@@ -11,11 +11,11 @@ from typing import IO
 
 @contextlib.contextmanager
 def only_writer(output: Path) -> Iterator[None]:
-    """Hold the lock of an output: `.{name}.lock` in its folder, which is created if necessary.
+    """A context manager that holds the lock of an output file: the file `.{name}.lock` in the same folder.
 
-    The operating system releases it when the process ends, even by a crash. If the file system has no locks, a warning
-    says so. Raises BlockingIOError where another process or thread holds the lock, and OSError for a folder that cannot
-    be written to.
+    The folder is created if necessary. The operating system releases the lock when the process ends, even by a crash.
+    If the file system has no locks, a warning says so. Raises BlockingIOError if another process or thread holds the
+    lock, and OSError if the folder cannot be written to.
     """
     path = output.with_name(f".{output.name}.lock")
     try:
@@ -41,8 +41,11 @@ def _opened(path: Path) -> IO[str]:
 
 
 def _locked(file: IO[str], output: Path) -> bool:
-    """Lock an opened file and write into it which process holds the lock. Returns whether the file still exists under
-    its name."""
+    """Lock an opened file, and write into it which process holds the lock.
+
+    Returns whether the locked file still exists under its name: the previous writer may have removed it. Raises
+    BlockingIOError if another process or thread holds the lock.
+    """
     try:
         import fcntl
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.reranker import Reranker
 
-CHUNKS = {"cpu": 100, "cuda": 1_000}  # pairs that take a few seconds: on a CPU one query of depth 100
+# Query-passage pairs that take a few seconds to rerank. On a CPU, this is one query with 100 passages
+CHUNKS = {"cpu": 100, "cuda": 1_000}
 READ = ("*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.safetensors", "*.bin")  # the files of a checkpoint
-BLOB = r"[0-9a-f]{40}|[0-9a-f]{64}"  # names of files in the hub's cache, which are hashes of their content
+BLOB = r"[0-9a-f]{40}|[0-9a-f]{64}"  # the name of a file in the hub's cache is a hash of its content
 
 
 class _Loads(Exception):
@@ -20,7 +21,8 @@ class _Loads(Exception):
 
 
 def check_values(reranker: Reranker) -> None:
-    """Raise ValueError for invalid arguments, as far as they can be checked without loading the model."""
+    """Raise ValueError if an argument of the reranker is invalid, as far as this can be checked without loading the
+    model."""
     device = choose_device(reranker.device)
     choose_dtype(reranker.dtype, device)
     given = vars(reranker)
@@ -37,11 +39,11 @@ def check_values(reranker: Reranker) -> None:
 
 
 def fingerprint(reranker: Reranker) -> str:
-    """A digest of what the scores depend on besides the arguments: device, dtype, and every byte of the checkpoint's
-    files.
+    """A text that identifies what the scores depend on besides the reranker's arguments: the device, the dtype, and the
+    content of the checkpoint's files.
 
-    A file in the hub's cache is not read, since its name is a hash of its content; other files are read, at about 1 GB
-    per second.
+    A file in the hub's cache need not be read, since its name is a hash of its content. Other files are read, at about
+    1 GB per second.
     """
     device = choose_device(reranker.device)
     folder = reranker.folder().path
@@ -51,7 +53,7 @@ def fingerprint(reranker: Reranker) -> str:
 
 
 def chunk_for(reranker: Reranker) -> int:
-    """How many pairs to rerank between two writes: a few seconds of work on the device."""
+    """How many query-passage pairs to rerank between two writes: a few seconds of work on the reranker's device."""
     return CHUNKS.get(choose_device(reranker.device).type, CHUNKS["cpu"])
 
 

@@ -22,9 +22,9 @@ from pyterrier_lit.batching import counted_tokens
 from pyterrier_lit.files.candidates import Candidates
 from pyterrier_lit.files.locks import only_writer
 
-CHUNK = 100  # pairs reranked between two writes: one query of depth 100
-PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # follows the name of the output
-HASHED = (  # for each of the three hashes of a part: what another hash means
+CHUNK = 100  # query-passage pairs reranked between two writes: one query with 100 passages
+PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # the end of a part's name, after the name of the output
+HASHED = (  # what differs if the first, second or third hash in the name of a part differs
     "another reranker, model, option, chunk or system",
     "other weights or another device",
     "another input, order or depth",
@@ -34,12 +34,12 @@ HASHED = (  # for each of the three hashes of a part: what another hash means
 class Summary(NamedTuple):
     """What one call of `write_run` did."""
 
-    queries: int
-    pairs: int
-    found: int  # queries whose ranking existed already
+    queries: int  # queries reranked in this call
+    pairs: int  # query-passage pairs reranked in this call
+    found: int  # queries whose ranking was in the resumed run already
     seconds: float
-    real_tokens: int
-    padded_tokens: int
+    real_tokens: int  # tokens in all batches, without padding
+    padded_tokens: int  # tokens in all batches, with padding
 
     def __str__(self) -> str:
         done = f"{self.queries:,} queries, {self.pairs:,} pairs in {self.seconds:.1f} s with loading"
@@ -61,23 +61,29 @@ def write_run(
     resume: bool = False,
     weights: Callable[[], str] | None = None,
 ) -> Summary:
-    """Rerank every query of an input into `output`, a TREC run, gzipped if its name ends in .gz.
+    """Rerank every query of an input and write a TREC run.
 
-    reranker: a transformer that keeps every row. read: yields the queries from the start. It is called twice: the first
-        time, all of the input is checked before any reranking.
-    system: the last column. chunk: how many pairs (of whole queries) are reranked together and then written. A larger
-        chunk fills batches better, a smaller one loses less in a crash.
-    resume: resume an interrupted call and repeat no finished query. Arguments, weights and input must be unchanged.
-    weights: identifies the reranker's weights, as `fingerprint` does; called after the input is checked.
+    The queries of the run are in the order of the input. The passages of a query are ordered by rank, from 1, with
+    strictly decreasing scores (see `falling`). Until the run is complete, its file is a part: its name is
+    {output}.{hashes of arguments, weights and input}.part, and a later call can resume it.
 
-    Until it is complete, the run is named {output}.{hashes of arguments, weights and input}.part, which a later call
-    can resume. Queries are in the order of the input, passages by rank from 1, with strictly decreasing scores (see
-    `falling`).
+    Args:
+        reranker: a transformer that keeps every row.
+        read: a function that yields the queries from the start. It is called twice. The first time, the whole input is
+            checked before any query is reranked.
+        output: the file of the run, gzipped if its name ends in .gz.
+        system: the last column of the run.
+        chunk: how many query-passage pairs (of whole queries) are reranked together and then written. A larger chunk
+            fills the batches better; with a smaller chunk, less is lost in a crash.
+        resume: resume the part of an interrupted call, without repeating the queries in it. Arguments, weights and
+            input must be unchanged.
+        weights: a function that returns a text which identifies the reranker's weights, such as `fingerprint`. It is
+            called after the input is checked.
 
-    Raises FileExistsError if the output exists, or a part of it without `resume`; BlockingIOError while another process
-    writes the output; ValueError for a part with other arguments, weights or input, and for an input that changes while
-    it is read; OSError when the run cannot be written; and what `read` and the reranker raise. A note on the error says
-    what was kept.
+    Raises FileExistsError if the output exists, or if a part exists and `resume` is False. Raises BlockingIOError if
+    another process writes the output. Raises ValueError if a part has other arguments, weights or input, and if the
+    input changes while it is read. Raises OSError if the run cannot be written. Errors of `read` and of the reranker
+    are not caught. If a part is kept, a note on the error names it.
     """
     check_settings(system, chunk)
     output = Path(os.path.realpath(output)) if output.is_symlink() else output
@@ -102,7 +108,7 @@ def write_run(
 
 
 def check_settings(system: str, chunk: int) -> None:
-    """Raise ValueError for a system name that a run's last column cannot hold, and for a chunk below 1."""
+    """Raise ValueError if the last column of a run cannot contain the system name, or if the chunk is below 1."""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", system):
         raise ValueError(f"system={system!r}; a run file allows letters, digits, '.', '_' and '-' in it")
     if chunk < 1:
@@ -110,7 +116,7 @@ def check_settings(system: str, chunk: int) -> None:
 
 
 def check_new(output: Path, resume: bool) -> None:
-    """Raise FileExistsError for an output that exists, or for a part of it that is not to be resumed."""
+    """Raise FileExistsError if the output exists, or if a part of it exists and `resume` is False."""
     if output.exists():
         raise FileExistsError(f"{output} exists already; move it away to write a new run")
     begun = _parts(output)
@@ -121,10 +127,11 @@ def check_new(output: Path, resume: bool) -> None:
 
 
 def falling(scores: Sequence[float]) -> Iterator[float]:
-    """Make the scores of a ranking strictly decreasing as float32: a tie becomes the next smaller number.
+    """Make the scores of a ranking strictly decreasing as float32. Only tied scores are changed: the second of two
+    equal scores becomes the next smaller float32 number.
 
-    trec_eval reads scores as float32, orders a run by them and breaks ties by docno. With ties, the order that a
-    reranker gives to passages with equal scores (their incoming order) would be lost. Only ties are changed.
+    trec_eval reads scores as float32, orders a run by them and breaks ties by docno. Therefore ties would lose the
+    reranker's order of passages with equal scores, which is their incoming order.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
     below, lowest, *given = numbers.unbind()
@@ -134,7 +141,7 @@ def falling(scores: Sequence[float]) -> Iterator[float]:
 
 
 class Part:
-    """An unfinished run file, new or resumed.
+    """The file of an unfinished run, new or resumed.
 
     It always ends with a complete chunk, unless the process was killed.
     """
@@ -145,18 +152,19 @@ class Part:
             self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise OSError(f"{path.parent} cannot be written to ({error}); give another output") from error
-        self.end = path.stat().st_size  # end of the part to keep
+        self.end = path.stat().st_size  # how many bytes of the file to keep
 
     def skip(self, queries: list[Candidates], system: str) -> bool:
-        """Skip the rankings of these queries if they come next and are complete. Returns whether they were."""
+        """Skip the rankings of the given queries if they come next in the file and are complete. Returns whether they
+        were skipped."""
         start = self.file.tell()
         if all(_is_ranking(list(islice(self.file, len(query.docnos))), query, system) for query in queries):
             return True
-        self.end = self.file.seek(start)  # an unfinished or damaged chunk
+        self.end = self.file.seek(start)  # an unfinished or damaged chunk begins here
         return False
 
     def append(self, lines: str) -> None:
-        """Write the next rankings, overwriting the rest of an unfinished chunk."""
+        """Write the next rankings. The rest of an unfinished chunk is removed first."""
         try:
             self.file.truncate()
             self.file.write(lines.encode())
@@ -167,7 +175,7 @@ class Part:
         self.end = self.file.tell()
 
     def finish(self, output: Path) -> None:
-        """Flush the run to disk and rename it to the output, gzipped if that ends in .gz."""
+        """Flush the run to disk and rename it to the output. The file is gzipped if the output ends in .gz."""
         try:
             self.file.truncate()
             if output.suffix == ".gz":
@@ -196,12 +204,12 @@ class Part:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        with contextlib.suppress(OSError):  # a full disk refuses the buffered rest again
+        with contextlib.suppress(OSError):  # on a full disk, closing fails again to write what is buffered
             self.file.close()
         if error is None or not self.path.exists():
             return
         if self.end:
-            with contextlib.suppress(OSError):  # if this fails, resuming removes the rest
+            with contextlib.suppress(OSError):  # if truncating fails, resuming removes the rest
                 os.truncate(self.path, self.end)
             error.add_note(f"what was finished is in {self.path}, a run file; resume continues it")
         else:
@@ -209,7 +217,7 @@ class Part:
 
 
 def _parts(output: Path) -> dict[Path, list[str]]:
-    """The unfinished, non-empty runs of an output, with their hashes."""
+    """The parts of an output that are not empty, with the hashes in their names."""
     found = {
         part: re.fullmatch(re.escape(output.name) + PARTS, part.name) for part in sorted(output.parent.glob("*.part"))
     }
@@ -217,8 +225,8 @@ def _parts(output: Path) -> dict[Path, list[str]]:
 
 
 def _part_of(output: Path, *made_of: bytes) -> Path:
-    """The path of the unfinished run whose name has the hashes of `made_of`. ValueError if one with other hashes
-    exists."""
+    """The path of the part whose name has the hashes of `made_of`: arguments, weights and input. Raises ValueError if
+    a part with other hashes exists."""
     hashes = [f"{zlib.crc32(each):08x}" for each in made_of]
     for other, begun in _parts(output).items():
         differing = [what for what, own, its in zip_longest(HASHED, hashes, begun) if own != its]
@@ -228,7 +236,7 @@ def _part_of(output: Path, *made_of: bytes) -> Path:
 
 
 def _read_through(queries: Iterable[Candidates]) -> tuple[list[bytes], int]:
-    """The digest of each query, and the number of all pairs."""
+    """The digest of each query, and the number of query-passage pairs of all queries."""
     digests, pairs = [], 0
     for query in queries:
         digests.append(_digest(query))
@@ -237,12 +245,12 @@ def _read_through(queries: Iterable[Candidates]) -> tuple[list[bytes], int]:
 
 
 def _digest(query: Candidates) -> bytes:
-    """An 8-byte digest of a query, its passages, all texts and their order."""
+    """An 8-byte digest of a query and its passages: ids, texts and order."""
     return hashlib.blake2b(json.dumps(query).encode(), digest_size=8).digest()
 
 
 def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator[Candidates]:
-    """The queries, after checking each against its digest from the first reading."""
+    """The queries, each checked against its digest from the first reading. Raises ValueError if the input changed."""
     for number, (query, digest) in enumerate(zip_longest(queries, seen), 1):
         if query is None or digest is None or _digest(query) != digest:
             raise ValueError(
@@ -253,7 +261,8 @@ def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator
 
 
 def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidates]]:
-    """Lists of whole queries with at most `pairs` pairs; a longer query is a list of its own."""
+    """Lists of whole queries with at most `pairs` query-passage pairs. A query with more pairs is a list of its
+    own."""
     together: list[Candidates] = []
     n = 0
     for query in queries:
@@ -267,7 +276,7 @@ def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidat
 
 
 def _is_ranking(lines: list[bytes], query: Candidates, system: str) -> bool:
-    """Whether these lines are the ranking of a query, as `_ranked` writes it."""
+    """Whether the given lines of a run are the complete ranking of a query, as `_ranked` writes it."""
     columns = [line.decode(errors="replace").split(" ") for line in lines]
     fixed = [[*given[:2], *given[3:4], *given[5:]] for given in columns]
     wanted = [[query.qid, "Q0", str(rank), f"{system}\n"] for rank in range(1, len(query.docnos) + 1)]

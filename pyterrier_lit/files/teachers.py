@@ -14,7 +14,7 @@ from pyterrier_lit.files.candidates import key, objects
 from pyterrier_lit.files.lines import numbered_lines
 from pyterrier_lit.order import complete
 
-SHAPES = {"conversations", "extra_texts", "retrieved_passages"}  # the field that identifies each format
+SHAPES = {"conversations", "extra_texts", "retrieved_passages"}  # each format is identified by one of these fields
 HEAD = re.compile(r"relevance to (?:the )?(?:search )?query: (.*?)\.?[ \t]*\n\s*(?=\[(?:1|A)\] )", re.DOTALL)
 PE_HEAD = re.compile(r"relevance to the search query: (.*?)\.\n(?=Passage 1: )", re.DOTALL)
 SAID = re.compile(r"([0-9]+) passages")  # the number of passages that a prompt states
@@ -22,41 +22,44 @@ TAIL = "Search Query: "
 
 
 class Taught(NamedTuple):
-    """A query, its passages in the order shown to the teacher, and the teacher's order of their positions, best
-    first."""
+    """A query, its passages in the order in which the teacher was shown them, and the teacher's order."""
 
     qid: str
     query: str
     docnos: list[str]
     texts: list[str]
-    order: list[int]
-    repaired: bool  # whether the order was incomplete or had repetitions
+    order: list[int]  # positions in docnos and texts, best first
+    repaired: bool  # whether the order in the file was incomplete or had repetitions
 
 
 def is_taught(path: Path) -> bool:
-    """Whether the first record of a JSON file has one of the SHAPES."""
+    """Whether a JSON file is teacher data: whether its first record has one of the fields in SHAPES."""
     _, first = next(objects(path), ("", {}))
     return bool(SHAPES & first.keys())
 
 
 def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
-    """The lists in a file of public teacher data, in the order of the file. The format is recognised by its fields:
+    """The ranked lists in a file of public teacher data, in the order of the file.
 
-    - conversations (RankZephyr and others of rank_llm): the last two turns are rank_llm's prompt and the order, such as
-      "[2] > [1]", or "[B] > [A]" in FIRST's data;
-    - extra_texts (PE-Rank's train.jsonl): 2n passages, of which n were shown; `ranking` holds their numbers, best
-      first, and a turn of messages_wo_content contains the query;
-    - retrieved_passages (RankGPT and TWOLAR): the i-th entry of `orders`, a JSON array of texts such as "[2] > [1]", is
-      the order for the i-th record; without `orders`, the passages are already in the teacher's order, as TWOLAR's are.
+    The format of a record is recognised by one of its fields:
 
-    A qid is the field `id` or `qid`, else the record's number; a repeated qid gets the record's number appended. A
-    passage without docid gets a hash of its text as docno, so that equal texts are one passage. An order with missing,
-    invalid or repeated numbers is completed as RankGPT does: the first mention of each passage counts, and passages
-    that are not named follow in the order in which they were shown.
+    - conversations (RankZephyr and other data of rank_llm): the last two turns are rank_llm's prompt and the order,
+      such as "[2] > [1]", or "[B] > [A]" in FIRST's data;
+    - extra_texts (PE-Rank's train.jsonl): the texts of 2n passages, of which the teacher was shown the first n. The
+      field `ranking` has the numbers of these n passages, best first, and a turn of messages_wo_content contains the
+      query;
+    - retrieved_passages (RankGPT and TWOLAR): `orders` is a file with a JSON array of texts such as "[2] > [1]", whose
+      i-th text is the order for the i-th record. If `orders` is None, the passages must already be in the teacher's
+      order, as in TWOLAR's data.
 
-    Raises OSError when a file cannot be read, and ValueError, with file and line, for another format, for a prompt that
-    contains two different queries or states another number of passages than it has, and for an order that names no
-    passage.
+    The qid is the field `id` or `qid`, else the record's number. If a qid was used before, the record's number is
+    appended to it. A passage without docid gets a hash of its text as docno, so that equal texts are one passage. An
+    order with missing, invalid or repeated numbers is completed as in RankGPT: the first mention of each passage
+    counts, and passages that are not named follow in the order in which they were shown.
+
+    Raises OSError if a file cannot be read. Raises ValueError, whose message has the file and the line, for any other
+    format, for a prompt that contains two different queries or states a wrong number of passages, and for an order that
+    names no passage.
     """
     given = None if orders is None else _orders(orders)
     seen: set[str] = set()
@@ -86,7 +89,10 @@ Passage = tuple[str, str]  # docno, text
 
 
 def _read(where: str, record: dict[str, Any], order: str | None) -> tuple[str, list[Passage], list[int]]:
-    """The query, the passages as shown, and the positions that the teacher named, unchecked."""
+    """The query, the passages as the teacher was shown them, and the positions that the teacher named, unchecked.
+
+    order: RankGPT's order for this record, or None.
+    """
     if "conversations" in record:
         return _conversation(where, record)
     if "extra_texts" in record:
@@ -127,7 +133,8 @@ def _conversation(where: str, record: dict[str, Any]) -> tuple[str, list[Passage
 
 
 def _parted(text: str, names: Any) -> list[str]:
-    """The passages of a prompt. Each begins where a line starts with the next identifier in brackets."""
+    """The passages in the text of a prompt. A passage begins where a line starts with the next of `names` in
+    brackets."""
     names, passages = iter(names), list[list[str]]()
     following = f"[{next(names)}] "
     for line in text.split("\n"):
@@ -151,7 +158,7 @@ def _pe_rank(where: str, record: dict[str, Any]) -> tuple[str, list[Passage], li
     if head is None:
         raise ValueError(f"{where}: no turn of messages_wo_content is PE-Rank's prompt, '... search query: QUERY.'")
     _agree(where, head[1], head.string[head.string.rfind(TAIL) :])
-    first = min(ranking, default=0)  # numbers start at 1, or at 0 if there is a 0
+    first = min(ranking, default=0)  # the numbers start at 0 if one of them is 0, else at 1
     return head[1], [(_docno(text), text) for text in texts[:n]], [number - min(first, 1) for number in ranking]
 
 
@@ -170,7 +177,7 @@ def _passage(where: str, passage: Any) -> Passage:
 
 
 def _once(passages: Sequence[Passage], order: Sequence[int]) -> tuple[list[str], list[str], list[int]]:
-    """The docnos and texts of the passages, and the order, without repetitions: the first occurrence of a docno
+    """The docnos, the texts and the order of the passages, without repeated docnos. The first occurrence of a docno
     counts."""
     docnos = list(dict.fromkeys(docno for docno, _ in passages))
     text_of = dict(reversed(passages))
@@ -190,8 +197,11 @@ def _orders(path: Path) -> list[str]:
 
 
 def _positions(text: str, name: str) -> list[int]:
-    """The positions that an order names, unchecked: "[3] > [1]" or "[C] > [A]" -> [2, 0]."""
-    found = [name for name in re.findall(name, text) if len(name) < 19]  # Python refuses to parse thousands of digits
+    """The positions (from 0) that the text of an order names, unchecked: "[3] > [1]" or "[C] > [A]" -> [2, 0].
+
+    name: a regular expression that matches an identifier.
+    """
+    found = [name for name in re.findall(name, text) if len(name) < 19]  # Python's int refuses thousands of digits
     return [int(name) - 1 if name.isdecimal() else ord(name) - ord("A") for name in found]
 
 

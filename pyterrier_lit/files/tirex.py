@@ -1,6 +1,6 @@
 """TIRA's conventions: what a system finds in its input directory and writes to its output directory.
 
-Source: tira 0.0.207 and tirex-tracker 0.2.24, which check the output and measure the hardware. Knows no model.
+Source: tira 0.0.207, which checks the output, and tirex-tracker 0.2.24, which measures the hardware. Knows no model.
 """
 
 import contextlib
@@ -25,10 +25,15 @@ FORMATS = ("run.txt", "ir_metadata", "run-with-metadata")
 def candidates_in(
     folder: Path, first_stage: Path | None = None, depth: int | None = None
 ) -> Callable[[], Iterator[Candidates]]:
-    """A function that reads TIRA's candidates: from rerank.jsonl[.gz], or from the run of an earlier system.
+    """A function that reads the candidates in TIRA's input directory, from rerank.jsonl[.gz] or else from a run.
 
-    folder: the input directory. first_stage: the directory with the earlier system's run.txt[.gz], for an input
-    directory with queries.jsonl and documents.jsonl. Raises FileNotFoundError if there is neither.
+    Args:
+        folder: the input directory.
+        first_stage: a directory with the run.txt[.gz] of a first stage. The input directory must then have
+            queries.jsonl[.gz] and documents.jsonl[.gz].
+        depth: maximum number of candidates per query; None is all.
+
+    Raises FileNotFoundError if there is neither a rerank.jsonl[.gz] nor a run with its queries and documents.
     """
     if (file := _either(folder, "rerank.jsonl")) is not None:
         return partial(read_rerank_file, file, depth)
@@ -46,11 +51,11 @@ def candidates_in(
 class About(NamedTuple):
     """The metadata of a run."""
 
-    system: str  # the method's name
-    description: str  # what is needed to repeat it
-    dataset: str  # TIRA's id
-    team: str  # the team's name in TIRA
-    repository: str  # where the code is, a URL
+    system: str  # name of the method
+    description: str  # what is needed to repeat the run
+    dataset: str  # TIRA's id of the data set
+    team: str  # name of the team in TIRA
+    repository: str  # URL of the code
 
 
 def write_submission(
@@ -64,9 +69,18 @@ def write_submission(
 ) -> Summary:
     """Rerank all candidates into run.txt (or run.txt.gz), write ir-metadata.yml, and check both with TIRA's checker.
 
-    folder: the output directory, created if necessary. settings: further arguments of `write_run`. Files get their
-    names only when they are complete. Raises what `write_run` does, ImportError where the tirex extra is not installed,
-    and ValueError with the checker's message when the output is invalid.
+    Each file gets its name only when it is complete.
+
+    Args:
+        reranker: the reranker.
+        read: a function that yields the queries with their candidates.
+        folder: the output directory, which is created if necessary.
+        about: the metadata of the run.
+        compress: write run.txt.gz instead of run.txt.
+        settings: further arguments of `write_run`.
+
+    Raises the same errors as `write_run`, ImportError if the extra `tirex` is not installed, and ValueError with the
+    checker's message if the output is invalid.
     """
     absent = [name for name in ("tira", "tirex_tracker") if importlib.util.find_spec(name) is None]
     if absent:
@@ -92,7 +106,8 @@ def run_in(folder: Path, compress: bool) -> Path:
 
 
 def describe(reranker: Reranker, depth: int | None) -> str:
-    """What is needed to repeat a run: every argument, the revision of the model, device and dtype."""
+    """What is needed to repeat a run, as one line of text: the reranker's arguments, the revision of its model, the
+    device, the dtype and the number of candidates per query."""
     values = {argument.name: argument.value for argument in pt.inspect.transformer_attributes(reranker)}
     device = choose_device(reranker.device)
     values |= {"device": device.type, "dtype": str(choose_dtype(reranker.dtype, device)).removeprefix("torch.")}
@@ -105,13 +120,14 @@ def describe(reranker: Reranker, depth: int | None) -> str:
 
 @contextlib.contextmanager
 def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
-    """Track hardware, energy and versions inside the block; at its end, write them and the run's metadata to `path`."""
+    """A context manager that records hardware, energy and versions during its block. At the end of the block, this
+    record and the given metadata of the run are written to `path`."""
     import yaml
     from tirex_tracker import ALL_MEASURES, Measure, tracking
 
     with tempfile.TemporaryDirectory() as temporary:
-        # Not in the output directory: the tracker zips every file of the git work tree that is not ignored, including
-        # data and keys
+        # The tracker writes into a temporary directory, since it also writes an archive with every file of the git work
+        # tree that is not ignored, including data and keys
         file = Path(temporary) / METADATA
         with tracking(ALL_MEASURES - {Measure.GIT_ROOT}, 1_000, export_file_path=file):
             yield
@@ -124,7 +140,8 @@ def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError with the message of TIRA's checker unless the run and the metadata are valid."""
+    """Check the run and the metadata in an output directory. Raises ValueError with the message of TIRA's checker if
+    they are invalid."""
     from tira.check_format import check_format
 
     for wanted in FORMATS:
@@ -134,11 +151,11 @@ def check(folder: Path) -> None:
 
 
 def _either(folder: Path, name: str) -> Path | None:
-    """The file with that name, gzipped or not."""
+    """The file with the given name in a folder, gzipped or not; None if there is none."""
     return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)
 
 
 def _merged(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested mappings; values of `own` take precedence."""
+    """Merge two nested mappings. If both have a value, that of `own` is taken."""
     both = {key: _merged(found[key], own[key]) for key in found.keys() & own.keys() if isinstance(own[key], dict)}
     return found | own | both
