@@ -166,13 +166,17 @@ class Reranker(pt.Transformer):
 
     def hold(self, checkpoint: Any) -> None:
         """Use the given checkpoint instead of the one that `load` would read for the current arguments."""
-        self._held = Held(checkpoint, self._source(), given=True)
+        before = self._held
+        self._held = Held(checkpoint, self._source(), given=True, trainings=before.trainings, card=before.card)
         _mind_forks()
 
-    def hold_trained(self) -> None:
-        """Mark the weights in memory as trained. They are then no longer regarded as the weights of `model`."""
+    def hold_changed(self, how: str = "trained in memory") -> None:
+        """Mark the weights in memory as changed. They are then no longer regarded as the weights of `model`.
+
+        how: how they were changed, which `repr` shows.
+        """
         self.load()
-        self._held.given, self._held.trained, self._held.saved = True, uuid.uuid4().hex[:8], ""
+        self._held.given, self._held.changed, self._held.saved = True, f"{how}: {uuid.uuid4().hex[:8]}", ""
 
     def note_training(self, training: dict[str, str]) -> None:
         """Record facts about a training run (name -> value) for the model card."""
@@ -362,7 +366,7 @@ class Reranker(pt.Transformer):
     def _converted(self, held: "Held") -> "Held":
         device = choose_device(self.device)
         checkpoint = self._in_words(lambda: converted(held.checkpoint, device, choose_dtype(self.dtype, device)))
-        return Held(checkpoint, self._source(), True, held.trained, held.saved, held.trainings, held.card)
+        return Held(checkpoint, self._source(), True, held.changed, held.saved, held.trainings, held.card)
 
     def _source(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.loads_from)
@@ -378,10 +382,10 @@ class Reranker(pt.Transformer):
 
     def __repr__(self) -> str:
         held = self._held
-        if not held.trained or not self._is_of(held):
+        if not held.changed or not self._is_of(held):
             return self.call()
-        where = f"saved as {held.saved!r}" if held.saved else "not saved"
-        return f"{self.call()} <trained in memory, {where}: {held.trained}>"
+        how, _, name = held.changed.partition(": ")
+        return f"{self.call()} <{how}, {f'saved as {held.saved!r}' if held.saved else 'not saved'}: {name}>"
 
 
 class Held:
@@ -392,8 +396,8 @@ class Held:
     Args:
         checkpoint: the checkpoint, or None before it is read.
         source: the values of the reranker's arguments in `loads_from` with which the checkpoint was read.
-        given: whether the weights exist in memory only, because the checkpoint was passed to `hold` or trained.
-        trained: a unique name if the checkpoint was trained in memory, else "".
+        given: whether the weights exist in memory only, because the checkpoint was passed to `hold` or changed.
+        changed: how the weights were changed in memory and a unique name, as "trained in memory: 51c7acb7", or "".
         saved: the folder or hub repository in which the checkpoint was saved last, or "".
         trainings: facts about each training run, for the model card.
         card: the model card that was read with the checkpoint.
@@ -406,19 +410,19 @@ class Held:
         checkpoint: Any = None,
         source: tuple[Any, ...] | None = None,
         given: bool = False,
-        trained: str = "",
+        changed: str = "",
         saved: str = "",
         trainings: tuple[dict[str, str], ...] = (),
         card: str | None = None,
     ):
         self.checkpoint = checkpoint
         self.source = source
-        self.given, self.trained, self.saved, self.trainings, self.card = given, trained, saved, trainings, card
+        self.given, self.changed, self.saved, self.trainings, self.card = given, changed, saved, trainings, card
         self.lock = threading.RLock()
         self._all.add(self)
 
     def __reduce__(self) -> tuple[type["Held"], tuple[Any, ...]]:
-        known = (self.given, self.trained, self.saved, self.trainings, self.card)
+        known = (self.given, self.changed, self.saved, self.trainings, self.card)
         return Held, (self.checkpoint, self.source, *known)
 
     @classmethod

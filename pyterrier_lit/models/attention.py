@@ -44,7 +44,11 @@ def attention_weights(
     mask: broadcasts to (B, H, m, S). A float mask is added to the logits. A boolean mask is false for masked keys.
     scale: as in `attend`.
     """
-    logits = (query.reshape(*keys.shape[:2], -1, query.shape[-1]) @ keys.mT).float().view(*query.shape[:3], -1)
+    logits = (
+        (query.reshape(*keys.shape[:2], -1, query.shape[-1]) @ keys.transpose(-1, -2))
+        .float()
+        .view(*query.shape[:3], -1)
+    )
     if scale != 1.0:
         logits = logits * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:

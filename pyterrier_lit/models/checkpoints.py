@@ -31,7 +31,7 @@ FILES = (
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.*", "adapter_model.*"),
+    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.*", "adapter_model.*", "int8.*"),
 )
 
 
@@ -201,7 +201,7 @@ def fetch_from_hub(
     """
     from huggingface_hub import snapshot_download
 
-    wanted = [*BESIDE_WEIGHTS, *(["*.safetensors"] if weights else [])]
+    wanted = [*BESIDE_WEIGHTS, *(["*.safetensors", "int8.*"] if weights else [])]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):

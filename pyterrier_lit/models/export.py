@@ -31,6 +31,10 @@ def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) ->
     network = checkpoint.network
     if isinstance(network, LabelScorer):
         return checkpoint
+    if not isinstance(network, PooledScorer):
+        raise ValueError(
+            "layout='transformers' writes float weights, and this reranker is in int8; save it without one"
+        )
     if network.pooling != "first" or network.linear.out_features != 1:
         raise ValueError(
             f"layout='transformers' writes w . h of the first token as a classifier; this checkpoint pools by"

@@ -7,6 +7,7 @@ transformers with one or two labels. This module deals with token ids and tensor
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import nn
 
 from pyterrier_lit.models.checkpoints import Folder, save_json
+from pyterrier_lit.models.devices import dtype_name
 from pyterrier_lit.models.errors import wrong_weights
+from pyterrier_lit.models.int8 import Int8Scorer, quantized, read_int8
 from pyterrier_lit.models.library import (
     Weights,
     build,
@@ -27,7 +30,7 @@ from pyterrier_lit.models.library import (
     today,
 )
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
-from pyterrier_lit.models.pairs import PairLayout, Pieces, Reading
+from pyterrier_lit.models.pairs import Pair, PairLayout, Pieces, Reading
 from pyterrier_lit.models.sentence_files import SentenceFiles, read_sentence_files
 from pyterrier_lit.models.tokenization import (
     CHAT_TEMPLATE,
@@ -46,6 +49,7 @@ LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
 BODIES = {"electra": "Electra", "bert": "Bert"}  # body of a cross-encoder -> prefix of its classes in transformers
 # Without these fields, sentence-transformers applies a sigmoid to a single label, and high scores would tie
 IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
+INT8 = "int8"  # the field of config.json that marks a checkpoint in int8, and says how it reads pairs
 POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names
 UNLIMITED = 10**9  # for a tokenizer without a maximum length, transformers writes a number above this
 LENGTHS = {"query_length": 32, "doc_length": 256}  # maximum tokens of a query and of a passage in Rank-DistiLLM
@@ -55,7 +59,7 @@ LENGTHS = {"query_length": 32, "doc_length": 256}  # maximum tokens of a query a
 class PairCheckpoint:
     """A cross-encoder in memory."""
 
-    network: PooledScorer | LabelScorer
+    network: PooledScorer | LabelScorer | Int8Scorer
     tokenizer: tokenizers.Tokenizer
     config: dict[str, Any]  # config.json
     tokenizer_config: dict[str, Any]  # tokenizer_config.json
@@ -84,7 +88,7 @@ class PairCheckpoint:
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
 
     def layout(self, *, special_tokens_as_text: bool = False) -> PairLayout:
         """The layout of two texts as one input.
@@ -127,8 +131,10 @@ class PairCheckpoint:
 def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
     """Load a trained cross-encoder in any supported format. The format is recognised by the names of the weights first,
     and then by the config."""
-    config, weights = folder.config, folder.weights()
-    kind = config.get("model_type")
+    config = folder.config
+    if INT8 in config:
+        return _read_int8(folder, device, dtype)
+    weights, kind = folder.weights(), config.get("model_type")
     if "linear.weight" in weights:
         if kind not in (*LIGHTNING_IR, *BODIES):
             raise ValueError(
@@ -148,6 +154,33 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
             " labels. To train a head on an encoder: CrossEncoder.from_backbone"
         )
     return _classifier(folder, _labelled(folder, weights), beside, device, dtype)
+
+
+def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair], lengths: dict[str, int | None]) -> PairCheckpoint:
+    """The checkpoint in int8, calibrated on these pairs. It records the lengths that are not None.
+
+    Raises ImportError and ValueError as `quantized` does.
+    """
+    layout = checkpoint.layout()
+    by_length = sorted(pairs, key=layout.length)
+    batches = [layout.tensors(by_length[i : i + 2], checkpoint.pad_id) for i in range(0, len(by_length), 2)]
+    network = quantized(checkpoint.network, batches)
+    recorded = {name: length for name, length in lengths.items() if length is not None}
+    config = checkpoint.config | recorded | {INT8: {"pad_id": network.pad_id, **dataclasses.asdict(checkpoint.reading)}}
+    return dataclasses.replace(checkpoint, network=network, config=config, _layouts={})
+
+
+def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
+    """A checkpoint that `in_int8` made. Raises ValueError for a device or a dtype in which it cannot compute."""
+    if device.type != "cpu" or dtype != torch.float32:
+        raise ValueError(
+            f"{folder} is in int8, which computes on a CPU and in float32 outside matrix products; it cannot use"
+            f" {device.type} and {dtype_name(dtype)}; wanted device='cpu' and dtype=None"
+        )
+    fields = dict(folder.config[INT8])
+    pad_id = fields.pop("pad_id")
+    network, tokenizer = read_int8(folder, pad_id), folder.tokenizer(folder.config.get("backbone_model_type"))
+    return PairCheckpoint(network, tokenizer, folder.config, folder.tokenizer_config, Reading(**fields))
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:

@@ -157,7 +157,7 @@ class Training(pt.Estimator):
             settings,
             described=described,
             validate=validate,
-            begins=self.student.hold_trained,
+            begins=self.student.hold_changed,
         )
         self._logs.append(pd.DataFrame(log))
         self.student.note_training(self.told(recipe, objective, len(lists), log))
