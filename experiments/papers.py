@@ -33,10 +33,12 @@ IRDS_DL: dict[str, str] = {
     "dl21": "irds:msmarco-passage-v2/trec-dl-2021/judged",
     "dl22": "irds:msmarco-passage-v2/trec-dl-2022/judged",
 }
+# BioASQ, Signal-1M, TREC-NEWS and Robust04 may not be downloaded freely. Their sources are folders of the user, with
+# docs.jsonl (docno, title, text), queries.tsv and qrels.txt
 BEIR: dict[str, str] = {
     "beir/trec-covid": "irds:beir/trec-covid",
-    "beir/bioasq": f"{DATA}/beir/bioasq",  # BioASQ, Signal-1M, TREC-NEWS and Robust04 may not be downloaded freely:
-    "beir/nfcorpus": "irds:beir/nfcorpus/test",  # put docs.jsonl (docno, title, text), queries.tsv and qrels.txt there
+    "beir/bioasq": f"{DATA}/beir/bioasq",
+    "beir/nfcorpus": "irds:beir/nfcorpus/test",
     "beir/nq": "irds:beir/nq",
     "beir/hotpotqa": "irds:beir/hotpotqa/test",
     "beir/fiqa": "irds:beir/fiqa/test",
