@@ -26,7 +26,7 @@ import pandas as pd
 
 QUESTION = "How much memory does training on a stored run take?"
 DEPTH = 100
-PASSAGES = 8_841_823  # of MS MARCO
+PASSAGES = 8_841_823  # number of passages in MS MARCO
 SOURCES = ("stored run", "stored run, PE-Rank", "frame")
 PE_RANK = Path(__file__).parent / "tiny" / "pe-rank"
 

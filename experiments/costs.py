@@ -17,7 +17,7 @@ from pyterrier_lit import PERank
 from pyterrier_lit.reranker import Reranker
 from pyterrier_lit.windows import sliding_windows
 
-MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_MB: 1.0}  # units, in MB
+MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_MB: 1.0}  # measure -> its unit in MB
 
 
 def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:

@@ -20,7 +20,8 @@ from pyterrier_lit import PERank
 from pyterrier_lit.batching import Budget
 
 PIECES = Path(__file__).parent / "tiny" / "cross-encoder"  # the tokenizer of the sparse stand-in
-WIDTH, THRESHOLD = 128, 50.0  # size of its embeddings; threshold of logits (a token's own: about 100, others: 0 +- 10)
+# Of the sparse stand-in: size of embeddings; threshold of logits (of the token itself: about 100; of others: 0 +- 10)
+WIDTH, THRESHOLD = 128, 50.0
 
 
 def splade(name: str, max_length: int = 128) -> Any:

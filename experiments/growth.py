@@ -1,5 +1,5 @@
-"""Measures seconds and memory of each reranker as passages, queries and tokens become more, and fits the exponent of
-seconds. Run by hand.
+"""Measures seconds and memory of each reranker as the numbers of passages, queries and tokens grow, and fits the
+exponent of seconds. Run by hand.
 
     python experiments/growth.py [--only passages queries tokens] [--rerankers PERank]
         [--plot pyterrier_lit/pt_docs/growth.svg] [--record]

@@ -53,8 +53,8 @@ def read(question: str | None = None, file: Path = FILE) -> pd.DataFrame:
 
 
 def latest(rows: pd.DataFrame, *also: str) -> pd.DataFrame:
-    """The newest row of each question, setting, n and measure. also: further columns, such as "threads", of whose
-    values the newest row is kept."""
+    """The newest row of each question, setting, n and measure. also: further columns, such as "threads"; rows with
+    different values in these columns are kept apart."""
     return rows.drop_duplicates(["question", "setting", "n", "measure", *also], keep="last", ignore_index=True)
 
 

@@ -19,8 +19,9 @@ DATA = os.path.relpath(HERE / "data")  # the user's own files: runs in TREC form
 SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # only some machines have it; never required
 RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the user's own files and those of fetch.py come first
 
-LIT5_V2: dict[str, int] = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}  # -> window
-LIT5_V1: dict[str, int] = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}  # -> window
+# Checkpoint -> window size; the stride is half of it
+LIT5_V2: dict[str, int] = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}
+LIT5_V1: dict[str, int] = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}
 LIT5_SCORE: list[str] = [f"castorini/LiT5-Score-{size}" for size in ("base", "large", "xl")]
 MONOELECTRA: dict[str, str] = {
     f"monoELECTRA-{size} two-stage RankZephyr-CBv2": f"webis/monoelectra-{size}" for size in ("base", "large")
@@ -101,7 +102,7 @@ class Comparison:
     collections."""
 
     paper: str
-    tables: tuple[str, ...]  # of published.csv
+    tables: tuple[str, ...]  # names of tables of published.csv
     collections: dict[str, Collection]
     rerankers: dict[str, Reranker] = dataclasses.field(default_factory=dict)  # empty: only the first stages
     text_of: corpora.TextOf | None = None  # makes a passage's text from its fields; None: ir_datasets' default
@@ -237,7 +238,8 @@ def further() -> dict[str, Collection]:
     return nano | {"dl23": Collection("irds:msmarco-passage-v2/trec-dl-2023/judged", runs_of("dl23", "bm25"))}
 
 
-RANKZEPHYR: str = f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt"  # of Rank-DistiLLM's teacher: Zenodo 15131907
+# The rankings of Rank-DistiLLM's teacher (Zenodo 15131907)
+RANKZEPHYR: str = f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt"
 
 
 def ms_marco() -> Collection:

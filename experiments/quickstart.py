@@ -27,8 +27,8 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 TINY = Path(__file__).parent / "tiny"
-HELD_OUT = {"python-docs": "test-"}  # beginning of the test topics' qids, if there are topics for development, too
-SHOWN = {"python-docs": "test-09"}  # qid whose top three are printed; else that of the first query
+HELD_OUT = {"python-docs": "test-"}  # how the qids of test topics begin, if there are development topics, too
+SHOWN = {"python-docs": "test-09"}  # qid of the query whose top three are printed; else the first query
 
 
 def main():

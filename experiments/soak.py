@@ -90,8 +90,8 @@ def numbers(n: int, size: int) -> Iterator[range]:
 
 
 def queries(which: range, passages: int) -> pd.DataFrame:
-    """Candidates (qid, query, docno, text) for these numbers of queries. A number gives the same candidates in every
-    run."""
+    """Candidates (qid, query, docno, text) for the queries with these numbers. A number gives the same candidates in
+    every run."""
     rows = []
     for i in which:
         drawn = random.Random(i)
