@@ -144,7 +144,7 @@ def evaluate(
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There are shared pipeline components")  # plan="tree" would keep no runs
-        warnings.filterwarnings("ignore", "Evaluation measures differ between the existing")  # experiments with and without tests
+        warnings.filterwarnings("ignore", "Evaluation measures differ between the existing")  # with or without tests
         averages = pt.Experiment(
             list(pipelines.values()),
             topics,
