@@ -1,15 +1,17 @@
-"""Compares the speed of each reranker with other implementations and with the machine's floor. Run by hand.
+"""Compares the speed of each reranker with other implementations and with a lower bound. Run by hand.
 
     python experiments/bench.py [ROW ...] [--data ../shared/data/dl19] [--quick] [--threads 1]
         [--python OpenVINO=../openvino/bin/python] [--before CHECKOUT] [--record]
 
-A row is a model of a published size with random weights, and queries with 100 passages each; --help lists the rows.
-Each system runs in a process of its own. The systems take turns, so that a busy minute favours none of them, and the
-shortest time of each counts. A system that is not installed is not run; --python names another environment that has it.
+A ROW consists of a model with random weights, queries with 100 passages each, and the systems that rerank them; --help
+lists the rows. Each system runs in a process of its own. The systems take turns, so that other jobs on the machine
+favour none of them, and the shortest time of each system counts. A system that is not installed is skipped; --python
+names the interpreter of another environment that has it.
 
-The floor is the least time that the machine needs for what our reranker computes: its FLOPs divided by the rate of
-matrix products, plus the bytes of weights, keys and values that the decoder's passes read, divided by the memory
-bandwidth. Both rates are measured here.
+The lower bound, called the floor, is the least time that the machine needs for what our reranker computes. It is the
+sum of two times. The first is the reranker's FLOPs divided by the machine's rate of matrix products. The second is the
+bytes of weights, keys and values that the decoder's passes read, divided by the memory bandwidth. The rate and the
+bandwidth are measured here.
 """
 
 import argparse
@@ -33,13 +35,14 @@ import torch
 from pyterrier_lit.models.devices import choose_dtype
 
 SYSTEMS = Path(__file__).with_name("bench_systems.py")
-TOP = 10  # where orders are compared
+TOP = 10  # two orders are compared on pairs with one of our first 10 passages
 QUESTION = "How fast is each reranker beside what else does its work?"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model, its number of queries, and the systems that rerank them. Systems that are not ours are called peers."""
+    """A model, the number of queries, and the systems that rerank these queries. Systems other than this package are
+    called peers."""
 
     kind: str
     size: str
@@ -48,7 +51,7 @@ class Row:
     queries: int = 1
 
 
-INT8 = ("ONNX int8", "OpenVINO int8")  # compared with ours in float32 and in bfloat16, since ours has no int8
+INT8 = ("ONNX int8", "OpenVINO int8")  # compared with our float32 and our bfloat16, since we have no int8
 CLASSIFIERS = {
     "float32": ("ours", "sentence-transformers", "ONNX", "OpenVINO", *INT8),
     "bfloat16": ("ours", "sentence-transformers", "OpenVINO", *INT8),
@@ -92,22 +95,22 @@ def main() -> None:
         "rows",
         nargs="*",
         metavar="ROW",
-        help=f"one of {'; '.join(ROWS)}; default: all without 43 queries, and without bfloat16 where the CPU lacks it",
+        help=f"one of {'; '.join(ROWS)}; default: all but those of 43 queries, and of bfloat16 if the CPU lacks it",
     )
     parser.add_argument("--data", default="python-docs", help="a collection that corpora.py loads")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one query of 10 passages, two turns, and only the rows that tell most in three minutes",
+        help="a trial of three minutes: a few rows, with one query of 10 passages and two turns",
     )
-    parser.add_argument("--passages", type=int, default=100, help="passages of each query")
+    parser.add_argument("--passages", type=int, default=100, help="number of passages of each query")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument(
-        "--python", action="append", default=[], metavar="SYSTEM=PYTHON", help="the interpreter to run a system in"
+        "--python", action="append", default=[], metavar="SYSTEM=PYTHON", help="the interpreter to run this system in"
     )
-    parser.add_argument("--before", type=Path, help="another checkout of this package, compared as a system of its own")
-    parser.add_argument("--plot", type=Path, help="draw the rows of measured.csv into this file, and run nothing")
+    parser.add_argument("--before", type=Path, help="another checkout of this package, which runs as one more system")
+    parser.add_argument("--plot", type=Path, help="draw measured.csv's rows as a chart into this file, and run nothing")
     measured.add_option(parser)
     arguments = parser.parse_args()
     if arguments.plot:
@@ -131,7 +134,8 @@ def main() -> None:
 
 
 def quick(row: Row) -> Row:
-    """The row with one query. Since that has only 10 passages, the systems that stop at rank 10 are left out."""
+    """The row with one query, as --quick runs it. Systems with `top_k=10` are left out, since the query has only 10
+    passages."""
     return dataclasses.replace(row, queries=1, systems=tuple(name for name in row.systems if "top_k=10" not in name))
 
 
@@ -141,15 +145,16 @@ def runs_here(dtype: str) -> bool:
 
 
 def known() -> list[str]:
-    """All systems."""
+    """The names of all systems, sorted."""
     return sorted({system for row in ROWS.values() for system in row.systems})
 
 
 def compare(
     row: Row, data: str, passages: int, turns: int, threads: int, pythons: Mapping[str, str], before: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """Run all systems of a row. Returns the shortest time in seconds, the peak GB and the results of each system, and
-    for ours also FLOPs and bytes."""
+    """Run all systems of a row. Returns for each system the shortest time in seconds, the peak memory in GB and the
+    results, and for this package also FLOPs and bytes. For a system that is not installed, it returns only the
+    reason."""
     systems = {system: (system, pythons.get(system, sys.executable), SYSTEMS.parents[1]) for system in row.systems}
     if before:
         systems["before"] = ("ours", sys.executable, before.resolve())
@@ -182,7 +187,8 @@ class Process:
         )  # fmt: skip
 
     def ask(self, request: str) -> dict[str, Any]:
-        """Send a request and return the answer. RuntimeError with the end of its log if the process died."""
+        """Send a request and return the answer. Raises RuntimeError with the end of the process's log if the process
+        died."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(f"{request}\n")
@@ -202,7 +208,8 @@ class Process:
 
 
 def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, float]:
-    """FLOP/s of matrix products and bytes/s of reading memory, each the best of calls repeated for `seconds`."""
+    """The rate of matrix products in FLOP/s and the rate of reading memory in bytes/s. Each is the best of the calls
+    that fit into `seconds`."""
     left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 3072).to(dtype)
     large = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
     flops = best(lambda: left @ right, seconds)
@@ -210,7 +217,7 @@ def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, floa
 
 
 def best(call: Any, seconds: float) -> float:
-    """The shortest time of a call that is repeated for `seconds`."""
+    """The shortest time in seconds of a call that is repeated for `seconds`."""
     least, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
@@ -220,8 +227,9 @@ def best(call: Any, seconds: float) -> float:
 
 
 def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tuple[float, float]) -> list[dict]:
-    """Rows of measured.csv: seconds a query and peak memory of each system. For ours also the floor, its share of the
-    seconds, how many times as fast as each peer ours is, and the share of pairs at the top that both order alike."""
+    """Rows of measured.csv: the seconds per query and the peak memory of each system. For this package there are also
+    the floor, the floor divided by the measured seconds, how many times as fast as each peer this package is, and the
+    share of pairs of passages that this package and the peer order alike."""
     rows = []
     peers = {name: answer for name, answer in found.items() if not name.startswith("ours") and "not run" not in answer}
     for name, answer in found.items():
@@ -243,8 +251,8 @@ def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tup
 
 
 def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) -> float:
-    """The share of pairs of one query's passages that both systems order alike. A pair is one of our first `top`
-    passages and any passage that we rank below it."""
+    """The share of pairs of passages that both systems order alike. A pair is one of the first `top` passages of our
+    ranking of a query, and any passage that we rank below it."""
     same = total = 0
     for left, right in zip(ours, theirs, strict=True):
         ranked = sorted(range(len(left)), key=lambda passage: -left[passage])
@@ -256,7 +264,7 @@ def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) ->
 
 
 def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> str:
-    """The results of a row as text to print."""
+    """The results of a row, as text to print."""
     lines = [f"\n{name}"]
     for system, answer in found.items():
         if "not run" in answer:
@@ -276,7 +284,8 @@ def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> s
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """A bar chart from the newest rows: how many times as fast as each peer ours is, by row and number of threads."""
+    """A bar chart of the newest rows of measured.csv: how many times as fast as each peer this package is, by row and
+    number of threads."""
     import matplotlib.pyplot as plt
 
     prefix = "times as fast as "

@@ -1,9 +1,9 @@
-"""Measures how much of a batch is padding, for five ways to batch a cross-encoder's pairs. Run by hand.
+"""Measures how much of a batch is padding, for five ways to batch a cross-encoder's query-passage pairs. Run by hand.
 
     python experiments/bench_batching.py ../shared/data/dl19 [--model experiments/tiny/cross-encoder] [--record]
 
-Prints the number of tokens with padding, divided by the number without, over all queries with 100 passages each. This
-ratio depends only on the pairs' lengths.
+For each way, it prints the number of tokens with padding, divided by the number of tokens without padding. The pairs
+are those of all queries with their first 100 passages. The ratio depends only on the lengths of the pairs in tokens.
 """
 
 import argparse

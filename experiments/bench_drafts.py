@@ -1,16 +1,16 @@
-"""Compares draft and verify with one token a pass: passes, decoder seconds, and whether orders are equal. Run by hand.
+"""Compares draft and verify with decoding one token per pass: passes, seconds, equality of orders. Run by hand.
 
     python experiments/bench_drafts.py [--queries 8] [--only small base costs] [--record]
 
 small           the project's small checkpoints on Python's documentation, one query at a time, in float32
 base            a decoder of T5-base's size with random weights over a window of 12,363 tokens (100 passages of DL19) or
-                2,400 (20 passages). It decodes its own logits, and then the logits of a small checkpoint in place of
-                its own, so that as many drafted tokens are right as for that checkpoint
-costs           the time of a pass of that decoder over 1 to 8 tokens
+                2,400 (20 passages). It decodes once with its own logits, and once with the logits of a small checkpoint
+                in place of its own, so that as many drafted tokens are right as for the small checkpoint
+costs           the time of a pass of the decoder of `base` over 1 to 8 tokens
 
 Draft and verify is self-speculative decoding without a draft model: the last logits rank the remaining candidates, this
-ranking is the draft, and the next pass verifies it. The ways to decode take turns, so that a busy minute favours none
-of them, and the shortest time of each counts.
+ranking is the draft, and the next pass verifies it. The ways to decode take turns, so that other jobs on the machine
+favour none of them, and the shortest time of each way counts.
 """
 
 import argparse
@@ -83,10 +83,11 @@ def candidates(n: int) -> pd.DataFrame:
 
 
 class Counted:
-    """Wraps a reader, and keeps its number of passes, their seconds, and the logits that it returned (each (B, S)).
+    """A reader that wraps another reader. It keeps the number of its passes, their seconds, and the returned logits,
+    each of shape (B, R).
 
-    costs: of passes over 1, 2, ... tokens, relative to one over one token. Decoding chooses the length of drafts by
-    them. None keeps the reader's own costs.
+    costs: the cost of a pass over 1, 2, ... tokens, relative to a pass over one token. Decoding chooses the length of a
+    draft by these costs. None takes the costs of the wrapped reader.
     """
 
     def __init__(self, reader: decoding.Reader, costs: tuple[float, ...] | None = None):
@@ -114,8 +115,8 @@ class Counted:
 
 @contextlib.contextmanager
 def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
-    """A context in which all decoding is counted. Yields a list to which each call of `decoding.in_turn` adds its
-    reader and its other arguments: words, counts and tops."""
+    """A context in which all decoding is counted. Yields a list, to which each call of `decoding.in_turn` adds a tuple:
+    its reader as a `Counted`, and its arguments words, counts and tops."""
     readers: list[tuple[Counted, Any, Any, Any]] = []
 
     def in_turn(reader, words, counts, tops) -> Choices:
@@ -132,7 +133,7 @@ def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Count
 
 
 def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, repeat: int = 1) -> list[dict]:
-    """The rows of `compared` for a reranker that is given one query at a time."""
+    """The rows of `compared` for a reranker that reranks one query at a time."""
     lists = [ranking for _, ranking in frame.groupby("qid")]
 
     def decode(costs):
@@ -144,8 +145,8 @@ def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, r
 
 
 def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: int) -> list[dict]:
-    """The rows of `compared` for T5-base's decoder over one window, with its own logits and with those of the small
-    checkpoint."""
+    """The rows of `compared` for a decoder of T5-base's size over one window, with its own logits and with those of
+    tiny/lit5-distill."""
     reranker = LiT5Distill(str(TINY / "lit5-distill"), window_size=size)
     with counted(WAYS["one token a pass"]) as readers:
         reranker(frame[(frame["qid"] == frame["qid"].iloc[0]) & (frame["rank"] < size)])
@@ -160,14 +161,14 @@ def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: i
                 return decoding.in_turn(reader, words, counts, top)[0], [reader]
 
             setting = f"T5-base's decoder, a window of {size}{asked}, {name}, {dtype}"
-            turns = repeat if size == 100 and not asked else 3 * repeat  # noise would hide short times
+            turns = repeat if size == 100 and not asked else 3 * repeat  # repeated more often if short, against noise
             rows += compared(setting, 1, decode, list(WAYS)[:2], turns)
     return rows
 
 
 class Replayed(PieceReader):
-    """A decoder over random encoder states of `tokens` tokens. If given the logits of another decoder, it returns
-    the logits of that decoder for the same position instead of its own."""
+    """A decoder over random encoder states of `tokens` tokens. If `logits` are given, it returns them, position by
+    position, in place of its own logits."""
 
     def __init__(self, fid: FiD, tokens: int, words: Any, logits: list[torch.Tensor] | None):
         states = torch.randn(tokens, fid.network.config.d_model, generator=torch.Generator().manual_seed(0))
@@ -186,7 +187,10 @@ class Replayed(PieceReader):
 
 
 def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int) -> list[dict]:
-    """Rows with the passes and seconds of each way to decode. The ways take turns. decode: costs -> orders, readers."""
+    """Rows of measured.csv with the passes and seconds of each way to decode. The ways take turns.
+
+    decode: a function that takes costs and returns orders and readers.
+    """
     with torch.inference_mode():
         turns = [{way: decode(WAYS[way]) for way in ways} for _ in range(repeat)]
     values: dict[str, float] = {}
@@ -203,7 +207,7 @@ def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int
 
 
 def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
-    """Rows with the milliseconds of a pass over 1, 2, 3, 4, 5 and 8 tokens."""
+    """Rows of measured.csv with the milliseconds of one pass over 1, 2, 3, 4, 5 and 8 tokens."""
     widths, least = (1, 2, 3, 4, 5, 8), {}
     reader = Replayed(fid, TOKENS[size], [[99]] * 99, None)
     with torch.inference_mode():

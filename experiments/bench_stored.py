@@ -3,10 +3,11 @@
     python experiments/bench_stored.py [--rows 1000000 2000000 4000000] [--pe-rank 1000000 2000000]
                                        [--frame 100000 200000] [--record]
 
-The runs are generated: 100 passages a query, docnos of seven digits as in MS MARCO, and a collection of 10,000
-passages, from which the docno's number selects the text. A cross-encoder with random weights, or the small PE-Rank with
-its encoder, is trained for three steps from a teacher's file with the same rows. Each training run has a process of its
-own. The result is the peak memory of this process minus the peak memory of training on a run of one query.
+The runs are generated. They have 100 passages per query, and docnos of seven digits as in MS MARCO. The collection has
+10,000 different texts, one of which is selected by the number in a docno. The student is a cross-encoder with random
+weights, or the small PE-Rank with its encoder. It is trained for three steps. The candidates and the teacher's ranking
+are read from the same run. Each training has a process of its own. The result is the peak memory of this process, minus
+the peak memory of a training on a run of one query.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import pandas as pd
 
 QUESTION = "How much memory does training on a stored run take?"
 DEPTH = 100
-PASSAGES = 8_841_823  # of MS MARCO
+PASSAGES = 8_841_823  # number of passages in MS MARCO
 SOURCES = ("stored run", "stored run, PE-Rank", "frame")
 PE_RANK = Path(__file__).parent / "tiny" / "pe-rank"
 
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def in_its_process(source: str, folder: Path, rows: int) -> tuple[float, float]:
-    """The peak memory of a training process in bytes, and its CPU seconds."""
+    """Train in a new process. Returns the peak memory of the process in bytes, and the CPU seconds of the training."""
     write_run(folder / f"{rows}.run", rows)
     command = [sys.executable, __file__, "--one", source, str(folder), str(rows)]
     peak, seconds = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
@@ -85,7 +86,7 @@ def write_run(path: Path, rows: int) -> None:
 
 
 def write_model(folder: Path) -> None:
-    """A BERT of one layer with random weights."""
+    """Write a BERT of one layer with random weights, and its tokenizer."""
     import transformers
 
     folder.mkdir()
@@ -97,7 +98,7 @@ def write_model(folder: Path) -> None:
 
 
 class Texts(Mapping[str, str]):
-    """10,000 passages of some 60 words each, one of which is selected for any docno."""
+    """A mapping from any docno to a text. The text is one of 10,000 passages of 60 words, followed by the docno."""
 
     def __init__(self) -> None:
         chosen = random.Random(0)
@@ -122,7 +123,8 @@ class Topics(Texts):
 
 
 def trained(source: str, folder: Path, rows: int) -> tuple[int, float]:
-    """Train once. Returns the peak memory of this process in bytes, and the CPU seconds of training."""
+    """Train once, in this process. Returns the peak memory of this process in bytes, and the CPU seconds of the
+    training."""
     import torch
 
     from pyterrier_lit import CrossEncoder, PERank

@@ -1,10 +1,10 @@
-"""The systems that bench.py compares. Each runs in a process of its own, in an environment that has it.
+"""The systems that bench.py compares. Each runs in a process of its own, in a Python environment that has it.
 
     python bench_systems.py FOLDER SYSTEM THREADS
 
-FOLDER is one that bench_work.py wrote. The process answers each line of its input with a line of JSON: `run` with the
-seconds it took, its peak memory and its results; `cost`, which only our systems understand, with FLOPs and the bytes
-that the decoder's passes read.
+FOLDER is a folder that bench_work.py wrote. The process answers each line of its input with a line of JSON. The answer
+to `run` has the seconds of the run, the peak memory in GB and the results. The answer to `cost`, which only the systems
+of this package understand, has the FLOPs and the bytes that the passes of the decoder read.
 """
 
 import functools
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 Run = Callable[[], list[list[float]]]  # returns the scores of each query's passages
-IDENTIFIER = 1.32  # tokens of an identifier, on average over 100 passages
-ANSWER = 20  # tokens of LiT5-Score's answer
+IDENTIFIER = 1.32  # mean number of tokens of an identifier, over 100 passages
+ANSWER = 20  # number of tokens of LiT5-Score's answer
 SIZE, STRIDE = 20, 10  # of PE-Rank's windows
 
 
@@ -56,13 +56,14 @@ def timed(run: Run) -> dict[str, Any]:
 
 
 def peak() -> float:
-    """The peak memory of this process in GB. `ru_maxrss` would include the memory of the process that started it."""
+    """The peak memory of this process in GB. `ru_maxrss` would include the memory of the parent process."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 2**20
 
 
 def cost(run: Run) -> dict[str, float]:
-    """FLOPs of one run of ours, and the bytes of weights, keys and values that its decoder's passes read."""
+    """The FLOPs of one run of this package, and the bytes of weights, keys and values that the passes of its decoder
+    read."""
     import costs
 
     from pyterrier_lit.models.t5 import FiD
@@ -93,12 +94,12 @@ def cost(run: Run) -> dict[str, float]:
 
 
 def numbers(tensors: Any) -> int:
-    """The bytes of these tensors."""
+    """The size of the tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def ours(**settings: Any) -> Callable[[Path, dict], Run]:
-    """This package, with all queries in one call."""
+    """This package, with all queries in one call. settings: arguments of the reranker."""
 
     def prepare(folder: Path, work: dict) -> Run:
         import pyterrier_lit
@@ -120,7 +121,8 @@ def ours(**settings: Any) -> Callable[[Path, dict], Run]:
 
 
 def pe_rank(folder: Path, work: dict, **arguments: Any) -> tuple[Any, dict[str, list]]:
-    """A PERank with a random projector, and its columns: docnos, and vectors as an index would give them."""
+    """A PERank with a random projector, and the columns to rerank: docnos, and passage vectors as an index would give
+    them."""
     from pyterrier_lit import PERank
 
     torch.manual_seed(0)
@@ -133,7 +135,7 @@ def pe_rank(folder: Path, work: dict, **arguments: Any) -> tuple[Any, dict[str, 
 
 
 def sentence_transformers(backend: str, int8: bool = False) -> Callable[[Path, dict], Run]:
-    """sentence-transformers' CrossEncoder.predict with its own batching, on one of its backends."""
+    """sentence-transformers' `CrossEncoder.predict` with its own batching, on one of its backends."""
 
     def prepare(folder: Path, work: dict) -> Run:
         if backend != "torch":
@@ -167,7 +169,8 @@ def sentence_transformers(backend: str, int8: bool = False) -> Callable[[Path, d
 
 
 def options(backend: str, work: dict) -> dict[str, Any]:
-    """The settings of a backend: threads, and for OpenVINO the precision, which OpenVINO would otherwise choose."""
+    """The settings of a backend: the number of threads, and for OpenVINO the precision, which OpenVINO would otherwise
+    choose."""
     if backend == "openvino":
         precision = {"float32": "f32", "bfloat16": "bf16"}[work["dtype"]]
         return {"ov_config": {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work["threads"]}}
@@ -181,7 +184,8 @@ def options(backend: str, work: dict) -> dict[str, Any]:
 
 
 def quantise(model: Any, pairs: list[tuple[str, str]]) -> None:
-    """Quantise weights and activations to int8 in OpenVINO's own way. These pairs provide the ranges of activations."""
+    """Quantise weights and activations to int8 with NNCF, OpenVINO's own tool. The query-passage pairs give the ranges
+    of the activations."""
     import nncf
 
     samples = [
@@ -197,10 +201,10 @@ def quantise(model: Any, pairs: list[tuple[str, str]]) -> None:
 
 
 def library_t5(folder: Path, work: dict) -> Run:
-    """transformers' T5 and `generate` with its caches over LiT5's prompts, padded to 150 tokens, one query at a time.
+    """T5 and `generate` of transformers with a KV cache, over LiT5's prompts padded to 150 tokens, one query at a time.
 
-    Its orders are not compared, since its decoding is not constrained. For LiT5-Score, `generate` also returns the
-    cross-attention.
+    The orders are not compared with ours, since the decoding is not constrained. For LiT5-Score, `generate` also
+    returns the cross-attention.
     """
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -233,7 +237,7 @@ def library_t5(folder: Path, work: dict) -> Run:
 
 
 def rank_llm(folder: Path, work: dict) -> Run:
-    """rank_llm's LiT5-Distill. Its release runs on transformers 4 only."""
+    """LiT5-Distill in rank_llm. The release of rank_llm runs on transformers 4 only."""
     from rank_llm.data import Candidate, Query, Request
     from rank_llm.rerank.listwise.rank_fid import RankFiDDistill
 
@@ -254,8 +258,9 @@ def rank_llm(folder: Path, work: dict) -> Run:
 
 
 def procedure(folder: Path, work: dict) -> Run:
-    """PE-Rank as in its published code: one window at a time. For each window of n passages, the passages are encoded
-    again, and n + 1 forward passes with a KV cache compute logits over the whole vocabulary at every position."""
+    """PE-Rank as in its published code, one window at a time. For each window of n passages, it encodes the passages
+    again, and makes n + 1 forward passes with a KV cache. Each forward pass computes logits over the whole vocabulary
+    at every position of its input."""
     from pyterrier_lit.windows import sliding_windows
 
     reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
@@ -265,12 +270,12 @@ def procedure(folder: Path, work: dict) -> Run:
     def window_order(query: str, texts: list[str]) -> list[int]:
         vectors = encoder.encode(encoder.pieces(texts))
         passages = network.projector(torch.nn.functional.normalize(vectors, dim=1).to(head.dtype))
-        table = torch.cat([head, passages])  # the vocabulary grows by the passages
+        table = torch.cat([head, passages])  # the vocabulary, and an entry for each passage
         ids = torch.tensor([ranker.prompter.ids([query], [[]], [len(texts)])[0]])
         inputs = network.body.get_input_embeddings()(ids)
         inputs[ids == network.placeholder] = passages
         cache, free, order = None, list(range(len(texts))), []
-        for _ in range(len(texts) + 1):  # the last one generates the end of the answer
+        for _ in range(len(texts) + 1):  # the last pass generates the end of the answer
             states, cache = read_on(network.body, cache, inputs_embeds=inputs)
             logits = (states @ table.T).float()[-1]
             if not free:
@@ -298,8 +303,8 @@ def procedure(folder: Path, work: dict) -> Run:
 
 
 def passages_as_text(folder: Path, work: dict) -> Run:
-    """A listwise reranker over the texts that PE-Rank compresses. It generates as many tokens as a correct answer has,
-    since a model with random weights generates no correct answer."""
+    """A listwise reranker that reads the texts of the passages, where PE-Rank reads their vectors. It generates as many
+    tokens as a correct answer has, since a model with random weights generates no correct answer."""
     from pyterrier_lit.windows import sliding_windows
 
     reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
@@ -338,8 +343,8 @@ def text_prompt(tokenizer: Any, query: str, texts: list[str]) -> list[int]:
 
 
 def read_on(body: Any, cache: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """The hidden states of new inputs after those in the KV cache, and the extended cache. The name of the cache
-    argument differs between versions of transformers."""
+    """Process new inputs after those in the KV cache. Returns their hidden states and the extended cache. The name of
+    the cache argument differs between versions of transformers."""
     name = "cache" if "cache" in inspect.signature(type(body).forward).parameters else "past_key_values"
     read = body(**inputs, **{name: cache}, use_cache=True)
     return read.last_hidden_state[0], read[name]

@@ -1,7 +1,7 @@
 """Makes the work that bench.py gives to the systems: models with random weights, queries and passages in a folder.
 
-The models have the sizes of published checkpoints, and the texts come from a collection. The tests' small tokenizers
-stand in for the published ones.
+The cross-encoders and T5 have the sizes of published models; the language model of PE-Rank is smaller than the
+published one. The texts come from a collection. The small tokenizers of the tests stand in for the published ones.
 """
 
 import json
@@ -30,14 +30,14 @@ MISTRAL = {
     "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8,
     "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
 }  # fmt: skip
-PROMPT_TOKENS = 108.8  # mean length of a LiT5 prompt on TREC DL 2019 with T5's own vocabulary
+PROMPT_TOKENS = 108.8  # mean tokens of a LiT5 prompt on TREC DL 2019, with T5's own vocabulary
 PASSAGE_TOKENS = (
-    100  # roughly, with Mistral's vocabulary: rank_llm's 9 windows of 20 have 19,724 tokens a query on TREC DL 2019
+    100  # of a passage with Mistral's vocabulary, roughly: rank_llm's 9 windows of 20 have 19,724 for a query of DL19
 )
 
 
 def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[list[str]], folder: Path) -> None:
-    """Write a model (config, weights, tokenizer) and work.json into an empty folder."""
+    """Write a model (config, weights, tokenizer) and work.json (the queries and passages) into an empty folder."""
     torch.manual_seed(0)
     match kind:
         case "cross-encoder":
@@ -51,8 +51,9 @@ def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[li
 
 
 def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[str], list[list[str]]]:
-    """The first `queries` queries of a collection that have this many passages, and these passages. They are those of
-    the collection's run, or BM25's if it has no run."""
+    """The first `queries` queries of a collection that have `passages` passages, and the texts of these passages. The
+    passages are the first ones of the collection's run or, if it has no run, of BM25. Raises ValueError if there are
+    fewer such queries."""
     collection = corpora.load(data)
     loader = collection.text_loader()
     if collection.run is None:
@@ -67,7 +68,7 @@ def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[st
 
 
 def make_classifier(folder: Path, shape: dict[str, int]) -> None:
-    """A BERT with one label, which every system can read, and the vocabulary of tiny/cross-encoder."""
+    """Write a BERT with one label, which every system can read, and the tokenizer of tiny/cross-encoder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "cross-encoder")
     config = transformers.BertConfig(**shape, vocab_size=len(tokenizer), num_labels=1, initializer_range=0.06)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
@@ -76,8 +77,8 @@ def make_classifier(folder: Path, shape: dict[str, int]) -> None:
 
 
 def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """A T5. Returns the passages, shortened so that prompts have as many tokens with the tests' vocabulary as whole
-    passages have with T5's own."""
+    """Write a T5. Returns the passages, shortened so that prompts have as many tokens with the tests' vocabulary as
+    prompts of whole passages have with T5's own vocabulary."""
     network = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE))
     network.to(torch.bfloat16).save_pretrained(folder)
     shutil.copy(GOLDEN / "lit5" / "tiny-random" / "spiece.model", folder)
@@ -95,9 +96,12 @@ def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list
 def cut(
     queries: list[str], passages: list[list[str]], lengths: Callable[[str, list[str]], list[int]], wanted: float
 ) -> list[list[str]]:
-    """Shorten all passages to the same share of their characters, such that the mean of `lengths` is `wanted`."""
+    """Shorten all passages to the same share of their characters, such that the mean of the lengths is `wanted`.
+
+    lengths: a function that takes a query and its passages and returns their lengths in tokens.
+    """
     low, high = 0.0, 1.0
-    for _ in range(12):  # halves the interval of the share
+    for _ in range(12):  # halves the interval that contains the share
         share = (low + high) / 2
         left = [[text[: int(len(text) * share)] for text in ranking] for ranking in passages]
         found = [length for query, texts in zip(queries, left, strict=True) for length in lengths(query, texts)]
@@ -106,9 +110,9 @@ def cut(
 
 
 def make_language_model(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """A Mistral for PE-Rank, and a BERT that encodes passages; it is as small compared with the Mistral as Jina's
-    encoder compared with Mistral-7B. Returns the passages, shortened so that they have as many tokens with the tests'
-    vocabulary as whole passages have with Mistral's own."""
+    """Write a Mistral for PE-Rank, and a BERT that encodes passages. The BERT is as small, compared with the Mistral,
+    as Jina's encoder is compared with Mistral-7B. Returns the passages, shortened so that they have as many tokens with
+    the tests' vocabulary as whole passages have with Mistral's own vocabulary."""
     transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL)).save_pretrained(folder)
     shutil.copy(GOLDEN / "pe_rank" / "checkpoint" / "tokenizer.model", folder)
     fields = json.loads((GOLDEN / "pe_rank" / "checkpoint" / "tokenizer_config.json").read_text())

@@ -4,10 +4,12 @@ python experiments/check_published.py --sizes                 prints how much wo
 python experiments/check_published.py monoelectra-base v2     checks those whose name contains one of these words
 python experiments/check_published.py                         checks all of them
 
-Sizes are printed first, and an interrupted download resumes. Each checkpoint is tried in a process of its own, and a
-failed check does not stop the other checks. The report is a file that you can attach to an issue: a table of the checks
-that passed, failed or were not run. DL19 is read as in trec_dl.ipynb: its texts are MS MARCO's, which ir_datasets
-fetches at first use (1 GB). --dl19 names a folder with the collection to read instead.
+The script first prints the sizes of the downloads. An interrupted download resumes. Each checkpoint is checked in a
+process of its own, and a failed check does not stop the other checks. --report names the file of the report, which you
+can attach to an issue. The report has a table of the checks that passed, failed or were not run.
+
+The collection DL19 is read from ir_datasets, as in trec_dl.ipynb. At first use, ir_datasets fetches the texts of MS
+MARCO (1 GB). --dl19 names a folder from which DL19 is read instead.
 """
 
 import argparse
@@ -65,8 +67,8 @@ COLUMNS = ["checkpoint", "check", "result", "known", "found", "seconds", "peak G
 
 
 class Subject(NamedTuple):
-    """A published checkpoint: its paper, its name in published.csv, its reranker, and the collection DL19 by name or
-    folder."""
+    """A published checkpoint: its paper, its name in published.csv, its reranker, and the name or folder of the
+    collection DL19."""
 
     paper: str
     name: str
@@ -83,7 +85,7 @@ class Finding(NamedTuple):
 
 
 class NotRun(Exception):
-    """A check cannot be run: something that it needs is missing."""
+    """Raised if a check cannot be run because something that it needs is missing."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,7 +129,8 @@ def subjects(dl19: str) -> dict[str, Subject]:
 
 
 def sizes(names: Iterable[str]) -> pd.DataFrame:
-    """A row per checkpoint: its size, and how much of it is still to be fetched. The last row is the sum."""
+    """A row per checkpoint: its size in GB, how many GB are still to be fetched, and the error if the hub gave none of
+    this. The last row is the sum."""
     rows = []
     for name in names:
         try:
@@ -146,7 +149,7 @@ def sizes(names: Iterable[str]) -> pd.DataFrame:
 
 
 def bring_runs() -> None:
-    """Fetch DL19's runs and judgements (1 MB) into experiments/data, except files that are already there."""
+    """Fetch the runs and judgements of DL19 (1 MB) into experiments/data, except files that are already there."""
     for name in ("dl19.qrels", *dict.fromkeys(RUNS.values())):
         if not papers.find(name).exists():
             try:
@@ -156,8 +159,8 @@ def bring_runs() -> None:
 
 
 def apart(name: str, dl19: str) -> list[dict[str, Any]]:
-    """The rows of `examine`, which runs in a process of its own. So only its own memory is measured, and lack of memory
-    kills only this process."""
+    """The rows of `examine`, which runs in a new process. So the measured memory is that of this checkpoint alone, and
+    a lack of memory kills only the new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(examine, name, dl19).result()
@@ -187,7 +190,7 @@ def examine(name: str, dl19: str) -> list[dict[str, Any]]:
 
 
 def tried(name: str, check: str, look: Callable[..., Finding], *given: Any) -> dict[str, Any]:
-    """Run a check and return its row, whatever the check raises."""
+    """Run a check and return its row. An exception of the check becomes a row, too."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -204,7 +207,7 @@ def tried(name: str, check: str, look: Callable[..., Finding], *given: Any) -> d
 def row(
     name: str, check: str, result: str, known: str, found: str, seconds: float | None = None, peak: float | None = None
 ) -> dict[str, Any]:
-    """A row of the table. A long `found` is shortened."""
+    """A row of the report's table. A long `found` is shortened."""
     costs = ["" if cost is None else f"{cost:.2f}" for cost in (seconds, peak)]
     return dict(
         zip(
@@ -214,7 +217,8 @@ def row(
 
 
 def peak() -> float:
-    """Peak memory in GB: on a GPU since the check began, or without a GPU since the process began."""
+    """The peak memory in GB. On a GPU, it is that of the GPU since the check began; without a GPU, that of the process
+    since it began."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -224,7 +228,8 @@ def peak() -> float:
 
 
 def weight_names(subject: Subject) -> Finding:
-    """Whether the weights of a LiT5 have the names of a T5 1.1, with an output layer of its own and gated layers."""
+    """Check whether the weights of a LiT5 have the names of a T5 1.1: a separate output layer and gated feed-forward
+    layers."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     folder = subject.reranker.folder()
@@ -255,8 +260,8 @@ def stored_names(file: Path) -> list[str]:
 
 
 def loads(subject: Subject) -> Finding:
-    """Whether the checkpoint loads. Loading is strict: a missing weight, an unknown one or another shape is an
-    error."""
+    """Check whether the checkpoint loads. Loading is strict: a missing weight, an unknown weight or a weight of another
+    shape is an error."""
     checkpoint = subject.reranker.load()
     weight = next(checkpoint.network.parameters())
     size = costs.parameters(subject.reranker) / 1e6
@@ -264,13 +269,14 @@ def loads(subject: Subject) -> Finding:
 
 
 def window(subject: Subject, size: int, stride: int) -> Finding:
-    """The default window and stride of a LiT5-Distill."""
+    """Check whether a LiT5-Distill has this window size and stride by default."""
     found = pt.inspect.transformer_apply_attributes(subject.reranker, window_size=None, stride=None).window()
     return Finding(found == (size, stride), f"{size}, {stride}", "{}, {}".format(*found))
 
 
 def scores(subject: Subject, tolerance: float) -> Finding:
-    """The reranker's scores in float32 for the pairs whose scores are published."""
+    """Check the reranker's scores in float32 for the query-passage pairs whose scores are published. The check passes
+    if each score is within `tolerance` of the published one."""
     figures = compare.published(table="known_scores", model=subject.reranker.model)
     pairs = [re.fullmatch(r"query: (.*) / passage: (.*)", pair).groups() for pair in figures["collection"]]
     exact = pt.inspect.transformer_apply_attributes(subject.reranker, dtype="float32")
@@ -282,7 +288,8 @@ def scores(subject: Subject, tolerance: float) -> Finding:
 
 
 def tokens(subject: Subject) -> Finding:
-    """The tokens of PE-Rank's prompts for a query, averaged over DL19's topics with 100 passages each."""
+    """Check the number of tokens of PE-Rank's prompts per query, as the mean over DL19's topics with 100 passages
+    each."""
     topics = collection(subject).get_topics()
     figures = compare.published(table="figure1", measure="processed tokens per query", model=subject.name)
     found = costs.prompt_tokens(subject.reranker, topics.loc[topics.index.repeat(100)])
@@ -291,15 +298,15 @@ def tokens(subject: Subject) -> Finding:
 
 
 def ten_passages(subject: Subject) -> Finding:
-    """The order of ten passages, for a person to look at. The check passes if the passage that answers the query is
+    """Rerank ten passages, for a person to look at the order. The check passes if the passage that answers the query is
     first."""
     order = [passage["corpus_id"] + 1 for passage in subject.reranker.rank(QUERY, PASSAGES)]
     return Finding(order[0] == ANSWER, f"{ANSWER} first; look at the rest", " ".join(map(str, order)))
 
 
 def over_bm25(subject: Subject) -> Finding:
-    """nDCG@10 on DL19 over the paper's BM25. The check passes if the reranker and BM25 are each within tolerance of a
-    figure that is published for it."""
+    """Check nDCG@10 on DL19 over the paper's BM25. The check passes if the reranker and BM25 are each within the
+    tolerance of a figure that is published for it."""
     where = collection(subject)
     try:
         first = first_stages.load(str(papers.find(RUNS[subject.paper])), where, Path(), 100)
@@ -319,7 +326,8 @@ def over_bm25(subject: Subject) -> Finding:
 
 
 def public_run(name: str) -> Finding:
-    """nDCG@10 on DL19 of the first 100 passages of a public run over LiT5's BM25, checked as in `over_bm25`."""
+    """Check nDCG@10 on DL19 of the first 100 passages of a public run over LiT5's BM25. The check passes if it is
+    within the tolerance of a published figure."""
     runs = {compare.FIRST_STAGE: papers.find("dl19.bm25")} | public_runs.systems_over("dl19.bm25")
     if name not in runs:
         raise NotRun(f"its run is missing; wanted it at experiments/data/runs/dl19.bm25.{name}.txt")
@@ -331,8 +339,8 @@ def public_run(name: str) -> Finding:
 
 
 def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> dict[str, Finding]:
-    """For each ranking over DL19's BM25 whose name has published figures: its nDCG@10 next to these figures. It passes
-    if one of them is within tolerance."""
+    """Compare the nDCG@10 of rankings over DL19's BM25 with the figures that are published for their names. Returns a
+    finding for each ranking with published figures. It has passed if nDCG@10 is within the tolerance of one of them."""
     averages = pd.DataFrame(
         [(name, pt.Evaluate(frame, qrels, [nDCG @ 10])["nDCG@10"]) for name, frame in frames.items()],
         columns=["name", "nDCG@10"],
@@ -351,7 +359,7 @@ def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> 
 
 
 def collection(subject: Subject) -> corpora.Collection:
-    """DL19. NotRun if it is not here and cannot be fetched."""
+    """The collection DL19. Raises NotRun if it is not here and cannot be fetched."""
     try:
         return corpora.load(subject.dl19)
     except MISSING as error:
@@ -374,7 +382,7 @@ CHECKS = [  # name, regular expression for names of checkpoints, check, its furt
 
 
 def report(table: pd.DataFrame) -> str:
-    """The table in Markdown, with machine, versions and the ten passages."""
+    """The report in Markdown: the machine, the versions, the table and the ten passages."""
     packages = ("torch", "transformers", "tokenizers", "huggingface_hub", "pyterrier", "pyterrier_lit")
     counts = table["result"].value_counts().reindex(["passed", "failed", "not run"], fill_value=0)
     facts = [

@@ -1,7 +1,7 @@
 """Compares measured with published figures: the difference, a test against a baseline, and a tolerance.
 
-Knows tables only: no model, no collection. `published.csv` holds every figure of the papers' tables with its source and
-status. `claims.csv` holds the figures in the papers' texts.
+This module works on tables, without models or collections. `published.csv` holds every figure of the papers' tables
+with its source and status. `claims.csv` holds the figures in the papers' texts.
 """
 
 import re
@@ -13,27 +13,27 @@ import pandas as pd
 PUBLISHED = Path(__file__).parent / "published.csv"
 CLAIMS = Path(__file__).parent / "claims.csv"
 KEY = ["paper", "collection", "first_stage", "depth", "model", "measure"]
-FIRST_STAGE = "first stage"  # the model of a ranking that is not reranked
-NOT_TO_BE_MATCHED = ("recalled", "erratum")  # statuses of figures that no run should match
+FIRST_STAGE = "first stage"  # the `model` of a ranking that is not reranked
+NOT_TO_BE_MATCHED = ("recalled", "erratum")  # a run is not compared with figures of these statuses
 
-# (paper, model, tolerance of nDCG and similar measures). The first line whose two regular expressions match counts.
-# Sources: published figures that differ between two evaluations of one checkpoint (LiT5's README of 2023 and 2024;
-# Rank-DistiLLM's README and notebook), and rounding.
+# (paper, model, tolerance of nDCG and similar measures). Paper and model are regular expressions; the first line in
+# which both match counts. The tolerances are the differences between two published evaluations of one checkpoint
+# (LiT5's README of 2023 and 2024; Rank-DistiLLM's README and notebook), or rounding.
 TOLERANCES = [
-    (".*", FIRST_STAGE, 0.001),  # no model: rounding, and the order of ties
+    (".*", FIRST_STAGE, 0.001),  # it needs no model: only rounding and the order of ties differ
     ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
     ("LiT5", ".*", 0.005),
     ("Rank-DistiLLM", ".*", 0.003),
-    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; LiT5's tolerance, since both run in bfloat16
+    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; as LiT5, since both run in bfloat16
 ]
 
 
 def published(**where: str | Iterable[str]) -> pd.DataFrame:
-    """The published figures whose columns have these values (a string, or several): `published(paper="LiT5",
-    table="ecir_table1")`.
+    """The published figures that have the given values (a string, or several) in the given columns:
+    `published(paper="LiT5", table="ecir_table1")`.
 
     Columns: paper, table, collection, measure, first_stage, depth, model, value, source, status. The status is
-    confirmed, readme, recalled (unchecked: do not cite) or erratum (printed, but wrong).
+    confirmed, readme (from a README), recalled (unchecked: do not cite) or erratum (printed, but wrong).
     """
     figures = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False)
     figures["value"] = figures["value"].astype(float)
@@ -43,16 +43,17 @@ def published(**where: str | Iterable[str]) -> pd.DataFrame:
 
 
 def claims() -> pd.DataFrame:
-    """The papers' claims in their texts, a row for each figure. Columns: paper, claim, value, unit, compares, where."""
+    """The figures in the papers' texts, a row for each. Columns: paper, claim, value, unit, compares, where."""
     return pd.read_csv(CLAIMS, keep_default_na=False)
 
 
 def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stage: str, depth: int) -> pd.DataFrame:
-    """Turn a frame of `pt.Experiment` (a row per name, a column per measure) into a row per model and measure.
+    """Turn the table of a `pt.Experiment` (a row per pipeline, a column per measure) into a row per pipeline and
+    measure.
 
-    To be compared, a name must be a model of `published.csv`; the first stage is called "first stage". Columns: those
-    of KEY, `measured`, and `p`, the p-value against the experiment's baseline, corrected if the experiment corrected
-    it.
+    The name of a pipeline becomes its `model`. For a comparison with published figures, it must be a model of
+    `published.csv`, or "first stage" for a first stage alone. Columns: those of KEY, `measured`, and `p`. `p` is the
+    p-value against the experiment's baseline, corrected if the experiment corrected it.
     """
     tests = re.compile(r" (\+|-|p-value|reject|p-value corrected)$")
     rows = []
@@ -67,8 +68,8 @@ def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stag
 
 
 def repeated(results: pd.DataFrame) -> pd.DataFrame:
-    """Merge the runs of a system, "NAME #1", "NAME #2", ..., into one row with their mean, `lowest` and `highest`, but
-    without p. A system with one run keeps its p."""
+    """Merge the runs of a system, named "NAME #1", "NAME #2", ..., into one row. The row has their mean, the `lowest`
+    and the `highest` of them, and no p. A system with one run keeps its p."""
     names = results["model"].str.replace(r" #\d+$", "", regex=True)
     groups = results.assign(model=names).groupby(KEY, sort=False)
     rows = groups.agg(
@@ -81,15 +82,16 @@ def repeated(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
-    """Measured figures next to published ones, a row for each row of `results` (frames of `results`, concatenated).
+    """Measured figures next to published ones, with a row for each measured figure.
 
-    tables: use only these tables of `published.csv`; all their figures of the measures in `results` appear, even those
-    that were not measured. By default, a measured figure meets every published one of the same paper, collection, first
-    stage, depth, model and measure. The depth of a first stage is ignored.
+    results: frames that the function `results` returned, concatenated. tables: names of tables of `published.csv`. If
+    given, only their figures are used, and all of their figures for the measures in `results` appear, even those that
+    were not measured. By default, a measured figure is compared with every published figure of the same paper,
+    collection, first stage, depth, model and measure. The depth of a first stage is ignored.
 
     Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced`, `table`, `source`,
-    `status`. `reproduced` is "within" or "outside" the tolerance, and empty if there is nothing to match. With several
-    runs of a system, a published figure between their lowest and highest counts as "within", too.
+    `status`. `reproduced` is "within" or "outside" the tolerance, and empty if there is nothing to compare. If a system
+    has several runs, a published figure between the lowest and the highest of them counts as "within", too.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
@@ -126,8 +128,8 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
 
 
 def progress(table: pd.DataFrame) -> pd.DataFrame:
-    """For each paper and table of published.csv: the number of cells, and how many of them are measured, are within and
-    outside their tolerance, and wait for a run."""
+    """For each paper and table of published.csv: the number of cells, how many of them are measured, how many are
+    within and outside the tolerance, and how many wait for a run."""
     cells = table[table["published"].notna()].assign(
         measured=lambda rows: rows["measured"].notna(),
         within=lambda rows: rows["reproduced"] == "within",
@@ -139,9 +141,9 @@ def progress(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tolerance(paper: str, model: str, measure: str) -> float:
-    """How far a faithful reproduction may differ from a published figure.
+    """The largest difference from a published figure that a faithful reproduction may have.
 
-    nan for measures that depend on the machine, such as seconds and memory.
+    It is nan for measures that depend on the machine, such as seconds and memory.
     """
     if not re.match(r"(nDCG|MAP|alpha-nDCG|R|RR|P)@\d+$", measure):
         return float("nan")
@@ -150,7 +152,7 @@ def tolerance(paper: str, model: str, measure: str) -> float:
 
 
 def pivot(table: pd.DataFrame, values: tuple[str, ...] = ("measured", "published")) -> pd.DataFrame:
-    """The table as the papers print it: a row per model and first stage, and for each collection its columns of
+    """The table in the form that the papers print: a row per model and first stage, and for each collection the columns
     `values`."""
     wide = table.pivot_table(
         index=["first_stage", "model"],
@@ -166,14 +168,15 @@ def pivot(table: pd.DataFrame, values: tuple[str, ...] = ("measured", "published
 
 
 def show(table: pd.DataFrame) -> "pd.io.formats.style.Styler":
-    """Style a table for a notebook: three digits, blanks for missing values, no empty columns, no row numbers."""
+    """Style a table for a notebook: three decimal places, blanks for missing values, no empty columns, no row
+    numbers."""
     told = table[[column for column in table if table[column].notna().any() and (table[column] != "").any()]]
     style = _rounded(told).style.format(precision=3, na_rep="")
     return style.hide(axis="index") if isinstance(table.index, pd.RangeIndex) else style
 
 
 def export(table: pd.DataFrame, path: str | Path) -> None:
-    """Write `path`.md and `path`.tex."""
+    """Write the table to `path`.md in Markdown and to `path`.tex in LaTeX."""
     path, index = Path(path), not isinstance(table.index, pd.RangeIndex)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = _rounded(table)
@@ -186,10 +189,10 @@ def export(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def _rounded(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with three digits, and 0 in place of -0."""
+    """The table with three decimal places, and 0 in place of -0."""
     return table.apply(lambda column: column.round(3) + 0.0 if column.dtype.kind == "f" else column)
 
 
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add `_depth`, the depth that two figures must share. It is empty for first stages."""
+    """Add the column `_depth`, in which two figures must agree to be compared. It is empty for first stages."""
     return frame.assign(_depth=frame["depth"].where(frame["model"] != FIRST_STAGE, ""))

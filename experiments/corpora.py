@@ -19,10 +19,11 @@ TextOf = Callable[[dict[str, Any]], str]
 
 
 class Collection(pt.datasets.Dataset):
-    """Documents, topics, judgements and optionally a run, as PyTerrier datasets give them.
+    """Documents, topics, judgements and optionally a run, with the methods of PyTerrier datasets.
 
-    docs: a function that yields {docno, text}. texts: a function, docnos -> {docno: text}. The frames are topics (qid,
-    query), qrels (qid, docno, label), and run (qid, docno, score, and rank from 0), or None without a run.
+    docs: a function that yields {docno, text}. texts: a function that takes docnos and returns {docno: text}. topics,
+    qrels and run are data frames with the columns (qid, query), (qid, docno, label), and (qid, docno, score, rank from
+    0). run is None if the collection has no run.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Collection(pt.datasets.Dataset):
         return iter(pt.tqdm(self.docs(), desc=self.name, unit="doc") if verbose else self.docs())
 
     def get_topics(self, variant: str | None = None) -> pd.DataFrame:
-        """All topics, or those whose qid begins with `variant`, such as "test-"."""
+        """All topics, or those whose qid begins with `variant`, for example "test-"."""
         return self.topics[self.topics.qid.str.startswith(variant or "")].reset_index(drop=True)
 
     def get_qrels(self, variant: str | None = None) -> pd.DataFrame:
@@ -56,14 +57,14 @@ class Collection(pt.datasets.Dataset):
 
 
 class TextLoader(pt.Transformer):
-    """Adds the `text` of each `docno`."""
+    """Adds the column `text`: the text of each `docno`. Raises KeyError for an unknown docno."""
 
     def __init__(self, collection: Collection):
         self.collection = collection
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         pt.validate.columns(inp, includes=["docno"], context=self)
-        if "text" in inp:  # the candidates have their texts already
+        if "text" in inp:  # the rows have their texts already
             return inp
         texts = self.collection.texts(inp["docno"].unique())
         unknown = next((docno for docno in inp["docno"] if docno not in texts), None)
@@ -80,8 +81,8 @@ def load(name: str, text_of: TextOf | None = None) -> Collection:
 
     * `python-docs`: Python's documentation. `python-docs/dev` and `python-docs/test` have only a part of its topics.
     * `irds:ID`: a dataset of ir_datasets.
-    * A folder with docs.jsonl[.gz] (docno, text and perhaps more), queries.tsv (qid, tab, query), qrels.txt and
-      optionally run.txt, in TREC formats.
+    * A folder with docs.jsonl[.gz] (docno, text and perhaps more fields), queries.tsv (qid, tab, query), qrels.txt and
+      optionally run.txt, both in TREC formats.
     * A file NAME.qrels.txt[.gz]: judgements and the ids of their queries, without query texts or documents.
 
     text_of: makes the text of a document from its fields. None joins title and text, or takes ir_datasets' default text
@@ -98,22 +99,22 @@ def load(name: str, text_of: TextOf | None = None) -> Collection:
 
 
 def text_alone(doc: dict[str, str]) -> str:
-    """The text without a title."""
+    """The field `text` of a document, without the title."""
     return doc["text"]
 
 
 def title_and_text(doc: dict[str, str]) -> str:
-    """Title (if there is one) and text, joined as in ir_datasets."""
+    """The title (if there is one) and the text, joined as in ir_datasets."""
     return f"{doc['title']} {doc['text']}" if doc.get("title") else doc["text"]
 
 
 def titled_text(doc: dict[str, str]) -> str:
-    """Title (if there is one) and text, joined as PE-Rank reads BEIR's documents. White space is collapsed."""
+    """The title (if there is one) and the text, joined as PE-Rank reads BEIR's documents. White space is collapsed."""
     return " ".join((f"Title: {doc['title']} Content: {doc['text']}" if doc.get("title") else doc["text"]).split())
 
 
 def python_docs() -> pd.DataFrame:
-    """A frame (docno, text) of some 5,300 docstrings of this Python's standard library, sorted by name."""
+    """A frame (docno, text) with some 5,300 docstrings of the standard library of this Python, sorted by name."""
     command = [sys.executable, "-I", "-S", "-W", "ignore", str(PYTHON_DOCS / "docstrings.py")]
     collected = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     return pd.DataFrame(json.loads(collected), columns=["docno", "text"])
@@ -129,7 +130,7 @@ def in_memory(
 
 
 def judged(qrels: Path) -> Collection:
-    """A collection of judgements, without query texts or documents: enough to evaluate runs."""
+    """A collection of judgements without query texts and documents. It is enough to evaluate runs."""
     if not qrels.exists():
         raise FileNotFoundError(f"{qrels} is not here; wanted judgements in TREC format (qid 0 docno label)")
     labels = pt.io.read_qrels(str(qrels))

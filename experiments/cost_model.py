@@ -1,5 +1,5 @@
 """Estimates what reranking costs at scale: measures each stage once, and calculates for processes, GPUs and machines.
-Draws nothing."""
+It draws nothing."""
 
 import functools
 import math
@@ -22,32 +22,32 @@ from pyterrier_lit.reranker import Reranker
 from pyterrier_lit.windows import sliding_windows
 
 DAY = 86_400
-NETWORK = 1.25e9  # bytes a second: 10 Gbit
+NETWORK = 1.25e9  # bytes a second (10 Gbit a second)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The seconds that each stage takes for a query with all its passages. The driver is the process that calls
-    `Distributed`."""
+    """The seconds that each stage takes for a query with all its passages, and the bytes that are sent to a worker. The
+    driver is the process that calls `Distributed`."""
 
-    loading: float  # by the driver: it reads the passages' texts
-    frame: float  # by the driver: it checks the frame, and adds scores and ranks
-    packing: float  # texts are pickled for a worker, and unpickled there
-    tokenising: float  # in the worker, on one core
-    model: float  # in the worker
-    bytes: float  # that are sent to the worker
+    loading: float  # the driver reads the texts of the passages
+    frame: float  # the driver checks the frame, and adds scores and ranks
+    packing: float  # the driver pickles the texts, and the worker unpickles them
+    tokenising: float  # the worker tokenises, on one core
+    model: float  # the worker runs the model
+    bytes: float  # sent to the worker for a query
 
     def with_model(self, queries_per_second: float) -> "Stages":
-        """The same stages with a model of another speed, measured elsewhere: on a GPU, for example."""
+        """The same stages with a model of another speed, for example one that was measured on a GPU elsewhere."""
         return replace(self, model=1 / queries_per_second)
 
 
 def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: float = NETWORK) -> dict[str, float]:
     """How many seconds each stage adds to a query, with one driver and this many workers.
 
-    A call of `Distributed` first loads the texts and reads the frame. Then packing, sending and computing run in
-    parallel, so only the slowest of the three counts. cores: of each worker; all of them tokenise. network: bytes a
-    second.
+    A call of `Distributed` first loads the texts and checks the frame. Then packing, sending and computing run in
+    parallel, so only the slowest of these three counts and is returned. cores: the cores of each worker; all of them
+    tokenise. network: bytes a second.
     """
     beside: list[dict[str, float]] = [
         {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},
@@ -58,23 +58,26 @@ def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: floa
 
 
 def rate(stages: Stages, workers: int = 1, **machine: float) -> float:
-    """The queries a second of one driver with this many workers. machine: as in `seconds`."""
+    """How many queries one driver with this many workers reranks in a second. machine: `cores` and `network`, as in
+    `seconds`."""
     return 1 / sum(seconds(stages, workers, **machine).values())
 
 
 def bottleneck(stages: Stages, workers: int = 1, **machine: float) -> str:
-    """The stage that takes most of the time. machine: as in `seconds`."""
+    """The stage that takes most of the time. machine: `cores` and `network`, as in `seconds`."""
     parts = seconds(stages, workers, **machine)
     return max(parts, key=parts.__getitem__)
 
 
 def machines(stages: Stages, queries: int, workers: int, **machine: float) -> int:
-    """How many machines rerank these queries in a day. Each has a driver, its workers, and its share of the queries."""
+    """How many machines rerank these queries in a day. Each machine has a driver, this many workers, and its share of
+    the queries. machine: `cores` and `network`, as in `seconds`."""
     return math.ceil(queries / DAY / rate(stages, workers, **machine))
 
 
 def workers_fed(stages: Stages) -> float:
-    """The number of workers that wait for their driver half of the time. A quarter as many wait a fifth of the time."""
+    """The number of workers at which the workers wait for the driver half of the time. A quarter as many workers wait a
+    fifth of the time."""
     return (stages.tokenising + stages.model) / (stages.loading + stages.frame)
 
 
@@ -82,8 +85,8 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
     """Measure the stages of reranking these candidates (qid, query, docno, text), with weights already loaded.
 
     Seconds are the CPU seconds of this process, summed over its threads, so that other jobs on the machine hardly
-    matter. For a model on a GPU they are wall-clock seconds. Each is the fastest of some runs, so `loader` reads texts
-    that it has read before.
+    matter. For a model on a GPU, they are wall-clock seconds. Each stage is run several times, and the fastest run
+    counts. So `loader` reads texts that it has read before.
     """
     on_cpu = next(reranker.load().network.parameters()).device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
@@ -108,7 +111,8 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
 
 @functools.singledispatch
 def tokenise(reranker: Reranker, queries: list[str], columns: Columns) -> None:
-    """Tokenise the texts as often as one call of `reranker.results` does."""
+    """Tokenise the texts as often as one call of `reranker.results` does. Raises TypeError for a reranker without a
+    rule here."""
     raise TypeError(
         f"cost_model cannot tell how {type(reranker).__name__} tokenises; wanted a reranker with a rule here"
     )
@@ -144,8 +148,8 @@ def _(reranker: PERank, queries: list[str], columns: Columns) -> None:
 
 
 def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
-    """Store these passages (docno, text) in a file in `folder`, in the format of ir_datasets, and return a loader for
-    them."""
+    """Store these passages (docno, text) in a file in `folder`, in the format of ir_datasets, and return a loader that
+    reads them."""
     docs = [GenericDoc(*row) for row in passages[["docno", "text"]].drop_duplicates("docno").itertuples(index=False)]
     store = PickleLz4FullStore(str(folder / "passages.pklz4"), lambda: docs, GenericDoc, "doc_id", ["doc_id"])
     nothing = pd.DataFrame()
@@ -157,7 +161,7 @@ def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
 
 
 def best_of(function: Callable[[], Any], times: int = 3, clock: Callable[[], float] = time.process_time) -> float:
-    """The seconds of the fastest of some runs."""
+    """The seconds of the fastest of several runs of a function."""
     taken = []
     for _ in range(times):
         start = clock()

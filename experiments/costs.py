@@ -1,5 +1,5 @@
-"""Measures what a reranker costs: seconds, FLOPs, parameters, memory, tokens. PyTorch's counter counts FLOPs,
-tirex-tracker tracks memory."""
+"""Measures what a reranker costs: seconds, FLOPs, parameters, memory, tokens. PyTorch's counter counts the FLOPs, and
+tirex-tracker tracks the memory."""
 
 import importlib
 import importlib.util
@@ -17,18 +17,19 @@ from pyterrier_lit import PERank
 from pyterrier_lit.reranker import Reranker
 from pyterrier_lit.windows import sliding_windows
 
-MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_MB: 1.0}  # in MB
+MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_MB: 1.0}  # measure -> its unit in MB
 
 
 def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
     """The costs of reranking these candidates (qid, query, docno, text), with all queries in one call and weights
     already loaded.
 
-    seconds and TFLOP are per query. FLOPs are counted as the networks run: padding is included, and what caches save is
-    not. parameters are in millions. MB is memory: that of the weights, plus the difference between the most and the
-    least that the process held (on the GPU if it used one). Both are nan for a peer whose weights are not known.
+    `seconds` and `TFLOP` are per query. FLOPs are counted as the networks run: they include padding, and leave out what
+    caches save. `parameters` is in millions. `MB` is memory: the weights, plus the difference between the most and the
+    least memory that the process held during the call (on the GPU if it used one). `parameters` and `MB` are nan for a
+    transformer that is no reranker of this package.
     """
-    reranker(candidates.groupby("qid").head(2))  # so that the costs of a first call do not count
+    reranker(candidates.groupby("qid").head(2))  # so that the additional costs of a first call do not count
     with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
         begin = time.perf_counter()
         reranker(candidates)
@@ -44,7 +45,8 @@ def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
 
 
 def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transformer]:
-    """The peers whose package is installed: name -> (package, class, arguments) becomes name -> transformer."""
+    """The peers whose package is installed. The values are turned from (package, class, arguments) into
+    transformers."""
     return {
         name: getattr(importlib.import_module(package), kind)(**arguments)
         for name, (package, kind, arguments) in peers.items()
@@ -53,13 +55,13 @@ def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transform
 
 
 def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
-    """Multiplications and additions of reranking these candidates in one call."""
+    """The number of multiplications and additions for reranking these candidates in one call."""
     return counted(lambda: reranker(candidates))
 
 
 def counted(call: Callable[[], object]) -> int:
-    """The multiplications and additions of a call, by PyTorch's counter. A formula for the CPU's attention kernel is
-    added to it."""
+    """The number of multiplications and additions of a call, by PyTorch's counter with an added formula for the
+    attention kernel of CPUs."""
     cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
         call()
@@ -67,17 +69,19 @@ def counted(call: Callable[[], object]) -> int:
 
 
 def parameters(reranker: Reranker) -> int:
-    """The number of parameters that a reranker has loaded; PE-Rank's passage encoder counts once it was used."""
+    """The number of parameters that a reranker has loaded. PE-Rank's passage encoder counts only once it has been
+    used."""
     return sum(parameter.numel() for parameter in _parameters(reranker))
 
 
 def weights(reranker: Reranker) -> float:
-    """The memory of these parameters, in MB."""
+    """The memory of the loaded parameters, in MB."""
     return sum(parameter.numel() * parameter.element_size() for parameter in _parameters(reranker)) / 2**20
 
 
 def prompt_tokens(reranker: PERank, candidates: pd.DataFrame) -> float:
-    """Tokens of PE-Rank's prompts per query, summed over its windows: the paper's "processed tokens"."""
+    """The number of tokens of PE-Rank's prompts per query, summed over the windows: the "processed tokens" of its
+    paper."""
     ids = reranker.load().prompter.ids
     windows = [
         (query, window.stop - window.start)

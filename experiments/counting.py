@@ -1,8 +1,9 @@
 """Counts the FLOPs and parameters of the papers' networks from their shapes, for the papers' headline figures. Nothing
-is measured: no weights, no texts, no time.
+is measured, and no weights or texts are read.
 
 transformers builds the networks on torch's meta device, and PyTorch's FLOP counter runs them there. A passage has as
-many tokens as the method reads (LiT5: padded to 150), or the mean length in DL19's first 100 of BM25.
+many tokens as the method reads (150 with padding for LiT5), or the mean number of tokens of BM25's first 100 passages
+for DL19.
 """
 
 import functools
@@ -23,17 +24,17 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-# width, inner width, heads, layers
+# size -> hidden size, inner size, heads, layers
 T5 = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 16, 24), "xl": (2048, 5120, 32, 24)}
 ELECTRA = {"base": (768, 3072, 12, 12), "large": (1024, 4096, 16, 24)}
-PASSAGES, WINDOWS = 100, 9  # of 20 passages, stride 10
-PAIR_TOKENS = 95  # BERT's tokens of a pair of DL19, the query cut to 32 and the passage to 256
-ORDER_PIECES = 132  # T5's tokens of the numbers 1 to 100, without the end
+PASSAGES, WINDOWS = 100, 9  # windows of 20 passages with a stride of 10
+PAIR_TOKENS = 95  # BERT tokens of a query-passage pair of DL19, cut to 32 (query) and 256 (passage)
+ORDER_PIECES = 132  # T5 tokens of the numbers 1 to 100, without the end token
 TEXT_TOKENS, TEXT_ANSWER = (
     19_724,
     90,
-)  # Mistral's v1 tokens of rank_llm's prompts of a query of DL19; of an answer, "[1] > [2] ..."
-VECTOR_TOKENS, VECTOR_ANSWER = 2_942, 20  # of PE-Rank's prompts; of an answer
+)  # Mistral v1 tokens of rank_llm's prompts for a query of DL19; of an answer, "[1] > [2] ..."
+VECTOR_TOKENS, VECTOR_ANSWER = 2_942, 20  # tokens of PE-Rank's prompts for a query; of an answer
 QUERIES = {"dl19": 43, "dl20": 54, "dl21": 53, "dl22": 76}
 
 
@@ -51,7 +52,7 @@ def t5(size: str) -> PreTrainedModel:
         tie_word_embeddings=False,
     )
     model = _built(T5ForConditionalGeneration, config)
-    model.lm_head = torch.nn.Linear(width, config.vocab_size, bias=False, device="meta")  # transformers 5 ties it
+    model.lm_head = torch.nn.Linear(width, config.vocab_size, bias=False, device="meta")  # else transformers 5 ties it
     return model
 
 
@@ -85,8 +86,8 @@ def parameters(model: PreTrainedModel) -> int:
 
 @functools.cache
 def lit5(size: str, tokens: int = 150) -> float:
-    """TFLOP of LiT5-Distill-v2 for 100 passages of this many tokens. Each passage is encoded alone; one decoder attends
-    to all."""
+    """TFLOP of LiT5-Distill-v2 for a query with 100 prompts of this many tokens. The encoder reads each prompt alone;
+    the decoder attends to all of them."""
     model, width = t5(size), T5[size][0]
     texts, order = _ids(PASSAGES, tokens), _ids(1, ORDER_PIECES + 3)  # with the start and the end
     states = BaseModelOutput(torch.zeros(1, PASSAGES * tokens, width, device="meta"))
@@ -97,17 +98,18 @@ def lit5(size: str, tokens: int = 150) -> float:
 
 @functools.cache
 def cross_encoder(size: str, tokens: int = PAIR_TOKENS) -> float:
-    """TFLOP of monoELECTRA for 100 pairs of this many tokens."""
+    """TFLOP of monoELECTRA for 100 query-passage pairs of this many tokens."""
     mask = torch.zeros(PASSAGES, 1, tokens, tokens, device="meta")
     return tflop(lambda: electra(size)(_ids(PASSAGES, tokens), attention_mask=mask))
 
 
 @functools.cache
 def language_model(prompts: int, answer: int) -> tuple[float, float]:
-    """TFLOP of Mistral 7B over the 9 windows of a query: least and most. With a KV cache, each token is computed once.
+    """The least and the most TFLOP of Mistral 7B for the 9 windows of a query. With a KV cache, each token is processed
+    once. The most assumes that each token attends to its whole window, the least that it attends only to the tokens
+    before it.
 
-    prompts: tokens of the nine prompts together. answer: tokens of one answer. Most: each token attends to all of its
-    window. Least: to the tokens before it.
+    prompts: number of tokens of the nine prompts together. answer: number of tokens of one answer.
     """
     length = round(prompts / WINDOWS) + answer
     mask = torch.zeros(1, 1, length, length, device="meta")
@@ -118,7 +120,7 @@ def language_model(prompts: int, answer: int) -> tuple[float, float]:
 
 
 def headlines() -> pd.DataFrame:
-    """The papers' ratios next to the counted ones: paper, claim, value, unit, compares, counted, by."""
+    """The papers' ratios next to the counted ones. Columns: paper, claim, value, unit, compares, counted, by."""
     few, most = language_model(TEXT_TOKENS, TEXT_ANSWER)
     vectors, _ = language_model(VECTOR_TOKENS, VECTOR_ANSWER)
     large, base = cross_encoder("large"), cross_encoder("base")
@@ -142,7 +144,8 @@ def headlines() -> pd.DataFrame:
 
 
 def figure2() -> pd.DataFrame:
-    """LiT5's figure 2: nDCG@10 over BM25, the mean of DL19 to DL22 weighted by queries, with TFLOP and parameters."""
+    """LiT5's figure 2: the nDCG@10 over BM25, TFLOP per query and parameters of each model. The nDCG@10 is the mean of
+    DL19 to DL22, weighted by their numbers of queries."""
     names = {f"castorini/LiT5-Distill-{size}-v2": size for size in T5}
     printed = compare.published(table="ecir_table1", first_stage="bm25", model=[*names, "RankZephyr 7B"])
     weights = printed["collection"].map(QUERIES)
@@ -154,7 +157,7 @@ def figure2() -> pd.DataFrame:
 
 
 def tflop(run: Callable[[], object]) -> float:
-    """The multiplications and additions of a call, in 10^12."""
+    """The number of multiplications and additions of a call, in 10^12."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     return counter.get_total_flops() / 1e12

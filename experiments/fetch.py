@@ -4,10 +4,10 @@ python experiments/fetch.py                      lists the data, its notebooks a
 python experiments/fetch.py trec_dl beir         fetches all that these notebooks use
 python experiments/fetch.py runs/dl22.qrels.txt  fetches one of them
 
-The data goes to experiments/data. public.csv has the source of each: a file, the files of a record of Zenodo, a data
-set on the hub, or the first stage of TIREx's tasks. An interrupted download resumes. A file is kept only if its
-checksum is right, where one is known. Archives are not unpacked: put runs from them into data/runs, named as
-public_runs.py reads them.
+The data goes to experiments/data. public.csv has the source of each item: a file, the files of a record of Zenodo, a
+data set on the hub, or the first stage of TIREx's tasks. An interrupted download resumes. If the checksum of a file is
+known, the file is kept only if its checksum is right. Archives are not unpacked. Unpack them yourself, and put their
+runs into data/runs under the names that public_runs.py reads.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 
 class File(NamedTuple):
-    """A file to download. size: in bytes, 0 if unknown. checksum: ALGORITHM:DIGEST, or empty."""
+    """A file to download. size: in bytes; 0 if unknown. checksum: "ALGORITHM:DIGEST"; empty if unknown."""
 
     path: Path
     url: str
@@ -54,19 +54,19 @@ def main(arguments: list[str] | None = None, table: Path = HERE / "public.csv", 
 
 
 def listing(sources: pd.DataFrame, data: Path) -> pd.DataFrame:
-    """A row per source: whether it is here, its notebooks, and its size if known."""
+    """A row per source: whether its data is on this machine, its notebooks, and its size if known."""
     states = ["here" if (data / name).exists() else "missing" for name in sources["name"]]
     sizes = [f"{int(size) / 2**20:.1f} MB" if size else "known when fetched" for size in sources["bytes"]]
     return pd.DataFrame({"name": sources["name"], "state": states, "notebooks": sources["notebooks"], "size": sizes})
 
 
 def file(source: tuple, path: Path) -> None:
-    """Fetch one file from an address."""
+    """Fetch one file from its address."""
     download(File(path, source.where, int(source.bytes or 0), source.checksum))
 
 
 def zenodo(source: tuple, folder: Path) -> None:
-    """Fetch all files of a record. Zenodo gives their sizes and checksums."""
+    """Fetch all files of a record of Zenodo, which gives their sizes and checksums."""
     record = requests.get(source.where, timeout=60)
     record.raise_for_status()
     for entry in record.json()["files"]:
@@ -74,14 +74,14 @@ def zenodo(source: tuple, folder: Path) -> None:
 
 
 def hub(source: tuple, folder: Path) -> None:
-    """Fetch a data set from the hub with its own client, which resumes and verifies."""
+    """Fetch a data set from the hub. The hub's client resumes interrupted downloads and verifies the files."""
     files = HfApi().dataset_info(source.where, files_metadata=True).siblings
     print(f"{len(files)} files, {sum(entry.size or 0 for entry in files) / 2**20:.1f} MB")
     snapshot_download(source.where, repo_type="dataset", local_dir=folder)
 
 
 def tirex(source: tuple, folder: Path) -> None:
-    """Fetch the first stage of TIREx's tasks with TIRA's client, which keeps what it has fetched."""
+    """Fetch the first stage of TIREx's tasks with TIRA's client. Runs that are already here are not fetched again."""
     from tira.rest_api_client import Client
 
     client = Client()
@@ -97,8 +97,8 @@ KINDS = {"file": file, "zenodo": zenodo, "hub": hub, "tirex": tirex}
 
 
 def download(wanted: File) -> None:
-    """Fetch a file, or the rest of it. ValueError if size or checksum differ, or if a web page came; then nothing is
-    kept."""
+    """Fetch a file, or the rest of it. Raises ValueError if its size or checksum is wrong, and deletes it then. Raises
+    ValueError if the server sends a web page."""
     if wanted.path.exists():
         return
     part = wanted.path.with_name(f"{wanted.path.name}.part")
@@ -118,14 +118,15 @@ def download(wanted: File) -> None:
 
 
 def received(wanted: File, have: int) -> Iterator[bytes | None]:
-    """Yield the bytes after the first `have`. If the server sends the whole file instead, the first item is None."""
+    """Yield the bytes of a file after its first `have` bytes. If the server sends the whole file, the first item is
+    None."""
     headers = {"Range": f"bytes={have}-"} if have else {}
     address = quote(wanted.url, safe=":/?&=%")
     with requests.get(address, headers=headers, stream=True, timeout=60) as response:
         if have and response.status_code == requests.codes.requested_range_not_satisfiable:
-            return  # the file was complete
+            return  # the file is already complete
         response.raise_for_status()
-        if response.headers.get("Content-Type", "").startswith("text/html"):  # a login or a confirmation
+        if response.headers.get("Content-Type", "").startswith("text/html"):  # a page for login or confirmation
             raise ValueError(
                 f"{wanted.url} is a web page and no file; open it in a browser, and save the file as {wanted.path}"
             )

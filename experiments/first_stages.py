@@ -1,5 +1,5 @@
-"""First stages: a stored run, or an index that is built once and whose results are kept. Knows collections, but no
-reranker."""
+"""First stages: a stored run, or an index that is built once and whose results are kept. This module uses collections,
+but no reranker."""
 
 import contextlib
 import os
@@ -15,22 +15,22 @@ import pyterrier as pt
 
 from pyterrier_lit.training.data import read_run
 
-# Settings of PISA's BM25 with Porter2 stemming, by the name of a source: stop words, k1, b
+# Name of a source -> settings of PISA's BM25 with Porter2 stemming: stop words, k1, b
 BM25 = {
     "bm25": ("terrier", 0.9, 0.4),
-    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables, without documents that are the query
+    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables; leaves out a document that is the query
     "bm25:terrier": ("terrier", 1.2, 0.75),  # as in TIREx
 }
 
 
 def load(source: str, collection: corpora.Collection, folder: Path, depth: int) -> pt.Transformer:
-    """A transformer that gives the best `depth` passages of each topic, without texts.
+    """A transformer that returns the first `depth` passages of each topic, without texts.
 
-    source: a name in BM25 (PISA over the collection, with these settings), "terrier:NAME" (BM25 over Terrier's
-    ready-made index of that name; needs Java), the path of a run file in TREC format, or the path of a file of
-    candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
+    source: a name in BM25 (PISA over the collection, with the settings of this name), "terrier:NAME" (BM25 over
+    Terrier's ready-made index of that name; needs Java), the path of a run file in TREC format, or the path of a file
+    of candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
 
-    folder: keeps index and results. A second call, also after an interrupted sweep, retrieves nothing again.
+    folder: keeps the index and the results. A later call uses them again, also after an interrupted sweep.
     """
     if source in BM25:
         stops, k1, b = BM25[source]
@@ -47,8 +47,8 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
 
 
 def stored(path: str | Path) -> "Ranking":
-    """The ranking of a run file, in descending order of score (ties keep the order of lines), or of a file of
-    candidates, which also has their texts."""
+    """The ranking in a run file, or in a file of candidates with their texts, in descending order of score. Ties keep
+    the order of the lines. Raises FileNotFoundError if there is no such file."""
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
@@ -58,17 +58,17 @@ def stored(path: str | Path) -> "Ranking":
 
 
 def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
-    """The topics that a teacher ranks: those of a run file, or all of them for a transformer."""
+    """The topics that a teacher ranks: those in its run file, or all topics if the teacher is a transformer."""
     if isinstance(teacher, pt.Transformer):
         return topics
     return topics[topics["qid"].isin(read_run(teacher)["qid"])].reset_index(drop=True)
 
 
 class Ranking(pt.Transformer):
-    """Gives each topic its stored rows: those of a run file, or those retrieved before.
+    """Returns stored rows for each topic. The rows come from a run file or from an earlier retrieval.
 
-    Its repr is the same in every process, and differs for other rows. A sweep uses the repr to find the runs that it
-    has kept.
+    Its repr is the same in every process, and different for different rows. A sweep uses the repr to find the runs that
+    it has kept.
     """
 
     def __init__(self, rows: pd.DataFrame, name: str):
@@ -83,8 +83,8 @@ class Ranking(pt.Transformer):
 
 
 class WithoutItself(pt.Transformer):
-    """Leaves out a document whose id is the query's id, as Anserini's -removeQuery does: ArguAna's queries are
-    documents."""
+    """Leaves out a document whose id is the query's id, as Anserini's option -removeQuery does. The queries of ArguAna,
+    for example, are documents of the collection."""
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         return pt.model.add_ranks(inp[inp["docno"] != inp["qid"]])
@@ -103,7 +103,7 @@ def bm25(
     k1: float = 0.9,
     b: float = 0.4,
 ) -> pt.Transformer:
-    """PISA's BM25 with Porter2 stemming. The index in `folder` is built if it is missing or to be overwritten."""
+    """PISA's BM25 with Porter2 stemming. The index in `folder` is built if it is missing or if `overwrite` is True."""
     from pyterrier_pisa import PisaIndex
 
     index = PisaIndex(str(folder), text_field="text", stemmer="porter2", stops=stops, overwrite=overwrite)
@@ -111,13 +111,13 @@ def bm25(
         if overwrite or not index.built():
             index.index(collection.get_corpus_iter())
         retriever = index.bm25(num_results=depth, k1=k1, b=b)
-        retriever.search("warm up")  # PISA computes its score bounds at first use, and prints about it
+        retriever.search("warm up")  # PISA computes its score bounds at first use, and prints lines then
     return retriever
 
 
 def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite: bool = False) -> pt.Transformer:
-    """Terrier's BM25 with the settings of PISA's (k1 = 0.9, b = 0.4), but Porter's first stemmer. The index in `folder`
-    is built if it is missing or to be overwritten. Needs Java."""
+    """Terrier's BM25 with the k1 (0.9) and b (0.4) of PISA's BM25 above, but with Porter's first stemmer. The index in
+    `folder` is built if it is missing or if `overwrite` is True. Needs Java."""
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     index = pt.terrier.TerrierIndex(str(folder))
@@ -127,7 +127,7 @@ def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite:
 
 
 def cached(stage: pt.Transformer, folder: Path) -> pt.Transformer:
-    """The first stage with a cache in `folder`, which answers repeated queries."""
+    """A first stage with a cache in `folder`, from which repeated queries are answered."""
     from pyterrier_caching import RetrieverCache
 
     return RetrieverCache(str(folder), stage)

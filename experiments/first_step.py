@@ -1,11 +1,12 @@
-"""Compares LiT5-Distill's order from its first decoder step with its full order, before and after training for it.
+"""Compares LiT5-Distill's order from the first decoder step with its full order, before and after training.
 
     python experiments/first_step.py [--output FOLDER] [--share 1.0] [--record]
 
-Students begin as tiny/lit5-distill and are trained with the recipe `lit5-distill-first` at two learning rates. The
-teacher is tiny/lit5-distill itself: its full orders of BM25's first 20 for queries of tiny/make.py. The development
-questions choose the learning rate. On the test questions, the full order is compared with the order from the first
-step, untrained and trained. Students are kept in FOLDER; a second call evaluates them again.
+The students begin as tiny/lit5-distill and are trained with the recipe `lit5-distill-first` at two learning rates.
+Their teacher is tiny/lit5-distill itself. They learn its full orders of BM25's first 20 passages, for queries that
+tiny/make.py generates. The learning rate with the highest nDCG@10 on the development questions is chosen. On the test
+questions, the full order is compared with the order from the first step, before and after training. The students are
+kept in FOLDER; a second call does not train them again.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from pyterrier_lit.training import Distil
 
 QUESTION = "What does one decoder step cost LiT5-Distill, and what does training for it change?"
 TINY = str(Path(__file__).parent / "tiny" / "lit5-distill")
-QUERIES, WINDOW, DEPTH = 320, 20, 100  # training queries, passages of each; passages to rerank
+QUERIES, WINDOW, DEPTH = 320, 20, 100  # number of training queries; passages of each; passages to rerank
 RATES, STEPS = (1e-5, 1e-4), 40
 LEARNING = GENTLE | {
     "decay": 0.5, "clip": 1.0, "warmup": 5, "batch_size": 8, "micro_batch": 8, "precision": "float32", "verbose": False,
@@ -41,7 +42,7 @@ LEARNING = GENTLE | {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "first_step")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the steps, for a short trial")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training steps, for a short trial")
     measured.add_option(parser)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -74,8 +75,8 @@ def found(collection: corpora.Collection, topics: pd.DataFrame, depth: int) -> p
 
 
 def learned(output: Path, steps: int) -> list[dict[str, Any]]:
-    """Train a student at each learning rate that has none in the folder yet; returns rows with the CPU seconds of
-    training."""
+    """Train a student at each learning rate for which the folder has none. Returns rows of measured.csv: the CPU
+    seconds of the teacher's orders and of each training."""
     rows: list[dict[str, Any]] = []
     missing = [rate for rate in RATES if not (output / f"{rate}").exists()]
     if not missing:
@@ -98,13 +99,13 @@ def learned(output: Path, steps: int) -> list[dict[str, Any]]:
 
 
 def compared(ways: dict[str, LiT5Distill], collection: corpora.Collection, part: str) -> list[dict[str, Any]]:
-    """Rows for each reranker: nDCG@10 over BM25's passages for one part of the questions (p is against the first
-    reranker), and the CPU seconds a query."""
+    """Rows of measured.csv for each reranker: nDCG@10 over BM25's first 100 passages, with p against the first
+    reranker, and CPU seconds per query. part: the beginning of the qids of the questions."""
     topics = collection.get_topics(part)
     candidates = found(collection, topics, DEPTH)
     runs, rows = [], []
     for name, reranker in ways.items():
-        reranker(candidates.head(5))  # loaded and warm
+        reranker(candidates.head(5))  # so that loading the weights does not count
         started = time.process_time()
         runs.append(reranker(candidates))
         seconds = (time.process_time() - started) / len(topics)

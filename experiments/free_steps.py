@@ -8,8 +8,8 @@ from pyterrier_lit.batching import Budget
 
 
 def repeats(reranker: PERank, candidates: pd.DataFrame, *, free: bool = False) -> pd.DataFrame:
-    """A row for each query and step over its first `window_size` passages: qid, step (from 1), and whether the most
-    likely passage was `named` before.
+    """Rank the first `window_size` passages of each query. Returns a row for each query and step: qid, step (from 1),
+    and `named`, which tells whether the most likely passage of this step had been named before.
 
     candidates: qid, query, docno, rank and the text. free: choose the most likely passage even if it was named before,
     and read it as the next input, as decoding without the constraint does. By default, the most likely of the remaining

@@ -1,12 +1,12 @@
-"""Measures seconds and memory of each reranker as passages, queries and lengths grow, and fits the exponent of seconds.
-Run by hand.
+"""Measures seconds and memory of each reranker as the numbers of passages, queries and tokens grow, and fits the
+exponent of seconds. Run by hand.
 
     python experiments/growth.py [--only passages queries tokens] [--rerankers PERank]
         [--plot pyterrier_lit/pt_docs/growth.svg] [--record]
 
 The rerankers are the project's small checkpoints on Python's documentation, in float32 on one thread. Seconds are CPU
-seconds, so that other jobs on the machine count less. Memory is the peak of the process beyond its peak after a first
-small call.
+seconds, on which other jobs on the machine have less influence. Memory is the peak memory of the process, minus its
+peak memory after a first small call.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 TINY = Path(__file__).parent / "tiny"
 QUESTION = "How do seconds and memory grow with passages, queries and lengths?"
 SIZES = {
-    "passages": (10, 50, 100, 500, 1000, 5000),  # of one query
-    "queries": (1, 4, 16, 64, 256),  # of 20 passages
-    "tokens": (16, 32, 64, 128),  # of each of 100 passages, about
+    "passages": (10, 50, 100, 500, 1000, 5000),  # number of passages of one query
+    "queries": (1, 4, 16, 64, 256),  # number of queries with 20 passages each
+    "tokens": (16, 32, 64, 128),  # approximate number of tokens of each of 100 passages
 }
 RERANKERS = {
     "CrossEncoder": lambda: CrossEncoder(str(TINY / "cross-encoder"), query_length=32, doc_length=200),
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw this question's rows of measured.csv into this file")
     measured.add_option(parser)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # as in the processes
+    torch.set_num_threads(1)  # as in the processes that measure
     for name in arguments.rerankers:
         for what in arguments.only:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -61,7 +61,8 @@ def main() -> None:
 
 
 def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, float, float]]:
-    """(size, CPU seconds, MB beyond a small call) for each of these ascending sizes."""
+    """A tuple (size, CPU seconds, MB) for each of these ascending sizes. MB is the peak memory minus that after a small
+    call."""
     torch.set_num_threads(1)
     docs = corpora.python_docs()["text"].tolist()
     reranker = RERANKERS[name]()
@@ -77,7 +78,7 @@ def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, flo
 
 
 def frame(docs: list[str], queries: int, passages: int, tokens: int) -> pd.DataFrame:
-    """Candidates whose texts are all different and have about this many tokens (1.6 to a word here)."""
+    """Candidates with different texts of about this many tokens. A word has about 1.6 tokens here."""
     words = " ".join(docs).split()
     length = max(int(tokens / 1.6), 1)
     starts = np.random.default_rng(0).integers(0, len(words) - length, queries * passages)
@@ -96,7 +97,8 @@ def held() -> float:
 
 
 def tidy(name: str, what: str, points: list[tuple[int, float, float]]) -> list[dict[str, Any]]:
-    """Rows of measured.csv: seconds and MB of each size, and the exponent of seconds, fitted over the larger sizes."""
+    """Rows of measured.csv: CPU seconds and MB for each size, and the exponent of the seconds, fitted over the larger
+    sizes."""
     half = points[len(points) // 2 - 1 :]
     exponent = np.polyfit(np.log([size for size, *_ in half]), np.log([seconds for _, seconds, _ in half]), 1)[0]
     measures = [(size, {"CPU seconds": seconds, "MB more": memory}) for size, seconds, memory in points]
@@ -108,7 +110,8 @@ def tidy(name: str, what: str, points: list[tuple[int, float, float]]) -> list[d
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """Seconds above, memory below, against passages, queries and tokens, both axes logarithmic."""
+    """A figure of CPU seconds (above) and memory (below) against passages, queries and tokens. All axes are
+    logarithmic."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(SIZES), figsize=(10, 5.5), sharex="col", sharey="row", layout="constrained")

@@ -2,8 +2,8 @@
 RECORD=1.
 
 A row has the question, the setting (a system, a collection, a size), n (the number of queries, pairs, ...), the measure
-and its value; p if there was a test; the seconds it took; and where and when it was measured. A repeated measurement is
-a new row.
+and its value. If there was a test, it also has the p-value p. Further columns are the seconds that the measurement
+took, the machine, the number of threads, the commit and the date. A repeated measurement is a new row.
 """
 
 import argparse
@@ -26,10 +26,11 @@ FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "am
 
 
 def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file: Path = FILE) -> pd.DataFrame:
-    """Append rows with setting, measure and value, and optionally n, p and seconds; returns them as they were written.
+    """Append rows to measured.csv, and return them as they were written. A row has setting, measure and value, and
+    optionally n, p and seconds.
 
-    Machine, threads, commit and date are the current ones. ValueError for another column, or where setting, measure or
-    value is missing.
+    Machine, threads, commit and date are the current ones. Raises ValueError if there is another column, or if setting,
+    measure or value is missing.
     """
     new = pd.DataFrame(rows)
     for column in ("setting", "measure", "value"):
@@ -45,21 +46,21 @@ def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file
 
 
 def read(question: str | None = None, file: Path = FILE) -> pd.DataFrame:
-    """All rows, or those of a question, in the order in which they were recorded. ValueError for a file with other
-    columns."""
+    """All rows, or those of a question, in the order in which they were recorded. Raises ValueError if the file has
+    other columns."""
     rows = _typed(pd.read_csv(file, dtype="str", keep_default_na=False, na_values=[""]), str(file.name))
     return rows if question is None else rows[rows["question"] == question].reset_index(drop=True)
 
 
 def latest(rows: pd.DataFrame, *also: str) -> pd.DataFrame:
-    """The newest row of each question, setting, n and measure. also: further columns that tell rows apart, such as
-    "threads"."""
+    """The newest row of each question, setting, n and measure. also: further columns, such as "threads"; rows with
+    different values in these columns are kept apart."""
     return rows.drop_duplicates(["question", "setting", "n", "measure", *also], keep="last", ignore_index=True)
 
 
 def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> list[dict[str, Any]]:
-    """The rows of a table of `pt.Experiment` over n queries: the measures of each pipeline, with their p-values
-    (corrected, if the table has them)."""
+    """The rows of measured.csv for the table of a `pt.Experiment` over n queries: the measures of each pipeline, with
+    their p-values (the corrected ones if the table has them)."""
     return [
         {"setting": row["name"], "n": n, "measure": measure, "value": row[measure], "p": _p_value(row, measure)}
         for row in table.to_dict("records")
@@ -73,7 +74,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def machine() -> str:
-    """This machine in a few words: cores, instructions for matrix products, GPU."""
+    """This machine in a few words: number of cores, instructions for matrix products, GPU."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
@@ -83,7 +84,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with a plus where files differ from it; empty outside of git."""
+    """The commit of this checkout, with a plus if files differ from it; empty outside of git."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     done = subprocess.run(command, cwd=FILE.parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""

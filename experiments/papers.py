@@ -1,4 +1,4 @@
-"""What the papers evaluated: collections, first stages, checkpoints and lengths. Data only: nothing is built or read
+"""What the papers evaluated: collections, first stages, checkpoints and lengths. No collection or checkpoint is read
 until a function is called.
 
 The names of checkpoints and collections are those of published.csv.
@@ -15,12 +15,13 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 HERE = Path(__file__).parent
-DATA = os.path.relpath(HERE / "data")  # the reader's own files: runs in TREC format, collections in folders
-SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # some machines have it; never needed
-RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the reader's own files, also those of fetch.py, come first
+DATA = os.path.relpath(HERE / "data")  # the user's own files: runs in TREC format, collections in folders
+SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # only some machines have it; never required
+RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the user's own files and those of fetch.py come first
 
-LIT5_V2: dict[str, int] = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}  # window size
-LIT5_V1: dict[str, int] = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}  # stride 10
+# Checkpoint -> window size; the stride is half of it
+LIT5_V2: dict[str, int] = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}
+LIT5_V1: dict[str, int] = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}
 LIT5_SCORE: list[str] = [f"castorini/LiT5-Score-{size}" for size in ("base", "large", "xl")]
 MONOELECTRA: dict[str, str] = {
     f"monoELECTRA-{size} two-stage RankZephyr-CBv2": f"webis/monoelectra-{size}" for size in ("base", "large")
@@ -33,10 +34,12 @@ IRDS_DL: dict[str, str] = {
     "dl21": "irds:msmarco-passage-v2/trec-dl-2021/judged",
     "dl22": "irds:msmarco-passage-v2/trec-dl-2022/judged",
 }
+# BioASQ, Signal-1M, TREC-NEWS and Robust04 may not be downloaded freely. Their sources are folders of the user, with
+# docs.jsonl (docno, title, text), queries.tsv and qrels.txt
 BEIR: dict[str, str] = {
     "beir/trec-covid": "irds:beir/trec-covid",
-    "beir/bioasq": f"{DATA}/beir/bioasq",  # BioASQ, Signal-1M, TREC-NEWS and Robust04 may not be downloaded freely:
-    "beir/nfcorpus": "irds:beir/nfcorpus/test",  # folders with docs.jsonl (docno, title, text), queries.tsv, qrels.txt
+    "beir/bioasq": f"{DATA}/beir/bioasq",
+    "beir/nfcorpus": "irds:beir/nfcorpus/test",
     "beir/nq": "irds:beir/nq",
     "beir/hotpotqa": "irds:beir/hotpotqa/test",
     "beir/fiqa": "irds:beir/fiqa/test",
@@ -56,13 +59,13 @@ PE_RANK_BEIR: list[str] = [
     *("trec-covid", "nfcorpus", "webis-touche2020", "dbpedia-entity"),
     *("scifact", "signal1m", "trec-news", "robust04"),
 ]
-NANO_BEIR: list[str] = [  # of 50 queries each, in ir_datasets
+NANO_BEIR: list[str] = [  # collections of 50 queries each, in ir_datasets
     *("arguana", "climate-fever", "dbpedia-entity", "fever", "fiqa", "hotpotqa", "msmarco", "nfcorpus", "nq", "quora"),
     *("scidocs", "scifact", "webis-touche2020"),
 ]
 TASKS = pd.read_csv(HERE / "tirex_tasks.csv")
 TIREX = "tirex (bm25; chatnoir for clueweb)"
-CORPORA: dict[str, str] = {  # of TIREx's tasks, as published.csv spells them
+CORPORA: dict[str, str] = {  # corpus of a task of TIREx -> its name in published.csv
     "Antique": "antique",
     "Args.me": "argsme",
     "ClueWeb09": "clueweb09",
@@ -82,9 +85,9 @@ CORPORA: dict[str, str] = {  # of TIREx's tasks, as published.csv spells them
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """A collection, and its first stages by name, as `corpora.load` and `first_stages.load` read them.
+    """A collection, as `corpora.load` reads it, and its first stages by name, as `first_stages.load` reads them.
 
-    systems: public runs over a first stage: first stage -> system -> file.
+    systems: the public runs of each first stage: name of the first stage -> name of the system -> file.
     """
 
     source: str
@@ -95,23 +98,24 @@ class Collection:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Rerankers by their name in `published.csv`, over all first stages of these collections."""
+    """The rerankers of a paper by their name in `published.csv`, to be evaluated over all first stages of these
+    collections."""
 
     paper: str
-    tables: tuple[str, ...]  # of published.csv
+    tables: tuple[str, ...]  # names of tables of published.csv
     collections: dict[str, Collection]
-    rerankers: dict[str, Reranker] = dataclasses.field(default_factory=dict)  # if empty, the first stages alone
+    rerankers: dict[str, Reranker] = dataclasses.field(default_factory=dict)  # empty: only the first stages
     text_of: corpora.TextOf | None = None  # makes a passage's text from its fields; None: ir_datasets' default
-    depth: int | None = None  # passages reranked; None: the depth of the profile
+    depth: int | None = None  # number of passages reranked; None: the depth of the profile
 
 
 def runs_of(collection: str, *names: str) -> dict[str, str]:
-    """The run files of a collection's first stages."""
+    """The run files of a collection's first stages, by the names of these first stages."""
     return {name: str(find(f"{collection}.{name}")) for name in names}
 
 
 def find(name: str) -> Path:
-    """The file NAME.txt or NAME.txt.gz in RUNS; if there is none, the path that is looked for first."""
+    """The file NAME.txt or NAME.txt.gz in a folder of RUNS. If there is none, the path that is looked for first."""
     wanted = [folder / f"{name}.txt{packed}" for folder in RUNS for packed in ("", ".gz")]
     return next((path for path in wanted if path.exists()), wanted[0])
 
@@ -122,7 +126,7 @@ def where_present(collections: dict[str, Collection]) -> dict[str, Collection]:
 
 
 def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]:
-    """LiT5-Distill checkpoints with the window of their version, and prompts of this many tokens."""
+    """LiT5-Distill checkpoints with the window size of their version. max_length: maximum tokens of a prompt."""
     return {
         name: LiT5Distill(name, window_size=window, stride=window // 2, max_length=max_length, verbose=True)
         for name, window in models.items()
@@ -130,7 +134,7 @@ def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]
 
 
 def lit5() -> dict[str, Reranker]:
-    """All LiT5 checkpoints as evaluated on MS MARCO, with prompts of 150 tokens."""
+    """All LiT5 checkpoints as evaluated on MS MARCO, with prompts of at most 150 tokens."""
     scores: dict[str, Reranker] = {
         name: LiT5Score(name, n_passages=100, max_length=150, answer_length=20, verbose=True) for name in LIT5_SCORE
     }
@@ -138,19 +142,19 @@ def lit5() -> dict[str, Reranker]:
 
 
 def cross_encoders() -> dict[str, Reranker]:
-    """Rank-DistiLLM's cross-encoders, with queries of 32 and passages of 256 tokens."""
+    """Rank-DistiLLM's cross-encoders, with at most 32 tokens of a query and 256 of a passage."""
     return {
         name: CrossEncoder(model, query_length=32, doc_length=256, verbose=True) for name, model in MONOELECTRA.items()
     }
 
 
 def pe_rankers() -> dict[str, Reranker]:
-    """PE-Rank with its paper's windows."""
+    """PE-Rank with the window size and stride of its paper."""
     return {name: PERank(model, window_size=20, stride=10, verbose=True) for name, model in PE_RANK.items()}
 
 
 def one_of_each() -> dict[str, Reranker]:
-    """The headline checkpoint of each method, by the method's name."""
+    """One published checkpoint of each method, by the method's name."""
     return {
         "CrossEncoder": cross_encoders()["monoELECTRA-base two-stage RankZephyr-CBv2"],
         "LiT5-Distill": lit5()["castorini/LiT5-Distill-base-v2"],
@@ -160,8 +164,8 @@ def one_of_each() -> dict[str, Reranker]:
 
 
 def trec_dl() -> list[Comparison]:
-    """The comparisons on TREC DL: LiT5's table 1, Rank-DistiLLM's table 1, PE-Rank's rows. BM25 is Anserini's for LiT5
-    and PE-Rank, Terrier's for Rank-DistiLLM."""
+    """The comparisons on TREC DL: LiT5's table 1, Rank-DistiLLM's table 1, and PE-Rank's rows. BM25 is Anserini's for
+    LiT5 and PE-Rank, and Terrier's for Rank-DistiLLM."""
     return [
         Comparison(
             "LiT5",
@@ -188,7 +192,8 @@ def trec_dl() -> list[Comparison]:
 
 
 def beir() -> list[Comparison]:
-    """LiT5's table 2 (17 collections, prompts of 512 tokens) and PE-Rank's eight; BM25 over title and text ("flat")."""
+    """The comparisons on BEIR: LiT5's table 2 (17 collections, prompts of at most 512 tokens) and the eight collections
+    of PE-Rank. The first stage is BM25 over title and text ("flat")."""
     return [
         Comparison(
             "LiT5",
@@ -208,7 +213,8 @@ def beir() -> list[Comparison]:
 
 
 def tirex() -> list[Comparison]:
-    """Rank-DistiLLM's table 2, the 31 tasks; first stage: PyTerrier's BM25, ChatNoir's for ClueWeb (runs, top 100)."""
+    """The comparison on the 31 tasks of Rank-DistiLLM's table 2. The first stage is a run of 100 passages per query:
+    PyTerrier's BM25 or, for ClueWeb, ChatNoir."""
     tasks = TASKS[["corpus", "ir_datasets_id"]].itertuples(index=False)
     collections = {
         task: Collection(f"irds:{task}", {TIREX: str(find(f"tirex/{task.replace('/', '-')}"))}, CORPORA[corpus])
@@ -218,8 +224,8 @@ def tirex() -> list[Comparison]:
 
 
 def qa() -> dict[str, Collection]:
-    """Questions with short answers: WikiQA and TREC QA in folders, with BM25 over each question's candidates; BEIR's
-    NQ."""
+    """Collections of questions with short answers: WikiQA and TREC QA in folders, with BM25 over the candidates of each
+    question, and BEIR's NQ."""
     places = {name: (Path(DATA) / name, SHARED / name) for name in ("wikiqa", "trecqa")}
     folders = {name: shared if shared.exists() and not own.exists() else own for name, (own, shared) in places.items()}
     candidates = {name: Collection(str(path), {"bm25": f"{path}/run.txt"}) for name, path in folders.items()}
@@ -232,11 +238,12 @@ def further() -> dict[str, Collection]:
     return nano | {"dl23": Collection("irds:msmarco-passage-v2/trec-dl-2023/judged", runs_of("dl23", "bm25"))}
 
 
-RANKZEPHYR: str = f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt"  # Rank-DistiLLM's teacher: Zenodo 15131907
+# The rankings of Rank-DistiLLM's teacher (Zenodo 15131907)
+RANKZEPHYR: str = f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt"
 
 
 def ms_marco() -> Collection:
-    """What Rank-DistiLLM's students learn from: ColBERTv2's first passages for queries of MS MARCO."""
+    """The training data of Rank-DistiLLM's students: ColBERTv2's first passages for queries of MS MARCO."""
     return Collection("irds:msmarco-passage/train", {"first": f"{DATA}/runs/msmarco-train.colbertv2.txt"})
 
 

@@ -1,4 +1,4 @@
-"""Charts that several notebooks draw. Knows tables of `compare.table` and matplotlib."""
+"""Charts that several notebooks draw with matplotlib, mostly from tables of `compare.table`."""
 
 import pandas as pd
 from matplotlib import pyplot
@@ -8,8 +8,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
-    """One panel per collection, one line per first stage and model. Published figures are rings, measured ones
-    discs."""
+    """A chart with one panel per collection, and in it one line per model and first stage. Published figures are rings,
+    measured ones discs."""
     lines = list(dict.fromkeys(table["model"] + " over " + table["first_stage"]))
     collections = list(dict.fromkeys(table["collection"]))
     columns, rows_of_panels = min(per_row, len(collections)), -(-len(collections) // per_row)
@@ -29,7 +29,7 @@ def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
     for panel in panels[:, 0]:
         panel.set_yticks(range(len(lines)), lines, fontsize="small")
     figures = table[["published", "measured"]]
-    panels[0][0].set_xlim(figures.min(axis=None) - 0.02, figures.max(axis=None) + 0.02)  # shared by all, as is y
+    panels[0][0].set_xlim(figures.min(axis=None) - 0.02, figures.max(axis=None) + 0.02)  # all panels share both axes
     panels[0][0].set_ylim(len(lines) - 0.5, -0.5)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)
@@ -39,7 +39,7 @@ def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
 
 
 def log_scale(panel: Axes) -> None:
-    """A logarithmic x-axis with few ticks, as plain numbers."""
+    """Make the x-axis of a panel logarithmic, with few ticks, labelled with plain numbers."""
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
     panel.xaxis.set_major_formatter("{x:g}")

@@ -1,8 +1,8 @@
 """Finds public runs, and your own runs next to them, under the names of published.csv.
 
 Files are called COLLECTION.qrels.txt, COLLECTION.STAGE.txt (a first stage) and COLLECTION.STAGE.SYSTEM.txt (reranked),
-gzipped or not, in TREC format. In a system's name "--" stands for a slash. Knows files and names: nothing is ranked or
-measured here.
+gzipped or not, in TREC format. In the name of a system, "--" stands for a slash. Nothing is ranked or measured in this
+module.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ SYSTEMS = {"rankvicuna": "RankVicuna 7B", "rankzephyr": "RankZephyr 7B"} | {
 TIREX_SYSTEMS = {
     "MonoT5 Base (tira-ir-starter-gygaggle)": "monoT5-base",
     "MonoT5 Large (tira-ir-starter-gygaggle)": "monoT5-large",
-    "latent-wetland": "monoT5-3B",  # identified by its figures: TIREx does not name it
+    "latent-wetland": "monoT5-3B",  # TIREx does not name it; it is identified by its figures
 }
 
 
 def collection(name: str, stages: Mapping[str, str], tables: Iterable[str]) -> Collection:
     """The judgements, first stages and systems of a collection, without its documents.
 
-    stages: the name of a first stage in published.csv -> its name in the files. tables: of published.csv. A system
-    whose figures are in other tables only is left out.
+    stages: the name of a first stage in published.csv -> its name in the file names. tables: names of tables in
+    published.csv. A system that has figures only in other tables is left out.
     """
     figures = compare.published()
     printed = figures["table"].isin(list(tables))
@@ -50,7 +50,7 @@ def collection(name: str, stages: Mapping[str, str], tables: Iterable[str]) -> C
 
 
 def systems_over(first_stage: str) -> dict[str, Path]:
-    """The systems that have a run over "COLLECTION.STAGE", by their names in published.csv, sorted."""
+    """The run files over the first stage "COLLECTION.STAGE", by the names of their systems in published.csv, sorted."""
     found = {}
     for folder in reversed(RUNS):
         for path in folder.glob(f"{first_stage}.*.txt*"):
@@ -60,7 +60,8 @@ def systems_over(first_stage: str) -> dict[str, Path]:
 
 
 def trec_dl() -> list[Comparison]:
-    """The papers' comparisons on TREC DL with public runs in place of models: only judgements are needed."""
+    """The papers' comparisons on TREC DL, with public runs in place of models. They require judgements, but no
+    texts."""
     stages = [{"bm25": "bm25", "splade++ed": "splade++ed"}, {"bm25": "bm25-terrier", "colbertv2": "colbertv2"}]
     return [
         dataclasses.replace(
@@ -74,7 +75,7 @@ def trec_dl() -> list[Comparison]:
 
 
 def beir() -> list[Comparison]:
-    """BM25 on NFCorpus, and runs of one's own on any collection of BEIR whose judgements are available."""
+    """BM25 on NFCorpus, and the user's own runs on any collection of BEIR whose judgements are available."""
     nfcorpus = {"beir/nfcorpus": Collection(str(SHARED / "nfcorpus"), {"bm25": "bm25:anserini"})}
     return [
         dataclasses.replace(
@@ -91,17 +92,17 @@ def beir() -> list[Comparison]:
 
 
 def tirex() -> list[Comparison]:
-    """BM25 with TIREx's settings on two of its corpora."""
+    """BM25 with TIREx's settings on two corpora of TIREx: Cranfield and Vaswani."""
     corpora = {name: Collection(str(SHARED / name), {TIREX: "bm25:terrier"}, name) for name in ("cranfield", "vaswani")}
     return [dataclasses.replace(papers.tirex()[0], collections=corpora, rerankers={})]
 
 
 def tirex_evaluations() -> pd.DataFrame:
-    """TIREx's nDCG@10 for the rows of monoT5 in Rank-DistiLLM's table 2, a row for each task: task, corpus, model,
-    value.
+    """TIREx's own nDCG@10 for the rows of monoT5 in Rank-DistiLLM's table 2. A row per task and model: task, corpus,
+    model, value.
 
-    monoT5-3B is identified by its figures alone. If the file is missing, the frame is empty and a line says what to
-    fetch.
+    TIREx does not name monoT5-3B; it is identified by its figures. If the file with the evaluations is missing, the
+    frame is empty, and a printed line says what to fetch.
     """
     path = next((path for folder in RUNS if (path := folder / "tirex.all_evaluations.json").exists()), None)
     if path is None:

@@ -1,10 +1,10 @@
-"""The README's first command: compares BM25 with BM25 and each reranker, as a table and a chart. Also prints the top
-three of one query before and after reranking.
+"""The README's demo: evaluates BM25 alone and before each reranker, as a table and a chart. It also prints the first
+three passages of one query before and after reranking.
 
-quickstart.py                                           Python's own documentation
-quickstart.py --collection FOLDER --model NAME          docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt]
-quickstart.py --collection irds:vaswani --model NAME    ir_datasets' id
-quickstart.py --first-stage terrier                     Terrier in place of PISA; requires Java
+quickstart.py                                           on Python's own documentation
+quickstart.py --collection FOLDER --model NAME          on docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt] in FOLDER
+quickstart.py --collection irds:vaswani --model NAME    on a dataset of ir_datasets
+quickstart.py --first-stage terrier                     with Terrier in place of PISA; requires Java
 """
 
 import argparse
@@ -27,8 +27,8 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 TINY = Path(__file__).parent / "tiny"
-HELD_OUT = {"python-docs": "test-"}  # the topics to evaluate on, where a collection has others for development
-SHOWN = {"python-docs": "test-09"}  # the query whose top three are printed; the first one for other collections
+HELD_OUT = {"python-docs": "test-"}  # how the qids of test topics begin, if there are development topics, too
+SHOWN = {"python-docs": "test-09"}  # qid of the query whose top three are printed; else the first query
 
 
 def main():
@@ -38,7 +38,7 @@ def main():
     parser.add_argument(
         "--first-stage", choices=["pisa", "terrier"], default="pisa", help="the engine of BM25; terrier requires Java"
     )
-    parser.add_argument("--depth", type=int, default=100, help="passages reranked per query")
+    parser.add_argument("--depth", type=int, default=100, help="number of passages reranked per query")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for results.png and results.json")
     measured.add_option(parser)
     arguments = parser.parse_args()
@@ -50,7 +50,7 @@ def main():
     name, first = first_stage(collection, held_out, arguments)
     chosen = rerankers(arguments.model)
     for reranker in chosen:
-        reranker.load()  # else the first query would wait for it
+        reranker.load()  # so that loading does not count in mrt
     candidates = first % arguments.depth >> collection.text_loader()
     table = pt.Experiment(
         [first, *(candidates >> reranker for reranker in chosen)],
@@ -79,7 +79,7 @@ def main():
 
 
 def rerankers(model: str | None) -> list[Reranker]:
-    """A cross-encoder that the reader names, or the project's small checkpoints."""
+    """The cross-encoder `model` or, if it is None, the project's small checkpoints."""
     if model is not None:
         return [CrossEncoder(model, verbose=True)]
     return [
@@ -93,8 +93,8 @@ def rerankers(model: str | None) -> list[Reranker]:
 def first_stage(
     collection: corpora.Collection, held_out: str | None, arguments: argparse.Namespace
 ) -> tuple[str, pt.Transformer]:
-    """The collection's own run if it has one, else BM25 (k1 = 0.9, b = 0.4) over an index made now, PISA's or
-    Terrier's."""
+    """The name and the transformer of the first stage. It is the collection's own run or, if there is none, BM25 (k1 =
+    0.9, b = 0.4) of PISA or Terrier over a new index."""
     if collection.run is not None:
         return "run.txt", pt.Transformer.from_df(collection.get_results(held_out))
     if arguments.first_stage == "terrier":
@@ -107,7 +107,7 @@ def first_stage(
 
 
 def header(collection: str, n_queries: int, arguments: argparse.Namespace) -> str:
-    """The lines above the table: what it is about, and how to read it."""
+    """The lines above the table. They tell what was reranked by which models, and explain the columns."""
     lines = [f"{collection}, {n_queries} queries; the first {arguments.depth} passages reranked by {models(arguments)}"]
     if collection == "python-docs":
         lines.append("Many questions avoid the docstrings' words on purpose, so BM25 scores low.")
@@ -123,7 +123,7 @@ def models(arguments: argparse.Namespace) -> str:
 
 
 def show_top_three(query: pd.DataFrame, qrels: pd.DataFrame, pipelines: dict[str, pt.Transformer]) -> None:
-    """Print what each pipeline ranks first for one query, with the grades of the judgements.
+    """Print the first three passages of each pipeline for one query, with their grades in the judgements.
 
     query: a frame of one row, qid and query.
     """
@@ -138,7 +138,7 @@ def show_top_three(query: pd.DataFrame, qrels: pd.DataFrame, pipelines: dict[str
 
 
 def draw(rows: pd.DataFrame, title: str, path: Path) -> None:
-    """nDCG@10 against milliseconds per query, with the p-values of the table."""
+    """Write a chart of nDCG@10 against milliseconds per query, with the p-values of the table, to `path`."""
     import matplotlib
 
     matplotlib.use("agg")

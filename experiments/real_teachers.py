@@ -1,11 +1,12 @@
-"""Trains small rerankers that know all-MiniLM-L6-v2's vectors on 43 rankings of a large language model.
+"""Trains small rerankers on all-MiniLM-L6-v2's cosines, and then on 43 rankings of a large language model.
 
     python experiments/real_teachers.py [--output FOLDER] [--share 1.0]
 
-A cross-encoder that begins as MiniLM and a small LiT5-Distill (`tiny/lit5.py`) first learn MiniLM's cosines, for
-queries of WikiQA, TREC QA, DL19 and DL22 and for sentences of passages. Then they learn RankVicuna's rankings of BM25's
-first 100 for DL19, or DL19's labels. They are tested on DL21 and Vaswani, whose queries and judgements they have not
-seen. Needs ../shared/data. Writes table.csv and the students to FOLDER.
+There are two students: a cross-encoder that begins as MiniLM, and a small LiT5-Distill (`tiny/lit5.py`). First they
+learn MiniLM's cosines, for queries of WikiQA, TREC QA, DL19 and DL22, and for sentences of passages as queries. Then
+they learn RankVicuna's rankings of BM25's first 100 passages for DL19, or DL19's labels. For comparison, a
+cross-encoder also learns the rankings without the cosines. The students are tested on DL21 and Vaswani, whose queries
+and judgements they have not seen. The script needs ../shared/data, and writes table.csv and the students to FOLDER.
 """
 
 import argparse
@@ -46,13 +47,13 @@ KINDS = {"CrossEncoder": functools.partial(CrossEncoder, dtype="bfloat16"), "LiT
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "real_teachers")
-    parser.add_argument("--share", type=float, default=1.0, help="share of the steps, for a short trial")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training steps, for a short trial")
     measured.add_option(parser)
     arguments = parser.parse_args()
     share, places = arguments.share, {}
 
     def kept(name: str, learned: Callable[[], Reranker]) -> str:
-        """The folder of a student. The student is trained if the folder does not exist."""
+        """The folder of a student. If the folder does not exist, the student is trained and saved there."""
         place = places[name] = str(arguments.output / name)
         if not Path(place).exists():
             started = time.monotonic()
@@ -83,8 +84,8 @@ def untrained() -> CrossEncoder:
 
 
 def material(*collections: str, sentences: int) -> Material:
-    """Texts to learn from: the passages and queries of the collections, the queries of WikiQA and TREC QA, and queries
-    made from `sentences` of the passages."""
+    """The training data: the passages and queries of the collections, the queries of WikiQA and TREC QA, and queries
+    made from sentences of as many passages as `sentences` says."""
     docs = pd.concat([shared.docs(name) for name in collections], ignore_index=True)
     chosen = random.Random(SEED)
     texts = chosen.sample(docs.text.tolist(), sentences)
@@ -126,9 +127,10 @@ def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:
 
 
 def tested(students: dict[str, Reranker], collection: str, folder: Path | None = None) -> pd.DataFrame:
-    """Evaluate the students by name over BM25's first 100. p-values are against BM25, Holm-corrected.
+    """Evaluate BM25, MiniLM as a bi-encoder and the students over BM25's first 100 passages. p-values are against BM25,
+    Holm-corrected.
 
-    folder: where runs are kept and reused.
+    folder: keeps the runs, which a later call uses again.
     """
     first = pt.Transformer.from_df(shared.res(collection, "run.txt", DEPTH))
     if folder:
@@ -153,7 +155,7 @@ def bi_encoder() -> pt.Transformer:
 
 
 def similarity(queries: pd.Series, passages: pd.Series) -> list[float]:
-    """MiniLM's cosine of each query with its passage."""
+    """MiniLM's cosine of each query with the passage at the same position."""
     texts = sorted({*queries, *passages})
     vectors, number = encode(Path(encoders.minilm()), texts), {text: i for i, text in enumerate(texts)}
     pairs = torch.tensor([(number[query], number[passage]) for query, passage in zip(queries, passages, strict=True)])

@@ -1,8 +1,8 @@
 """Writes RESULTS.md and its pictures from questions.toml and measured.csv: a question, its finding, a picture, a
 command.
 
-python experiments/results.py --write        writes both
-python experiments/results.py                checks that both are up to date (exit code 1 if not)
+python experiments/results.py --write        writes the page and its pictures
+python experiments/results.py                checks that the page and its pictures are up to date (exit code 1 if not)
 """
 
 import argparse
@@ -36,10 +36,11 @@ have not been run.
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of the page. If it has bars, it is drawn here; otherwise a script has drawn the file.
+    """A picture of the page. If it has bars, it is drawn here; otherwise another script has drawn the file.
 
-    file: its path from RESULTS.md. measure: what is drawn. bars: label -> settings, one for each series. series: their
-    names. peers: how many bars, from the first one, are not of this package.
+    file: its path from RESULTS.md. measure: the measure that the bars show. bars: label -> settings in measured.csv,
+    one for each series. series: the names of the series. peers: how many bars, from the first one, show systems other
+    than this package.
     """
 
     file: str
@@ -53,8 +54,8 @@ class Picture:
 class Question:
     """An entry of questions.toml.
 
-    recorded: the questions of measured.csv that it answers, by default its own. A star stands for any text, which is
-    then added to the setting. notes: {date, text} of each measurement.
+    recorded: the questions of measured.csv whose rows belong to this entry; by default, the question of this entry. A
+    star stands for any text, and this text is then added to the setting. notes: {date, text} for each measurement.
     """
 
     section: str
@@ -66,7 +67,8 @@ class Question:
     picture: Picture | None = None
 
     def rows(self, recorded: pd.DataFrame) -> pd.DataFrame:
-        """Its rows of measured.csv: the newest of each setting, n, measure, machine and threads."""
+        """The rows of measured.csv that belong to this entry: the newest of each setting, n, measure, machine and
+        threads."""
         parts = []
         for name in self.recorded or [self.question]:
             pattern = re.escape(name).replace(r"\*", "(.+)")
@@ -77,7 +79,7 @@ class Question:
 
 
 def read(file: Path = QUESTIONS) -> list[Question]:
-    """The questions, in their order. TypeError for an unknown field."""
+    """The entries of questions.toml, in their order. Raises TypeError if an entry has an unknown field."""
     entries = tomllib.loads(file.read_text(encoding="utf-8"))["questions"]
     pictures = [entry.pop("picture", None) for entry in entries]
     return [
@@ -87,7 +89,8 @@ def read(file: Path = QUESTIONS) -> list[Question]:
 
 
 def page(questions: list[Question], recorded: pd.DataFrame) -> str:
-    """RESULTS.md. ValueError for a question without rows, and for rows without a question."""
+    """The text of RESULTS.md. Raises ValueError if a question has no rows in measured.csv, or if rows belong to no
+    question."""
     told, contents, body = set(), [], []
     for section in dict.fromkeys(question.section for question in questions):
         contents.append(f"\n**{section}**\n")
@@ -106,7 +109,7 @@ def page(questions: list[Question], recorded: pd.DataFrame) -> str:
 
 
 def part(question: Question, rows: pd.DataFrame) -> str:
-    """The part of the page for a question."""
+    """The part of RESULTS.md for one question."""
     dates = sorted(set(rows["date"]))
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     machines = [*dict.fromkeys(rows["machine"])]
@@ -127,7 +130,8 @@ def anchor(heading: str) -> str:
 
 
 def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
-    """The values of a picture: label -> a value for each series. ValueError if measured.csv lacks one."""
+    """The values of a picture: label -> a value for each series. Raises ValueError if measured.csv lacks one of
+    them."""
     assert question.picture is not None
     rows = question.rows(recorded)
     values = rows[rows["measure"] == question.picture.measure].groupby("setting")["value"].last()
@@ -138,7 +142,7 @@ def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
-    """A bar chart. The bars of peers are grey."""
+    """A bar chart. The bars of systems other than this package are grey."""
     n = len(picture.series)
     figure, panel = pyplot.subplots(
         figsize=(7, 0.28 * n * len(values) + 0.12 * len(values) + 0.7), layout="constrained"
@@ -173,7 +177,7 @@ def printed(value: float, measure: str) -> str:
 
 
 def save(figure: Figure, values: dict[str, list[float]], file: Path) -> None:
-    """Write the figure as SVG, with the values in its description."""
+    """Write the figure as SVG, with the values in the description of the file."""
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(file, metadata={"Date": None, "Description": json.dumps(values)})
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -181,7 +185,7 @@ def save(figure: Figure, values: dict[str, list[float]], file: Path) -> None:
 
 
 def shown(file: Path) -> dict[str, list[float]] | None:
-    """The values that a picture shows. None if its description has none."""
+    """The values that a picture shows, read from its description. None if the description has none."""
     said = re.search(r"<dc:description>(.*?)</dc:description>", file.read_text(encoding="utf-8"), re.DOTALL)
     if said is None:
         return None
@@ -189,12 +193,12 @@ def shown(file: Path) -> dict[str, list[float]] | None:
 
 
 def shows(file: Path, values: dict[str, list[float]]) -> bool:
-    """Whether a picture has these bars in this order."""
+    """Whether a picture shows these values in this order."""
     return json.dumps(shown(file)) == json.dumps(values)
 
 
 def stale(questions: list[Question], recorded: pd.DataFrame) -> list[str]:
-    """The files that are not up to date."""
+    """The names of the files that are not up to date."""
     wrong = [] if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(questions, recorded) else [PAGE.name]
     for question in questions:
         if question.picture is None:
@@ -216,7 +220,7 @@ def main() -> None:
             if question.picture is not None and question.picture.bars:
                 file, values = HERE / question.picture.file, drawn(question, recorded)
                 file.parent.mkdir(exist_ok=True)
-                if not file.exists() or not shows(file, values):  # another version of matplotlib writes other bytes
+                if not file.exists() or not shows(file, values):  # other versions of matplotlib write other bytes
                     save(draw(question.picture, values), values, file)
     wrong = stale(questions, recorded)
     if wrong:

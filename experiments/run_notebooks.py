@@ -1,7 +1,7 @@
 """Runs notebooks from top to bottom, and keeps their outputs without warnings, progress bars and times.
 
 python experiments/run_notebooks.py                        each in the profile that its first cell names, in place
-python experiments/run_notebooks.py --profile small --output FOLDER                            anywhere, offline
+python experiments/run_notebooks.py --profile small --output FOLDER                            on any machine, offline
 python experiments/run_notebooks.py --profile paper --output FOLDER experiments/trec_dl.ipynb
 """
 
@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all of this folder that have profiles")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all notebooks here that have profiles")
     parser.add_argument("--profile", help="default: the one that a notebook's first cell names")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for the notebooks with their outputs")
     arguments = parser.parse_args()
@@ -38,7 +38,8 @@ def notebooks() -> list[Path]:
 
 
 def named_profile(path: Path) -> str | None:
-    """The profile that a notebook's parameters cell names, in which its outputs were made. None if it names none."""
+    """The profile that the parameters cell of a notebook names, or None. The committed outputs of the notebook are
+    those of this profile."""
     cells = nbformat.read(path, as_version=4).cells
     chosen = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
     found = re.match(r'PROFILE = "(\w+)"', chosen)
@@ -46,9 +47,10 @@ def named_profile(path: Path) -> str | None:
 
 
 def run(path: Path, folder: Path, **parameters: str) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run in `folder`, with these values in its parameters cell.
+    """Run a notebook in `folder`, with these values in its parameters cell, and return it with its new outputs.
 
-    The small profile starts afresh; other profiles reuse what they have computed. Raises what the notebook raises.
+    The small profile deletes its earlier results first; the other profiles use theirs again. An exception in a cell is
+    raised.
     """
     notebook = nbformat.read(path, as_version=4)
     chosen = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

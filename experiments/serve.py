@@ -1,4 +1,4 @@
-"""An HTTP endpoint around a reranker, in FastAPI: requests that wait together are scored together.
+"""An HTTP endpoint around a reranker, in FastAPI: requests that wait at the same time are scored together.
 
 python experiments/serve.py cross-encoder webis/monoelectra-base --port 8000 --threads 4
 curl localhost:8000/rank --json '{"query": "water power", "passages": ["old mills", "light"], "top_k": 1}'

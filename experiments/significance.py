@@ -1,5 +1,5 @@
-"""The papers' significance tests: p-values of rerankers against a baseline, corrected for their number. Knows only
-values per query."""
+"""The papers' significance tests: p-values of rerankers against a baseline, corrected for multiple tests. The tests
+read only values per query."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +13,19 @@ XL = "castorini/LiT5-Distill-xl-v2"
 
 
 def adjusted(p: pd.Series, correction: str) -> pd.Series:
-    """The p-values corrected for their number by "holm" or "bonferroni". nan stays nan and does not count: it is a
-    pipeline that equals the baseline on every query."""
+    """The p-values, corrected for multiple tests by "holm" or "bonferroni". A nan stays nan and does not count as a
+    test: it belongs to a pipeline whose values equal the baseline's on every query."""
     known = p.dropna()
     corrected = multipletests(known, method=correction)[1] if len(known) else known
     return pd.Series(corrected, known.index, dtype=float).reindex(p.index)
 
 
 def against_means(values: pd.Series, means: Mapping[str, float], correction: str = "holm") -> pd.Series:
-    """LiT5's test: does the mean of these values per query differ from each of the others, of which only means are
-    known?
+    """LiT5's test: does the mean of one system's values per query differ from the means of other systems?
 
-    One-sample t-tests, one-sided towards the side on which the mean lies, with Holm-Bonferroni. Returns the p-value of
-    each.
+    For each other system, this is a one-sample t-test of the values against its mean. It is one-sided: "greater" if the
+    mean of the values is greater than that of the other system, else "less". Returns the corrected p-value for each
+    other system.
     """
     p = {
         name: ttest_1samp(values, mean, alternative="greater" if values.mean() > mean else "less").pvalue
@@ -35,18 +35,20 @@ def against_means(values: pd.Series, means: Mapping[str, float], correction: str
 
 
 def paired(values: pd.DataFrame, baseline: str, correction: str = "bonferroni") -> pd.Series:
-    """Rank-DistiLLM's test: a paired t-test of each column (a reranker) with the baseline's, over the rows (queries).
-    Returns the corrected p-value of each column except the baseline."""
+    """Rank-DistiLLM's test: a paired t-test of each column (a reranker) against the column `baseline`, over the rows
+    (queries). Returns the corrected p-value of each column except the baseline."""
     others = values.columns.drop(baseline)
     p = {name: ttest_rel(values[name], values[baseline]).pvalue for name in others}
     return adjusted(pd.Series(p, dtype=float), correction)
 
 
 def daggers(queries: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """LiT5's table 1 against LiT5-XL over the same first stage: the printed `dagger`, and our `p` and `significant`.
+    """The systems of LiT5's table 1 against LiT5-XL over the same first stage: the printed `dagger`, and our own `p`
+    and `significant`.
 
-    p is of LiT5's test against the published means, where `queries` (of `sweep.run`) has XL's values per query. table:
-    of `compare.table`, with the published means.
+    queries: values per query, from `sweep.run`. table: a table of `compare.table` with the published means. If
+    `queries` has values of LiT5-XL, p is that of LiT5's test of these values against the published means; otherwise, p
+    is empty.
     """
     printed = pd.read_csv(DAGGERS).rename(columns={"significant": "dagger"})
     means = table.query("table == 'ecir_table1' and model != @XL").set_index(["collection", "first_stage"])

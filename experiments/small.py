@@ -1,6 +1,5 @@
 """What the notebooks run on any machine, offline: the small checkpoints of tiny/ on Python's documentation, and the
-public runs that are available. Nothing is built before a function is called.
-"""
+public runs that are available. Nothing is built before a function is called."""
 
 import dataclasses
 import os
@@ -18,8 +17,8 @@ PYTHON_DOCS = Collection("python-docs/test", {"bm25": "bm25"})  # 50 questions
 
 
 def rerankers() -> dict[str, Reranker]:
-    """The small checkpoint of each method, by the method's name; on the CPU, so that every machine gives the same
-    figures."""
+    """The small checkpoint of each method, by the method's name. They run on the CPU, so that every machine gives the
+    same figures."""
     return {
         "CrossEncoder": CrossEncoder(f"{TINY}/cross-encoder", device="cpu"),
         "LiT5-Distill": LiT5Distill(f"{TINY}/lit5-distill", device="cpu"),
@@ -29,25 +28,28 @@ def rerankers() -> dict[str, Reranker]:
 
 
 def named() -> dict[str, Reranker]:
-    """The same under names that differ from those of the published models."""
+    """The small checkpoints under names that differ from those of the published models."""
     return {f"tiny {name}": reranker for name, reranker in rerankers().items()}
 
 
 def trec_dl() -> list[Comparison]:
-    """The small checkpoints, and the available public runs for TREC DL."""
+    """The comparisons on TREC DL: the small checkpoints on Python's documentation, and the public runs that are
+    available."""
     collections = {"python-docs": PYTHON_DOCS}
     first = dataclasses.replace(papers.trec_dl()[0], collections=collections, rerankers=named())
     return [first, *map(available, public_runs.trec_dl())]
 
 
 def beir() -> list[Comparison]:
-    """The small checkpoints, and the available public runs for BEIR."""
+    """The comparisons on BEIR: the small checkpoints on Python's documentation, and the public runs that are
+    available."""
     first = dataclasses.replace(papers.beir()[0], collections={"python-docs": PYTHON_DOCS}, rerankers=named())
     return [first, *map(available, public_runs.beir())]
 
 
 def tirex() -> list[Comparison]:
-    """The small cross-encoder, and the available corpora of TIREx."""
+    """The comparisons on TIREx: the small cross-encoder on Python's documentation, and the corpora of TIREx that are
+    available."""
     parts = {
         f"python-docs/{part}": Collection(f"python-docs/{part}", {TIREX: "bm25"}, "python-docs")
         for part in ("dev", "test")
@@ -58,5 +60,5 @@ def tirex() -> list[Comparison]:
 
 
 def available(comparison: Comparison) -> Comparison:
-    """Without the collections whose files are missing."""
+    """The comparison without the collections whose files are missing."""
     return dataclasses.replace(comparison, collections=papers.where_present(comparison.collections))

@@ -2,10 +2,10 @@
 
     python experiments/soak.py [--queries 20000] [--passages 20] [--model FOLDER] [--output soak]
 
-Queries come in frames of --frame queries, as from `pt.Experiment(batch_size=...)`. Each frame is generated from words
-with a fixed seed; some words are in other languages. Writes OUTPUT/soak.json and, with matplotlib, OUTPUT/soak.png.
-Ends with exit code 1 if a query was lost or repeated, or if memory grew by more than --allowed MB after the first
-fifth.
+The reranker gets frames of --frame queries each, as from `pt.Experiment(batch_size=...)`. The texts are generated from
+a few words with a fixed seed; some of the words are not English. The script writes the memory after each frame to
+OUTPUT/soak.json and, if matplotlib is installed, a chart to OUTPUT/soak.png. The exit code is 1 if a query was lost or
+repeated, or if memory grew by more than --allowed MB after the first fifth of the queries.
 """
 
 import argparse
@@ -48,9 +48,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=20_000)
     parser.add_argument("--passages", type=int, default=20)
-    parser.add_argument("--frame", type=int, default=200, help="queries per frame")
+    parser.add_argument("--frame", type=int, default=200, help="number of queries per frame")
     parser.add_argument("--model", type=Path, default=SMALLEST)
-    parser.add_argument("--allowed", type=float, default=50, help="MB that memory may grow after the first fifth")
+    parser.add_argument("--allowed", type=float, default=50, help="MB by which memory may grow after the first fifth")
     parser.add_argument("--output", type=Path, default=Path("soak"))
     measured.add_option(parser)
     arguments = parser.parse_args()
@@ -90,7 +90,8 @@ def numbers(n: int, size: int) -> Iterator[range]:
 
 
 def queries(which: range, passages: int) -> pd.DataFrame:
-    """Candidates (qid, query, docno, text) for these query numbers. A number gives the same candidates in every run."""
+    """Candidates (qid, query, docno, text) for the queries with these numbers. A number gives the same candidates in
+    every run."""
     rows = []
     for i in which:
         drawn = random.Random(i)

@@ -2,17 +2,17 @@
 
     python experiments/student.py [--output FOLDER] [--seeds 1] [--share 1.0] [--test COLLECTION ...] [--record]
 
-It begins as all-MiniLM-L6-v2 and is trained with RankNet on these rankings:
+The cross-encoder begins as all-MiniLM-L6-v2 and is trained with RankNet on rankings of BM25's first 100 passages:
 
-* 28 queries of DL19: the mean of the log ranks that large language models gave the passages;
-* DL22, and questions of WikiQA and TREC QA over the passages of DL19 and DL22: the sum of MiniLM's cosine and
-  splade-tiny's score, each standardised within the query;
-* training queries of NFCorpus: the same sum, but passages that are labelled relevant come first.
+* For 28 queries of DL19, the passages are ranked by the mean of the log ranks that large language models gave them.
+* For DL22, and for questions of WikiQA and TREC QA over the passages of DL19 and DL22, they are ranked by the sum of
+  MiniLM's cosine and splade-tiny's score, each standardised within the query.
+* For training queries of NFCorpus, they are ranked by the same sum, but passages that are labelled relevant come first.
 
-nDCG@10 on the other 15 queries of DL19 chooses the step whose weights are kept. With several seeds, the student is the
-mean of their weights; averaging works because all seeds begin with the same weights. The student is tested on DL21 and
-Vaswani, whose queries, judgements and texts it has not seen, and on the test queries of NFCorpus. Needs ../shared/data
-and ../shared/models. An interrupted call resumes.
+The weights are kept from the step with the highest nDCG@10 on the other 15 queries of DL19. With several seeds, the
+student's weights are the mean over the seeds; averaging works because all seeds begin with the same weights. The
+student is tested on DL21 and Vaswani, whose queries, judgements and texts it has not seen, and on the test queries of
+NFCorpus. The script needs ../shared/data and ../shared/models. An interrupted call resumes.
 """
 
 import argparse
@@ -44,12 +44,12 @@ from pyterrier_lit.batching import like_lengths, padded
 from pyterrier_lit.training import Distil
 
 SPLADE = SHARED.parent / "models" / "splade-tiny"
-TIMES = {"dl19": 8, "dl22": 3}  # how often each query occurs in the training data
+TIMES = {"dl19": 8, "dl22": 3}  # how often each query is repeated in the training data
 HELD_OUT = 15  # queries of DL19, for validation
-OF_NFCORPUS = 500  # queries that are drawn; BM25 finds more than eight passages for 396 of them
+OF_NFCORPUS = 500  # number of sampled queries; for 396 of them, BM25 finds more than eight passages
 LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
-FROZEN = 3  # layers that are not trained
-LENGTHS = {"query_length": 24, "doc_length": 72}  # in training
+FROZEN = 3  # number of first layers that are not trained
+LENGTHS = {"query_length": 24, "doc_length": 72}  # maximum tokens, in training
 LEARNING = {
     "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "learning_rate": 5e-5, "warmup": 15,
     "schedule": "cosine", "clip": 1.0, "precision": "float32", "verbose": False, "every": 100,
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "student")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--share", type=float, default=1.0, help="share of the steps, for a short trial")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training steps, for a short trial")
     parser.add_argument("--test", nargs="*", default=["dl21", "vaswani", "nfcorpus"])
     measured.add_option(parser)
     arguments = parser.parse_args()
@@ -111,8 +111,8 @@ def mean(students: list[CrossEncoder]) -> CrossEncoder:
 
 
 def taught(output: Path) -> pd.DataFrame:
-    """The training data: result frames with the teachers' scores, without passages whose text is in DL21. Computed
-    once."""
+    """The training data: result frames with the teachers' scores, without passages whose text is in DL21. They are
+    computed once and kept in `output`."""
     file = output / "taught.parquet"
     if not file.exists():
         lists = pd.concat([of_language_models(), of_encoders()], ignore_index=True)
@@ -121,8 +121,8 @@ def taught(output: Path) -> pd.DataFrame:
 
 
 def of_language_models() -> pd.DataFrame:
-    """BM25's first 100 for the queries of DL19 that are not held out, scored by the mean negative log rank of the
-    language models."""
+    """BM25's first 100 passages for the queries of DL19 that are not held out, scored by the mean negative log rank of
+    the language models."""
     names = [name for name in shared.files("dl19") if re.search(r"teachers/.*[.]bm25[.]k100", name)]
     runs = pd.concat([shared.run("dl19", name) for name in names if "zeroshot" not in name])
     score = -torch.tensor(runs["rank"].to_numpy() + 1.0).log()
@@ -132,8 +132,8 @@ def of_language_models() -> pd.DataFrame:
 
 
 def of_encoders() -> pd.DataFrame:
-    """BM25's first 100 for DL22, for questions over the passages of DL19 and DL22, and for NFCorpus, scored by MiniLM
-    and splade-tiny."""
+    """BM25's first 100 passages for DL22, for questions over the passages of DL19 and DL22, and for NFCorpus, scored by
+    MiniLM and splade-tiny."""
     of_dl22 = shared.res("dl22", "run.bm25.txt", DEPTH)
     passages = pd.concat([shared.docs("dl19"), shared.docs("dl22")]).drop_duplicates("docno").drop_duplicates("text")
     questions = pd.concat([shared.topics(name) for name in ("wikiqa", "trecqa")]).drop_duplicates("query")
@@ -175,8 +175,8 @@ def repeated(frame: pd.DataFrame, times: int) -> pd.DataFrame:
 
 @torch.inference_mode()
 def products(frame: pd.DataFrame) -> list[float]:
-    """splade-tiny's score of each passage for its query. Only the weights of tokens that the query expands to are
-    computed."""
+    """splade-tiny's score of each passage for its query. Of the passage, only the weights of tokens to which the query
+    expands are computed."""
     model = transformers.BertForMaskedLM.from_pretrained(SPLADE).eval()
     head, decoder = model.cls.predictions.transform, model.cls.predictions.decoder
     states = {text: head(found) for text, found in read(model.bert, SPLADE, [*frame["query"], *frame["text"]])}

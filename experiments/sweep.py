@@ -21,12 +21,12 @@ from significance import adjusted
 
 from pyterrier_lit.reranker import Reranker
 
-MISSING = (FileNotFoundError, ConnectionError, requests.ConnectionError)  # a run, a licensed corpus, the network
+MISSING = (FileNotFoundError, ConnectionError, requests.ConnectionError)  # raised for a missing run, corpus or network
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A first stage over a collection, on which a comparison's rerankers and public systems are evaluated."""
+    """A first stage over a collection, on which the rerankers and public systems of a comparison are evaluated."""
 
     collection: str
     stage: str
@@ -34,12 +34,12 @@ class Place:
     topics: pd.DataFrame
     qrels: pd.DataFrame
     first: pt.Transformer
-    texts: pt.Transformer | None  # None: there is nothing to rerank
+    texts: pt.Transformer | None  # None: the comparison has no rerankers
     systems: dict[str, pt.Transformer]
     folder: Path
 
     def pipelines(self, rerankers: dict[str, Reranker]) -> dict[str, pt.Transformer]:
-        """The first stage, each reranker over it, and the systems."""
+        """By name: the first stage alone, each reranker over it, and the public systems."""
         reranked = {name: self.first >> self.texts >> reranker for name, reranker in rerankers.items()}
         return {compare.FIRST_STAGE: self.first} | reranked | self.systems
 
@@ -47,14 +47,15 @@ class Place:
 def run(
     comparison: Comparison, measures: list, folder: Path, *, depth: int, verbose: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The means as `compare.results` gives them, and the values per query: paper, collection, corpus, first_stage,
-    model, qid, measure, value.
+    """Evaluate a comparison. Returns the means as `compare.results` gives them, and the values per query: paper,
+    collection, corpus, first_stage, model, qid, measure, value.
 
-    One reranker after the other is evaluated at all places and then unloaded. If a run or a licensed corpus is missing,
-    its rows are left out and a line names it.
+    One reranker after the other is evaluated over all first stages and then unloaded. If a run or a licensed corpus is
+    missing, a printed line names it, and its rows are left out.
 
-    depth: passages reranked, if the comparison does not say. folder: keeps indexes, first stages and runs, which are
-    used again. A qid begins with its collection and a slash, since topics of two collections may share a number.
+    depth: number of passages reranked, unless the comparison sets it. folder: keeps indexes, first stages and runs,
+    which a later call uses again. A qid begins with its collection and a slash, since topics of two collections may
+    have the same number.
     """
     depth = comparison.depth or depth
     found = list(places(comparison, folder, depth, verbose))
@@ -76,8 +77,8 @@ def run(
 
 
 def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = False) -> Iterator[Place]:
-    """The places where a comparison's rerankers are evaluated. A line is printed for each whose collection or first
-    stage is missing."""
+    """Yield a `Place` for each first stage over each collection of a comparison. If a collection or a first stage is
+    missing, a line is printed instead."""
     for name in pt.tqdm(comparison.collections, desc=comparison.paper, unit="collection", disable=not verbose):
         for stage in comparison.collections[name].first_stages:
             try:
@@ -87,7 +88,7 @@ def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = Fal
 
 
 def unload(reranker: Reranker) -> None:
-    """Free a reranker's memory. Its weights are loaded again at the next use."""
+    """Free the memory of a reranker. Its weights are loaded again at the next use."""
     reranker.hold(None)
     gc.collect()
     torch.cuda.empty_cache()
@@ -104,14 +105,15 @@ def experiment(
     correction: str = "holm",
     verbose: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`pt.Experiment` over pipelines by name: its table, and the values per query (model, qid, measure, value).
+    """Run a `pt.Experiment` over named pipelines. Returns its table, and the values per query (model, qid, measure,
+    value).
 
-    The table has paired t-tests against the pipeline named `baseline`, corrected over the other pipelines ("holm",
-    "bonferroni"). A pipeline whose values all equal the baseline's has no p-value: it is not rejected, and does not
-    count in the correction.
+    The table has paired t-tests against the pipeline named `baseline`, corrected for the number of other pipelines
+    ("holm", "bonferroni"). A pipeline whose values all equal the baseline's has no p-value: it is not rejected, and
+    does not count in the correction. Raises ValueError if `baseline` is none of the pipelines.
 
-    folder: keeps each pipeline's run. A run is used again if the pipeline's repr and the topics are the same; delete it
-    if a checkpoint has changed under the same name. verbose: a progress bar over the pipelines.
+    folder: keeps the run of each pipeline. A run is used again if the pipeline's repr and the topics are the same. If a
+    checkpoint has changed under the same name, delete the run. verbose: show a progress bar over the pipelines.
     """
     if baseline not in pipelines:
         raise ValueError(f"baseline={baseline!r} is none of the pipelines {', '.join(map(repr, pipelines))}")
@@ -132,7 +134,8 @@ def evaluate(
     baseline: int | None = None,
     verbose: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """As `experiment`, with p-values that are not corrected."""
+    """As `experiment`, but p-values are not corrected. baseline: number of the baseline in `pipelines`; None makes no
+    tests."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = topics.to_csv(index=False)
     files = {

@@ -1,20 +1,22 @@
-"""Builds a cross-encoder that begins as a bi-encoder: before training, its score is nearly the bi-encoder's cosine.
-BERT's weights are laid out so that the score compares the mean vectors of query and passage.
+"""Builds a cross-encoder that begins as a bi-encoder: before training, its score is nearly the bi-encoder's cosine. The
+weights of a BERT are set so that its score compares the mean vectors of query and passage.
 
-An encoder under a new head has to learn from nothing how to compare two texts. Here the weights contain the comparison:
+An encoder under a new head has to learn from nothing how to compare two texts. Here the initial weights already make
+this comparison:
 
-* The hidden state has two dimensions per attention head more than that of the bi-encoder. Half of them carry a mark, m
-  = 1 for a token of the query and -1 for a token of the passage; the others are 1. LayerNorms scale both alike. Each
-  head adds (m m' - 1 1') times a constant to the attention logit of two tokens: nothing within a text, and a negative
-  number for a token of the other text.
-* An added layer attends to similar tokens of the other text. At first its output adds nothing.
-* In the added last layer, half of the heads compute the mean of the query's tokens, and the others that of the
-  passage's tokens. Its feed-forward network multiplies the two means by 4 u v = (u + v)^2 - (u - v)^2, where z^2 is
-  nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products is written over the mark, where the
-  model's head reads it.
+* The hidden state has two dimensions per attention head more than that of the bi-encoder. Half of the added dimensions
+  carry a mark, m = 1 for a token of the query and m = -1 for a token of the passage. The other half are 1. LayerNorms
+  scale both halves alike. For two tokens with marks m and m', each head adds a constant times (m m' - 1 1') to the
+  attention logit, where 1 1' is the product of the other halves. This is 0 if both tokens are in the same text, and
+  negative otherwise.
+* An added layer attends to similar tokens of the other text. Before training, its attention adds nothing to the state.
+* Another added layer is the last one. Half of its heads compute the mean u of the query's tokens, and the other half
+  the mean v of the passage's tokens. Its feed-forward network multiplies u and v by 4 u v = (u + v)^2 - (u - v)^2,
+  where z^2 is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products replaces the mark, where
+  the model's head reads it.
 
 Training may change all weights, and the checkpoint has BERT's ordinary architecture. The score is only "nearly" the
-cosine because the passage's position ids begin after the query, and the passage has no [CLS].
+cosine because the position ids of the passage begin after the query, and the passage has no [CLS].
 """
 
 import tempfile
@@ -26,11 +28,11 @@ import transformers
 from pyterrier_lit import CrossEncoder
 
 APART = 8.0  # how much lower the attention logit of a token of the other text is
-TOWARDS = 3.0  # how much higher it is in the layer that attends to the other text
+TOWARDS = 3.0  # how much higher this logit is in the layer that attends to the other text
 MARK = 0.1  # the size of the marks
-STEP, TOLD = 4.0, 4.0  # how steeply that layer makes marks 1 or -1; the logit by which the last layer tells them
+STEP, TOLD = 4.0, 4.0  # how steeply that layer rounds marks; logit by which the last layer tells marks apart
 ALIKE = 1.2  # how sharply the added layer prefers similar tokens
-POOLED, SMALL = 30.0, 0.35  # how far means outweigh the state they are added to; the factor of u and v
+POOLED, SMALL = 30.0, 0.35  # how far means outweigh the state to which they are added; factor of u and v
 READ, SCALE = 3.0, 5.0  # the mark for a cosine of 1; the score for a mark of 1
 
 
@@ -39,7 +41,7 @@ def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> Cros
     vectors are the mean of its last hidden states.
 
     folder: the bi-encoder. texts: some hundred passages, on which the main directions of the vectors and the sizes of
-    the states are measured. lengths: query_length and doc_length, in tokens.
+    the states are measured. lengths: query_length and doc_length, the maximum tokens of query and passage.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
@@ -61,8 +63,9 @@ def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> Cros
 def _measured(
     encoder: transformers.BertModel, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], seed: int
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """The median standard deviation of each LayerNorm's input, by its name, and the d / 2 main directions of the texts'
-    mean vectors, rotated so that none outweighs the others (d / 2, d)."""
+    """Two measurements on the texts. The first is the median standard deviation of each LayerNorm's input, by its name.
+    The second is the d / 2 main directions of the texts' mean vectors, (d / 2, d), rotated so that none outweighs the
+    others."""
     found: dict[str, list[torch.Tensor]] = {}
     hooks = [
         module.register_forward_pre_hook(lambda _, given, name=name: found.setdefault(name, []).append(given[0]))
@@ -84,7 +87,7 @@ def _measured(
 
 
 class _Wide:
-    """The wider BERT, built from an encoder."""
+    """The wider BERT of the cross-encoder, built from the bi-encoder."""
 
     def __init__(self, encoder: transformers.BertModel, sizes: dict[str, float], directions: torch.Tensor, seed: int):
         self.encoder, self.sizes, self.directions = encoder, sizes, directions
@@ -122,9 +125,9 @@ class _Wide:
         self.norm(ours.LayerNorm, theirs.LayerNorm, size, came=size)
 
     def layer(self, ours: torch.nn.Module, theirs: torch.nn.Module, name: str, last: bool) -> None:
-        """Copy a layer of the encoder. For the last layer, the weight and bias of its last LayerNorm are left out."""
+        """Copy a layer of the bi-encoder. last: leave out the weight and bias of its last LayerNorm."""
         own, attention = ours.attention.self, theirs.attention.self
-        stretch = ((self.part + 2) / self.part) ** 0.5  # the library divides by the root of a head's width
+        stretch = ((self.part + 2) / self.part) ** 0.5  # transformers divides by the root of a head's width
         for to, given, factor in (
             (own.query, attention.query, stretch), (own.key, attention.key, 1.0), (own.value, attention.value, 1.0),
         ):  # fmt: skip
@@ -149,8 +152,8 @@ class _Wide:
         self.norm(ours.output.LayerNorm, theirs.output.LayerNorm, self.sizes[f"{name}.output.LayerNorm"], last=last)
 
     def look(self, layer: torch.nn.Module) -> None:
-        """The layer whose heads attend to similar tokens of the other text, and add nothing yet. It makes every mark 1
-        or -1."""
+        """Set the weights of the layer whose heads attend to similar tokens of the other text. Before training, the
+        heads add nothing to the state. The layer also rounds every mark to 1 or -1."""
         own, turned = layer.attention.self, _rotation(self.width, self.seed).view(self.heads, self.part, self.width)
         for to, factor in ((own.query, ALIKE), (own.key, ALIKE), (own.value, 1.0)):
             to.weight.zero_(), to.bias.zero_()
@@ -160,7 +163,7 @@ class _Wide:
         first, second = layer.intermediate.dense, layer.output.dense
         for added in (layer.attention.output.dense, second):
             added.weight.zero_(), added.bias.zero_()
-        # gelu(4 S m + S) - gelu(4 S m - S) is 2 S for a mark of the usual size, 0 below zero, S at zero
+        # gelu(4 S m + S) - gelu(4 S m - S) is 2 S for a mark m of the usual size, 0 for a negative one, and S for 0
         first.weight[:2] = 0
         first.weight[:2, self.width : -self.heads] = 4 * STEP / MARK * self.signs / self.heads
         first.bias[:2] = torch.tensor([STEP, -STEP])
@@ -169,9 +172,10 @@ class _Wide:
         layer.output.LayerNorm.weight[:] = ((self.width + self.heads) / (self.width + 2 * self.heads)) ** 0.5
 
     def compare(self, layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """The last layer: it computes the means of both texts, and writes the sum of their products over the mark.
+        """Set the weights of the last layer. It computes the means of both texts, and replaces the mark by the sum of
+        their products.
 
-        weight, bias: those of the encoder's last LayerNorm (d).
+        weight, bias: those of the bi-encoder's last LayerNorm (d).
         """
         own, half, near = layer.attention.self, self.width // 2, (self.part + 2) ** 0.5
         for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
@@ -191,13 +195,14 @@ class _Wide:
         layer.intermediate.dense.weight[: len(first), : self.width] = first
         layer.intermediate.dense.weight[: len(first), self.width :] = 0
         product = torch.tensor([sign for _, _, sign in signed]).repeat_interleave(half).float()
-        square = (2 / torch.pi) ** 0.5 * SMALL**2  # gelu(z) + gelu(-z) for z = SMALL, nearly
+        square = (2 / torch.pi) ** 0.5 * SMALL**2  # nearly gelu(z) + gelu(-z) for z = SMALL
         layer.output.dense.weight[self.width : -self.heads, : len(first)] = (
             READ / (4 * square * half) * torch.outer(self.signs, product)
         )
 
     def see_mark(self, attention: torch.nn.Module, apart: float, mark: float) -> None:
-        """Make all heads attend less to tokens with another mark: their logits are lower by `apart`."""
+        """Make all heads attend less to tokens with the other mark: their attention logits are lower by `apart`. mark:
+        the size of the marks."""
         seen = (apart / 2 * (self.part + 2) ** 0.5) ** 0.5 / mark / self.heads * self.signs
         for to in (attention.query, attention.key):
             to.weight[self.part :: self.part + 2, self.width : -self.heads] = seen
@@ -210,7 +215,9 @@ class _Wide:
     def norm(
         self, ours: torch.nn.LayerNorm, theirs: torch.nn.LayerNorm, size: float, came: float = MARK, last: bool = False
     ) -> None:
-        """Set a LayerNorm so that it leaves states of this size and their mark as they were."""
+        """Set a LayerNorm so that it does to states of this size what the bi-encoder's LayerNorm does, and gives marks
+        the size MARK. came: the size of the marks in its input. last: leave out the weight and bias of the bi-encoder's
+        LayerNorm."""
         marks = 2 * self.heads
         all_of_it = ((self.width * size**2 + marks * came**2) / (self.width + marks)) ** 0.5
         ours.bias.zero_()
@@ -222,7 +229,8 @@ class _Wide:
 
 
 def _signs(heads: int) -> torch.Tensor:
-    """The mark of a query's token (heads). Half of it is negative, so that it does not change the mean of the state."""
+    """The mark of a token of the query (heads). Half of its components are negative, so that it does not change the
+    mean of the state."""
     return torch.tensor([1.0, -1.0]).repeat(heads // 2)
 
 

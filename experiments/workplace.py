@@ -1,4 +1,4 @@
-"""Sets up a notebook: chooses its profile, silences warnings, and avoids the network. Knows no experiment."""
+"""Sets up a notebook: chooses its profile, silences warnings, and avoids the network."""
 
 import os
 import warnings
@@ -14,11 +14,12 @@ import transformers
 
 
 def enter(profile: str, notebook: str, **profiles: Callable[[], dict[str, Any]]) -> tuple[SimpleNamespace, Path]:
-    """Set seeds, and return the parameters of this profile and `results/PROFILE/NOTEBOOK`, the folder for what the
-    notebook keeps.
+    """Set seeds, and return the parameters of this profile, and the folder `results/PROFILE/NOTEBOOK`, in which the
+    notebook keeps its results.
 
-    profiles: functions that return the notebook's parameters; only the chosen one is called. Unless these parameters
-    set "verbose" to True, progress bars and messages of transformers are switched off.
+    profiles: functions that return the notebook's parameters; only the function of the chosen profile is called. Unless
+    these parameters set "verbose" to True, progress bars and messages of transformers are switched off. Raises
+    ValueError for an unknown profile.
     """
     if profile not in profiles:
         raise ValueError(f"PROFILE={profile!r}; wanted one of {', '.join(map(repr, profiles))}")
@@ -26,10 +27,10 @@ def enter(profile: str, notebook: str, **profiles: Callable[[], dict[str, Any]])
     folder.mkdir(parents=True, exist_ok=True)
     transformers.set_seed(42)
     warnings.filterwarnings("ignore", message="The inplace keyword", category=DeprecationWarning)  # pyterrier, pandas 3
-    warnings.filterwarnings("ignore", "more than half of the passages were truncated")  # as in the papers
+    warnings.filterwarnings("ignore", "more than half of the passages were truncated")  # the papers truncate, too
     parameters = SimpleNamespace(**{"verbose": False} | profiles[profile]())
     if not parameters.verbose:
         transformers.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
-        pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
+        pt.documentation._cached_objects_inv = {}  # else pictures of pipelines fetch an inventory from the web
     return parameters, folder

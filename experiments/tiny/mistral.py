@@ -1,10 +1,10 @@
 """The language model of the small PE-Rank before training: it already averages the words of the query.
 
-The word embeddings are vectors whose sum over a text is near MiniLM's vector of that text. The first layer marks the
-tokens after the place where the prompt announces the query, and the tokens after the query. The second layer averages
-the words between these places, and to a small degree the passages, the first ones most. So the state at the end of the
-prompt is near the vector of the query, and its dot products with the passages rank as dense retrieval does, with a
-preference for the first stage's order. `teach` trains the model from there.
+The sum of the word embeddings of a text is near MiniLM's vector of that text. The first layer marks two kinds of
+tokens: those after the word of the prompt that announces the query, and those after the query. The second layer
+averages the words between these two places. To a small degree, it also averages the passages, most of all the first
+ones. So the state at the end of the prompt is near the vector of the query. Its dot products with the passages rank as
+dense retrieval does, with a preference for the first stage's order. `teach` trains the model from there.
 """
 
 import math
@@ -26,7 +26,7 @@ WIDTH, HEADS, LAYERS = 128, 4, 2
 HEAD = WIDTH // HEADS
 PROMPT_WORDS = PROMPT.format(n=20, query="", passages="Passage 1: []")  # all words of a prompt but the query's
 ANNOUNCES, ENDS = "relevance", "relatively"  # words of the prompt, before the query and after it
-SILENT = (":", ".", ",", "[", "]", "passage", *map(str, range(1, 21)))  # words of the prompt around query and passages
+SILENT = (":", ".", ",", "[", "]", "passage", *map(str, range(1, 21)))  # words that do not count in the average
 # Dimensions of the states
 MEANING = 120  # the first 120 hold the meaning of a word, a passage or the query
 CONSTANT = 120  # is MARK in every token
@@ -35,8 +35,8 @@ ANNOUNCE, END = 122, 123  # mark the tokens ANNOUNCES and ENDS
 AFTER, BEYOND = 124, 125  # mark the tokens after ANNOUNCES, and after ENDS
 PASSAGE = 126  # marks passages
 # Dimensions of a head, by how fast the rotary embedding turns them
-SLOW = 15  # hardly within a prompt
-TURNING = 6  # once in 199 tokens
+SLOW = 15  # hardly turned within a prompt
+TURNING = 6  # turned once in 199 tokens
 
 # Lengths of the parts of a state. The norm before each layer makes the state of a word about NORM times as long
 WORD_LENGTH, PASSAGE_LENGTH, QUERY_LENGTH, MARK = 5.0, 2.0, 10.0, 3.0
@@ -44,27 +44,28 @@ NORM = 1.75
 # Attention logits
 SURE = 15.0  # of the tokens ANNOUNCES and ENDS
 INSIDE = 8.0  # of tokens between ANNOUNCES and ENDS
-LEAST, MOST = -8.0, 2.0  # of a word, beside a word of the median weight
-SOME = -3.5  # of a passage, beside the same
-RAMP, FAR = 3.0, 180  # of a passage this many tokens before
+LEAST, MOST = -8.0, 2.0  # of a word, relative to a word of the median weight
+SOME = -3.5  # of a passage, relative to the same word
+RAMP, FAR = 3.0, 180  # added for a passage that is FAR tokens back
 
-NOISE = 0.1  # standard deviation added to the teacher's scores for the order of the ranks
+NOISE = 0.1  # standard deviation of the noise on the teacher's scores, from which the ranks follow
 
 
 class Taught(NamedTuple):
     """A query and the first stage's passages for it."""
 
     query: str
-    vector: torch.Tensor  # (d,), MiniLM's of the query
-    passages: torch.Tensor  # (N,), their numbers
-    scores: torch.Tensor  # (N,), the teacher's
+    vector: torch.Tensor  # (d,), MiniLM's vector of the query
+    passages: torch.Tensor  # (N,), the numbers of the passages
+    scores: torch.Tensor  # (N,), the teacher's scores
 
 
 @torch.no_grad()
 def write_mistral(folder: Path, vocabulary: Sequence[str], words: torch.Tensor) -> None:
-    """Write a Mistral of two layers. words: (V, WIDTH), the vectors of the vocabulary, whose sums are those of texts.
+    """Write a Mistral of two layers.
 
-    The direction of a word's vector is its meaning, and its length the word's weight.
+    words: the vectors of the vocabulary, (V, WIDTH), whose sum over a text is near the vector of the text. The
+    direction of a word's vector is its meaning, and its length is the word's weight in the average.
     """
     config = transformers.MistralConfig(
         vocab_size=len(vocabulary),
@@ -92,7 +93,8 @@ def write_mistral(folder: Path, vocabulary: Sequence[str], words: torch.Tensor) 
 
 
 def _plan(body: Any) -> None:
-    """Set weights of both attention layers. The MLPs and the free heads of the first layer keep their random ones."""
+    """Set the weights of both attention layers. The MLPs and the unused heads of the first layer keep their random
+    weights."""
     first, second = (layer.self_attn for layer in body.layers)
     one = math.sqrt(HEAD) / (NORM * MARK)  # CONSTANT times this, with a key of 1, is an attention logit of 1
     for head, (seen, written) in enumerate(((ANNOUNCE, AFTER), (END, BEYOND))):
@@ -125,7 +127,8 @@ def _plan(body: Any) -> None:
 
 @torch.no_grad()
 def plan_projector(projector: torch.nn.Linear) -> None:
-    """The projector keeps the directions of the passages' vectors, and marks them as passages."""
+    """Set the weights of the projector: it keeps the directions of the passages' vectors, and marks them as
+    passages."""
     projector.weight.zero_(), projector.bias.zero_()
     projector.weight[:MEANING, :MEANING] = PASSAGE_LENGTH * torch.eye(MEANING)
     projector.bias[CONSTANT] = projector.bias[PASSAGE] = MARK
@@ -140,13 +143,15 @@ def teach(
     learning_rate: float,
     temperature: float = 0.05,
 ) -> None:
-    """Train the language model, not the projector, on windows of 2 to 20 passages in the first stage's order.
+    """Train the language model, but not the projector, on windows of 2 to 20 passages in the first stage's order.
 
-    The state before each rank shall have the direction of the query's vector (cosine), and its dot products with the
-    remaining passages shall be distributed as the teacher's scores (KL divergence). The passages of the earlier ranks
-    are the teacher's with errors, since the model's own order will have errors too.
+    The loss compares the state before each rank with two targets: its direction with that of the query's vector
+    (cosine), and its dot products with the remaining passages with the teacher's scores (KL divergence). The passages
+    of the earlier ranks are in the teacher's order with random errors, since the model's own order will have errors
+    too.
 
-    vectors: (D, d), of the passages by their numbers. temperature: of the teacher's scores.
+    vectors: the vectors of the D passages, by their numbers, (D, d). temperature: the teacher's scores are divided by
+    it.
     """
     network, prompter = checkpoint.network.train(), checkpoint.prompter
     network.projector.requires_grad_(False)
