@@ -22,7 +22,9 @@ TYPES = {
     "question": "str", "setting": "str", "n": "Int64", "measure": "str", "value": "float64", "p": "float64",
     "seconds": "float64", "machine": "str", "threads": "Int64", "commit": "str", "date": "str",
 }  # fmt: skip
-FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_tile": "AMX"}  # of /proc/cpuinfo
+FLAGS = {  # of /proc/cpuinfo
+    "avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx512_bf16": "AVX512-BF16", "amx_tile": "AMX"
+}  # fmt: skip
 
 
 def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file: Path = FILE) -> pd.DataFrame:

@@ -53,12 +53,6 @@ class Int8Scorer(nn.Module):
         found = self._requests.own.infer([tensor.numpy() for tensor in tensors])
         return torch.from_numpy(found[0].copy())
 
-    def train(self, mode: bool = True) -> "Int8Scorer":
-        """Raises ValueError if `mode` is true: the network has no parameters."""
-        if mode:
-            raise ValueError("a reranker in int8 cannot be trained; train the one it was made from, and quantize that")
-        return self
-
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         """Write the network in OpenVINO's format. Returns the fields of config.json."""
         (folder / GRAPH).write_bytes(self.graph)

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pyterrier_lit.batching import encoder_tokens, like_lengths, padded
 from pyterrier_lit.cross_encoder import CrossEncoder
 from pyterrier_lit.frames import Ranking
+from pyterrier_lit.models.int8 import Int8Scorer
 from pyterrier_lit.models.pair_encoder import PairCheckpoint
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.training import losses
@@ -91,8 +92,11 @@ class PairBatch(NamedTuple):
 
 
 def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
-    """The training objective of a CrossEncoder for a recipe. Raises ValueError for an unknown loss."""
+    """The training objective of a CrossEncoder for a recipe. Raises ValueError for an unknown loss, and for a student
+    in int8."""
     checkpoint: PairCheckpoint = student.load()
+    if isinstance(checkpoint.network, Int8Scorer):
+        raise ValueError("a reranker in int8 cannot be trained; train it in float32, and quantize it after that")
     if recipe.loss not in LOSSES:
         raise ValueError(f"loss={recipe.loss!r}; wanted one of {', '.join(map(repr, LOSSES))}")
     if recipe.checkpointing:

@@ -1,0 +1,156 @@
+"""CrossEncoder.quantize: nearly the scores of float32, the same after saving, and clear errors."""
+
+import builtins
+import inspect
+import json
+import pickle
+import shutil
+import sys
+import threading
+
+import pandas as pd
+import pytest
+import torch
+from conftest import GOLDEN, TINY
+
+from pyterrier_lit import CrossEncoder
+from pyterrier_lit.models.int8 import Int8Scorer
+from pyterrier_lit.training import FineTune
+
+QUERIES = ["remove white space from a string", "sort a list", "look up a key in a dictionary", "split text at a comma"]
+KINDS = (str, list, dict, set, bytes, int, float)
+FOLDERS = [GOLDEN / "cross_encoder" / "ckpt" / name for name in ("electra_short_nobias_proj", "bert_bias")]
+
+
+def frame():
+    """Each query with the docstrings of methods."""
+    texts = {inspect.getdoc(getattr(kind, name)) for kind in KINDS for name in dir(kind) if not name.startswith("_")}
+    passages = pd.DataFrame({"text": sorted(texts)}).rename_axis("docno").reset_index()
+    queries = pd.DataFrame({"query": QUERIES}).rename_axis("qid").reset_index()
+    return queries.merge(passages, how="cross").astype({"qid": str, "docno": str}).assign(score=0.0)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return CrossEncoder(str(TINY / "cross-encoder"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def int8(exact):
+    return exact.quantize(frame())
+
+
+def scores(reranker, **changes):
+    reranker = reranker.apply_attributes(**changes)
+    return torch.tensor(reranker.transform(frame())["score"].to_numpy())
+
+
+def test_the_order_is_nearly_that_of_float32(exact, int8):
+    ours, wanted = scores(int8), scores(exact)
+    assert isinstance(int8.load().network, Int8Scorer) and not isinstance(exact.load().network, Int8Scorer)
+    assert not torch.equal(ours, wanted)  # it is quantised
+    for left, right in zip(ours.split(len(ours) // len(QUERIES)), wanted.split(len(ours) // len(QUERIES)), strict=True):
+        assert pd.Series(left).corr(pd.Series(right), method="kendall") > 0.9
+        assert left.argmax() in right.topk(3).indices
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_checkpoints_of_lightning_ir_keep_their_tokens_and_lengths(folder, tmp_path):
+    exact = CrossEncoder(str(folder), device="cpu")
+    int8 = exact.quantize(frame(), n_pairs=8)
+    int8.save(tmp_path / "saved")
+    loaded = CrossEncoder(str(tmp_path / "saved"), device="cpu")
+    assert loaded.lengths() == exact.lengths()
+    assert loaded.load().reading == exact.load().reading
+    texts = [("a [SEP] b", "don't " * 500), ("", "a")]
+    assert loaded.pairs(texts)[1] == exact.pairs(texts)[1]
+    assert scores(loaded).std() > 0.5 * scores(exact).std()
+    assert pd.Series(scores(loaded)).corr(pd.Series(scores(exact)), method="kendall") > 0.6  # random weights
+
+
+def test_a_score_does_not_depend_on_the_batch(int8):
+    assert torch.allclose(scores(int8, max_tokens=1), scores(int8, max_tokens=20_000), atol=1e-4)
+
+
+def test_saved_pickled_and_copied_it_gives_the_same_scores(int8, tmp_path):
+    wanted = scores(int8)
+    int8.save(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("*.safetensors"))
+    for other in (CrossEncoder(str(tmp_path / "saved"), device="cpu"), pickle.loads(pickle.dumps(int8))):
+        assert torch.equal(scores(other), wanted)
+    assert "calibrated on 64 query-passage pairs" in (tmp_path / "saved" / "README.md").read_text()
+    assert "<in int8, saved as " in repr(int8)
+
+
+def test_float_weights_replace_it_in_the_same_folder(exact, int8, tmp_path):
+    int8.save(tmp_path)
+    exact.save(tmp_path)
+    assert not list(tmp_path.glob("int8.*"))
+    assert torch.equal(scores(CrossEncoder(str(tmp_path), device="cpu")), scores(exact))
+
+
+def test_threads_share_it(int8):
+    wanted, found = scores(int8), {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: scores(int8)})) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and all(torch.equal(each, wanted) for each in found.values())
+
+
+def test_it_cannot_be_quantised_again_trained_or_written_as_a_classifier(int8, tmp_path):
+    with pytest.raises(ValueError, match="in int8 already"):
+        int8.quantize(frame())
+    with pytest.raises(ValueError, match="in int8 cannot be trained"):
+        FineTune(int8, steps=1).fit(frame().head(8), pd.DataFrame({"qid": ["0"], "docno": ["0"], "label": [1]}))
+    with pytest.raises(ValueError, match="is in int8; save it without"):
+        int8.save(tmp_path, layout="transformers")
+
+
+@pytest.mark.parametrize("given", [frame()[["qid", "query"]], frame().head(0)], ids=["no text", "no rows"])
+def test_a_frame_that_cannot_calibrate(exact, given):
+    with pytest.raises(ValueError, match=f"a frame of {len(given)} rows with the columns qid, .* wanted candidates with"):
+        exact.quantize(given)
+
+
+def test_other_architectures_are_refused(tmp_path):
+    import transformers
+
+    config = transformers.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=6_000, num_labels=1)
+    transformers.DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / "cross-encoder" / name, tmp_path)
+    with pytest.raises(ValueError, match="a network of type 'distilbert' cannot be quantised; wanted one of bert, "):
+        CrossEncoder(str(tmp_path), device="cpu").quantize(frame())
+
+
+def test_errors_of_a_saved_one(int8, tmp_path):
+    int8.save(tmp_path)
+    with pytest.raises(ValueError, match="cannot use cpu and bfloat16; wanted device='cpu' and dtype=None"):
+        CrossEncoder(str(tmp_path), device="cpu", dtype="bfloat16").load()
+    whole = (tmp_path / "int8.xml").read_bytes()
+    (tmp_path / "int8.xml").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"int8.xml cannot be read: it is cut short or damaged"):
+        CrossEncoder(str(tmp_path), device="cpu").load()
+    (tmp_path / "int8.xml").write_bytes(whole)
+    (tmp_path / "int8.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no int8.bin"):
+        CrossEncoder(str(tmp_path), device="cpu").load()
+    assert json.loads((tmp_path / "config.json").read_text())["int8"]["types"] == 2
+
+
+@pytest.mark.parametrize("package", ["openvino", "nncf"])
+def test_a_missing_package_is_named(exact, monkeypatch, package):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    there = builtins.__import__
+
+    def without(name, *others, **more):
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return there(name, *others, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'pyterrier-lit\[int8\]'"):
+        exact.quantize(frame())
