@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 Run = Callable[[], list[list[float]]]  # returns the scores of each query's passages
@@ -108,7 +109,10 @@ def ours(**settings: Any) -> Callable[[Path, dict], Run]:
         columns = work["passages"]
         match work["kind"]:
             case "cross-encoder":
+                int8 = arguments.pop("int8", False)
                 reranker = pyterrier_lit.CrossEncoder(str(folder), **arguments)
+                if int8:
+                    reranker = reranker.quantize(pairs(work))
             case "lit5-distill":
                 reranker = pyterrier_lit.LiT5Distill(str(folder), window_size=100, **arguments)
             case "lit5-score":
@@ -118,6 +122,12 @@ def ours(**settings: Any) -> Callable[[Path, dict], Run]:
         return lambda: reranker.score(work["queries"], columns)
 
     return prepare
+
+
+def pairs(work: dict) -> pd.DataFrame:
+    """A row for each query and passage: query and text."""
+    lists = zip(work["queries"], work["passages"], strict=True)
+    return pd.DataFrame([(query, text) for query, texts in lists for text in texts], columns=["query", "text"])
 
 
 def pe_rank(folder: Path, work: dict, **arguments: Any) -> tuple[Any, dict[str, list]]:
@@ -352,6 +362,7 @@ def read_on(body: Any, cache: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor
 
 SYSTEMS: dict[str, Callable[[Path, dict], Run]] = {
     "ours": ours(),
+    "ours, int8": ours(int8=True),
     "ours, top_k=10": ours(top_k=10),
     'ours, decoding="first"': ours(decoding="first"),
     "sentence-transformers": sentence_transformers("torch"),
