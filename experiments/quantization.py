@@ -1,0 +1,116 @@
+"""Compares the rankings of cross-encoders in int8 with their rankings in float32. Run by hand, on a CPU with VNNI.
+
+    python experiments/quantization.py [--models tiny MiniLM] [--data dl19 nfcorpus] [--queries 43] [--record]
+
+tiny      the project's small cross-encoder
+MiniLM    all-MiniLM-L6-v2 as a cross-encoder (`towers.py`), without any training
+
+Both rerank BM25's first 100 passages. The pairs that calibrate int8 are from queries that are not evaluated. Needs
+../shared/data.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import encoders
+import measured
+import pandas as pd
+import pyterrier as pt
+import torch
+import towers
+from ir_measures import nDCG
+from papers import SHARED
+
+sys.path += [str(SHARED)]
+import load as shared
+
+from pyterrier_lit import CrossEncoder
+
+QUESTION = "What does int8 do to the order of a trained cross-encoder?"
+TINY = Path(__file__).parent / "tiny" / "cross-encoder"
+CALIBRATION = "dl22"  # the collection whose passages calibrate a model that reranks MS MARCO's passages
+DEPTH, TOP = 100, 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["tiny", "MiniLM"], default=["tiny", "MiniLM"])
+    parser.add_argument("--data", nargs="+", default=["dl19", "nfcorpus"])
+    parser.add_argument("--queries", type=int, default=43, help="the number of queries that are evaluated, at most")
+    measured.add_option(parser)
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        exact = CrossEncoder(str(TINY), device="cpu") if name == "tiny" else minilm()
+        for collection in arguments.data:
+            evaluated, others = candidates(collection, arguments.queries)
+            rows = compare(exact, exact.quantize(others), evaluated, shared.qrels(collection))
+            rows = rows.assign(setting=f"{name}, {collection}", n=evaluated["qid"].nunique())
+            print(rows.to_string(index=False, float_format="{:.4f}".format), flush=True)
+            if arguments.record:
+                measured.record(QUESTION, rows)
+
+
+def minilm() -> CrossEncoder:
+    passages = shared.docs("dl22")["text"].sample(320, random_state=0).tolist()
+    return towers.begin(encoders.minilm(), passages, query_length=32, doc_length=128)
+
+
+def candidates(collection: str, queries: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """BM25's passages for the queries that are evaluated, and for the others. If a collection has no others, they are
+    those of CALIBRATION."""
+    found = shared.res(collection, "run.txt", DEPTH)
+    qids = found["qid"].drop_duplicates().sample(frac=1, random_state=0)
+    evaluated = found[found["qid"].isin(qids[:queries])]
+    others = found[~found["qid"].isin(qids[:queries])]
+    return evaluated, shared.res(CALIBRATION, "run.bm25.txt", DEPTH) if others.empty else others
+
+
+def compare(exact: CrossEncoder, int8: CrossEncoder, frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
+    """A row for each measure: measure, value and p (a paired t-test of nDCG@10 against float32)."""
+    results, seconds = zip(*(timed(reranker, frame) for reranker in (exact, int8)), strict=True)
+    topics = frame[["qid", "query"]].drop_duplicates()
+    table = pt.Experiment(
+        [pt.Transformer.from_df(result) for result in results],
+        topics,
+        qrels[qrels["qid"].isin(topics["qid"])],
+        [nDCG @ TOP],
+        names=["float32", "int8"],
+        baseline=0,
+    )
+    both = results[0].merge(results[1], on=["qid", "docno"], suffixes=("", " int8"))
+    queries = [ranking for _, ranking in both.groupby("qid")]
+    values = {f"nDCG@{TOP}, {name}": value for name, value in zip(table["name"], table[f"nDCG@{TOP}"], strict=True)}
+    values["share of pairs of passages in another order"] = sum(map(swapped, queries)) / len(queries)
+    values[f"passages of the first {TOP} that stay"] = sum(map(stay, queries)) / len(queries)
+    values |= {
+        f"seconds a query, {name}": each / len(queries) for name, each in zip(table["name"], seconds, strict=True)
+    }
+    rows = pd.DataFrame({"measure": values.keys(), "value": values.values()})
+    rows.loc[rows["measure"] == f"nDCG@{TOP}, int8", "p"] = table[f"nDCG@{TOP} p-value"].iloc[1]
+    return rows
+
+
+def timed(reranker: CrossEncoder, frame: pd.DataFrame) -> tuple[pd.DataFrame, float]:
+    """The reranked frame, and the seconds that it took after a short call."""
+    reranker(frame.head(20))
+    started = time.perf_counter()
+    return reranker(frame), time.perf_counter() - started
+
+
+def swapped(ranking: pd.DataFrame) -> float:
+    """The share of pairs of a query's passages whose order differs."""
+    left, right = (torch.tensor(ranking[name].to_numpy()) for name in ("score", "score int8"))
+    first, second = torch.triu_indices(len(ranking), len(ranking), 1)
+    differs = (left[first] - left[second]).sign() != (right[first] - right[second]).sign()
+    return float(differs.double().mean())
+
+
+def stay(ranking: pd.DataFrame) -> int:
+    """How many of a query's first TOP passages are among the first TOP of both rankings."""
+    return len(set(ranking.nsmallest(TOP, "rank")["docno"]) & set(ranking.nsmallest(TOP, "rank int8")["docno"]))
+
+
+if __name__ == "__main__":
+    main()
