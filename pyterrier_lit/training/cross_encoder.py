@@ -73,7 +73,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "rank-distillm-rankings": PairRecipe(1e-5, epochs=3, loss="ranknet"),
 }
-FINE_TUNE, DISTIL = "rank-distillm-labels", "rank-distillm-rankings"  # the default recipes
+# The default recipes for learning from labels and from a teacher's ranking
+FINE_TUNE, DISTIL = "rank-distillm-labels", "rank-distillm-rankings"
 
 
 class Example(NamedTuple):

@@ -161,8 +161,8 @@ def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[
 
 
 def _log_random(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
-    # With u uniform in [0, 1], the items with the n largest u^(1/w) are a sample without replacement in which an item
-    # has weight w (Efraimidis and Spirakis, 2006)
+    # For each item, let u be uniform in [0, 1] and w the weight of the item. The n items with the largest u^(1/w) are a
+    # weighted sample without replacement (Efraimidis and Spirakis, 2006)
     """Sample n positions without replacement. The passage at rank r = 1, 2, ... has the weight 1 / log(1 + r)."""
     keys = [rng.random() ** math.log1p(i + 1) for i in range(len(targets))]
     return sorted(sorted(range(len(targets)), key=lambda i: -keys[i])[:n])

@@ -65,9 +65,9 @@ class WindowRecipe(FiDRecipe):
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
-    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first"; the weight in FIRST's code
+    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first". The weight is that in FIRST's code
 }
-FINE_TUNE = DISTIL = "lit5-distill-v2"  # the default recipe
+FINE_TUNE = DISTIL = "lit5-distill-v2"  # the default recipe for labels and for a teacher's ranking
 
 
 class OrderExample(NamedTuple):
@@ -175,7 +175,7 @@ class Beginning:
 
     def __init__(self, fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, pieces: list[int]):
         self.fid, self.memory = fid, (states, attention_mask)
-        self.pieces = torch.tensor(pieces, device=fid.device)  # (R,)
+        self.pieces = torch.tensor(pieces, device=fid.device)  # (R,), vocabulary ids
         self.begin = self.pieces.new_full((len(states), 1), START)
 
     @property

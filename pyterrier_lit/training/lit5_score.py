@@ -41,13 +41,14 @@ class AnswerRecipe(FiDRecipe):
 
 
 RECIPES: dict[str, Recipe] = {
-    # The recipe of LiT5-Score is not published. This is the recipe of the large reader of FiD (Izacard and Grave), the
-    # predecessor of LiT5-Score
+    # The recipe of LiT5-Score is not published. `fid-reader` is the recipe of the large FiD reader (Izacard and Grave),
+    # the predecessor of LiT5-Score
     "fid-reader": AnswerRecipe(
         5e-5, batch_size=64, steps=15_000, warmup=1_000, schedule="linear", weight_decay=0.01, clip=1.0
     ),
 }
-FINE_TUNE, DISTIL = "fid-reader", None  # the default recipes. DISTIL is None, since a teacher's ranking has no answers
+# The default recipes for labels and for a teacher's ranking. DISTIL is None, since a teacher's ranking has no answers
+FINE_TUNE, DISTIL = "fid-reader", None
 
 
 class AnswerExample(NamedTuple):
@@ -94,7 +95,7 @@ def read(student: LiT5Score, example: AnswerExample) -> PromptsAndAnswer:
     """Tokenise an example. Returns the token ids of the prompts of its passages, and the token ids of its answer with
     EOS. The answer is truncated to the student's answer_length."""
     pieces = student.load().pieces([example.answer])[0]
-    most = student.lengths()["answer_length"] - 2  # answer_length counts START and EOS
+    most = student.lengths()["answer_length"] - 2  # answer_length includes START and EOS
     return student.prompts(example.query, example.passages).ids, [*pieces[:most], EOS]
 
 

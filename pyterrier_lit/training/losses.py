@@ -83,7 +83,7 @@ def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
     inside = _inside(scores, mask)
     pairs = inside[:, :, None] & inside[:, None]  # (Q, i, j)
     higher = (-_differences(_filled(scores, mask)) / temperature).sigmoid()
-    approximate = 0.5 + torch.where(pairs, higher, 0).sum(2)  # the sum includes sigmoid(0) = 0.5 of the pair (i, i)
+    approximate = 0.5 + torch.where(pairs, higher, 0).sum(2)  # the sum includes sigmoid(0) = 0.5 for the pair (i, i)
     rank = 1 + _order(targets, inside).argsort(dim=1)
     weight = 1 / torch.log2(rank.float() + 1)
     return _mean((approximate - rank).square() * weight, inside)
@@ -233,7 +233,7 @@ def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[
     by_rank = scores.gather(2, order[:, None].expand_as(scores))
     ranks = inside.gather(1, order)
     left = torch.ones_like(by_rank, dtype=torch.bool).triu() & ranks[:, None]
-    outside = ~left & ranks[:, :, None]  # rows beyond the last rank are not used
+    outside = ~left & ranks[:, :, None]  # rows after the last rank of a query are not used
     return by_rank.masked_fill(outside, float("-inf")).log_softmax(2), ranks
 
 

@@ -108,7 +108,7 @@ RECIPES: dict[str, Recipe] = {
         2e-5, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, clip=1.0, checkpointing=True
     ),
 }
-FINE_TUNE = DISTIL = "pe-rank-ranking"  # the default recipe
+FINE_TUNE = DISTIL = "pe-rank-ranking"  # the default recipe for labels and for a teacher's ranking
 
 
 # Both stages

@@ -68,8 +68,8 @@ class StoredRun:
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
         self.path, self.texts = Path(path).expanduser(), texts
         self.qids, self.queries, self.docnos = Strings(), Strings(), Strings()
-        self.starts = array("q", [0])  # the index of each query's first row; then the number of rows
-        self.targets: array[float] | None = None  # one per row; NaN for a row without a target
+        self.starts = array("q", [0])  # the index of each query's first row, and at the end the number of rows
+        self.targets: array[float] | None = None  # one target per row; NaN for a row without a target
         ask = queries_of(topics)
         for rows in best_first(self.path, rows_in(self.path), depth):
             query = ask([rows[0].qid]).get(rows[0].qid)

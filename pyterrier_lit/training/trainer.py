@@ -33,7 +33,7 @@ from pyterrier_lit.models.devices import choose_dtype
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-MEASURE = "nDCG@10"  # the log's name for the result of `validate`
+MEASURE = "nDCG@10"  # the name of the result of `validate` in the log
 STARTED_WITH = "training.json"  # in the training folder: the recipe, seed, data and weights that training started with
 WHOLE = "whole.json"  # in each checkpoint: the sizes of its other files in bytes. It is written last
 WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
@@ -281,7 +281,7 @@ def training_arguments(
 def _micro_batches(n_lists: int, recipe: Recipe) -> tuple[int, int]:
     """Return two numbers: the micro-batch size per device, and the number of micro-batches over which a step
     accumulates gradients."""
-    devices = int(os.environ.get("WORLD_SIZE", 1))  # processes of `accelerate launch` or torchrun, one GPU each
+    devices = int(os.environ.get("WORLD_SIZE", 1))  # number of processes of `accelerate launch` or torchrun, each with one GPU
     micro_batch = min(recipe.micro_batch, max(recipe.batch_size // devices, 1))
     accumulated, rest = divmod(recipe.batch_size, micro_batch * devices)
     if not n_lists or rest or not accumulated:
@@ -417,7 +417,7 @@ class Samples(torch.utils.data.Dataset[Any]):
 
     def __init__(self, sample: Callable[[Any, random.Random], Any], lists: Sequence[Any], count: int, seed: int):
         self.sample, self.lists, self.count, self.seed = sample, lists, count, seed
-        self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its order of the lists
+        self._order: tuple[int, list[int]] = (-1, [])  # the number of an epoch, and the order of the lists in this epoch
 
     def __len__(self) -> int:
         return self.count
