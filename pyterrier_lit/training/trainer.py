@@ -281,7 +281,7 @@ def training_arguments(
 def _micro_batches(n_lists: int, recipe: Recipe) -> tuple[int, int]:
     """Return two numbers: the micro-batch size per device, and the number of micro-batches over which a step
     accumulates gradients."""
-    devices = int(os.environ.get("WORLD_SIZE", 1))  # number of processes of `accelerate launch` or torchrun, each with one GPU
+    devices = int(os.environ.get("WORLD_SIZE", 1))  # processes of `accelerate launch` or torchrun, each with one GPU
     micro_batch = min(recipe.micro_batch, max(recipe.batch_size // devices, 1))
     accumulated, rest = divmod(recipe.batch_size, micro_batch * devices)
     if not n_lists or rest or not accumulated:
@@ -417,7 +417,7 @@ class Samples(torch.utils.data.Dataset[Any]):
 
     def __init__(self, sample: Callable[[Any, random.Random], Any], lists: Sequence[Any], count: int, seed: int):
         self.sample, self.lists, self.count, self.seed = sample, lists, count, seed
-        self._order: tuple[int, list[int]] = (-1, [])  # the number of an epoch, and the order of the lists in this epoch
+        self._order: tuple[int, list[int]] = (-1, [])  # an epoch, and the order of the lists in it
 
     def __len__(self) -> int:
         return self.count
