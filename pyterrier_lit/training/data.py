@@ -153,8 +153,8 @@ def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random
 
 
 def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
-    """Return the position of a random passage with a positive target, and then those of up to n - 1 random passages
-    without one."""
+    """Return the position of a random passage with a positive target, followed by the positions of up to n - 1 random
+    passages without a positive target."""
     relevant = [i for i, target in enumerate(targets) if target > 0]
     others = [i for i, target in enumerate(targets) if target <= 0]
     return [rng.choice(relevant), *rng.sample(others, min(n - 1, len(others)))]
@@ -409,8 +409,8 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
     Args:
         path: the file.
-        orders: RankGPT's second file, a JSON array of the teacher's answers. Without this file, the lists in
-            `retrieved_passages` must already be in the teacher's order, as TWOLAR's lists are.
+        orders: RankGPT's second file, a JSON array of the teacher's answers. If `orders` is None, the field
+            `retrieved_passages` must already have the passages in the teacher's order, as in TWOLAR's data.
 
     Returns a frame with qid, query, docno, text, rank (the rank that the teacher gave the passage, from 0) and shown
     (the position of the passage in the teacher's input, from 0). If the teacher's order of a list does not name each

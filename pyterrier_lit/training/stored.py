@@ -57,12 +57,12 @@ class StoredRun:
             A text loader must add the column that the student's `text_field` names.
         depth: how many passages of each query to use, from the top. None uses all passages.
 
-    The constructor reads the run once. Raises OSError if the run cannot be read. Raises ValueError, with the line, if
-    the run is malformed or empty, if the rows of a query are not consecutive, if a query has a passage twice, or if a
-    qid is missing from the topics.
+    The constructor reads the run once. It raises OSError if the run cannot be read, and TypeError if `topics` is of
+    another type. It raises ValueError, with the line, if the run is malformed or empty, if the rows of a query are not
+    consecutive, if a query has a passage twice, or if a qid is missing from the topics.
 
-    During training, a passage without a text raises ValueError with its qid and docno. Before the first step, the texts
-    of at least 100 queries are checked. The texts of the other queries are checked when their passages are sampled.
+    If a passage has no text, `fit` raises ValueError with the qid and the docno. Before the first step, `fit` checks
+    the texts of at least 100 queries. The texts of the other queries are checked when their passages are sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
@@ -137,7 +137,8 @@ class StoredRun:
                 supply is used. A stored run can supply the texts and the targets, but no other columns.
             text_field: the name of the column with the texts.
 
-        Raises ValueError if a stored run can supply none of the column sets.
+        Raises ValueError if a stored run can supply none of the column sets. Raises TypeError if StoredRun does not
+        accept texts of the given type.
         """
         held = {text_field, "target"}
         columns = next((columns for columns in column_sets if columns.keys() <= held), None)
