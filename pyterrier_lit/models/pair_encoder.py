@@ -215,9 +215,9 @@ def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
     """Return an untrained cross-encoder with a new head on a pre-trained encoder.
 
-    If the encoder is an ELECTRA or a BERT, or the body of a cross-encoder with such a body, the cross-encoder is in
-    lightning-ir's format. The new head is then a vector w ~ N(0, initializer_range) from torch's random generator,
-    without bias.
+    If the folder has an ELECTRA or a BERT, or a cross-encoder with an ELECTRA or a BERT as its body, the new
+    cross-encoder is in lightning-ir's format. The new head is then a vector w ~ N(0, initializer_range) from torch's
+    random generator, without bias.
 
     Any other encoder becomes a sequence classifier of transformers with one label. The weights that the checkpoint has
     for the classifier's head are used. The other weights of the head are random.

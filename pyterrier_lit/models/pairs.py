@@ -91,10 +91,10 @@ class PairLayout:
         return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: Pieces, passage: Pieces) -> Pair:
-        """Truncate a query-passage pair to the maximum input length, as the `tokenizers` package does. The available
-        tokens are those of the maximum input length without the special tokens. A text that needs at most half of the
-        available tokens is kept whole, and the other text gets the rest. If both texts need more than half, each text
-        gets half.
+        """Truncate a query-passage pair to the maximum input length, as the `tokenizers` package does. The number of
+        available tokens is the maximum input length minus the number of special tokens. A text that needs at most half
+        of the available tokens is kept whole, and the other text gets the rest. If both texts need more than half, each
+        text gets half.
 
         If the number of available tokens is odd, the longer text gets one token more than the other text. If both texts
         are equally long, the passage gets one token more.

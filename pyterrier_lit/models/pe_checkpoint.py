@@ -121,7 +121,8 @@ class PERankCheckpoint:
         return weight
 
     def save(self, folder: Path) -> None:
-        """Write config, weights and tokenizers into an existing folder, including those of the passage encoder.
+        """Write config, weights and tokenizer into an existing folder, together with the weights, config and tokenizer
+        of the passage encoder.
 
         If the config or the tokenizer of the encoder is not available, there is a warning. The folder then has the
         weights of the encoder and its name, but neither its config nor its tokenizer.

@@ -217,8 +217,8 @@ def _minds_no_gaps(body: Any) -> bool:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Return whether tokens can be removed from a cache of transformers. This is so if the cache, after the prompt,
-    contains only keys and values per token."""
+    """Return whether tokens can be removed from a cache of transformers. Tokens can be removed if the cache contains
+    only keys and values per token after the prompt was processed."""
     from transformers.cache_utils import DynamicLayer
 
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)

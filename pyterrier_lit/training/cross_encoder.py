@@ -131,8 +131,8 @@ def collate(student: CrossEncoder, examples: list[Example]) -> PairBatch:
 
 
 def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, batch: PairBatch) -> torch.Tensor:
-    """Return the recipe's loss for Q queries, a scalar tensor. It compares the scores (Q, N) with the targets (Q, N). N
-    is the largest number of passages of a query."""
+    """Return the recipe's loss for Q queries, a scalar tensor. The loss compares the scores (Q, N) with the targets (Q,
+    N). N is the largest number of passages of a query."""
     counts = [len(targets) for targets in batch.targets]
     scores = pad_sequence(
         list(score(checkpoint, layout, batch.pairs, recipe.max_tokens).split(counts)), batch_first=True
@@ -143,8 +143,8 @@ def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, bat
 
 
 def score(checkpoint: PairCheckpoint, layout: PairLayout, pairs: list[Pair], max_tokens: int | None) -> torch.Tensor:
-    """Return the scores (P,) of P query-passage pairs, in the order of the pairs. They are computed in batches of pairs
-    with similar lengths.
+    """Return the scores (P,) of P query-passage pairs, in the order of the pairs. The scores are computed in batches of
+    pairs with similar lengths.
 
     Args:
         checkpoint: the cross-encoder.

@@ -1,8 +1,8 @@
 """Training data: targets for result frames, sampling from their lists, and files of runs and questions.
 
 A list is a query with its passages, in the order of the first stage. The target of a passage is a number that states
-how relevant the passage is to its query (higher is better). It is the passage's label in the qrels, or its score from a
-teacher. In a result frame, the targets are in the column `target`.
+how relevant the passage is to its query (higher is better). The target is the passage's label in the qrels, or its
+score from a teacher. In a result frame, the targets are in the column `target`.
 """
 
 import hashlib
@@ -141,7 +141,7 @@ def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random
     Args:
         targets: the targets of the passages, in the order of the first stage.
         n: the number of passages to sample, or None.
-        how: the name of the sampling, a key of SAMPLERS. The names are those of lightning-ir.
+        how: the name of the sampling, a key of SAMPLERS. lightning-ir uses the same names.
         rng: the random generator.
 
     Raises ValueError if SAMPLERS does not have the name.

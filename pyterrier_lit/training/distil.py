@@ -48,7 +48,7 @@ class Training(pt.Estimator):
 
     @property
     def log(self) -> pd.DataFrame:
-        """The log of the last `fit`: a frame with one row per log entry. It has the columns `step`, `loss`,
+        """The log of the last `fit`: a frame with one row per log entry. The frame has the columns `step`, `loss`,
         `learning_rate`, `grad_norm` and, if `fit` had a validation frame, `nDCG@10`. The losses and the `nDCG@10` of a
         step are in different rows. A value that a row does not have is NaN.
 
@@ -136,12 +136,12 @@ class Training(pt.Estimator):
             qrels_va: the labels of the validation queries, or None.
 
         If the two validation arguments are given, the `nDCG@10` of the student on the validation queries is measured
-        every `every` steps. It equals the `nDCG@10` that `pt.Experiment` would return. At the end, the student has the
-        weights with the highest `nDCG@10`.
+        every `every` steps. The measured value equals the `nDCG@10` that `pt.Experiment` would return. At the end, the
+        student has the weights with the highest `nDCG@10`.
 
         If the student cannot read a frame, `fit` raises the same errors as the student's `transform`. It also raises
-        the errors of StoredRun and of `trainer.train`. It raises TypeError if the student cannot be trained or if a
-        setting is unknown. It raises ValueError
+        the errors of StoredRun and of `trainer.train`. `fit` raises TypeError if the student cannot be trained or if a
+        setting is unknown. `fit` raises ValueError
 
         - if the recipe is unknown, or if the value of a setting is invalid;
         - if FineTune needs labels and gets none, or if a label or a teacher's score is not a finite number;
@@ -266,9 +266,9 @@ class FineTune(Training):
             resume), every= (steps between checkpoints and between measurements on the validation frame), patience=
             (stop after this many measurements in a row without a better `nDCG@10`) and seed= (default 42).
 
-    A LiT5Score learns from answers instead of labels. It reads them from a column `answers`. For each query, this
-    column holds a text or a list of texts. The alignment stage of a PERank learns from the texts of the passages alone,
-    without labels.
+    A LiT5Score learns from answers instead of labels. It reads the answers from a column `answers`. For each query,
+    this column holds a text or a list of texts. The alignment stage of a PERank learns from the texts of the passages
+    alone, without labels.
     """
 
     def default_recipe(self, module: ModuleType) -> str:

@@ -6,8 +6,8 @@ some windows are shuffled, so that the student depends neither on the number of 
 tokens of the answer have larger weights in the loss than later tokens, because the first tokens name the best passages.
 Sources: LiT and Lean, ECIR 2025; arXiv 2312.16098.
 
-The recipe `lit5-distill-first` trains a student for `decoding="first"`. It adds a second loss, which trains the logits
-of the first decoding step to rank all passages (FIRST, arXiv 2406.15657).
+The recipe `lit5-distill-first` trains a student for `decoding="first"`. This recipe adds a second loss, which trains
+the logits of the first decoding step to rank all passages (FIRST, arXiv 2406.15657).
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 @dataclasses.dataclass(frozen=True)
 class WindowRecipe(FiDRecipe):
     """A recipe for LiT5Distill. A training example is a window of passages, sampled from a query's list. The paper (LiT
-    and Lean, ECIR 2025) varies the size and the order of the windows. It does not state how the sizes and orders are
-    distributed.
+    and Lean, ECIR 2025) varies the size and the order of the windows. The paper does not state how the sizes and orders
+    are distributed.
 
     Args:
         smallest: the smallest number of passages in a window.

@@ -100,8 +100,8 @@ def read(student: LiT5Score, example: AnswerExample) -> PromptsAndAnswer:
 
 
 def answers_of(given: Ranking) -> list[str]:
-    """Return the answers to a question. They are read from the first row of the column `answers`, which holds one text
-    or a list of texts."""
+    """Return the answers to a question. The answers are read from the first row of the column `answers`, which holds
+    one text or a list of texts."""
     found = given.columns["answers"][0]
     texts = [found] if isinstance(found, str) else list(found) if isinstance(found, Sequence) else []
     return [text for text in texts if isinstance(text, str) and text.strip()]

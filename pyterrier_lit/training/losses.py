@@ -30,8 +30,8 @@ def ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
 
 
 def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """RankNet with larger weights for pairs of passages near the top. It is the mean, over all pairs of passages in the
-    batch with t_i > t_j, of::
+    """RankNet with larger weights for pairs of passages near the top. The loss is the mean, over all pairs of passages
+    in the batch with t_i > t_j, of::
 
         log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
@@ -114,7 +114,7 @@ def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperatu
 
 
 def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "mean") -> torch.Tensor:
-    """ListMLE: the negative log-likelihood of the order by target in the Plackett-Luce model. It is the mean over
+    """ListMLE: the negative log-likelihood of the order by target in the Plackett-Luce model. The loss is the mean over
     queries of the mean (reduction="mean") or the sum (reduction="sum") over ranks i of::
 
         -log softmax(s_i over the passages not yet ranked) at the passage of rank i
@@ -166,7 +166,7 @@ def decayed_cross_entropy(
             ordinary cross-entropy of a language model.
 
     Source: LiT and Lean, ECIR 2025, section 3. The paper does not state how the weights are normalised. This function
-    divides them by their sum.
+    divides the weights by their sum.
     """
     inside = _inside(labels, mask)
     weights = decay ** torch.arange(labels.shape[1], device=labels.device) * inside

@@ -50,8 +50,8 @@ class AlignmentRecipe(Recipe):
     def objective(self, student: PERank) -> Objective:
         """Return the training objective: the cross-entropy of a passage's text given its vector.
 
-        Raises ValueError for a PERank that `save` wrote, since `save` leaves out the output layer for words. It does
-        not raise if the language model's output layer is tied to its input embeddings, because the input embeddings are
+        Raises ValueError for a PERank that `save` wrote, since `save` leaves out the output layer for words. There is
+        no error if the language model's output layer is tied to its input embeddings, because the input embeddings are
         saved.
         """
         return alignment(student, self)
@@ -217,7 +217,7 @@ def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
 
 
 def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
-    """Return the language model's output layer (H -> V). It is used in stage 1 only, and it is not trained."""
+    """Return the language model's output layer (H -> V). This layer is used in stage 1 only, and is not trained."""
     weight = checkpoint.head()
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight, requires_grad=False)
@@ -264,8 +264,8 @@ def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, embed: Embed, 
 
 
 class RankingExample(NamedTuple):
-    """A window for stage 2. `prompts` holds the token ids of its prompt without texts and, optionally, those of its
-    prompt with texts. Each prompt is followed by its answer. `window` holds the passages in the order in which the
+    """A window for stage 2. `prompts` holds the token ids of its prompt without texts and, optionally, the token ids of
+    its prompt with texts. Each prompt is followed by its answer. `window` holds the passages in the order in which the
     student sees them. `order` holds the positions of the passages in the window (from 0), best first."""
 
     prompts: list[list[int]]
@@ -274,9 +274,9 @@ class RankingExample(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """A batch of B windows for stage 2. `views` holds the token ids of all prompts without texts and, optionally, those
-    of all prompts with texts. `windows` holds the passages of each window. `orders` holds, for each window, the
-    positions of its passages (from 0), best first."""
+    """A batch of B windows for stage 2. `views` holds the token ids of all prompts without texts and, optionally, the
+    token ids of all prompts with texts. `windows` holds the passages of each window. `orders` holds, for each window,
+    the positions of its passages (from 0), best first."""
 
     views: list[list[list[int]]]
     windows: list[Ranking]

@@ -3,7 +3,7 @@
 A training example is a window of passages from a query's list. The language model reads the texts of the passages in
 one prompt and learns to generate the target ranking string, such as "[4] > [2] > [1] > [3]". As in instruction tuning,
 the loss is the cross-entropy of the answer's tokens, including the end token. RankMistral is a baseline of PE-Rank's
-authors. They publish no recipe for RankMistral. The hyperparameters used here are those of PE-Rank's stage 2.
+authors. These authors publish no recipe for RankMistral. The hyperparameters used here are those of PE-Rank's stage 2.
 """
 
 import dataclasses

@@ -129,8 +129,8 @@ class StoredRun:
         return self._with(targets)
 
     def lists(self, column_sets: ColumnSets, text_field: str) -> "StoredLists":
-        """Return the lists that a student reads. They equal the lists of `frames.rankings` for a frame with the same
-        rows.
+        """Return the lists that a student reads. These lists equal the lists of `frames.rankings` for a frame with the
+        same rows.
 
         Args:
             column_sets: alternative sets of columns, each as column name -> type. The first set that a stored run can

@@ -70,7 +70,8 @@ class Settings:
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """The hyperparameters of training. Each reranker has a subclass of Recipe with more fields. The hyperparameters of
-    a paper are an instance of such a subclass. In this description, a list is a query with its passages.
+    a paper are an instance of the subclass of the paper's reranker. In this description, a list is a query with its
+    passages.
 
     Args:
         learning_rate: the peak learning rate of AdamW, the same for all parameters.
@@ -406,7 +407,7 @@ class Samples(torch.utils.data.Dataset[Any]):
     """Training examples by index. An index always gives the same example, so resumed training sees the same examples as
     training without interruption.
 
-    Each epoch is a block of len(lists) indices. It contains each list once, in a new order.
+    Each epoch is a block of len(lists) indices. Each epoch contains each list once, in a new order.
 
     Args:
         sample: the `sample` function of an Objective.
@@ -486,8 +487,8 @@ def _loop(
     validate: Callable[[], float] | None,
     patience: int | None,
 ) -> "Trainer":
-    """Return a transformers.Trainer with AdamW over all trainable parameters. It calls `validate` in place of its own
-    evaluation.
+    """Return a transformers.Trainer with AdamW over all trainable parameters. The Trainer calls `validate` in place of
+    its own evaluation.
 
     Args:
         objective: the network and its loss.
