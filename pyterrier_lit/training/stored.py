@@ -50,6 +50,8 @@ class StoredRun:
     Args:
         path: a TREC run or JSON lines, both optionally gzipped, or a parquet file. The rows of a query must be
             consecutive. The passages of a query are ordered by rank, and passages with equal ranks by descending score.
+            If a passage of the query has no rank, they are ordered by descending score. If a passage has no score
+            either, they keep the order of the file.
         topics: the text of each query: a frame with qid and query, a mapping qid -> text, or a file (`qid tab query`,
             or .jsonl[.gz] with lines {qid, query}).
         texts: the text of each docno: a text loader, an object that has one (a dataset, an index), a document store of
