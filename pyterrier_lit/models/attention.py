@@ -2,9 +2,9 @@
 
 In this module, queries, keys and values are vectors of the attention mechanism. The fused kernel
 (`scaled_dot_product_attention`) is fast if there are about as many queries as keys. A decoding step has only one query
-per new token, and with so few queries the kernel is slow. Shapes: B is the batch size, H the number of heads of the
-queries, K the number of heads of keys and values (H is a multiple of K), m the number of queries, S the number of keys,
-and d the width of a head.
+per new token. With so few queries, the kernel is slower than matrix products on a CPU. Shapes: B is the batch size, H
+the number of heads of the queries, K the number of heads of keys and values (H is a multiple of K), m the number of
+queries, S the number of keys, and d the width of a head.
 """
 
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 NAME = "few_queries"  # the name under which transformers finds `_library_attention`
-# The largest numbers of queries for which matrix products were not slower than the fused kernel. Measured by bench.py
-# on CPUs with and without AVX512-BF16. If several heads share keys, the fused kernel reads the keys again for each head
+# The largest numbers of queries for which matrix products were not slower than the fused kernel. bench.py measured them
+# on CPUs with and without AVX512-BF16. FEW_WITH_SHARED_KEYS applies if several heads share keys: the fused kernel then
+# reads the keys again for each head
 FEW, FEW_WITH_SHARED_KEYS = 4, 16
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -26,10 +27,12 @@ def attend(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention: query (B, H, m, d), keys and values (B, H, S, d) -> (B, H, m, d). Uses the kernel that is faster for m
-    queries.
+    """Compute attention: query (B, H, m, d), keys and values (B, H, S, d) -> output (B, H, m, d). Uses matrix products
+    or the fused kernel, whichever is faster for m queries.
 
-    mask: as in `attention_weights`. scale: the factor of the logits. None means d ** -0.5.
+    Args:
+        mask: as in `attention_weights`.
+        scale: the factor of the logits. None means d ** -0.5.
     """
     if not _few(query, keys):
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
@@ -39,10 +42,13 @@ def attend(
 def attention_weights(
     query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """query (B, H, m, d), keys (B, K, S, d) -> float32 attention weights (B, H, m, S), which sum to 1 over S.
+    """Compute attention weights: query (B, H, m, d), keys (B, K, S, d) -> float32 weights (B, H, m, S), which sum to 1
+    over S.
 
-    mask: broadcasts to (B, H, m, S). A float mask is added to the logits. A boolean mask is false for masked keys.
-    scale: as in `attend`.
+    Args:
+        mask: a tensor that broadcasts to (B, H, m, S), or None. A float mask is added to the logits. A boolean mask is
+            false for masked keys.
+        scale: the factor of the logits. None means d ** -0.5.
     """
     logits = (
         (query.reshape(*keys.shape[:2], -1, query.shape[-1]) @ keys.transpose(-1, -2))
@@ -58,18 +64,15 @@ def attention_weights(
 
 
 def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """weights (B, H, m, S), values (B, K, S, d) -> weighted sums of the values, (B, H, m, d), in the dtype of the
-    values."""
+    """Sum values by their weights: weights (B, H, m, S), values (B, K, S, d) -> weighted sums (B, H, m, d), in the
+    dtype of the values."""
     rows = weights.to(values.dtype).view(*values.shape[:2], -1, values.shape[2])  # heads that share values become rows
     return (rows @ values).view(*weights.shape[:3], -1)
 
 
 def use_for_few_queries(model: Any) -> None:
     """Let a model of transformers choose between the fused kernel and matrix products in each forward pass, as `attend`
-    does.
-
-    A model that does not use the fused kernel is unchanged.
-    """
+    does. A model that does not use the fused kernel is unchanged."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -89,7 +92,17 @@ def _library_attention(
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that transformers calls in each layer. Returns the output (B, m, H, d), and None in place
-    of the attention weights."""
+    of the attention weights.
+
+    Args:
+        module: the attention layer.
+        query: (B, H, m, d).
+        key: (B, K, S, d).
+        value: (B, K, S, d).
+        attention_mask: as in `attention_weights`.
+        scaling: as `scale` in `attention_weights`.
+        others: further arguments, which are passed to the fused kernel.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = attention_mask is None and query.shape[2] > 1  # without a mask, the fused kernel masks causally
@@ -100,5 +113,6 @@ def _library_attention(
 
 
 def _few(query: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Return whether to use matrix products instead of the fused kernel for these queries and keys."""
     most = FEW if query.shape[1] == keys.shape[1] else FEW_WITH_SHARED_KEYS
     return query.device.type == "cpu" and query.dtype in DTYPES and query.shape[2] <= most

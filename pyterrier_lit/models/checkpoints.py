@@ -1,4 +1,5 @@
-"""Reads checkpoints (config, weights, tokenizer) from a hub id or a folder, and writes them. Errors say what to do."""
+"""Reads checkpoints (config, weights, tokenizer) from a hub id or a folder, and writes them. If a file is missing or
+damaged, the error message states what to do."""
 
 import json
 import pickle
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a checkpoint must have one of these files
 ADAPTER = "adapter_config.json"
-BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # fetched from the hub with the weights
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # the other files that are fetched from the hub
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# The files in a checkpoint's folder that may be read
+# The files in a checkpoint's folder that the package may read. `write` removes outdated files of these names
 FILES = (
     *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -36,10 +37,10 @@ FILES = (
 
 
 class Folder:
-    """The files of a checkpoint. Each file is read when it is first needed. Error messages name the missing or damaged
-    file.
+    """The files of a checkpoint in a local folder. Each file is read when it is first needed.
 
-    The methods raise FileNotFoundError for a missing file, and ValueError for a file that cannot be read.
+    The methods raise FileNotFoundError if a file is missing, and ValueError if a file cannot be read. The error message
+    names the file.
     """
 
     def __init__(self, path: str | Path):
@@ -55,7 +56,8 @@ class Folder:
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
-        """The fields of tokenizer_config.json, or {} if there is no such file."""
+        """The fields of tokenizer_config.json, or {} if there is no such file. Raises ValueError if the field
+        model_max_length is not a positive number."""
         name = "tokenizer_config.json"
         fields = _read_json(self, name) if (self.path / name).exists() else {}
         limit = fields.get("model_max_length")
@@ -64,11 +66,12 @@ class Folder:
         return fields
 
     def weights(self) -> Weights:
-        """All tensors by name, on the CPU in their stored dtype. They are read from safetensors if the folder has such
-        files, else from pytorch_model*.bin.
+        """Read all weights. Returns a dict name -> tensor. The tensors are on the CPU in their stored dtype. They are
+        read from safetensors files if the folder has such files, else from pytorch_model*.bin.
 
-        The tensors are copies: safetensors maps its file into memory, so overwriting the file would otherwise change a
-        loaded model. Reading a file of 1 GB takes 0.7 seconds (0.5 seconds without the copy), and up to 2 GB of memory.
+        The tensors are copies. Without a copy, safetensors would map its file into memory, and overwriting the file
+        would change a loaded model. Reading a file of 1 GB takes 0.7 seconds (0.5 seconds without the copy), and up to
+        2 GB of memory.
         """
         weights: Weights = {}
         for file in _weight_files(self):
@@ -82,7 +85,8 @@ class Folder:
         return weights
 
     def weight(self, name: str) -> torch.Tensor | None:
-        """One tensor, or None if it does not exist. If the tensor is in a safetensors file, no other tensor is read."""
+        """Read one tensor. Returns None if the checkpoint has no tensor with this name. If the weights are in
+        safetensors files, no other tensor is read."""
         for file in _weight_files(self):
             if file.suffix != ".safetensors":
                 return self.weights().get(name)
@@ -93,16 +97,20 @@ class Folder:
         return None
 
     def tokenizer(self, kind: str | None = None) -> tokenizers.Tokenizer:
-        """The tokenizer of `library_tokenizer`, without truncation or padding."""
+        """Return the tokenizer of `library_tokenizer` as an object of the `tokenizers` package, without truncation or
+        padding. `kind` is as in `library_tokenizer`."""
         return bare_tokenizer(self.library_tokenizer(kind))
 
     def library_tokenizer(self, kind: str | None = None) -> "PreTrainedTokenizerFast":
-        """The transformers tokenizer for the folder. It has the folder's vocabulary, and the class and settings of
-        tokenizer_config.json.
+        """Return the tokenizer of the folder as an object of transformers. It has the folder's vocabulary, and the
+        class and settings of tokenizer_config.json.
 
-        kind: a model type, such as "bert". Its tokenizer class is used if tokenizer_config.json names no class of
-        transformers and there is no tokenizer.json. Raises ValueError for a tokenizer class that needs code in the
-        checkpoint, or that does not run in the `tokenizers` package.
+        Args:
+            kind: a model type, such as "bert", or None. The tokenizer class of this model type is used if
+                tokenizer_config.json names no class of transformers and there is no tokenizer.json.
+
+        Raises ValueError if the tokenizer class needs code in the checkpoint, or if it does not run in the `tokenizers`
+        package.
         """
         import transformers
 
@@ -139,8 +147,8 @@ class Folder:
         return fast
 
     def _check_tokenizer(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        """Raise ValueError for a tokenizer that is implemented in Python only, and for one without the vocabulary file
-        of its class."""
+        """Raise ValueError if a tokenizer is implemented in Python only, or if the folder has no vocabulary file of the
+        tokenizer's class."""
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} does not run in the tokenizers package")
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
@@ -150,13 +158,13 @@ class Folder:
         tokenizer.backend_tokenizer.encode("\u2603")
 
     def check_vocabulary(self) -> None:
-        """Raise FileNotFoundError for a folder without a vocabulary. From such a folder, transformers would build an
+        """Raise FileNotFoundError if the folder has no vocabulary. From such a folder, transformers would build an
         empty tokenizer."""
         if not any(found for name in VOCABULARIES for found in self.path.glob(name)):
             raise self.missing("tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
 
     def missing(self, what: str) -> FileNotFoundError:
-        """The error for a folder that lacks a file. what: the name of the file, for the message."""
+        """Return the error for a missing file. `what` is the name of the file, for the message."""
         use = f"put its files into {self}"
         return FileNotFoundError(
             f"{self} holds no {what}. Fetch the checkpoint whole; without a network, {how_to_fetch(use=use)}"
@@ -164,10 +172,11 @@ class Folder:
 
 
 def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
-    """The folder of a checkpoint. This is the given folder, or a folder in the local cache with the files from the hub.
+    """Return the folder of a checkpoint: the given folder, or a folder in the local cache with the files from the hub.
 
-    model: a folder or a hub id. revision: a branch, tag or commit on the hub. None is the main branch of the
-    repository.
+    Args:
+        model: a folder or a hub id.
+        revision: a branch, tag or commit on the hub. None is the main branch of the repository.
 
     Raises FileNotFoundError if there is no such folder and no such checkpoint on the hub. The message has advice for a
     machine without a network. Raises ValueError if `model` is a folder and a revision is given.
@@ -194,10 +203,16 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
 def fetch_from_hub(
     model: str, *, revision: str | None = None, weights: bool = True, use: str = "pass its path as model="
 ) -> Folder:
-    """Like `fetch`, for a hub id only. A local folder with the same name is ignored.
+    """Download the files of a checkpoint from the hub if they are not in the local cache, and return their folder. A
+    local folder with the same name is ignored.
 
-    weights: whether to fetch the weights, too. use: how to use a copy of the files on a machine without a network, for
-    the error message.
+    Args:
+        model: a hub id.
+        revision: as in `fetch`.
+        weights: whether to fetch the weights, too.
+        use: how to use a copy of the files on a machine without a network, for the error message.
+
+    Raises FileNotFoundError if the hub does not provide the checkpoint.
     """
     from huggingface_hub import snapshot_download
 
@@ -217,8 +232,8 @@ def fetch_from_hub(
 
 
 def _whole(folder: Folder) -> Folder:
-    """The folder, unchanged. Raises ValueError if it contains an adapter, since an adapter is not a model on its own
-    and is never applied."""
+    """Return the folder, unchanged. Raises ValueError if it contains an adapter. An adapter is not a model on its own,
+    and this package never applies adapters."""
     if (folder.path / ADAPTER).exists():
         raise ValueError(
             f"{folder} holds an adapter ({ADAPTER}), which is not applied. Merge it into its base model, by peft's"
@@ -229,19 +244,31 @@ def _whole(folder: Folder) -> Folder:
 
 
 def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=", revision: str | None = None) -> str:
-    """Advice for error messages: how to bring a checkpoint to a machine without a network."""
+    """Return advice for error messages: how to bring a checkpoint to a machine without a network.
+
+    Args:
+        name: the hub id of the checkpoint.
+        use: how to use the folder on that machine.
+        revision: as in `fetch`.
+    """
     which = f"{name} --revision {revision}" if revision else name
     return f"run `hf download {which} --local-dir FOLDER` on a machine that has one, copy FOLDER here and {use}"
 
 
 def save_checkpoint(folder: Path, config: dict[str, Any], weights: Weights) -> None:
-    """Write config.json and model.safetensors into a folder."""
+    """Write config.json and model.safetensors into an existing folder.
+
+    Args:
+        folder: the folder.
+        config: the fields of config.json.
+        weights: name -> tensor.
+    """
     save_weights(folder, weights)
     save_json(folder / "config.json", config)
 
 
 def save_weights(folder: Path, weights: Weights) -> None:
-    """Write model.safetensors into a folder."""
+    """Write model.safetensors into an existing folder. `weights` is a dict name -> tensor."""
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -252,11 +279,13 @@ def save_json(file: Path, fields: dict[str, Any]) -> None:
 
 
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
-    """Save a checkpoint. `fill` writes into a new folder, whose files are moved to `path` only when all files are
-    complete.
+    """Save a checkpoint into a folder. `fill` is called with the path of a new temporary folder, and writes the files
+    of the checkpoint into this folder. They are moved to `path` only when all files are complete.
 
-    Until then, an older checkpoint at `path` is unchanged. Afterwards, files of the older checkpoint that the new one
-    does not have are removed, since they would be loaded as well. Files that are not part of a checkpoint are kept.
+    Until then, an older checkpoint at `path` is unchanged. Afterwards, files of the older checkpoint that the new
+    checkpoint does not have are removed, since they would be loaded together with the new files. Files that are not
+    part of a checkpoint are kept.
+
     Raises OSError if the checkpoint cannot be written, for example on a full disk.
     """
     path = Path(path).expanduser()
@@ -275,6 +304,8 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
 
 
 def _weight_files(folder: Folder) -> list[Path]:
+    """Return the paths of the files with the weights. Raises FileNotFoundError if there are none, or if a file that an
+    index lists is missing."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = f"{whole}.index.json"
         if (folder.path / whole).exists():
@@ -291,7 +322,8 @@ def _weight_files(folder: Folder) -> list[Path]:
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    """The names of the files that an index lists. Raises ValueError for a path outside the folder."""
+    """Return the names of the files that an index lists. `index` is the name of the index file. Raises ValueError if
+    the index lists a path outside the folder."""
     weight_map = _read_json(folder, index).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:
@@ -301,6 +333,7 @@ def _shards(folder: Folder, index: str) -> list[str]:
 
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """Return the fields of a JSON file in a folder."""
     file = folder.path / name
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))

@@ -9,16 +9,17 @@ from torch import nn
 from pyterrier_lit.models.errors import first_line
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OTHER_NAMES = {  # common aliases
+OTHER_NAMES = {  # common alias of a dtype -> its name in torch
     **{"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"},
     **{"fp64": "float64", "double": "float64"},
 }
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The requested device. None is the first GPU (a CUDA device, else Apple's mps), or the CPU if there is no GPU.
+    """Return the requested device. If `device` is None, return the first CUDA GPU, else Apple's GPU (mps), else the
+    CPU.
 
-    Raises ValueError for an unknown or unavailable device.
+    Raises ValueError if the device is unknown or unavailable.
     """
     if device is None:
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -34,10 +35,15 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The requested dtype. None is bfloat16 on a CUDA GPU that supports it, and float32 on any other device.
+    """Return the requested dtype for a device.
 
-    "auto" is bfloat16 also on a CPU that supports bfloat16 (AVX512-BF16 or AMX). Raises ValueError for any dtype except
-    float32, bfloat16, float16 and float64.
+    Args:
+        dtype: a dtype of torch, its name, or a short name such as "bf16". None is bfloat16 on a CUDA GPU that supports
+            bfloat16, and float32 on any other device. "auto" is bfloat16 on a CUDA GPU or a CPU that supports bfloat16,
+            and float32 on any other device. A CPU supports bfloat16 if it has AVX512-BF16 or AMX.
+        device: the device.
+
+    Raises ValueError if the dtype is not float32, bfloat16, float16 or float64.
     """
     if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
         native = _computes_in_bfloat16(device) and (device.type == "cuda" or dtype == "auto")
@@ -52,15 +58,15 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
-    """The name of a dtype in torch: "bfloat16" for "bf16", torch.bfloat16 and "torch.bfloat16"."""
+    """Return the name of a dtype in torch, such as "bfloat16" for "bf16", torch.bfloat16 and "torch.bfloat16"."""
     name = str(dtype).removeprefix("torch.")
     return OTHER_NAMES.get(name, name)
 
 
 def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A copy of a checkpoint in memory, moved to a device and converted to a dtype.
+    """Return a copy of a checkpoint in memory, with all parameters on a device and in a dtype.
 
-    Buffers, such as position tables, keep their dtype.
+    Buffers, such as position tables, are moved to the device but keep their dtype.
     """
     networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
     copies = {
@@ -76,6 +82,7 @@ def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Return whether a device supports bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

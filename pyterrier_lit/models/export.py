@@ -1,9 +1,9 @@
 """Converts a cross-encoder of lightning-ir to a sequence classifier of transformers with the same scores.
 
 Let h be the hidden state of the first token. The score of lightning-ir is w . h + b. The sequence classifiers of
-transformers apply two linear layers to h, with a nonlinear function between them. The conversion sets the weights of
-both layers so that together they compute w . h + b. For ELECTRA, it uses GELU(x) - GELU(-x) = x. For BERT, it uses
-tanh(e x) / e = x - e^2 x^3 / 3 + ... with a small e.
+transformers apply two linear layers to h, with a nonlinear function between these layers. The conversion sets the
+weights of both layers so that together they compute w . h + b. For ELECTRA, it uses GELU(x) - GELU(-x) = x. For BERT,
+it uses tanh(e x) / e = x - e^2 x^3 / 3 + ... with a small e.
 """
 
 import dataclasses
@@ -15,18 +15,22 @@ from pyterrier_lit.models.library import NO_SHAPE, Weights, library_model
 from pyterrier_lit.models.pair_encoder import IDENTITY, PairCheckpoint
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
 
-SCALE = 2.0**-13  # the e above. It changes a score of 20 by 4e-5. Multiplying a weight by a power of two is exact
+SCALE = 2.0**-13  # e for BERT. The tanh changes a score of 20 by 4e-5. Multiplying a weight by a power of two is exact
 READS = ["input_ids", "token_type_ids", "attention_mask"]
 NAMED = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) -> PairCheckpoint:
-    """The checkpoint as a sequence classifier with one label. It is an ELECTRA if the checkpoint projects its
-    embeddings, else a BERT.
+    """Return the checkpoint as a sequence classifier with one label. The classifier is an ELECTRA if the checkpoint
+    projects its embeddings, else a BERT. A checkpoint that is already a sequence classifier is returned unchanged.
 
-    lengths: maximum tokens of a query and of a passage. The maximum length of a query-passage pair is at most their sum
-    plus the special tokens. A checkpoint that is already a sequence classifier is returned unchanged. Raises ValueError
-    if the score is not a linear function of the first token's hidden state.
+    Args:
+        checkpoint: the cross-encoder.
+        lengths: the maximum lengths of a query and of a passage in tokens. The maximum length of a query-passage pair
+            in the classifier is at most the sum of these lengths and the number of special tokens.
+
+    Raises ValueError if the checkpoint is in int8, or if the score is not a linear function of the first token's hidden
+    state.
     """
     network = checkpoint.network
     if isinstance(network, LabelScorer):
@@ -59,6 +63,7 @@ def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) ->
 
 
 def _classifier(network: PooledScorer) -> Any:
+    """Return the sequence classifier of transformers that computes the same scores as a network."""
     import transformers
 
     own = network.body.config.to_dict()
@@ -72,8 +77,13 @@ def _classifier(network: PooledScorer) -> Any:
 
 
 def _head(kind: str, row: torch.Tensor, bias: torch.Tensor | None) -> Weights:
-    """The weights of the classifier's two layers, which compute w . h + b. row: w, of shape (1, H). bias: b, or None
-    for 0."""
+    """Return the weights of the classifier's two layers, as name -> tensor. Together these layers compute w . h + b.
+
+    Args:
+        kind: "bert" or "electra".
+        row: w, of shape (1, H).
+        bias: b, of shape (1,), or None for 0.
+    """
     size = row.shape[1]
     inner, outer = row.new_zeros(size, size), row.new_zeros(1, size)
     inner[0] = row[0] * SCALE if kind == "bert" else row[0]

@@ -8,7 +8,7 @@ from pyterrier_lit.models.checkpoints import FILES, HUB_ID
 from pyterrier_lit.models.errors import first_line
 
 CARD = "README.md"
-KEPT = ("license", "language")  # the fields of a card's header that the user sets
+KEPT = ("license", "language")  # prefixes of the fields of a card's header that the user sets
 MARK = (
     "<!-- Written by `save` of pyterrier_lit, which replaces it when it saves here again, unless this line is gone."
     " Give your license above, as `license: ...` -->"
@@ -39,12 +39,17 @@ def card(
     earlier: str = "",
     classifier: bool = False,
 ) -> str:
-    """The text of a checkpoint's model card.
+    """Return the text of a checkpoint's model card.
 
-    name: the name of the checkpoint's folder. kind: the reranker's class in this package. about: a sentence about this
-    class. base_model: the hub id of the base model, or None. facts: recorded settings, as name -> value. trainings:
-    facts about each new training run. earlier: the training section of an older card, which is put before the new
-    training runs. classifier: whether transformers can load the checkpoint as a sequence classifier.
+    Args:
+        name: the name of the checkpoint's folder.
+        kind: the name of the reranker's class in this package.
+        about: a sentence about this class.
+        base_model: the hub id of the base model, or None.
+        facts: the settings to record, as name -> value.
+        trainings: facts about each new training run, as name -> text.
+        earlier: the training section of an older card, or "". This section is put before the new training runs.
+        classifier: whether transformers can load the checkpoint as a sequence classifier.
     """
     from huggingface_hub import ModelCardData
 
@@ -73,9 +78,15 @@ pipeline = first_stage % 100 >> {kind}("{name}")  # after any first stage of PyT
 
 
 def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
-    """A card after its checkpoint is renamed from `old` to `new`. A card that `save` did not write is unchanged.
+    """Return the text of a card after its checkpoint is renamed. A card that `save` did not write is returned
+    unchanged.
 
-    classifier: whether transformers can load the renamed checkpoint. If so, the card says this.
+    Args:
+        text: the text of the card.
+        old: the name of the checkpoint before.
+        new: the new name of the checkpoint.
+        classifier: whether transformers can load the renamed checkpoint as a sequence classifier. If so, the new card
+            describes this.
     """
     from huggingface_hub import ModelCard
 
@@ -89,8 +100,13 @@ def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
 
 
 def in_place_of(text: str, before: str) -> str | None:
-    """A new card `text` that replaces the card `before`, with the license and language of `before`. Returns None if
-    `save` did not write `before`: the user's own card must not be replaced."""
+    """Return the text of a new card that replaces an older card and keeps its license and language. Returns None if
+    `save` did not write the older card, since a card of the user must not be replaced.
+
+    Args:
+        text: the text of the new card.
+        before: the text of the older card.
+    """
     from huggingface_hub import ModelCard
 
     if MARK not in before:
@@ -103,13 +119,14 @@ def in_place_of(text: str, before: str) -> str | None:
 
 
 def read_card(folder: Path) -> str | None:
-    """The text of the card in a folder, or None if there is no card."""
+    """Return the text of the card in a folder, or None if there is no card."""
     file = folder / CARD
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def base_of(text: str) -> str | None:
-    """The base model that a card names, or None if it names none."""
+    """Return the base model that a card names, or None if the card names no base model. `text` is the text of the
+    card."""
     from huggingface_hub import ModelCard
 
     named = ModelCard(text, ignore_metadata_errors=True).data.get("base_model")
@@ -117,26 +134,33 @@ def base_of(text: str) -> str | None:
 
 
 def trainings_of(text: str) -> str:
-    """The section on training runs in a card that `save` wrote, without the heading of the section. Returns "" for any
-    other card."""
+    """Return the section on training runs in a card that `save` wrote, without the heading of the section. Returns ""
+    if there is no such section, or if `save` did not write the card. `text` is the text of the card."""
     told = text.partition("\n## Training\n")[2].partition("\n## Use\n")[0].strip()
     return f"{told}\n" if told and MARK in text else ""
 
 
 def is_hub_id(model: object) -> bool:
-    """Whether this is the name of a repository on the hub and not of a local folder."""
+    """Return whether `model` has the form of a hub id and is not the path of a local file or folder."""
     return bool(HUB_ID.fullmatch(str(model))) and not Path(str(model)).exists()
 
 
 def push(
     folder: Path, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
 ) -> str:
-    """Upload the files of a checkpoint's folder to a repository on the hub. Returns the id of the commit.
+    """Upload the files of a checkpoint's folder to a repository on the hub, and return the id of the commit. A card in
+    the repository that `save` did not write is kept. Files in the repository that do not belong to a checkpoint are
+    kept, too.
 
-    The repository and the branch are created if necessary. revision: the branch. None is main. private: whether a new
-    repository is private. None is the account's default. A card in the repository that `save` did not write is kept,
-    and so are files that do not belong to a checkpoint. Raises OSError, with the message of the hub's client, if the
-    upload fails.
+    Args:
+        folder: the checkpoint's folder.
+        repo_id: owner/name of the repository, which is created if necessary.
+        private: whether a new repository is private. None is the default of the account.
+        revision: the branch, which is created if necessary. None is main.
+        message: the message of the commit.
+        token: an access token of the hub. None uses the token that the hub's client finds.
+
+    Raises OSError, with the message of the hub's client, if the upload fails.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
@@ -174,4 +198,5 @@ def _library(classifier: bool) -> str:
 
 
 def _listed(facts: Mapping[str, object]) -> str:
+    """Return facts as a Markdown list. Facts whose value is None are left out."""
     return "".join(f"- {name}: {value}\n" for name, value in facts.items() if value is not None)

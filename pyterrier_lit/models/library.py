@@ -12,20 +12,20 @@ from pyterrier_lit.models.errors import wrong_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Weights = dict[str, torch.Tensor]
+Weights = dict[str, torch.Tensor]  # name -> tensor
 Network = TypeVar("Network", bound=nn.Module)
-NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # names of layer norm weights before 2019 -> today's
+NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # layer norm weights: names before 2019 -> current names
 _OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that do not affect the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-# Fields of a config.json that are ignored. They would let a checkpoint choose how transformers runs: its code, kernels,
-# quantisation, distribution and outputs. Fields whose names begin with _ are ignored, too
+# Fields of a config.json that are ignored. They would let a checkpoint choose the code, kernels, quantisation,
+# distribution and outputs with which transformers runs. Fields whose names begin with _ are ignored, too
 NOT_HANDED_ON = (
     *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
     *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
     *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript"),
 )
-# The fields with the number of layers, in different architectures
+# Fields of a config.json that state the number of layers, in different architectures
 LAYERS = (
     *("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers"),
     *("encoder_layers", "decoder_layers"),
@@ -33,7 +33,12 @@ LAYERS = (
 
 
 def library_config(config: dict[str, Any], config_class: type) -> Any:
-    """A configuration of transformers with those fields of a config.json that describe the network."""
+    """Return a configuration of transformers with those fields of a config.json that describe the network.
+
+    Args:
+        config: the fields of config.json.
+        config_class: the configuration class of transformers.
+    """
     known = config_class().to_dict()
     return config_class(
         **{key: value for key, value in handed_on(config).items() if key in known and key not in NO_SHAPE}
@@ -41,10 +46,14 @@ def library_config(config: dict[str, Any], config_class: type) -> Any:
 
 
 def auto_config(config: dict[str, Any], kind: str) -> Any:
-    """The configuration of transformers for a model_type. Unlike `library_config`, it also passes fields that have no
-    default in the configuration's class.
+    """Return the configuration of transformers for a model type. Unlike `library_config`, this function also passes
+    fields that have no default in the configuration's class. References to code in the config are ignored.
 
-    References to code in the config are ignored. Raises KeyError for a model_type that transformers does not have.
+    Args:
+        config: the fields of config.json.
+        kind: the model type, such as "bert".
+
+    Raises KeyError if transformers does not have this model type.
     """
     from transformers import CONFIG_MAPPING
 
@@ -54,7 +63,8 @@ def auto_config(config: dict[str, Any], kind: str) -> Any:
 
 
 def handed_on(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json, and of the configs nested in it, that are passed to transformers."""
+    """Return the fields of a config.json that are passed to transformers. Configs that are nested in it are filtered,
+    too."""
     return {
         key: handed_on(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -63,10 +73,17 @@ def handed_on(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights, source: str) -> Network:
-    """The network that `make` builds from a config.json, on the CPU, before its weights are loaded.
+    """Return the network that `make` builds from a config.json. The network is on the CPU, and its weights are not
+    loaded yet.
 
-    weights: the weights of the checkpoint. Raises ValueError, before any memory is allocated, if the network would have
-    more layers than the checkpoint has weights, or more than twice as many parameters as the weights have numbers.
+    Args:
+        make: a function that builds the network.
+        config: the fields of config.json.
+        weights: the weights of the checkpoint.
+        source: the name of the checkpoint, for error messages.
+
+    Raises ValueError, before any memory is allocated, if the network would have more layers than the checkpoint has
+    weights, or more than twice as many parameters as the weights have numbers.
     """
     check_size(make, config, weights, source)
     with torch.device("cpu"):
@@ -74,7 +91,7 @@ def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights,
 
 
 def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: Weights, source: str) -> None:
-    """Raise ValueError in the same cases as `build`."""
+    """Raise ValueError in the same cases as `build`. The arguments are those of `build`."""
     check_layers(config, weights, source)
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in make().parameters())
@@ -84,10 +101,11 @@ def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: W
 
 
 def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
-    """Raise ValueError if the config has more layers than the checkpoint has weights.
+    """Raise ValueError if the config has more layers than the checkpoint has weights. The arguments are those of
+    `build`.
 
-    `check_size` does this before it builds the network: building a million layers would take hours, even without memory
-    for their weights.
+    `check_size` calls this function before it builds the network. Building a million layers would take hours, even
+    without memory for their weights.
     """
     for name, value in config.items():
         if isinstance(value, dict):
@@ -97,8 +115,15 @@ def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
 
 
 def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
-    """Load weights into a module. Raises ValueError, with the name of each weight that is missing, unexpected or of
-    another shape."""
+    """Load weights into a module.
+
+    Args:
+        module: the module, which is changed in place.
+        weights: the weights.
+        source: the name of the checkpoint, for the error message.
+
+    Raises ValueError, with the name of each wrong weight, if a weight is missing, unexpected or of another shape.
+    """
     own = module.state_dict()
     problems = [f"missing {name}" for name in own.keys() - weights.keys()]
     problems += [f"unexpected {name}" for name in weights.keys() - own.keys()]
@@ -115,11 +140,18 @@ def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
 def library_model(
     mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
 ) -> "PreTrainedModel":
-    """The transformers model for a config.json, with the given weights.
+    """Return the transformers model for a config.json, with the given weights.
 
-    mapping: a mapping of transformers from configurations to models, such as transformers.MODEL_MAPPING. Raises
-    KeyError if transformers has no such model, and ValueError for weights that are missing, unexpected or of another
-    shape.
+    Args:
+        mapping: a mapping of transformers from configurations to models, such as transformers.MODEL_MAPPING.
+        config: the fields of config.json.
+        kind: the model type, such as "bert".
+        weights: the weights of the checkpoint.
+        source: the name of the checkpoint, for error messages.
+        dtype: the dtype of the weights in the model.
+
+    Raises KeyError if transformers has no such model. Raises ValueError if a weight is missing, unexpected or of
+    another shape, and in the same cases as `build`.
     """
     model, found = _library_model(mapping, config, kind, weights, source, dtype)
     _refuse(found, ("missing", "unexpected", "mismatched"), source)
@@ -127,8 +159,11 @@ def library_model(
 
 
 def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """The body of a transformers model, without a head. The weights may include those of a head. Raises the same errors
-    as `library_model`."""
+    """Return the body of a transformers model, without a head. The weights may include those of a head. The arguments
+    are those of `library_model`.
+
+    Raises the same errors as `library_model`, except for unexpected weights.
+    """
     from transformers import MODEL_MAPPING
 
     model, found = _library_model(MODEL_MAPPING, config, str(config.get("model_type")), weights, source, dtype)
@@ -137,8 +172,8 @@ def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: t
 
 
 def library_student(config: dict[str, Any], weights: Weights, source: str) -> "PreTrainedModel":
-    """A sequence classifier of transformers on a pre-trained body. Weights of the head that are missing are initialised
-    at random.
+    """Return a sequence classifier of transformers on a pre-trained body, in float32. Weights of the head that are
+    missing or of another shape are initialised at random. The arguments are those of `library_model`.
 
     For the weights of the body, it raises the same errors as `library_model`.
     """
@@ -160,6 +195,8 @@ def library_student(config: dict[str, Any], weights: Weights, source: str) -> "P
 def _library_model(
     mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
 ) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """Return the transformers model, and a report about its weights: problem ("missing_keys", "unexpected_keys" or
+    "mismatched_keys") -> the names of the weights. The arguments are those of `library_model`."""
     check_layers(config, weights, source)
     shape = auto_config(config, kind)
     make = mapping[type(shape)]
@@ -172,7 +209,13 @@ def _library_model(
 
 
 def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> None:
-    """Raise ValueError for the weights in which transformers found one of the given problems."""
+    """Raise ValueError if transformers found weights with one of the given problems.
+
+    Args:
+        found: the report that `_library_model` returned.
+        problems: some of "missing", "unexpected" and "mismatched".
+        source: the name of the checkpoint, for the error message.
+    """
     names = [
         (problem, name if isinstance(name, str) else name[0])
         for problem in problems
@@ -184,8 +227,8 @@ def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> No
 
 
 def positions(network: nn.Module) -> int | None:
-    """The maximum input length in tokens that a network's position table allows. Returns None if the network has no
-    such table."""
+    """Return the maximum input length in tokens that a network's position table allows, or None if the network has no
+    position table."""
     counts = [
         # In RoBERTa, the first position is the one after the padding index
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -196,10 +239,11 @@ def positions(network: nn.Module) -> int | None:
 
 
 def position_limit(config: Any) -> float:
-    """The maximum input length of a language model in tokens, according to its configuration.
+    """Return the maximum input length of a language model in tokens, according to its configuration. If the
+    configuration states no maximum, return infinity.
 
-    Some rotary embeddings change for all inputs of a batch if one input exceeds a certain length. The limit is at most
-    this length, so that a ranking does not depend on the other prompts in the batch.
+    With some rotary embeddings, one input above a certain length changes the results of all inputs in its batch. The
+    returned limit is at most this length, so that a ranking does not depend on the other prompts in the batch.
     """
     limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -210,12 +254,12 @@ def position_limit(config: Any) -> float:
 
 
 def today(weights: Weights) -> Weights:
-    """Weights under their current names. In older checkpoints, the weights of layer norms are named gamma and beta, and
-    the positions are saved as a buffer. The buffer is left out."""
+    """Return weights under their current names. In older checkpoints, the weights of layer norms are named gamma and
+    beta. The table of position ids, which older checkpoints contain, is left out."""
     kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
     return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
 
 
 def below(weights: Weights, prefix: str) -> Weights:
-    """The weights whose names start with a prefix, with the prefix removed."""
+    """Return the weights whose names start with a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

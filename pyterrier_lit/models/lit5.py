@@ -22,10 +22,13 @@ V2 = re.compile(r"(?<![a-z0-9])v2(?![a-z0-9])", re.IGNORECASE)
 
 
 def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpoint]:
-    """The function that loads trained checkpoints of one reranker. kind: "LiT5Distill" or "LiT5Score".
+    """Return the function that loads trained checkpoints of one reranker: folder, device, dtype -> checkpoint.
 
-    The returned function raises ValueError if `save` recorded that the checkpoint is of the other reranker. It warns if
-    nothing is recorded but the checkpoint has the name of the other reranker.
+    The returned function raises ValueError if `save` recorded that the checkpoint belongs to the other LiT5 reranker.
+    It warns if `save` recorded nothing, but the name of the checkpoint is that of the other LiT5 reranker.
+
+    Args:
+        kind: "LiT5Distill" or "LiT5Score".
     """
 
     def read(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Checkpoint:
@@ -50,8 +53,12 @@ def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpo
 
 
 def recorded_kind(config: dict[str, Any]) -> str | None:
-    """The name of the reranker that `save` recorded, or None. Earlier versions of `save` recorded only the reranker's
-    settings, from which its name is derived."""
+    """Return the name of the reranker that `save` recorded, or None. Earlier versions of `save` recorded only the
+    reranker's settings. In this case, the name is derived from the settings.
+
+    Args:
+        config: the fields of config.json.
+    """
     if isinstance(config.get("reranker"), str):
         return str(config["reranker"])
     lengths = config.get("lengths")
@@ -61,23 +68,25 @@ def recorded_kind(config: dict[str, Any]) -> str | None:
 
 
 def named_kind(place: str) -> str | None:
-    """The reranker that a path or hub id names, or None. If it names several, the last one counts."""
+    """Return the reranker that a path or hub id names: "LiT5Distill", "LiT5Score" or None. If it names several
+    rerankers, the last name counts."""
     found = NAME.findall(place)
     return f"LiT5{found[-1].capitalize()}" if found else None
 
 
 def came_from(config: dict[str, Any]) -> str:
-    """The path or hub id from which transformers had loaded a checkpoint when it saved the checkpoint. Returns "" if it
-    is unknown."""
+    """Return the path or hub id from which transformers had loaded a checkpoint when it saved the checkpoint. Returns
+    "" if the config does not record this."""
     return str(config.get("_name_or_path", ""))
 
 
 def family(places: Iterable[str]) -> str | None:
-    """The family of a LiT5-Distill checkpoint, "v1" or "v2". It is derived from the first of the given paths and hub
-    ids that shows a family. Returns None if none of them does.
+    """Return the family of a LiT5-Distill checkpoint, "v1" or "v2". The family is derived from the first of the given
+    paths and hub ids that shows a family. Returns None if none of them shows a family.
 
     A path with "LiT5-Distill" shows "v2" if "v2" follows this name (also in the hub's cache, .../snapshots/HASH), else
-    "v1". A path without "LiT5-Distill" shows "v2" if "v2" is in its last part, else no family.
+    "v1". A path without "LiT5-Distill" shows "v2" if "v2" is in its last part. Otherwise, a path without "LiT5-Distill"
+    shows no family.
     """
     for place in places:
         *_, named = [None, *NAME.finditer(place)]
@@ -89,12 +98,17 @@ def family(places: Iterable[str]) -> str | None:
 
 
 def warn_of_full_prompts(checkpoint: T5Checkpoint, queries: Sequence[str], heads: Sequence[str], length: int) -> None:
-    """Warn about queries that leave no room for passages, because the text before the passage fills the prompt. There
-    is one warning for all of these queries.
+    """Warn if a query leaves no room for passages, because the text before the passage fills the prompt. There is one
+    warning for all queries together.
 
-    heads: for each query, the text of its prompt before the passage. length: the maximum length of a prompt in tokens.
+    Args:
+        checkpoint: the T5.
+        queries: the queries.
+        heads: for each query, the text of its prompt before the passage.
+        length: the maximum length of a prompt in tokens.
     """
-    characters = [len(unicodedata.normalize("NFKC", head)) for head in heads]  # a head has at most one token more
+    # A text has at most one token more than characters
+    characters = [len(unicodedata.normalize("NFKC", head)) for head in heads]
     long = [i for i, number in enumerate(characters) if number >= length - 2]
     taken = map(len, checkpoint.pieces([heads[i] for i in long]))
     full = [(queries[i], tokens) for i, tokens in zip(long, taken, strict=True) if tokens >= length - 1]  # and </s>

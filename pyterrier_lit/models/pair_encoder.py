@@ -1,8 +1,9 @@
 """Checkpoints of cross-encoders in all published formats: networks that read two texts as one input and return one
 score.
 
-Supported are lightning-ir's checkpoints since 2024 (such as Rank-DistiLLM's monoELECTRA), and sequence classifiers of
-transformers with one or two labels. This module deals with token ids and tensors, not with rankings.
+Two kinds of checkpoints are supported: those of lightning-ir since 2024 (such as Rank-DistiLLM's monoELECTRA), and
+sequence classifiers of transformers with one or two labels. This module deals with token ids and tensors, not with
+rankings.
 """
 
 import copy
@@ -47,32 +48,35 @@ if TYPE_CHECKING:
 # "mono" has been written since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
 BODIES = {"electra": "Electra", "bert": "Bert"}  # body of a cross-encoder -> prefix of its classes in transformers
-# Without these fields, sentence-transformers applies a sigmoid to a single label, and high scores would tie
+# Without these fields, sentence-transformers would apply a sigmoid to the score of a classifier with a single label.
+# High scores would then tie
 IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
-INT8 = "int8"  # the field of config.json that marks a checkpoint in int8, and says how it reads pairs
+INT8 = "int8"  # the field of config.json that marks a checkpoint in int8, and states how it reads query-passage pairs
 POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names
-UNLIMITED = 10**9  # for a tokenizer without a maximum length, transformers writes a number above this
+UNLIMITED = 10**9  # for a tokenizer without a maximum length, transformers writes a number above 10**9
 LENGTHS = {"query_length": 32, "doc_length": 256}  # maximum tokens of a query and of a passage in Rank-DistiLLM
 
 
 @dataclasses.dataclass(eq=False)
 class PairCheckpoint:
-    """A cross-encoder in memory."""
+    """A cross-encoder in memory: its network, its tokenizer, and how it reads query-passage pairs."""
 
     network: PooledScorer | LabelScorer | Int8Scorer
     tokenizer: tokenizers.Tokenizer
     config: dict[str, Any]  # config.json
     tokenizer_config: dict[str, Any]  # tokenizer_config.json
     reading: Reading
-    files: dict[str, Any] = dataclasses.field(default_factory=dict)  # further files, by name
+    files: dict[str, Any] = dataclasses.field(default_factory=dict)  # further JSON files: name -> content
     _layouts: dict[bool, PairLayout] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def lengths(self) -> dict[str, int | None]:
-        """The maximum lengths of a query and of a passage in tokens. The config may record them.
+        """The maximum lengths of a query and of a passage in tokens, as {"query_length": ..., "doc_length": ...}. They
+        are the lengths that the config records.
 
-        If it does not, they are LENGTHS for a checkpoint in lightning-ir's format. For any other checkpoint they are
-        None: only the query-passage pair is truncated.
+        If the config does not record a length, it is that in LENGTHS for a checkpoint in lightning-ir's format. For any
+        other checkpoint, it is None: the text alone has no maximum length, and only the query-passage pair is
+        truncated.
         """
         default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
         return {name: self.config.get(name) or length for name, length in default.items()}
@@ -84,17 +88,20 @@ class PairCheckpoint:
 
     @property
     def pad_id(self) -> int:
+        """The id of the padding token."""
         return max(self.network.pad_id or 0, 0)
 
     @property
     def device(self) -> torch.device:
+        """The device of the network's parameters, or the CPU if it has no parameters."""
         return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
 
     def layout(self, *, special_tokens_as_text: bool = False) -> PairLayout:
-        """The layout of two texts as one input.
+        """Return the layout of two texts as one input.
 
-        special_tokens_as_text: whether special tokens inside a text are read as plain characters instead of as control
-        tokens.
+        Args:
+            special_tokens_as_text: whether special tokens inside a text are read as plain characters instead of as
+                control tokens.
         """
         if special_tokens_as_text not in self._layouts:
             tokenizer = self.tokenizer
@@ -105,8 +112,14 @@ class PairCheckpoint:
         return self._layouts[special_tokens_as_text]
 
     def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids, each (B, L) -> float32 scores (B,). On a GPU, the method may
-        return before the scores are computed."""
+        """Score a batch of B query-passage pairs. On a GPU, the method may return before the scores are computed.
+
+        Args:
+            inputs: input_ids, attention_mask and token_type_ids, each an int64 tensor (B, L), as `PairLayout.tensors`
+                returns them.
+
+        Returns the scores, a float32 tensor (B,).
+        """
         if self.device.type == "cuda":
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         there = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
@@ -114,7 +127,8 @@ class PairCheckpoint:
         return scores.float()
 
     def save(self, folder: Path, **lengths: int | None) -> None:
-        """Write config, weights and tokenizer into an existing folder, and record the lengths that are not None."""
+        """Write config, weights and tokenizer into an existing folder. `lengths` are the maximum lengths in tokens to
+        record. A length that is None is not recorded."""
         recorded = {name: length for name, length in lengths.items() if length is not None}
         save_json(folder / "config.json", self.network.save(folder, self.config) | recorded)
         settings = {name: value for name, value in self.tokenizer_config.items() if name != CHAT_TEMPLATE}
@@ -125,12 +139,20 @@ class PairCheckpoint:
             save_json(folder / name, fields)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_layouts": {}}  # their tokenizers would lose the flag encode_special_tokens
+        return vars(self) | {"_layouts": {}}  # pickled tokenizers lose the flag encode_special_tokens
 
 
 def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """Load a trained cross-encoder in any supported format. The format is recognised by the names of the weights first,
-    and then by the config."""
+    """Load a trained cross-encoder in any supported format. The format is recognised first by the names of the weights,
+    and then by the config.
+
+    Args:
+        folder: the folder of the checkpoint.
+        device: the device of the network.
+        dtype: the dtype of the weights.
+
+    Raises ValueError if the checkpoint is not a supported cross-encoder.
+    """
     config = folder.config
     if INT8 in config:
         return _read_int8(folder, device, dtype)
@@ -157,9 +179,15 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 
 
 def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair], lengths: dict[str, int | None]) -> PairCheckpoint:
-    """The checkpoint in int8, calibrated on these pairs. It records the lengths that are not None.
+    """Return the checkpoint in int8.
 
-    Raises ImportError and ValueError as `quantized` does.
+    Args:
+        checkpoint: the cross-encoder.
+        pairs: the token ids of the query-passage pairs on which the ranges of the activations are calibrated.
+        lengths: the maximum lengths of a query and of a passage in tokens. The new checkpoint records the lengths that
+            are not None.
+
+    Raises ImportError and ValueError in the same cases as `int8.quantized`.
     """
     layout = checkpoint.layout()
     by_length = sorted(pairs, key=layout.length)
@@ -171,7 +199,8 @@ def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair], lengths: dict[str
 
 
 def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """A checkpoint that `in_int8` made. Raises ValueError for a device or a dtype in which it cannot compute."""
+    """Load a checkpoint that `in_int8` made. Raises ValueError if the device is not a CPU or the dtype is not
+    float32."""
     if device.type != "cpu" or dtype != torch.float32:
         raise ValueError(
             f"{folder} is in int8, which computes on a CPU and in float32 outside matrix products; it cannot use"
@@ -184,12 +213,19 @@ def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """An untrained cross-encoder with a new head. On the body of an ELECTRA or a BERT, or of a cross-encoder with such
-    a body, it is in lightning-ir's format.
+    """Return an untrained cross-encoder with a new head on a pre-trained encoder.
 
-    The new head is a vector w ~ N(0, initializer_range) from torch's random generator, without bias. Any other encoder
-    becomes a sequence classifier of transformers with one label. The head of the classifier takes the weights that the
-    checkpoint has for it. Its other weights are random.
+    If the folder has an ELECTRA or a BERT, or a cross-encoder with an ELECTRA or a BERT as its body, the new
+    cross-encoder is in lightning-ir's format. The new head is then a vector w ~ N(0, initializer_range) from torch's
+    random generator, without bias.
+
+    Any other encoder becomes a sequence classifier of transformers with one label. The weights that the checkpoint has
+    for the classifier's head are used. The other weights of the head are random.
+
+    Args:
+        folder: the folder of the encoder.
+        device: the device of the network.
+        dtype: the dtype of the weights.
     """
     backbone = _backbone(folder.config)
     if backbone not in BODIES:
@@ -205,7 +241,8 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
 
 
 def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """A sequence classifier of transformers with a new head and the maximum lengths of Rank-DistiLLM."""
+    """Return a sequence classifier of transformers with a new head and the maximum lengths of Rank-DistiLLM. Raises
+    ValueError if transformers has no sequence classifier for the encoder."""
     kept = {name: value for name, value in folder.config.items() if name not in ("id2label", "label2id")}
     config = kept | {"num_labels": 1} | IDENTITY | LENGTHS
     try:
@@ -222,7 +259,15 @@ def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) ->
 def _lightning_ir(
     folder: Folder, network: PooledScorer, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """A checkpoint of lightning-ir. Such a checkpoint always uses token types and truncates via decoded text."""
+    """Return a checkpoint in lightning-ir's format. Such a checkpoint always uses token types.
+
+    Args:
+        folder: the folder, with the tokenizer.
+        network: the network with its weights.
+        config: the fields of config.json.
+        device: the device of the network.
+        dtype: the dtype of the weights.
+    """
     tokenizer = folder.library_tokenizer(config["backbone_model_type"])
     reading = Reading(
         _limit(network.body, tokenizer), types=config.get("type_vocab_size") or 2, clean_up=_cleans_up(folder)
@@ -236,8 +281,16 @@ def _lightning_ir(
 def _classifier(
     folder: Folder, network: LabelScorer, beside: SentenceFiles, device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """A sequence classifier of transformers, with the tokenizer, token types and maximum lengths that
-    sentence-transformers would use."""
+    """Return a sequence classifier of transformers, with the tokenizer, token types and maximum length that
+    sentence-transformers would use.
+
+    Args:
+        folder: the folder, with the config and the tokenizer.
+        network: the network with its weights.
+        beside: the settings of sentence-transformers.
+        device: the device of the network.
+        dtype: the dtype of the weights.
+    """
     tokenizer = folder.library_tokenizer()
     if beside.chat and tokenizer.chat_template and chats_about_pairs(tokenizer):
         raise ValueError(
@@ -265,8 +318,14 @@ def _classifier(
 
 
 def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
-    """Raise ValueError for a tokenizer that does not match the model, and for a tokenizer that puts no special token
-    between two texts."""
+    """Raise ValueError if the tokenizer does not match the model, or if the tokenizer puts no special token between two
+    texts.
+
+    Args:
+        checkpoint: the cross-encoder.
+        pieces: the size of the network's vocabulary.
+        source: the name of the checkpoint, for error messages.
+    """
     check_pieces(pieces_known(checkpoint.tokenizer), pieces, source)
     if checkpoint.pad_id not in range(pieces):
         raise ValueError(f"{source}: pad_token_id={checkpoint.pad_id!r} is not a token of {pieces}")
@@ -278,10 +337,12 @@ def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
 
 
 def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: str) -> PairCheckpoint:
-    """The checkpoint, with a padding for which a pair's score does not depend on the other pairs in the batch.
+    """Return the checkpoint with a padding for which the score of a query-passage pair does not depend on the other
+    pairs in the batch.
 
-    Padding is on the right or on the left. If the score depends on the batch with both of them, as in networks that
-    ignore the attention mask, batches have inputs of equal lengths and no padding.
+    Padding on the right is tried first, and then padding on the left. If the score depends on the batch with both, as
+    in networks that ignore the attention mask, each forward pass gets only inputs of equal lengths, without padding.
+    Raises ValueError if the score then still depends on the batch.
     """
     for side, reads_padding in (("right", False), ("left", False), ("right", True)):
         network.reads_padding = reads_padding
@@ -305,7 +366,8 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
 
 
 def _limit(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", max_length: int | None = None) -> int | None:
-    """The maximum input length in tokens, as in sentence-transformers. None if there is no limit."""
+    """Return the maximum input length in tokens, as in sentence-transformers, or None if there is no maximum.
+    `max_length` is the maximum that sentence-transformers' files state, or None."""
     config: Any = model.config
     limits = [max_length or tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     limit = min(limit for limit in [*limits, positions(model)] if limit and limit > 0)
@@ -313,6 +375,7 @@ def _limit(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", max_length: i
 
 
 def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledScorer:
+    """Return the network of a checkpoint in lightning-ir's format, with its weights."""
     pooling, scoring = config.get("pooling_strategy", "first"), config.get("scoring_strategy", "rank")
     if pooling not in POOLINGS or scoring not in ("rank", "mono"):
         raise ValueError(
@@ -330,6 +393,8 @@ def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledS
 
 
 def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
+    """Return the network of a sequence classifier of transformers, with its weights. Raises ValueError if it has more
+    than two labels."""
     import transformers
 
     try:
@@ -348,12 +413,13 @@ def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
 
 
 def _backbone(config: dict[str, Any]) -> str:
-    """The model type of the body, such as "electra" or "bert"."""
+    """Return the model type of the body, such as "electra" or "bert"."""
     return config.get("backbone_model_type") or str(config.get("model_type")).removeprefix("mono-")
 
 
 def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrainedModel":
-    """An ELECTRA or BERT without pooler, in the shape that a config describes, with random weights."""
+    """Return an ELECTRA or BERT without pooler, in the shape that a config describes, with random weights. Raises
+    ValueError if the config describes another encoder."""
     import transformers
 
     backbone = config["backbone_model_type"]
@@ -367,12 +433,13 @@ def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrain
 
 
 def _bare(weights: Weights, backbone: str) -> Weights:
-    """Weights under the names of the bare body, without a prefix such as "electra."."""
+    """Return the weights under the names of the bare body, without a prefix such as "electra."."""
     return {name.removeprefix(f"{backbone}."): tensor for name, tensor in today(weights).items()}
 
 
 def _cleans_up(folder: Folder) -> bool:
-    """The tokenizer's setting clean_up_tokenization_spaces. If it is not given, it is true for a checkpoint that
-    transformers wrote before version 4.45, and false for a later one."""
+    """Return the tokenizer's setting clean_up_tokenization_spaces. If the tokenizer's config does not contain this
+    setting, it is true if a version of transformers before 4.45 wrote the checkpoint or if the config does not state
+    the version, and false otherwise."""
     written_by = [int(part) for part in str(folder.config.get("transformers_version", "4.41")).split(".")[:2]]
     return bool(folder.tokenizer_config.get("clean_up_tokenization_spaces", written_by < [4, 45]))

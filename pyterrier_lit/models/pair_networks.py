@@ -1,6 +1,7 @@
 """The networks of cross-encoders: padded token ids of query-passage pairs -> a score for each pair.
 
-This module does not deal with tokenizers.
+This module does not deal with tokenizers. Shapes: B is the number of query-passage pairs, L their length in tokens
+including padding, and H the width of the encoder.
 """
 
 import functools
@@ -20,13 +21,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Model types of transformers whose classifier reads the state of the first token and whose layers have BERT's modules
+# Model types of transformers whose classifier uses the state of the first token and whose layers have BERT's modules
 READ_FIRST = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 class PooledScorer(nn.Module):
-    """score = w . pool(h) + b on a bare encoder with hidden states h. If w has two rows, they are the logits of two
-    classes, and the score is the log-probability of the second class."""
+    """A bare encoder with hidden states h and the score w . pool(h) + b. If w has two rows, w . pool(h) + b gives the
+    logits of two classes, and the score is the log-probability of the second class.
+
+    Args:
+        body: the encoder.
+        pooling: how the hidden states of a pair are pooled into a vector, one of the names in POOLING.
+        rows: the number of rows of w, 1 or 2.
+        bias: whether the network has b.
+    """
 
     def __init__(self, body: "PreTrainedModel", *, pooling: str = "first", rows: int = 1, bias: bool = True):
         super().__init__()
@@ -38,23 +46,30 @@ class PooledScorer(nn.Module):
 
     @property
     def pad_id(self) -> int | None:
+        """The id of the padding token, or None."""
         pad: int | None = self.body.config.pad_token_id
         return pad
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids, each (B, L) -> scores (B,)."""
+        """Score B query-passage pairs: input_ids, attention_mask and token_type_ids, each (B, L) -> float32 scores
+        (B,)."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         states = self.body(**inputs).last_hidden_state
         pooled, bias = POOLING[self.pooling](states, attention_mask), self.linear.bias
-        # In float32 regardless of the body's dtype, since close scores would tie if they were rounded to bfloat16
+        # Scores are computed in float32 for any dtype of the body, since close scores would tie in bfloat16
         logits = F.linear(pooled.float(), self.linear.weight.float(), None if bias is None else bias.float())
         return logits[:, 0] if logits.shape[1] == 1 else logits.log_softmax(-1)[:, 1]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights under the names that lightning-ir has used since 2025-08. Returns the fields of
-        config.json."""
+        """Write the weights into an existing folder, under the names that lightning-ir has used since 2025-08. Returns
+        the fields of the new config.json.
+
+        Args:
+            folder: the folder.
+            config: the fields of the current config.json.
+        """
         save_weights(folder, {name.removeprefix("body."): tensor for name, tensor in self.state_dict().items()})
         backbone = config["backbone_model_type"]
         return {key: value for key, value in config.items() if key != "auto_map"} | {
@@ -67,10 +82,15 @@ class PooledScorer(nn.Module):
 
 
 class LabelScorer(nn.Module):
-    """The score of a sequence classifier: with one label its logit, with two labels the second logit minus the first.
+    """A sequence classifier of transformers. With one label, the score is the logit of the label. With two labels, the
+    score is the second logit minus the first logit.
 
-    reads_types: whether the network takes token types. reads_padding: whether padding changes the score, so that only
-    inputs of equal length may be in one batch.
+    `reads_padding` states whether padding changes the score. If it is true, the pairs of a batch are processed in
+    groups of equal length, without padding.
+
+    Args:
+        model: the classifier.
+        reads_types: whether the network may use token types. They are used only if the model accepts them.
     """
 
     reads_padding = False
@@ -84,6 +104,7 @@ class LabelScorer(nn.Module):
 
     @property
     def pad_id(self) -> int | None:
+        """The id of the padding token, or None."""
         pad: int | None = self.model.config.pad_token_id
         return pad
 
@@ -101,14 +122,15 @@ class LabelScorer(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids, each (B, L) -> scores (B,)."""
+        """Score B query-passage pairs: input_ids, attention_mask and token_type_ids, each (B, L) -> float32 scores
+        (B,)."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {"token_type_ids": token_type_ids} if self.reads_types else {}
         logits = self._logits(inputs).float()
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
     def _logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The inputs, each (B, L) -> logits (B, labels)."""
+        """Run the classifier: inputs, each (B, L) -> logits (B, labels)."""
         if self.is_decoder and self.pad_id not in range(self.pieces):
             # Without a padding token, transformers would not find the last token of each input
             states = self.model.base_model(**inputs).last_hidden_state
@@ -121,7 +143,7 @@ class LabelScorer(nn.Module):
             return logits
         lengths = inputs["attention_mask"].sum(1)
         # Encoder-decoders predict the class at the last end token, and require that all inputs of a batch have the same
-        # number of end tokens. A text may contain further end tokens
+        # number of end tokens. This number varies, because a text may contain end tokens
         alike = lengths if self.reads_padding else (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
         groups = [(alike == value).nonzero()[:, 0] for value in alike.unique()]
         parts = [
@@ -131,17 +153,18 @@ class LabelScorer(nn.Module):
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights as transformers does. Returns the fields of config.json."""
+        """Write the weights into an existing folder, in the format of transformers. Returns the fields of the new
+        config.json. `config` is not used."""
         self.model.save_pretrained(folder)
         return Folder(folder).config
 
 
 def end_at_first_token(body: Any) -> None:
-    """Let the last layer of a BERT-like encoder compute the state of the first token only: (B, 1, H) instead of (B, L,
-    H).
+    """Let the last layer of a BERT-like encoder return the state of the first token only: (B, 1, H) instead of (B, L,
+    H). `body` is the encoder, which is changed in place.
 
     Keys and values are still computed for all tokens. Query, feed-forward network and norms are computed for the first
-    token only. In training mode, the layer is unchanged.
+    token only. In training mode, the layer returns the states of all tokens.
     """
     layer = body.encoder.layer[-1]
     layer.forward = functools.partial(_first_state, layer)
@@ -150,7 +173,8 @@ def end_at_first_token(body: Any) -> None:
 def _first_state(
     layer: Any, states: torch.Tensor, mask: torch.Tensor | None = None, *others: Any, **named: Any
 ) -> torch.Tensor:
-    """The forward pass of the last layer: states (B, L, H), mask (B, 1, L, L) or None -> (B, 1, H)."""
+    """The forward pass of the last layer: states (B, L, H), mask (B, 1, L, L) or None -> state (B, 1, H) of the first
+    token. In training mode, it returns the states (B, L, H) of all tokens."""
     if layer.training:
         whole: torch.Tensor = type(layer).forward(layer, states, mask, *others, **named)
         return whole

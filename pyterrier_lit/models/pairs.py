@@ -17,9 +17,9 @@ Pair = tuple[list[int], list[int]]  # the token ids of a query, the token ids of
 class Pieces(NamedTuple):
     """The tokens of a text, without special tokens around them."""
 
-    ids: list[int]  # truncated first to `length` (see `PairLayout.pieces`), and then to the maximum input length
+    ids: list[int]  # token ids, truncated to `length` (see `PairLayout.pieces`) and then to the maximum input length
     total: int  # the number of tokens after the truncation to `length`
-    cut: bool  # whether the text was longer than `length`
+    cut: bool  # whether the text had more than `length` tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,13 @@ class Reading:
     """How a checkpoint reads two texts, in addition to the special tokens of its tokenizer.
 
     Args:
-        limit: maximum input length in tokens. None is unlimited.
+        limit: the maximum input length in tokens. None is unlimited.
         types: the number of token types of the model. Higher token types of the tokenizer are replaced by the highest
             type of the model. None keeps all types.
         prompt: a text that is put before each query.
-        clean_up: truncate as lightning-ir does, via decoded text (`do n't` becomes `don't` after truncation).
-        truncation_side, padding_side: "left" or "right".
+        clean_up: whether to truncate as lightning-ir does, via decoded text: `do n't` becomes `don't` after truncation.
+        truncation_side: "left" or "right", the side on which tokens are removed.
+        padding_side: "left" or "right", the side on which padding is added.
     """
 
     limit: int | None = None
@@ -44,8 +45,15 @@ class Reading:
 
 
 class PairLayout:
-    """A tokenizer's layout of two texts: prefix, query, middle, passage, suffix. Each of these five parts has its token
-    types."""
+    """A tokenizer's layout of two texts as one input: prefix, query, middle, passage, suffix. Each of these five parts
+    has its token types.
+
+    Args:
+        tokenizer: the tokenizer.
+        reading: how the checkpoint reads two texts. None is `Reading()`.
+
+    Raises ValueError if the tokenizer does not put both texts into the input.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, reading: Reading | None = None):
         self.tokenizer = tokenizer
@@ -65,7 +73,7 @@ class PairLayout:
         highest = max(joined.type_ids) if self.reading.types is None else self.reading.types - 1
         types = [min(kind, highest) for kind in joined.type_ids]
         before, between, behind = (types[part] for part in parts)
-        # One type for each special token, one for all tokens of the query, and one for all tokens of the passage
+        # One token type for each special token, one for all tokens of the query, one for all tokens of the passage
         each = [*before, types[at_query], *between, types[at_passage], *behind]
         self._types = torch.tensor(each, dtype=torch.long, device="cpu")
         self._texts = [len(before), len(before) + 1 + len(between)]
@@ -74,21 +82,22 @@ class PairLayout:
         self._ts = {id for piece, id in vocabulary.items() if piece.startswith("t")}
 
     def queries(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """The tokens of each query with the checkpoint's prompt before it, truncated to `length` tokens. None keeps all
-        tokens."""
+        """Tokenise queries, each with the checkpoint's prompt before it. Each query is truncated to `length` tokens. If
+        `length` is None, all tokens are kept."""
         return self.pieces([self.reading.prompt + text for text in texts], length)
 
     def pieces(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """The tokens of each text, truncated to `length` tokens. None keeps all tokens."""
+        """Tokenise texts, and truncate each text to `length` tokens. If `length` is None, all tokens are kept."""
         return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: Pieces, passage: Pieces) -> Pair:
-        """Truncate a query-passage pair to the maximum input length, as `tokenizers` does. A text that needs at most
-        half of the available tokens is kept whole, and the other text gets the rest. If both texts need more than half,
-        each gets half.
+        """Truncate a query-passage pair to the maximum input length, as the `tokenizers` package does. The number of
+        available tokens is the maximum input length minus the number of special tokens. A text that needs at most half
+        of the available tokens is kept whole, and the other text gets the rest. If both texts need more than half, each
+        text gets half.
 
         If the number of available tokens is odd, the longer text gets one token more than the other text. If both texts
-        are equally long, the passage gets one more.
+        are equally long, the passage gets one token more.
         """
         if self.reading.limit is None:
             return query.ids, passage.ids
@@ -99,11 +108,12 @@ class PairLayout:
         return self._cut(query.ids, of_query), self._cut(passage.ids, of_passage)
 
     def length(self, pair: Pair) -> int:
-        """The number of tokens of a pair's input, with special tokens."""
+        """Return the number of tokens of a query-passage pair as one input, including special tokens."""
         return len(self.prefix) + len(pair[0]) + len(self.middle) + len(pair[1]) + len(self.suffix)
 
     def tensors(self, pairs: Sequence[Pair], pad_id: int) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and token_type_ids of a batch of P pairs, each an int64 tensor (P, L)."""
+        """Build the inputs for a batch of P query-passage pairs. Returns input_ids, attention_mask and token_type_ids,
+        each an int64 tensor (P, L). `pad_id` is the id of the padding token."""
         inputs = [[*self.prefix, *query, *self.middle, *passage, *self.suffix] for query, passage in pairs]
         ids, mask = self._padded(inputs, pad_id)
         counts = torch.ones(len(pairs), len(self._types), dtype=torch.long, device="cpu")
@@ -114,6 +124,8 @@ class PairLayout:
         return {"input_ids": ids, "attention_mask": mask.long(), "token_type_ids": types}
 
     def _padded(self, rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pad rows of token ids with `value`. Returns the ids (P, L) and a boolean mask (P, L) that is false on the
+        padding."""
         if self.reading.padding_side == "right":
             return padded(rows, value)
         ids, mask = padded([row[::-1] for row in rows], value)
@@ -124,14 +136,14 @@ class PairLayout:
         return Pieces(self._cut(kept, self.reading.limit), len(kept), length is not None and len(ids) > length)
 
     def _cut(self, ids: list[int], count: int | None) -> list[int]:
-        """The ids, truncated to `count`. None keeps all ids."""
+        """Return the ids, truncated to `count`. If `count` is None, all ids are kept."""
         if count is None or len(ids) <= count:
             return ids
         return ids[:count] if self.reading.truncation_side == "right" else ids[len(ids) - count :]
 
     def _cleaned(self, ids: list[int]) -> list[int]:
-        """Decode the ids and encode the text again, as lightning-ir's truncation does. This joins a separate n't to the
-        word before it."""
+        """Decode the ids and encode the text again, as lightning-ir's truncation does. The result has a separate n't
+        joined to the word before it."""
         if not (self.reading.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
             return ids
         from transformers import PreTrainedTokenizerFast
@@ -140,6 +152,7 @@ class PairLayout:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _contracted(self, ids: list[int]) -> bool:
+        """Return whether the ids contain a separate n't."""
         return any(
             ids[i] == self._n and ids[i + 1] == self._apostrophe and ids[i + 2] in self._ts
             for i in range(1, len(ids) - 2)

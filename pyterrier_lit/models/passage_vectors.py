@@ -11,8 +11,15 @@ from torch.nn import functional as F
 def distinct(
     keys: Sequence[Sequence[Any]], docnos: Sequence[Sequence[Any]]
 ) -> tuple[list[Any], list[Any], list[list[int]]]:
-    """Q lists with a key and a docno for each passage -> the distinct keys; a docno for each distinct key; and, for
-    each list, the indices of its passages' keys among the distinct keys."""
+    """Find the distinct keys in Q lists of passages. A key identifies a passage, such as its docno or its text.
+
+    Args:
+        keys: for each list, the keys of its passages.
+        docnos: for each list, the docnos of its passages.
+
+    Returns the distinct keys, a docno for each distinct key, and, for each list, the indices of its passages' keys
+    among the distinct keys.
+    """
     docno_of = {
         key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)
     }
@@ -21,9 +28,13 @@ def distinct(
 
 
 def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
-    """N vectors of a result frame (arrays, tensors or lists) -> (N, d) float32.
+    """Return N vectors of a result frame as a float32 tensor (N, d).
 
-    Raises TypeError for a value that is not a vector, and ValueError for vectors of different lengths.
+    Args:
+        values: the N vectors (arrays, tensors or lists of numbers).
+        docnos: the docnos of their passages, for error messages.
+
+    Raises TypeError if a value is not a vector, and ValueError if two vectors have different lengths.
     """
     rows = []
     for value, docno in zip(values, docnos, strict=True):
@@ -45,12 +56,18 @@ def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
 
 
 def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
-    """The vectors of N docnos in a pyterrier_dr.FlexIndex -> (N, d) float32. Raises ValueError, with some of their
-    names, for docnos that the index does not hold.
+    """Return the vectors of N docnos in a dense index as a float32 tensor (N, d).
 
-    To find such docnos, each position that the index returns is mapped back to a docno. For an unknown docno, some
-    indexes return -1, which would be the position of the last vector; some return the position of another docno ("d01"
-    for "d1"); and some raise an error.
+    Args:
+        index: a pyterrier_dr.FlexIndex.
+        docnos: the docnos.
+
+    Raises ValueError if the index does not hold all docnos. The message has the names of some missing docnos. Raises
+    TypeError if `index` is not a dense index.
+
+    To find missing docnos, each position that the index returns is mapped back to a docno. For an unknown docno, some
+    indexes return -1, which would be the position of the last vector. Some indexes return the position of another docno
+    ("d01" for "d1"). Some indexes raise an error.
     """
     if not hasattr(index, "payload"):
         raise TypeError(
@@ -75,16 +92,29 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
 
 
 def from_encoder(encoder: Any, texts: Sequence[str]) -> torch.Tensor:
-    """N texts, encoded by a pyterrier_dr.BiEncoder -> (N, d) float32."""
+    """Encode N texts with a dense encoder. Returns a float32 tensor (N, d).
+
+    Args:
+        encoder: a pyterrier_dr.BiEncoder.
+        texts: the texts.
+
+    Raises TypeError if `encoder` has no method `encode_docs`.
+    """
     if not hasattr(encoder, "encode_docs"):
         raise TypeError(f"encoder={encoder!r} cannot encode passages; wanted a pyterrier_dr.BiEncoder")
     return _tensor(encoder.encode_docs(list(texts)))
 
 
 def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, trained_on: str) -> torch.Tensor:
-    """Vectors (N, d) -> unit vectors (N, d). Raises ValueError if d is not `wanted`, and if a number is not finite.
+    """Normalise vectors (N, d) to unit vectors (N, d).
 
-    trained_on: a description of the encoder that the checkpoint was trained with, for the error message.
+    Args:
+        vectors: the vectors.
+        docnos: the docnos of their passages, for error messages.
+        wanted: the dimension d that the checkpoint requires.
+        trained_on: a description of the encoder that the checkpoint was trained with, for error messages.
+
+    Raises ValueError if the vectors do not have `wanted` dimensions, or if a number in them is not finite.
     """
     if vectors.shape[1] != wanted:
         raise ValueError(
@@ -102,11 +132,12 @@ def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, traine
 
 
 def _tensor(values: Any) -> torch.Tensor:
-    """A float32 tensor on the CPU, regardless of torch's default dtype and device."""
+    """Return values as a float32 tensor on the CPU, regardless of torch's default dtype and device."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _number(held: Any, name: str) -> int:
+    """Return the position that an index gives for a docno, or -1 if the index raises ValueError."""
     try:
         return int(held.inv[[name]][0])
     except ValueError:  # the docno does not have the form of this index's docnos

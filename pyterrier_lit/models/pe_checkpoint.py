@@ -35,22 +35,24 @@ KIND = "embed_"  # prefix of the language model's model_type
 
 @dataclasses.dataclass(eq=False)
 class PERankCheckpoint:
-    """A PE-Rank model in memory."""
+    """A PE-Rank model in memory: its language model with projector, its prompts, and its passage encoder."""
 
     network: VectorLM
     prompter: Prompter
     config: dict[str, Any]  # config.json
     folder: Folder
-    encoder_weights: Weights  # of the encoder inside the checkpoint. The encoder is built on first use
-    encoder: TextEncoder | None = None
+    encoder_weights: Weights  # the weights of the encoder inside the checkpoint, or {} if it has no encoder
+    encoder: TextEncoder | None = None  # None until the encoder is built on first use
 
     @property
     def embedding_size(self) -> int:
+        """The dimension of the passage vectors."""
         size: int = self.config["embedding_size"]
         return size
 
     @property
     def trained_on(self) -> str:
+        """A description of the passage encoder that the checkpoint was trained with, for messages."""
         name = self.config.get("encoder_name")
         return (
             f"{name} ({self.config.get('encoder_pooling', 'mean')} pooling)"
@@ -59,8 +61,9 @@ class PERankCheckpoint:
         )
 
     def warn_of_other_encoders(self) -> None:
-        """Warn that given vectors must come from the encoder that the checkpoint was trained with. With other vectors,
-        the order of the passages is meaningless."""
+        """Warn that given vectors must come from the encoder that the checkpoint was trained with. With vectors of
+        another encoder, the order of the passages is meaningless. There is no warning if the checkpoint does not name
+        its encoder."""
         if self.config.get("encoder_name"):
             warnings.warn(
                 "neither a 'doc_vec' column nor an index says which encoder made its vectors; this checkpoint reads"
@@ -69,8 +72,15 @@ class PERankCheckpoint:
             )
 
     def prompts(self, queries: list[str], texts: list[list[str]], counts: list[int]) -> list[list[int]]:
-        """The token ids of the prompt for each query and its n passages, with the texts of the passages if they are
-        given. Raises ValueError for a prompt that is too long for the model."""
+        """Return the token ids of the prompt for each query and its n passages.
+
+        Args:
+            queries: the queries.
+            texts: for each query, the texts of its passages, or an empty list for a prompt without texts.
+            counts: for each query, n.
+
+        Raises ValueError if a prompt is too long for the model.
+        """
         prompts = self.prompter.ids(queries, texts, counts)
         limit = self.limit()
         for ids, query, n in zip(prompts, queries, counts, strict=True):
@@ -82,20 +92,24 @@ class PERankCheckpoint:
         return prompts
 
     def limit(self) -> float:
-        """The maximum length of a prompt with its answer, in tokens."""
+        """Return the maximum length of a prompt and its answer together, in tokens."""
         return position_limit(self.network.body.config)
 
     def text_encoder(self) -> TextEncoder:
-        """The encoder inside the checkpoint. It is built on first use, because it is not needed if the vectors are
-        given."""
+        """Return the passage encoder inside the checkpoint. It is built on first use, because it is not needed if the
+        vectors are given. Raises ValueError if the checkpoint has no encoder. Raises FileNotFoundError if the config or
+        the tokenizer of the encoder is not available."""
         if self.encoder is None:
             self.encoder = _inner_encoder(self)
         return self.encoder
 
     def head(self) -> torch.Tensor:
-        """The language model's output layer (V, H). It is not used for ranking. It is read from the checkpoint's
-        weights, or is the input embedding if the two are tied. Raises ValueError if the checkpoint has no output
-        layer."""
+        """Return the weight (V, H) of the language model's output layer. This layer is not used for ranking. If the
+        output layer is tied to the input embedding, its weight is that of the input embedding. Otherwise, it is read
+        from the checkpoint's weights.
+
+        Raises ValueError if the checkpoint has no output layer.
+        """
         words: Any = self.network.body.get_input_embeddings()
         tied = self.config.get("tie_word_embeddings")
         weight = words.weight.detach() if tied else self.folder.weight("lm_head.weight")
@@ -107,10 +121,11 @@ class PERankCheckpoint:
         return weight
 
     def save(self, folder: Path) -> None:
-        """Write config, weights and tokenizers into an existing folder, including those of the encoder.
+        """Write config, weights and tokenizer into an existing folder, together with the weights, config and tokenizer
+        of the passage encoder.
 
-        If the encoder's files are not available, there is a warning, and the folder contains only the name of the
-        encoder.
+        If the config or the tokenizer of the encoder is not available, there is a warning. The folder then has the
+        weights of the encoder and its name, but neither its config nor its tokenizer.
         """
         if self.encoder_weights:
             try:
@@ -129,7 +144,15 @@ class PERankCheckpoint:
 
 
 def read_pe_rank(folder: Folder, device: torch.device, dtype: torch.dtype) -> PERankCheckpoint:
-    """Load a trained PE-Rank onto a device in a dtype. Raises ValueError for any other checkpoint."""
+    """Load a trained PE-Rank.
+
+    Args:
+        folder: the folder of the checkpoint.
+        device: the device of the network.
+        dtype: the dtype of the weights.
+
+    Raises ValueError if the checkpoint is not a PE-Rank.
+    """
     import transformers
 
     kind = str(folder.config.get("model_type"))
@@ -167,13 +190,19 @@ def new_pe_rank(
     embedding_size: int | None = None,
     projector_type: str = "mlp2x_gelu",
 ) -> PERankCheckpoint:
-    """A PE-Rank on a causal language model, with an untrained projector.
+    """Return a PE-Rank on a causal language model, with an untrained projector.
 
     Args:
+        folder: the folder of the language model.
+        device: the device of the networks.
+        dtype: the dtype of the weights.
         encoder_name: hub id or folder of the passage encoder, such as sentence-transformers/all-MiniLM-L6-v2.
         encoder_pooling: how the encoder's hidden states are pooled into a vector: "mean", "cls" or "last_token".
         embedding_size: the dimension of the vectors, if no encoder is given.
         projector_type: "linear", "mlp2x_gelu" (with any digit from 1 to 9 in place of 2) or "identity".
+
+    Raises ValueError if neither `encoder_name` nor `embedding_size` is given, or if transformers does not have the
+    language model.
     """
     encoder, encoder_weights = None, {}
     if encoder_name:
@@ -205,10 +234,10 @@ def new_pe_rank(
 
 
 def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
-    """Build the encoder inside a checkpoint from the weights in the checkpoint.
+    """Build the passage encoder inside a checkpoint from the weights in the checkpoint.
 
-    The encoder's config and tokenizer come from the checkpoint if `save` wrote them there, else from the encoder that
-    the checkpoint names.
+    If `save` wrote the encoder's config and tokenizer into the checkpoint, these are used. Otherwise, the config and
+    the tokenizer come from the encoder that the checkpoint names. Raises ValueError if the checkpoint has no encoder.
     """
     folder, name = checkpoint.folder, checkpoint.config.get("encoder_name")
     if not checkpoint.encoder_weights:
@@ -233,10 +262,14 @@ def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
 
 
 def _encoder_folder(folder: Folder, name: Any) -> Folder:
-    """The folder with the config and the tokenizer of a checkpoint's encoder.
+    """Return the folder with the config and the tokenizer of a checkpoint's encoder.
 
-    The name must be a hub id, or a folder inside or next to the checkpoint's folder. Other names are refused, because a
-    checkpoint must not open other local files.
+    Args:
+        folder: the folder of the checkpoint.
+        name: the name of the encoder in the checkpoint. It must be a hub id, or a folder inside or next to the
+            checkpoint's folder.
+
+    Raises ValueError for any other name, because a checkpoint must not open other local files.
     """
     home = Path(os.path.abspath(folder.path))
     if isinstance(name, str) and not Path(name).is_absolute():
@@ -254,8 +287,8 @@ def _encoder_folder(folder: Folder, name: Any) -> Folder:
 
 
 def _check_kind(folder: Folder, kind: str) -> None:
-    """Raise ValueError for a model_type that transformers does not have. Such a model would need code inside the
-    checkpoint, which is never run."""
+    """Raise ValueError if transformers does not have a model type. A model of this type would need code inside the
+    checkpoint, and this code is never run."""
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:

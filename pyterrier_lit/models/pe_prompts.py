@@ -2,7 +2,7 @@
 with models.
 
 A prompt represents each passage in one of three ways: by a placeholder for its vector, by a placeholder and its text,
-or (in the baseline of the paper) by its text only.
+or by its text only. Prompts with texts only are those of RankMistral, the baseline of the paper.
 """
 
 import re
@@ -15,7 +15,8 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import first_line
 from pyterrier_lit.models.tokenization import check_pieces, no_panic
 
-PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"  # tokens for a passage's vector, and for a rank in training prompts
+# The token for a passage's vector, and the token for a rank in the answers of training examples
+PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"
 
 PROMPT = (
     "I will provide you with {n} passages, each with a special token representing the passage enclosed in [], followed"
@@ -38,8 +39,12 @@ TEXT_PROMPT = (
 
 
 class ChatPrompter:
-    """The base class of all prompters. A prompter has a tokenizer with a chat template. Its prompts are a single user
-    turn with cleaned texts."""
+    """The base class of all prompters. A prompter has a tokenizer with a chat template. Each prompt is a single user
+    turn. The query and the texts in it are cleaned.
+
+    Args:
+        tokenizer: a tokenizer of transformers with a chat template.
+    """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -48,21 +53,38 @@ class ChatPrompter:
 
     @property
     def n_ids(self) -> int:
-        """The highest id in the tokenizer, plus 1."""
+        """The highest token id of the tokenizer, plus 1."""
         return 1 + int(max(self.tokenizer.get_vocab().values()))
 
     def render(self, query: str, texts: Sequence[Any]) -> str:
-        """The prompt for a query and its passages in the chat template, as text."""
+        """Return the prompt for a query and its passages in the chat template, as text.
+
+        Args:
+            query: the query.
+            texts: one item per passage, as for `messages`.
+        """
         return str(
             self.tokenizer.apply_chat_template(self.messages(query, texts), tokenize=False, add_generation_prompt=True)
         )
 
     def messages(self, query: str, texts: Sequence[Any]) -> list[dict[str, str]]:
-        """The prompt for a query and its passages, as one user turn."""
+        """Return the prompt for a query and its passages as one user turn, in the form that a chat template takes.
+
+        Args:
+            query: the query.
+            texts: one item per passage. The subclass states what the items are.
+        """
         raise NotImplementedError
 
     def tokenized(self, queries: Sequence[str], texts: Sequence[Sequence[Any]]) -> list[list[int]]:
-        """The token ids of the prompt for each query and its passages."""
+        """Return the token ids of the prompt for each query and its passages.
+
+        Args:
+            queries: the queries.
+            texts: for each query, one item per passage, as for `messages`.
+
+        Raises ValueError if the tokenizer fails.
+        """
         rendered = [self.render(query, shown) for query, shown in zip(queries, texts, strict=True)]
         with no_panic(f"a prompt, such as that for query {queries[:1]}"):
             prompts: list[list[int]] = (
@@ -71,7 +93,14 @@ class ChatPrompter:
         return prompts
 
     def answered(self, messages: list[dict[str, str]], answer: str) -> tuple[list[int], int]:
-        """For training: the token ids of a prompt with its answer, and the position of the answer's first token."""
+        """Tokenise a prompt with its answer, for training.
+
+        Args:
+            messages: the prompt, as `messages` returns it.
+            answer: the answer, as text.
+
+        Returns the token ids of the prompt with its answer, and the position of the answer's first token (from 0).
+        """
         turns = [*messages, {"role": "assistant", "content": answer}]
         asked, whole = (
             self.tokenizer(self.tokenizer.apply_chat_template(shown, tokenize=False), add_special_tokens=False)[
@@ -82,17 +111,22 @@ class ChatPrompter:
         return whole, len(asked)
 
     def _cleaned(self, text: str) -> str:
-        """A passage, cleaned as in the code of PE-Rank's authors: white space around it is removed, and [12] becomes
-        (12), since [12] could be mistaken for an identifier."""
+        """Return a passage's text, cleaned as in the code of PE-Rank's authors: white space around the text is removed,
+        and [12] becomes (12), since [12] could be mistaken for an identifier."""
         return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
 
     def _neutral(self, text: str) -> str:
-        """The text with a space inside each special token of the tokenizer: `< PLACEHOLDER>` for `<PLACEHOLDER>`."""
+        """Return the text with a space inside each special token of the tokenizer: `< PLACEHOLDER>` for
+        `<PLACEHOLDER>`."""
         return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 class Prompter(ChatPrompter):
-    """Builds prompts with placeholders for vectors. The tokenizer must have the token <PLACEHOLDER>."""
+    """Builds prompts with placeholders for vectors.
+
+    Args:
+        tokenizer: a tokenizer of transformers with a chat template and the token <PLACEHOLDER>.
+    """
 
     def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)
@@ -101,10 +135,14 @@ class Prompter(ChatPrompter):
         self.rank = special.get(RANK)
 
     def ids(self, queries: Sequence[str], texts: Sequence[Sequence[str]], counts: Sequence[int]) -> list[list[int]]:
-        """The token ids of the prompt for each query and its n passages.
+        """Return the token ids of the prompt for each query and its n passages.
 
-        texts: for each query the texts of its n passages, or an empty list for a prompt without texts. counts: n for
-        each query. Raises ValueError if a prompt does not have exactly one placeholder per passage.
+        Args:
+            queries: the queries.
+            texts: for each query, the texts of its n passages, or an empty list for a prompt without texts.
+            counts: for each query, n.
+
+        Raises ValueError if a prompt does not have exactly one placeholder per passage.
         """
         prompts = self.tokenized(queries, [shown or [None] * n for shown, n in zip(texts, counts, strict=True)])
         for ids, query, n in zip(prompts, queries, counts, strict=True):
@@ -116,8 +154,13 @@ class Prompter(ChatPrompter):
         return prompts
 
     def messages(self, query: str, texts: Sequence[str | None]) -> list[dict[str, str]]:
-        """The prompt for n passages, as one user turn. Each passage is a placeholder, followed by the passage's text
-        unless the text is None."""
+        """Return the prompt for a query and its n passages as one user turn. Each passage is a placeholder, followed by
+        the passage's text unless the text is None.
+
+        Args:
+            query: the query.
+            texts: for each passage, its text or None.
+        """
         passages = "".join(
             f"Passage {i}: [{PLACEHOLDER}]{'' if text is None else ' ' + self._cleaned(text)}\n\n"
             for i, text in enumerate(texts, 1)
@@ -126,31 +169,38 @@ class Prompter(ChatPrompter):
         return [{"role": "user", "content": content}]
 
     def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
-        """For alignment (training stage 1): a prompt with a passage's placeholder, and the passage's text as the
-        answer. The wording of the prompt is not the paper's."""
+        """Return a prompt for alignment (training stage 1), and its answer. The prompt contains a placeholder for the
+        passage. The answer is the passage's text. The wording of the prompt is not the paper's."""
         content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
         return [{"role": "user", "content": content}], self._neutral(text.strip())
 
 
 class TextPrompter(ChatPrompter):
-    """Builds prompts with texts only, and the answers to these prompts: "[4] > [2] > ..."."""
+    """Builds prompts with texts only, and the answers to these prompts, such as "[4] > [2] > [1] > [3]"."""
 
     def messages(self, query: str, texts: Sequence[str]) -> list[dict[str, str]]:
-        """The prompt for n passages, as one user turn."""
+        """Return the prompt for a query and its n passages as one user turn.
+
+        Args:
+            query: the query.
+            texts: the texts of the n passages.
+        """
         passages = "".join(f"Passage {i}: {self._cleaned(text)}\n\n" for i, text in enumerate(texts, 1))
         content = TEXT_PROMPT.format(n=len(texts), query=self._neutral(query), passages=passages)
         return [{"role": "user", "content": content}]
 
     @staticmethod
     def answer(order: Sequence[int]) -> str:
-        """The target ranking string for the positions of some passages, best first."""
+        """Return the target ranking string for an order of passages. `order` has the positions of the passages in the
+        prompt (from 0), best first."""
         return " > ".join(f"[{position + 1}]" for position in order)
 
     def identifiers(self, n: int) -> tuple[list[int], list[list[int]]]:
-        """The token ids of the start of an answer, "[". Also, for each of n identifiers, its token ids up to the start
-        of the next identifier: those of "1] > [", "2] > [", ...
+        """Return the token ids of an answer in parts. The first part is the token ids of the start of an answer, "[".
+        The second part is a list with the token ids of each of n identifiers. The token ids of an identifier go up to
+        the start of the next identifier: "1] > [", "2] > [", ...
 
-        Raises ValueError if the tokenizer splits an answer into other tokens than these.
+        Raises ValueError if the tokenizer splits an answer into other tokens than these parts.
         """
         numbers = range(1, n + 1)
         with no_panic("identifiers"):
@@ -170,16 +220,20 @@ class TextPrompter(ChatPrompter):
         return opened[: opened.index(words[0][0])], words
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of each text, without special tokens around it."""
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
 
 def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prompter:
-    """The prompter with the tokenizer and the chat template of a folder. Raises ValueError if these do not belong to a
-    PE-Rank model.
+    """Return the prompter with the tokenizer and the chat template of a folder.
 
-    vocab_size: the number of embeddings of the model. add: whether to add the two special tokens of PE-Rank to the
-    tokenizer.
+    Args:
+        folder: the folder of the checkpoint.
+        vocab_size: the number of embeddings of the model.
+        add: whether to add the two special tokens of PE-Rank to the tokenizer.
+
+    Raises ValueError if the tokenizer and the chat template do not belong to a PE-Rank model.
     """
     tokenizer = _read_tokenizer(folder)
     if add:
@@ -195,7 +249,15 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
 
 
 def read_text_prompter(folder: Folder, vocab_size: int) -> TextPrompter:
-    """Like `read_prompter`, for prompts with texts only. The model may be any model with a chat template."""
+    """Return the prompter for texts only, with the tokenizer and the chat template of a folder. The model may be any
+    model with a chat template.
+
+    Args:
+        folder: the folder of the checkpoint.
+        vocab_size: the number of embeddings of the model.
+
+    Raises ValueError if there is no usable chat template, or if the tokenizer does not match the model.
+    """
     tokenizer = _read_tokenizer(folder)
     _check_template(folder, tokenizer)
     prompter = TextPrompter(tokenizer)
@@ -205,6 +267,7 @@ def read_text_prompter(folder: Folder, vocab_size: int) -> TextPrompter:
 
 
 def _check_template(folder: Folder, tokenizer: Any) -> None:
+    """Raise ValueError if a tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {folder} has no chat template; wanted that of an instruction-tuned model, in"
@@ -213,6 +276,7 @@ def _check_template(folder: Folder, tokenizer: Any) -> None:
 
 
 def _try(folder: Folder, render: Callable[[], str]) -> None:
+    """Call `render`. Raises ValueError if the chat template cannot be used."""
     try:
         render()
     except Exception as error:  # an error of Jinja, or one that the template raises
@@ -222,10 +286,11 @@ def _try(folder: Folder, render: Callable[[], str]) -> None:
 
 
 def _read_tokenizer(folder: Folder) -> Any:
-    """The transformers tokenizer, from tokenizer.json if that file exists.
+    """Return the tokenizer of a folder as an object of transformers. It is read from tokenizer.json if that file
+    exists.
 
-    AutoTokenizer of transformers 5 would rebuild the tokenizer with the class that tokenizer_config.json names, or, for
-    Mistral, with another class. The rebuilt tokenizer would give other token ids.
+    AutoTokenizer of transformers 5 would rebuild the tokenizer. It would use the class that tokenizer_config.json
+    names, or, for Mistral, another class. The rebuilt tokenizer would give other token ids.
     """
     import transformers
 
@@ -247,7 +312,8 @@ def _read_tokenizer(folder: Folder) -> Any:
 
 
 def _check_sentencepieces(file: Path) -> None:
-    """Raise RuntimeError for a truncated file. From such a file, transformers would build an empty vocabulary."""
+    """Raise RuntimeError if a SentencePiece file is truncated. From a truncated file, transformers would build an empty
+    vocabulary."""
     import sentencepiece
 
     try:

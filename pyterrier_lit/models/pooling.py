@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-# Name -> function: states (B, L, H), mask (B, L) -> (B, H)
+# Name -> a function: hidden states (B, L, H), mask (B, L), which is 0 on padding -> vectors (B, H)
 POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "first": lambda states, mask: states[:, 0],
     "cls": lambda states, mask: states[:, 0],
@@ -16,7 +16,7 @@ POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def check_pooling(name: str, names: tuple[str, ...], source: str) -> None:
-    """Raise ValueError for a pooling that is not one of the given names. source: where the pooling is set, for the
-    message."""
+    """Raise ValueError if `name` is not one of the given names of poolings. `source` states where the pooling is set,
+    for the message."""
     if name not in names:
         raise ValueError(f"{source}={name!r}; wanted one of {', '.join(map(repr, names))}")

@@ -8,7 +8,7 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-# The settings that are supported in the file READING, and those that are supported under "text" in its field PROCESSING
+# KNOWN has the supported settings in the file READING. TEXT_KNOWN has those under "text" in its field PROCESSING
 KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
 PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
 
@@ -17,21 +17,28 @@ PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padd
 class SentenceFiles:
     """The settings in the JSON files that sentence-transformers adds to a cross-encoder.
 
-    prompt: a text that is put before each query. max_length: the maximum input length in tokens. lower_case: whether
-    texts are lower-cased. chat: whether sentence-transformers joins two texts by the tokenizer's chat template, if the
-    template has placeholders for them.
+    Args:
+        prompt: a text that is put before each query.
+        max_length: the maximum input length in tokens. None means that these files set no maximum.
+        lower_case: whether texts are lower-cased.
+        chat: whether sentence-transformers would join two texts by the tokenizer's chat template if the template has
+            placeholders for two texts.
+        files: the files themselves, as name -> content.
     """
 
     prompt: str = ""
     max_length: int | None = None
     lower_case: bool = False
     chat: bool = True
-    files: dict[str, Any] = dataclasses.field(default_factory=dict)  # the files themselves, by name
+    files: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_sentence_files(folder: Folder) -> SentenceFiles:
-    """The settings in a folder that holds a cross-encoder's files. The defaults if there are no such files. Raises
-    ValueError, with the setting and its file, for an unsupported setting."""
+    """Read the settings of sentence-transformers in a folder. If the folder has no such files of a cross-encoder,
+    return `SentenceFiles()`.
+
+    Raises ValueError, with the setting and its file, if a setting is not supported.
+    """
     files = {name: _read(folder, name) for name in (MODULES, SETTINGS, READING) if (folder.path / name).exists()}
     settings, reading = files.get(SETTINGS, {}), files.get(READING, {})
     if MODULES not in files or settings.get("model_type") != "CrossEncoder":
@@ -57,8 +64,13 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
 
 
 def _check_modules(folder: Folder, modules: Any) -> None:
-    """Raise ValueError for a cross-encoder that is put together from several modules. Only a sequence classifier as the
-    single module is supported."""
+    """Raise ValueError if a cross-encoder is put together from several modules. Only a cross-encoder with a sequence
+    classifier as its single module is supported.
+
+    Args:
+        folder: the folder, for the message.
+        modules: the content of modules.json.
+    """
     listed = [f"{module['path'] or 'its root'} ({str(module['type']).split('.')[-1]})" for module in modules]
     if len(modules) != 1 or modules[0]["path"]:
         raise ValueError(
@@ -68,6 +80,7 @@ def _check_modules(folder: Folder, modules: Any) -> None:
 
 
 def _read(folder: Folder, name: str) -> Any:
+    """Return the content of a JSON file in a folder. Raises ValueError if the file cannot be read."""
     try:
         return json.loads((folder.path / name).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

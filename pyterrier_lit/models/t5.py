@@ -4,9 +4,9 @@ The cost of the encoder therefore grows linearly with the number of passages, an
 passage. This module deals with token ids and tensors, not with prompts as text, identifiers or rankings.
 
 Sources: Izacard and Grave, arXiv 2007.01282; for LiT5, arXiv 2312.16098. Shapes: B is the number of windows, P the
-number of passages per window, S the number of tokens in all passages of a window, D the width of the model, H the
-number of its heads, d the width of a head, V the number of tokens in the vocabulary, and R the number of tokens that
-may be generated.
+number of passages per window, L the number of tokens of a prompt, S the number of tokens in all passages of a window, m
+the number of tokens in a decoder pass, D the width of the model, H the number of its heads, d the width of a head, V
+the number of tokens in the vocabulary, and R the number of tokens that may be generated.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ from pyterrier_lit.models.library import check_layers, library_config, load_stri
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
-# Costs of a decoder pass over 1, 2, 3 and 4 tokens, divided by the cost of a pass over one token, as measured for
-# a T5-base on two cores (bench_drafts.py). A pass over five tokens would use another kernel (`attention.FEW`)
+# The time of a decoder pass over 1, 2, 3 and 4 tokens, divided by the time of a pass over one token. bench_drafts.py
+# measured these times for a T5-base on two cores. A pass over five tokens would use another kernel (`attention.FEW`)
 COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 START, EOS = 0, 1  # the decoder's first input (T5's pad token), and the end of sequence
 
 
 @dataclasses.dataclass(eq=False)
 class T5Checkpoint:
-    """A T5 in memory."""
+    """A T5 in memory: its network, its tokenizer and its config."""
 
     network: Any  # transformers' T5ForConditionalGeneration
     pieces: SentencePieces
@@ -44,10 +44,16 @@ class T5Checkpoint:
     warned: bool = False  # whether there was a warning that the family (v1 or v2) of the checkpoint is unknown
 
     def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
-        """A length in tokens. This is `own` if it is given, else the length that `save` recorded under this name, else
-        `default`.
+        """Return a length in tokens. It is `own` if `own` is given. Otherwise, it is the length that `save` recorded
+        under this name or, if `save` recorded none, `default`.
 
-        Raises ValueError for anything but a whole number of at least `least`.
+        Args:
+            name: the name of the length, such as "answer_length".
+            own: the length that the user gave, or None.
+            default: the default length.
+            least: the smallest valid length.
+
+        Raises ValueError if the length is not a whole number of at least `least`.
         """
         recorded = self.config.get("lengths", {})
         number = own if own is not None else recorded.get(name, default) if isinstance(recorded, dict) else recorded
@@ -56,7 +62,7 @@ class T5Checkpoint:
         return number
 
     def save(self, folder: Path, **fields: Any) -> None:
-        """Write config, weights and tokenizer into an existing folder. fields: further fields of the config."""
+        """Write config, weights and tokenizer into an existing folder. `fields` are further fields of the config."""
         tied = FiD(self.network).tied
         twins = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if tied else []))
         weights = {name: tensor for name, tensor in self.network.state_dict().items() if name not in twins}
@@ -65,10 +71,15 @@ class T5Checkpoint:
 
 
 def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Checkpoint:
-    """Load a T5 with its language model head onto a device in a dtype, ready for inference.
+    """Load a T5 with its language model head, ready for inference.
 
-    Raises FileNotFoundError for a missing file. Raises ValueError for another architecture, for weights that do not
-    match the config, and for float16.
+    Args:
+        folder: the folder of the checkpoint.
+        device: the device of the network.
+        dtype: the dtype of the weights.
+
+    Raises FileNotFoundError if a file is missing. Raises ValueError if the architecture is not T5 or mT5, if the
+    weights do not match the config, or if the dtype is float16.
     """
     config = folder.config
     if config.get("model_type") not in ("t5", "mt5"):  # both have the same architecture
@@ -85,8 +96,9 @@ def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Check
 
 
 def _read_network(folder: Folder) -> Any:
-    """The network on the CPU. Whether the output layer is tied to the embedding is decided by the weights, not by the
-    config: transformers 5 writes tie_word_embeddings=true for all T5s."""
+    """Return the network with its weights, on the CPU. The output layer is tied to the embedding if their weights are
+    equal. The field tie_word_embeddings of the config is ignored, since transformers 5 writes tie_word_embeddings=true
+    for all T5s."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     weights = folder.weights()
@@ -121,23 +133,26 @@ def _read_network(folder: Folder) -> Any:
 
 @dataclasses.dataclass
 class Memory:
-    """The decoder's cache for B windows: keys and values of the passages, and of the tokens that the decoder has
-    processed."""
+    """The decoder's cache for B windows: keys and values of the tokens of the passages, and of the tokens that the
+    decoder has processed."""
 
     keys: list[torch.Tensor]  # of the passages' tokens, per layer (B, H, S, d)
     values: list[torch.Tensor]  # of the passages' tokens, per layer (B, H, S, d)
     mask: torch.Tensor | None  # (B, 1, 1, S), added to the logits: -inf on padding, else 0. None if there is no padding
-    norms: list[torch.Tensor] | None  # norms of the values, per layer (B, H, S) float32, to compute attention mass
+    norms: list[torch.Tensor] | None  # norms of the values, per layer (B, H, S) float32; None without attention mass
     own_keys: torch.Tensor  # of the decoder's tokens, (layers, B, H, steps, d)
     own_values: torch.Tensor  # of the decoder's tokens, (layers, B, H, steps, d)
-    distance_bias: torch.Tensor  # (H, steps): added to the logits, by the distance to an earlier token
-    read: list[int]  # the number of decoder tokens of each window so far
+    distance_bias: torch.Tensor  # (H, steps), added to the logits; the index is the distance to an earlier token
+    read: list[int]  # for each window, the number of tokens that the decoder has processed
 
 
 class FiD:
     """A T5ForConditionalGeneration whose decoder attends to many separately encoded inputs.
 
     Encoder and decoder may have different numbers of layers.
+
+    Args:
+        network: the T5ForConditionalGeneration.
     """
 
     def __init__(self, network: Any):
@@ -150,12 +165,19 @@ class FiD:
 
     @property
     def device(self) -> torch.device:
+        """The device of the network."""
         embedding: torch.Tensor = self.network.shared.weight
         return embedding.device
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """n prompts of L_i token ids -> n encoder states (L_i, D). Padding is masked, so the states of a prompt do not
-        depend on the other prompts in the batch."""
+        """Encode n prompts. Padding is masked, so the states of a prompt do not depend on the other prompts in the
+        batch.
+
+        Args:
+            prompts: the token ids of each prompt. Prompt i has L_i tokens.
+
+        Returns n tensors of encoder states. Tensor i has the shape (L_i, D).
+        """
         encoder = self.network.encoder
         ids, inside = (tensor.to(self.device) for tensor in padded(prompts))
         bias = encoder.block[0].layer[0].SelfAttention.compute_bias(*[ids.shape[1]] * 2)  # (1, H, L, L)
@@ -168,10 +190,13 @@ class FiD:
         return [row[: len(prompt)] for row, prompt in zip(states, prompts, strict=True)]
 
     def read_prompts(self, windows: Sequence[Sequence[Sequence[int]]], steps: int, mass: bool = False) -> Memory:
-        """B windows of prompts -> a decoder cache with room for `steps` tokens per window.
+        """Encode the prompts of B windows, and return a decoder cache with room for `steps` tokens per window. Each
+        distinct prompt is encoded once, in a batch with prompts of similar lengths.
 
-        Each distinct prompt is encoded once, in a batch with prompts of similar lengths. mass: whether `read` should
-        also return attention mass.
+        Args:
+            windows: for each window, the token ids of its prompts.
+            steps: the number of decoder tokens per window for which the cache has room.
+            mass: whether `read` should also return attention mass.
         """
         prompts = list(dict.fromkeys(tuple(prompt) for window in windows for prompt in window))
         lengths = [len(prompt) for prompt in prompts]
@@ -180,10 +205,15 @@ class FiD:
         return self.memory([[state_of[tuple(prompt)] for prompt in window] for window in windows], steps, mass)
 
     def memory(self, windows: Sequence[Sequence[torch.Tensor]], steps: int, mass: bool = False) -> Memory:
-        """B windows of encoded passages -> a decoder cache with room for `steps` tokens per window.
+        """Return a decoder cache for B windows of encoded passages, with room for `steps` tokens per window.
 
         The keys and values of the passages are computed once. Cross-attention in T5 has no positions, so the states of
-        a window's passages are concatenated without padding between them. mass: as in `read_prompts`.
+        a window's passages are concatenated without padding between them.
+
+        Args:
+            windows: for each window, the encoder states of its passages, each (L, D).
+            steps: as in `read_prompts`.
+            mass: as in `read_prompts`.
         """
         decoder, config = self.network.decoder, self.network.config
         joined = [torch.cat(list(passages)) for passages in windows]
@@ -204,15 +234,18 @@ class FiD:
         return Memory(keys, values, mask, norms, own_keys, own_values, bias, [0] * len(windows))
 
     def read(self, memory: Memory, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """A decoder pass over the next m tokens of each window: ids (B, m) -> hidden states (B, m, D) after the final
-        norm. Attention is causal.
+        """Run the decoder over the next m tokens of each window, with causal attention.
 
-        To remove the last tokens of a window from the cache, the caller lowers the window's number in `memory.read`.
-        The pass then overwrites these tokens.
+        To remove the last tokens of a window from the cache, the caller lowers the window's number in `memory.read`
+        before the call. The new tokens then overwrite the removed tokens.
 
-        Also returns a list, which is empty if the memory has no norms. Otherwise it holds the attention mass of each
-        token, per layer (B, m, S). The attention mass is the mean over heads of attention weight times norm of the
-        value.
+        Args:
+            memory: the decoder cache, which is extended.
+            ids: the token ids (B, m).
+
+        Returns the hidden states (B, m, D) after the final norm, and a list. The list is empty if `memory.norms` is
+        None. Otherwise, the list holds, for each layer, a tensor (B, m, S) with the attention mass of each token of the
+        passages. The attention mass is the mean over heads of attention weight times norm of the value.
         """
         decoder, mass = self.network.decoder, []
         places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -246,7 +279,8 @@ class FiD:
         return decoder.final_layer_norm(hidden), mass
 
     def logits(self, states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (..., D) -> logits (..., V), or (..., R) for the given rows of the vocabulary."""
+        """Compute logits from hidden states: (..., D) -> (..., V). If `rows` has the vocabulary ids of R tokens, only
+        their logits (..., R) are computed."""
         scaled = states * self.network.config.d_model**-0.5 if self.tied else states
         weight = self.network.lm_head.weight
         return F.linear(scaled, weight if rows is None else weight[rows])
@@ -254,11 +288,15 @@ class FiD:
     def greedy(
         self, memory: Memory, max_length: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
-        """Greedy decoding, until every window has generated EOS or has `max_length` tokens including START.
+        """Decode greedily, until every window has generated EOS or has `max_length` tokens including START.
 
-        Yields at each step: the generated tokens (B,); a mask (B,) of the windows that had no EOS before this step; a
-        number per window (B,), which is NaN or infinite if the logits of the window contain such a number, else 0; and
-        the attention mass that `read` returned, per layer (B, S).
+        Yields a tuple at each step:
+
+        - the generated token ids (B,);
+        - a mask (B,) of the windows that had no EOS before this step;
+        - a number per window (B,), which is NaN or infinite if the logits of the window contain NaN or an infinity,
+          else 0;
+        - a list with the attention mass that `read` returned, per layer (B, S).
         """
         rows = memory.own_keys.shape[1]
         ids = torch.full((rows,), START, device=self.device)
@@ -274,9 +312,13 @@ class FiD:
                 return
 
     def _projected(self, attention: Any, states: torch.Tensor, names: str) -> list[torch.Tensor]:
+        """Project states (B, m, D) with some of the layers "q", "k" and "v" of an attention. Returns one tensor (B, H,
+        m, d) per letter in `names`."""
         return [_heads(getattr(attention, name)(states), self.network.config) for name in names]
 
     def _distance_bias(self, steps: int) -> torch.Tensor:
+        """Return the bias (H, steps) that self-attention adds to the logits for the distances 0, 1, ... to earlier
+        tokens."""
         attention = self.network.decoder.block[0].layer[0].SelfAttention
         buckets = attention._relative_position_bucket(
             -torch.arange(steps, device=self.device),
@@ -291,8 +333,12 @@ class FiD:
 class PieceReader:
     """A `decoding.Reader` for B windows of prompts. Its token i has the id pieces[i] in the vocabulary of the T5.
 
-    steps: the largest number of tokens that a window keeps. The cache has room for more tokens than these, since some
-    are removed again.
+    Args:
+        fid: the T5.
+        windows: for each window, the token ids of its prompts.
+        pieces: the vocabulary ids of the R tokens that may be generated.
+        steps: the largest number of tokens that a window keeps. The cache has room for more than `steps` tokens, since
+            some tokens are removed again.
     """
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
@@ -303,30 +349,33 @@ class PieceReader:
 
     @property
     def device(self) -> torch.device:
+        """The device of the T5."""
         return self.fid.device
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The cost of a pass over 1, 2, ... tokens, divided by the cost of a pass over one token."""
+        """The time of a pass over 1, 2, ... tokens, divided by the time of a pass over one token."""
         return COSTS.get(self.fid.network.shared.weight.dtype, COSTS[torch.bfloat16])
 
     def start(self) -> torch.Tensor:
-        """Logits (B, R) of the first token."""
+        """Process the prompts. Returns the logits (B, R) of the first token."""
         return self._after(torch.full((self.rows, 1), START, device=self.device))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m) -> logits (B, m, R) after each of these tokens."""
+        """Process the next m tokens of each window in one pass: tokens (B, m) -> logits (B, m, R) after each of these
+        tokens. The tokens are indices in `pieces`."""
         self.last = tokens.shape[1]
         return self._after(self.pieces[tokens])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Of the tokens of the last pass, keep the first counts[b] in window b and remove the rest."""
+        """Keep the first counts[b] tokens of the last pass in window b, and remove the other tokens of this pass."""
         self.memory.read = [read - self.last + count for read, count in zip(self.memory.read, counts, strict=True)]
 
     def _after(self, ids: torch.Tensor) -> torch.Tensor:
+        """Process token ids (B, m) of the T5. Returns the logits (B, m, R) after each of these tokens."""
         return self.fid.logits(self.fid.read(self.memory, ids)[0], self.pieces)
 
 
 def _heads(projected: torch.Tensor, config: Any) -> torch.Tensor:
-    """(B, n, H * d) -> (B, H, n, d)"""
+    """Split projected states into heads: (B, n, H * d) -> (B, H, n, d)."""
     return projected.view(*projected.shape[:2], config.num_heads, config.d_kv).transpose(1, 2).contiguous()

@@ -10,21 +10,22 @@ from typing import Any
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
-NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # types of tokens in SentencePiece
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3  # SentencePiece's numbers for types of tokens
 
 
 class SentencePieces:
-    """T5's tokens, from the bytes of a spiece.model. Texts are split as in the slow tokenizer of transformers with
-    `legacy=False`.
+    """T5's tokenizer. Texts are split as in the slow tokenizer of transformers with `legacy=False`. Control tokens in a
+    text, such as </s>, are read as plain characters.
 
-    Control tokens in a text, such as </s>, are read as plain characters.
+    Args:
+        model: the bytes of a spiece.model.
     """
 
     def __init__(self, model: bytes):
         import sentencepiece
 
-        # A protobuf message merged into the model: normalizer_spec (field 3, of two bytes) with add_dummy_prefix (its
-        # field 3) = false
+        # A protobuf message that is merged into the model. It sets add_dummy_prefix (field 3 of normalizer_spec) to
+        # false. normalizer_spec is field 3 of the model and has two bytes here
         no_dummy_prefix = b"\x1a\x02\x18\x00"
         self.model = model  # the bytes that `save` writes
         self.processor = sentencepiece.SentencePieceProcessor()
@@ -32,21 +33,24 @@ class SentencePieces:
         self._guard = len(self.processor.encode("<unk>"))
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of each text, without </s>. Internally an <unk> is put before the text, so that a leading space
-        is not normalised away."""
+        """Return the token ids of each text, without </s>. Internally an <unk> is put before each text, so that a
+        leading space is not normalised away."""
         guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
         return [ids[self._guard :] for ids in self.processor.encode(guarded)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some token ids. Ids that the tokenizer does not have, such as that of <extra_id_0>, become
-        spaces."""
+        """Return the text of a list of token ids. Ids that the tokenizer does not have, such as that of <extra_id_0>,
+        become spaces."""
         known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
         return " ".join(self.processor.decode(group) for group in known)
 
 
 def read_pieces(folder: Folder) -> SentencePieces:
-    """Read spiece.model. If there is no such file, read tokenizer.json, the only file that transformers 5 saves. Raises
-    FileNotFoundError if there is neither, and ValueError for a file that cannot be read."""
+    """Return T5's tokenizer from a folder. It is read from spiece.model or, if there is no such file, from
+    tokenizer.json, the only tokenizer file that transformers 5 saves.
+
+    Raises FileNotFoundError if the folder has neither file, and ValueError if the file cannot be read.
+    """
     file, fast = folder.path / "spiece.model", folder.path / "tokenizer.json"
     if not file.exists() and not fast.exists():
         raise folder.missing("spiece.model or tokenizer.json, T5's tokenizer")
@@ -59,10 +63,13 @@ def read_pieces(folder: Folder) -> SentencePieces:
 
 
 def sentencepiece_model(fields: dict[str, Any]) -> bytes:
-    """The spiece.model that a tokenizer.json was converted from, as bytes: the same tokens, scores and character
-    normalisation.
+    """Return the spiece.model that a tokenizer.json was converted from, as bytes. It has the same tokens, scores and
+    character normalisation.
 
-    fields: the content of tokenizer.json. Raises ValueError for a tokenizer of another type.
+    Args:
+        fields: the content of tokenizer.json.
+
+    Raises ValueError if the tokenizer is not T5's Unigram tokenizer.
     """
     unigram, normalizers = fields["model"], [fields["normalizer"]]
     if unigram["type"] != "Unigram" or unigram.get("byte_fallback"):
@@ -73,7 +80,7 @@ def sentencepiece_model(fields: dict[str, Any]) -> bytes:
     message = []
     for id, (piece, score) in enumerate(vocabulary):
         kind = UNKNOWN if id == unigram["unk_id"] else CONTROL if piece in added else NORMAL
-        numbers = b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])  # field 2, a float; field 3
+        numbers = b"\x15" + struct.pack("<f", score) + bytes([0x18, kind])  # field 2 is a float, field 3 an integer
         message.append(_field(1, _field(1, piece.encode()) + numbers))
     for each in normalizers:  # this list grows, since some normalizers are sequences
         if each is not None and "normalizers" in each:
@@ -84,7 +91,7 @@ def sentencepiece_model(fields: dict[str, Any]) -> bytes:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """A protobuf field of bytes: the key, the length in groups of seven bits, and the content."""
+    """Return a protobuf field of bytes: the key, the length in groups of seven bits, and the content."""
     size, rest = b"", len(content)
     while rest > 127:
         size, rest = size + bytes([128 | rest & 127]), rest >> 7

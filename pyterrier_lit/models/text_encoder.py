@@ -1,5 +1,9 @@
 """PE-Rank's passage encoder: texts -> vectors, with an encoder of transformers or Jina v2. This module does not deal
-with queries."""
+with queries.
+
+Shapes: B is the number of texts in a batch, L their length in tokens including padding, H the width of the encoder, and
+d the dimension of the vectors.
+"""
 
 import dataclasses
 import math
@@ -19,16 +23,23 @@ from pyterrier_lit.models.tokenization import check_pieces, encode, pieces_known
 
 LENGTH = 512  # maximum tokens of a passage, with special tokens
 POOLINGS = ("mean", "cls", "last_token")
-WORDS = "embeddings.word_embeddings.weight"  # in a BERT with a head, the name of this weight has a prefix
+WORDS = "embeddings.word_embeddings.weight"  # in a BERT with a head, a prefix precedes this name
 
 
 @dataclasses.dataclass
 class TextEncoder:
-    """An encoder in memory."""
+    """A passage encoder in memory.
+
+    Args:
+        network: the encoder.
+        tokenizer: its tokenizer. Truncation is enabled in place.
+        config: the fields of the encoder's own config.json.
+        pooling: "mean", "cls" or "last_token".
+    """
 
     network: nn.Module
     tokenizer: tokenizers.Tokenizer
-    config: dict[str, Any]  # the encoder's own config.json
+    config: dict[str, Any]
     pooling: str
 
     def __post_init__(self) -> None:
@@ -37,8 +48,8 @@ class TextEncoder:
         self.tokenizer.encode_special_tokens = True  # "[SEP]" in a passage is plain text
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text with special tokens, at most LENGTH per text. White space in a text is collapsed
-        to single spaces."""
+        """Return the token ids of each text, including special tokens. A text has at most LENGTH tokens, and fewer if
+        the encoder's maximum input length is smaller. White space in a text is collapsed to single spaces."""
         return list(encode(self.tokenizer, [" ".join(text.split()) for text in texts], special_tokens=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -46,8 +57,13 @@ class TextEncoder:
         self.__post_init__()  # pickling loses the tokenizer's flag encode_special_tokens
 
     def encode(self, batch: Sequence[list[int]]) -> torch.Tensor:
-        """The token ids of B texts -> float32 vectors (B, d), not normalised. On a GPU, the method may return before
-        the vectors are computed."""
+        """Encode B texts. On a GPU, the method may return before the vectors are computed.
+
+        Args:
+            batch: the token ids of the B texts.
+
+        Returns the vectors, a float32 tensor (B, d). They are not normalised.
+        """
         pad = self.config.get("pad_token_id") or 0
         device = next(self.network.parameters()).device
         input_ids, mask = (tensor.to(device, torch.long) for tensor in padded(batch, pad))
@@ -57,17 +73,24 @@ class TextEncoder:
 
 
 def read_text_encoder(folder: Folder, pooling: str) -> TextEncoder:
-    """Load a trained encoder from a folder."""
+    """Load a trained encoder from a folder. `pooling` is "mean", "cls" or "last_token". Raises the same errors as
+    `text_encoder`."""
     return text_encoder(folder.config, folder.weights(), folder.tokenizer(), pooling, str(folder))
 
 
 def text_encoder(
     config: dict[str, Any], weights: Weights, tokenizer: tokenizers.Tokenizer, pooling: str, source: str
 ) -> TextEncoder:
-    """An encoder, built from its parts. Raises ValueError for an unknown pooling, and for a config, weights or a
-    tokenizer that do not belong together.
+    """Return an encoder, built from its parts.
 
-    source: the name of the checkpoint, for error messages.
+    Args:
+        config: the fields of config.json.
+        weights: the weights, as name -> tensor.
+        tokenizer: the tokenizer.
+        pooling: "mean", "cls" or "last_token".
+        source: the name of the checkpoint, for error messages.
+
+    Raises ValueError if the pooling is unknown, or if config, weights and tokenizer do not match.
     """
     check_pooling(pooling, POOLINGS, f"{source}: encoder_pooling")
     padding = config.get("pad_token_id") or 0
@@ -79,10 +102,10 @@ def text_encoder(
 
 
 def empty_encoder(config: dict[str, Any]) -> nn.Module:
-    """An encoder in the shape that a config.json describes, without pooler and before its weights are loaded.
+    """Return an encoder in the shape that a config.json describes, without pooler. Its weights are not loaded yet.
 
-    Raises ValueError for an encoder that needs code in the checkpoint. If it were loaded as a similar model without
-    this code, it would give wrong vectors.
+    Raises ValueError if the encoder needs code in the checkpoint. A similar model without this code would give wrong
+    vectors.
     """
     import transformers
 
@@ -102,8 +125,8 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
 
 
 def bare(weights: Weights) -> Weights:
-    """Weights under the names that `empty_encoder` has: without the weights of pooler and heads, and without the prefix
-    of the body."""
+    """Return weights under the names that `empty_encoder` uses. The weights of pooler and heads are left out, and the
+    prefix of the body is removed."""
     names = [name for name in weights if name.endswith(WORDS)]
     body = below(today(weights), names[0].removesuffix(WORDS)) if names else today(weights)
     return {name: tensor for name, tensor in body.items() if not name.startswith("pooler.")}
@@ -113,7 +136,10 @@ class JinaBert(nn.Module):
     """The body of jinaai/jina-embeddings-v2-*. Its modules have the same names as in these checkpoints, so that all
     weights can be loaded strictly.
 
-    config: the fields of the checkpoint's config.json. Source: Günther et al., Jina Embeddings 2 (arXiv 2310.19923).
+    Args:
+        config: the fields of the checkpoint's config.json.
+
+    Source: Günther et al., Jina Embeddings 2 (arXiv 2310.19923).
     """
 
     embeddings: Any  # nested modules, beyond torch's types
@@ -136,7 +162,7 @@ class JinaBert(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """input_ids, attention_mask, each (B, L) -> states (B, L, H)."""
+        """Encode a batch: input_ids and attention_mask, each (B, L) -> hidden states (B, L, H)."""
         words, types = self.embeddings["word_embeddings"], self.embeddings["token_type_embeddings"]
         states: torch.Tensor = self.embeddings["LayerNorm"](words(input_ids) + types.weight[0])
         bias = alibi(self.heads, input_ids.shape[1], input_ids.device)[None]
@@ -147,8 +173,15 @@ class JinaBert(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer of JinaBert: attention with a bias, then the gated feed-forward network GELU(a) * b. Each of the two is
-    followed by a residual connection and a layer norm."""
+    """A layer of JinaBert: attention with a bias, then the gated feed-forward network GELU(a) * b. A residual
+    connection and a layer norm follow the attention, and also follow the feed-forward network.
+
+    Args:
+        hidden: the width H of the encoder.
+        heads: the number of heads.
+        intermediate: the width of the feed-forward network.
+        eps: the epsilon of the layer norms.
+    """
 
     attention: Any
 
@@ -167,7 +200,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """states (B, L, H), attention bias (B, heads, L, L) -> states (B, L, H)."""
+        """Apply the layer: states (B, L, H), attention bias (B, heads, L, L) -> states (B, L, H)."""
         reads, writes = self.attention["self"], self.attention["output"]
         query, key, value = (
             reads[name](states).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
@@ -180,15 +213,16 @@ class Layer(nn.Module):
 
 
 def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The attention bias -slope_h * |i - j| of head h for positions i and j, (heads, L, L)."""
+    """Return the attention bias of ALiBi, a float32 tensor (heads, L, L). The bias of head h for the positions i and j
+    is -slope_h * |i - j|. `length` is L."""
     at = torch.arange(length, device=device)
     return -torch.tensor(slopes(heads), dtype=torch.float32, device=device)[:, None, None] * (at[:, None] - at).abs()
 
 
 def slopes(heads: int) -> list[float]:
-    """The slope of each head in ALiBi. If the number of heads n is a power of two, the slopes are 2^-(8/n), 2^-(16/n),
-    ... 2^-8. Otherwise, they are the slopes for the next lower power of two, followed by every second slope for the
-    next higher power of two."""
+    """Return the slope of each head in ALiBi. If the number of heads n is a power of two, the slopes are 2^-(8/n),
+    2^-(16/n), ... 2^-8. Otherwise, they are the slopes for the next lower power of two, followed by every second slope
+    for the next higher power of two, as many as there are heads left."""
     n = 2 ** math.floor(math.log2(heads))
     own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     return own if n == heads else own + slopes(2 * n)[0::2][: heads - n]

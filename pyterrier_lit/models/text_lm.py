@@ -23,12 +23,16 @@ from pyterrier_lit.models.vector_lm import VectorLM, VectorReader
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NO_PLACEHOLDER = -1  # not the id of a token, since these prompts have no vectors
+NO_PLACEHOLDER = -1  # no token has this id, since these prompts have no placeholders for vectors
 LONGEST_IDENTIFIER = 6  # tokens of "100] > [" if each character, with the space before it, is one token
 
 
 class TextLM(VectorLM):
-    """A causal language model of transformers: its body and its output layer."""
+    """A causal language model of transformers: its body and its output layer.
+
+    Args:
+        model: the model of transformers.
+    """
 
     def __init__(self, model: "PreTrainedModel"):
         body: Any = model.base_model
@@ -36,8 +40,12 @@ class TextLM(VectorLM):
         self.model = model
 
     def begin(self, prompts: list[list[int]], pieces: Sequence[int] | None = None) -> "TextReader":
-        """A reader for B prompts. pieces: the vocabulary ids of the tokens that may be generated. None allows all
-        tokens."""
+        """Return a reader for B prompts.
+
+        Args:
+            prompts: the token ids of each prompt.
+            pieces: the vocabulary ids of the tokens that may be generated. None allows all tokens.
+        """
         embeddings: Any = self.body.get_input_embeddings()
         begun = self.read(prompts, [torch.empty(0, self.body.config.hidden_size)] * len(prompts))
         ids = torch.arange(embeddings.num_embeddings) if pieces is None else torch.tensor(pieces, device="cpu")
@@ -46,10 +54,17 @@ class TextLM(VectorLM):
 
 
 class TextReader(VectorReader):
-    """A `decoding.Reader` for B prompts that generates text tokens. As in `VectorReader`, `passages` holds the
-    embeddings of the tokens that may be generated, (B, R, H).
+    """A `decoding.Reader` for B prompts that generates text tokens. Its token i has the id ids[i] in the vocabulary of
+    the model.
 
-    ids: (R,), the vocabulary ids of these tokens.
+    Args:
+        network: the language model.
+        inputs: as in `VectorReader`.
+        mask: as in `VectorReader`.
+        embedded: (B, R, H), the embeddings of the R tokens that may be generated. They take the place of `passages` in
+            `VectorReader`.
+        cache: as in `VectorReader`.
+        ids: (R,), the vocabulary ids of these R tokens.
     """
 
     def __init__(
@@ -67,23 +82,29 @@ class TextReader(VectorReader):
         self.bias = None if getattr(head, "bias", None) is None else head.bias[ids]
 
     def _logits(self, last: int) -> torch.Tensor:
-        """float32 logits (B, last, R) after the last tokens. Transformations that do not change the order of the
-        logits, such as scaling, are left out."""
+        """Return float32 logits (B, last, R) after each of the last tokens. Transformations that do not change the
+        order of the logits, such as scaling, are left out."""
         states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
         return F.linear(states[:, -last:], self.weight, self.bias).float()
 
 
 @dataclasses.dataclass(eq=False)
 class TextCheckpoint:
-    """A causal language model in memory, with its prompts."""
+    """A causal language model in memory, with its prompter and its config."""
 
     network: TextLM
     prompter: TextPrompter
     config: dict[str, Any]  # config.json
 
     def prompts(self, queries: list[str], texts: list[list[str]]) -> list[list[int]]:
-        """The token ids of the prompt for each query and its passages. Raises ValueError for a prompt that leaves no
-        room for the answer."""
+        """Return the token ids of the prompt for each query and its passages.
+
+        Args:
+            queries: the queries.
+            texts: for each query, the texts of its passages.
+
+        Raises ValueError if a prompt leaves no room for the answer.
+        """
         prompts, limit = self.prompter.tokenized(queries, texts), position_limit(self.network.body.config)
         for ids, query, shown in zip(prompts, queries, texts, strict=True):
             answer = LONGEST_IDENTIFIER * len(shown)
@@ -95,13 +116,14 @@ class TextCheckpoint:
         return prompts
 
     def ends(self) -> list[int]:
-        """The ids of the tokens that end an answer."""
+        """Return the ids of the tokens that end an answer."""
         said = self.config.get("eos_token_id")
         ends = {self.prompter.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
         return sorted(ends - {None})
 
     def answers(self, written: list[list[int]]) -> list[str]:
-        """The texts of some lists of generated token ids. Each list is read up to its first end token."""
+        """Return the texts of generated answers. `written` has the token ids of each answer. An answer is read up to
+        its first end token."""
         ends = self.ends()
         kept = [ids[: next((at for at, id in enumerate(ids) if id in ends), None)] for ids in written]
         return [str(self.prompter.tokenizer.decode(ids)) for ids in kept]
@@ -115,8 +137,15 @@ class TextCheckpoint:
 
 
 def read_text_lm(folder: Folder, device: torch.device, dtype: torch.dtype) -> TextCheckpoint:
-    """Load a causal language model with a chat template onto a device in a dtype. Raises ValueError for any other
-    model."""
+    """Load a causal language model with a chat template.
+
+    Args:
+        folder: the folder of the checkpoint.
+        device: the device of the network.
+        dtype: the dtype of the weights.
+
+    Raises ValueError if the model is not a causal language model of transformers or has no chat template.
+    """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     kind = str(folder.config.get("model_type"))

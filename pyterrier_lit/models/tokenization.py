@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1_000  # texts that are tokenised in one call
 CHAT_TEMPLATE = "chat_template"  # the field of a tokenizer_config.json
-# BERT's settings for characters: their names in tokenizer_config.json -> their names in tokenizer.json
+# BERT's settings for characters: the name in tokenizer_config.json -> the name in tokenizer.json
 BERT = {
     "do_lower_case": "lowercase",
     "strip_accents": "strip_accents",
@@ -22,9 +22,13 @@ BERT = {
 
 
 def check_pieces(known: int, size: int, source: str, model: str = "model") -> None:
-    """Raise ValueError for a tokenizer with more tokens than the model has embeddings.
+    """Raise ValueError if a tokenizer has more tokens than the model has embeddings.
 
-    known: the highest id in the tokenizer, plus 1. size: the number of embeddings.
+    Args:
+        known: the highest id in the tokenizer, plus 1.
+        size: the number of embeddings of the model.
+        source: the name of the checkpoint, for the error message.
+        model: the word for the model in the error message.
     """
     if known > size:
         raise ValueError(
@@ -33,20 +37,22 @@ def check_pieces(known: int, size: int, source: str, model: str = "model") -> No
 
 
 def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
-    """The highest id of a tokenizer, plus 1, among its vocabulary and the special tokens that it puts around a text."""
+    """Return the highest token id of a tokenizer, plus 1. The ids of the special tokens that the tokenizer puts around
+    a text are included."""
     around = [*tokenizer.encode("").ids, *tokenizer.encode("", "").ids]
     return max([*tokenizer.get_vocab().values(), *around], default=-1) + 1
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of the library tokenizers. A panic is a BaseException but not an Exception, so
-    `except Exception` does not catch it."""
+    """Return whether an error is a panic of the `tokenizers` package. A panic is a BaseException but not an Exception,
+    so `except Exception` does not catch it."""
     return type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def no_panic(source: str) -> Iterator[None]:
-    """A context that turns a tokenizer's panic into a ValueError. source: what was tokenised, for the error message."""
+    """Return a context manager that turns a panic of the `tokenizers` package into a ValueError. `source` states what
+    was tokenised, for the error message."""
     try:
         yield
     except BaseException as error:
@@ -56,10 +62,15 @@ def no_panic(source: str) -> Iterator[None]:
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tokens: bool) -> Iterator[list[int]]:
-    """The token ids of each text. The texts are tokenised in chunks, since the tokenizer's result takes about 10 kB of
-    memory per text.
+    """Yield the token ids of each text. The texts are tokenised in chunks, since the result of the `tokenizers` package
+    takes about 10 kB of memory per text.
 
-    Raises ValueError, with the text, if the tokenizer fails at a text.
+    Args:
+        tokenizer: the tokenizer.
+        texts: the texts.
+        special_tokens: whether to put the tokenizer's special tokens around each text.
+
+    Raises ValueError, with the text, if the tokenizer fails for a text.
     """
     for start in range(0, len(texts), CHUNK):
         chunk = list(texts[start : start + CHUNK])
@@ -73,13 +84,19 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tok
 
 
 def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bool) -> tokenizers.Encoding:
+    """Tokenise a single text. Raises ValueError, with the text, if the tokenizer fails."""
     with no_panic(f"the text {text[:60] + '...' if len(text) > 60 else text!r}"):
         return tokenizer.encode(text, add_special_tokens=special_tokens)
 
 
 def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
     """Give the settings of tokenizer_config.json precedence over BERT's settings in tokenizer.json, as transformers
-    does."""
+    does.
+
+    Args:
+        tokenizer: the tokenizer, which is changed in place.
+        settings: the fields of tokenizer_config.json.
+    """
     normalizer = tokenizer.normalizer
     if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
         for setting in settings.keys() & BERT.keys():
@@ -88,7 +105,8 @@ def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
 
 
 def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer:
-    """The `tokenizers` object behind a tokenizer of transformers, without truncation or padding."""
+    """Return the object of the `tokenizers` package behind a tokenizer of transformers. Truncation and padding are
+    disabled in place."""
     bare: tokenizers.Tokenizer = tokenizer.backend_tokenizer
     bare.no_truncation()
     bare.no_padding()
@@ -96,8 +114,8 @@ def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer
 
 
 def chats_about_pairs(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether a tokenizer's chat template has placeholders for a query and a document. With such a template,
-    sentence-transformers builds the inputs for query-passage pairs."""
+    """Return whether a tokenizer's chat template has placeholders for a query and a document. With such a template,
+    sentence-transformers would build the inputs for query-passage pairs."""
 
     def written(query: Any, document: Any) -> str:
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]

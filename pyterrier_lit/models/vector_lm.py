@@ -1,9 +1,11 @@
 """A causal language model whose prompts contain vectors, and whose next token is one of these vectors.
 
-A projector maps the vectors into the space of the model's input embeddings. There they replace placeholders in the
-prompt. The vectors of a prompt are also its vocabulary: the logit of a vector is its dot product with the last hidden
-state. This module does not deal with texts or queries. Shapes: B is the number of prompts, L their length in tokens, N
-the number of vectors per prompt, and H the width of the model. Source: PE-Rank (arXiv 2406.14848), section 3.
+A projector maps the vectors into the space of the model's input embeddings. There, the projected vectors replace
+placeholders in the prompt. The projected vectors of a prompt are also its vocabulary: the logit of a vector is the dot
+product of the projected vector with the last hidden state. This module does not deal with texts or queries. Shapes: B
+is the number of prompts, L their length in tokens, C the number of tokens in the cache, N the largest number of vectors
+of a prompt, m the number of vectors in a pass, and H the width of the model. Source: PE-Rank (arXiv 2406.14848),
+section 3.
 """
 
 import functools
@@ -24,20 +26,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Costs of a pass over 1, 2, 3 and 4 vectors, divided by the cost of a pass over one vector. They are averages over
-# models of width 512 and 1,024 and over batches of 1 and 8 prompts, measured on two cores
+# The time of a pass over 1, 2, 3 and 4 vectors, divided by the time of a pass over one vector. The numbers are averages
+# over models of width 512 and 1,024 and over batches of 1 and 8 prompts, measured on two cores
 COSTS = {torch.float32: (1.0, 1.3, 1.45, 1.6), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 
 
 class VectorLM(nn.Module):
-    """The body of a causal language model, and the projector that maps vectors into its input space."""
+    """The body of a causal language model, and the projector that maps vectors into its input space.
+
+    Args:
+        body: the body of the language model.
+        projector: the projector, d -> H dimensions.
+        placeholder: the token id that stands for a vector in a prompt.
+    """
 
     def __init__(self, body: "PreTrainedModel", projector: nn.Module, placeholder: int):
         super().__init__()
         use_for_few_queries(body)
         self.body = body
         self.projector = projector
-        self.placeholder = placeholder  # the token id that stands for a vector in a prompt
+        self.placeholder = placeholder
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -46,8 +54,14 @@ class VectorLM(nn.Module):
     def forward(
         self, inputs: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None
     ) -> tuple[torch.Tensor, Any]:
-        """Process inputs (B, L, H) at positions (B, L), with a mask (B, C + L) over the C tokens in the cache and the
-        inputs.
+        """Process the next L tokens of B prompts.
+
+        Args:
+            inputs: (B, L, H), the input embeddings.
+            mask: (B, C + L), 1 for each token to attend to, else 0. It covers the C tokens in the cache and the L
+                inputs.
+            positions: (B, L), the positions of the inputs.
+            cache: the cache of transformers with the C earlier tokens, or None.
 
         Returns hidden states (B, L, H) and the extended cache. Raises RuntimeError if this version of transformers
         ignores the given cache.
@@ -67,7 +81,11 @@ class VectorLM(nn.Module):
         return states, grown
 
     def read(self, prompts: list[list[int]], vectors: list[torch.Tensor]) -> "VectorReader":
-        """A reader for B prompts. Each prompt has one placeholder for each row of its vectors (N, d).
+        """Return a reader for B prompts.
+
+        Args:
+            prompts: the token ids of each prompt. A prompt has one placeholder for each of its vectors.
+            vectors: for each prompt, its vectors (n, d).
 
         If the model attends to all previous tokens, a common prefix of the prompts is processed only once. The rest of
         each prompt is padded on the left.
@@ -91,8 +109,8 @@ class VectorLM(nn.Module):
         return VectorReader(self, inputs, F.pad(mask, (len(common), 0), value=1), passages, cache)
 
     def _common(self, prompts: list[list[int]]) -> list[int]:
-        """The common prefix of several prompts. It ends before the first vector, and is shorter than the shortest
-        prompt."""
+        """Return the common prefix of several prompts, as token ids. It ends before the first vector, and is shorter
+        than the shortest prompt. For a single prompt, it is empty."""
         if len(prompts) < 2:
             return []
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
@@ -102,10 +120,13 @@ class VectorLM(nn.Module):
     def embed(
         self, ids: torch.Tensor, mask: torch.Tensor, passages: torch.Tensor, inside: torch.Tensor
     ) -> torch.Tensor:
-        """ids (B, L), mask (B, L) -> input embeddings (B, L, H).
+        """Return the input embeddings (B, L, H) of B prompts. The projected vectors replace the placeholders, in order.
 
-        The projected vectors `passages` (B, N, H) replace the placeholders, in order. Vectors for which `inside` (B, N)
-        is false are padding and are not used.
+        Args:
+            ids: (B, L), the token ids.
+            mask: (B, L), 1 for each token, 0 on padding.
+            passages: (B, N, H), the projected vectors.
+            inside: (B, N), true where there is a vector, false on padding.
         """
         embedded: torch.Tensor = self.body.get_input_embeddings()(ids)
         at = ((ids == self.placeholder) & (mask == 1))[..., None]
@@ -115,8 +136,12 @@ class VectorLM(nn.Module):
 class VectorReader:
     """A `decoding.Reader` for B prompts. Its tokens are the indices of a prompt's vectors.
 
-    inputs: (B, L, H), the prompts without the cached prefix. mask: (B, C + L), over the C tokens in `cache` and the
-    inputs, 0 on padding. passages: (B, N, H), the projected vectors. cache: the cache of the common prefix, or None.
+    Args:
+        network: the language model.
+        inputs: (B, L, H), the input embeddings of the prompts without the cached prefix.
+        mask: (B, C + L), over the C tokens in `cache` and the L inputs; 0 on padding, else 1.
+        passages: (B, N, H), the projected vectors.
+        cache: the cache of the common prefix, or None.
     """
 
     def __init__(
@@ -131,23 +156,26 @@ class VectorReader:
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return self.passages.device
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The cost of a pass over 1, 2, ... vectors, divided by the cost of a pass over one vector. It has a single
-        entry, so that each pass has one vector, if padding inside a prompt would change the result or if the cache
-        cannot be cropped."""
+        """The time of a pass over 1, 2, ... vectors, divided by the time of a pass over one vector. If padding inside a
+        prompt would change the result, or if tokens cannot be removed from the cache, this tuple has a single entry, so
+        that each pass has one vector."""
         if not _minds_no_gaps(self.network.body) or not _can_be_cut(self.cache):
             return COSTS[torch.float32][:1]
         return COSTS.get(self.network.body.dtype, COSTS[torch.bfloat16])
 
     def start(self) -> torch.Tensor:
-        """float32 logits (B, N) after the prompt: the dot product of the last hidden state with each vector."""
+        """Process the prompts. Returns float32 logits (B, N): the dot product of the last hidden state of each prompt
+        with each of its projected vectors."""
         return self._logits(last=1)[:, 0]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m), which are indices of vectors -> logits (B, m, N) after each of these tokens."""
+        """Process the next m vectors of each prompt in one pass: indices of vectors (B, m) -> float32 logits (B, m, N)
+        after each of these vectors."""
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         self.inputs = self.passages[rows, tokens]
         self.mask = F.pad(self.mask, (0, tokens.shape[1]), value=1)
@@ -155,10 +183,10 @@ class VectorReader:
         return self._logits(last=tokens.shape[1])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Of the tokens of the last pass, keep the first counts[b] in row b and remove the rest.
+        """Keep the first counts[b] tokens of the last pass for prompt b, and remove the other tokens of this pass.
 
-        Tokens that no row keeps are removed from the cache. Tokens that only some rows keep stay in the cache. They are
-        masked in the other rows, whose positions continue as if these tokens did not exist.
+        Tokens that no prompt keeps are removed from the cache. Tokens that only some prompts keep stay in the cache.
+        For the other prompts, these tokens are masked, and the positions continue as if these tokens did not exist.
         """
         kept, most = torch.tensor(counts, device=self.device)[:, None], max(counts)
         read = self.inputs.shape[1]
@@ -170,16 +198,17 @@ class VectorReader:
         self.positions = self.positions[:, :1] + kept - 1
 
     def _logits(self, last: int) -> torch.Tensor:
+        """Process the current inputs. Returns float32 logits (B, last, N) after each of the last inputs."""
         states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
         return torch.einsum("bmh,bnh->bmn", states[:, -last:].float(), self.passages.float())
 
 
 def _minds_no_gaps(body: Any) -> bool:
-    """Whether the model gives the same result if there is padding inside a prompt and only the mask and the positions
-    say so.
+    """Return whether padding inside a prompt leaves the result of a model unchanged if the mask and the positions
+    account for the padding.
 
-    False for sliding-window and chunked attention, which count padding as tokens, and for transformers models that
-    accept no positions.
+    This is false for sliding-window and chunked attention, which count padding as tokens, and for transformers models
+    that accept no positions.
     """
     kinds = getattr(body.config, "layer_types", None)
     limits = [getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
@@ -188,8 +217,8 @@ def _minds_no_gaps(body: Any) -> bool:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Whether a transformers cache, after the prompt, contains only keys and values per token, so that tokens can be
-    removed."""
+    """Return whether tokens can be removed from a cache of transformers. Tokens can be removed if the cache contains
+    only keys and values per token after the prompt was processed."""
     from transformers.cache_utils import DynamicLayer
 
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -197,8 +226,8 @@ def _can_be_cut(cache: Any) -> bool:
 
 @functools.cache
 def _cache_argument(model: Any) -> str:
-    """The name of a model's cache argument in this version of transformers. A model ignores an argument with any other
-    name."""
+    """Return the name of a model's cache argument in this version of transformers. A model ignores an argument with any
+    other name. Raises RuntimeError if the model has no cache argument with a known name."""
     names = inspect.signature(model.forward).parameters
     known = [name for name in ("cache", "past_key_values") if name in names]
     if not known:
@@ -207,9 +236,15 @@ def _cache_argument(model: Any) -> str:
 
 
 def projector(kind: str, width: int, hidden: int) -> nn.Module:
-    """A projector from `width` to `hidden` dimensions. kind: `linear`, `mlp{k}x_gelu` (k linear layers with GELU
-    between them) or `identity`. Raises ValueError for any other kind, and for `identity` if `width` is not equal to
-    `hidden`."""
+    """Return a projector from `width` to `hidden` dimensions.
+
+    Args:
+        kind: `linear`, `mlp{k}x_gelu` (k linear layers with GELU between them) or `identity`.
+        width: the dimension of the vectors.
+        hidden: the width of the language model.
+
+    Raises ValueError for any other kind, and for `identity` if `width` is not equal to `hidden`.
+    """
     if kind == "identity" and width == hidden:
         return nn.Identity()
     linear = functools.partial(nn.Linear, dtype=torch.float32)

@@ -46,9 +46,9 @@ class PairRecipe(Recipe):
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
         n_passages: how many passages of a list are sampled for an example. None takes all passages of the list.
         sampling: how the passages are sampled. "top" takes the first passages of the list. "random" samples uniformly.
-            "top_and_random" takes the first n_passages / 2 passages and samples the rest uniformly. "log_random"
-            samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r). "single_relevant" samples one passage
-            with a positive target, and the rest among the passages without one.
+            "top_and_random" takes the first n_passages / 2 passages and samples the other passages uniformly.
+            "log_random" samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r). "single_relevant" samples
+            one passage with a positive target, and n_passages - 1 passages without a positive target.
         max_tokens: maximum tokens, including padding, in one forward pass. None is 1,024 on a CPU and 16,384 on a GPU.
 
     The fields of `trainer.Recipe` are accepted, too.
@@ -61,19 +61,21 @@ class PairRecipe(Recipe):
     max_tokens: int | None = None
 
     def objective(self, student: CrossEncoder) -> Objective:
-        """The loss over the scores of a query's passages. Raises ValueError for an unknown loss."""
+        """Return the training objective: the recipe's loss over the scores of a query's passages. Raises ValueError if
+        the loss is unknown."""
         return objective(student, self)
 
 
 RECIPES: dict[str, Recipe] = {
-    # Source: Rank-DistiLLM, appendix C, and the authors' configurations. AdamW with learning rate 1e-5, weight decay
-    # 0.01 on all parameters, no warm-up, and no learning rate schedule
+    # Source: Rank-DistiLLM, appendix C, and the authors' configurations. They use AdamW with learning rate 1e-5, weight
+    # decay 0.01 on all parameters, no warm-up, and no learning rate schedule
     "rank-distillm-labels": PairRecipe(
         1e-5, steps=20_000, loss="lce", n_passages=8, sampling="single_relevant", micro_batch=8
     ),
     "rank-distillm-rankings": PairRecipe(1e-5, epochs=3, loss="ranknet"),
 }
-FINE_TUNE, DISTIL = "rank-distillm-labels", "rank-distillm-rankings"  # the default recipes
+# The default recipes for learning from labels and from a teacher's ranking
+FINE_TUNE, DISTIL = "rank-distillm-labels", "rank-distillm-rankings"
 
 
 class Example(NamedTuple):
@@ -92,8 +94,8 @@ class PairBatch(NamedTuple):
 
 
 def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
-    """The training objective of a CrossEncoder for a recipe. Raises ValueError for an unknown loss, and for a student
-    in int8."""
+    """Return the training objective of a CrossEncoder for a recipe. Raises ValueError if the loss is unknown, or if the
+    student is in int8."""
     checkpoint: PairCheckpoint = student.load()
     if isinstance(checkpoint.network, Int8Scorer):
         raise ValueError("a reranker in int8 cannot be trained; train it in float32, and quantize it after that")
@@ -113,21 +115,28 @@ def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
 
 
 def sample_passages(text_field: str, recipe: PairRecipe, given: Ranking, rng: random.Random) -> Example:
-    """Sample passages of a list, with the recipe's `n_passages` and `sampling`."""
+    """Sample passages of a list, with the recipe's `n_passages` and `sampling`. Return the training example.
+
+    Args:
+        text_field: the name of the column with the texts.
+        recipe: the recipe.
+        given: the list, with the columns `text_field` and `target`.
+        rng: the random generator.
+    """
     passages, targets = given.columns[text_field], given.columns["target"]
     positions = sample(targets, recipe.n_passages, recipe.sampling, rng)
     return Example(given.query, take(passages, positions), [targets[i] for i in positions])
 
 
 def collate(student: CrossEncoder, examples: list[Example]) -> PairBatch:
-    """Tokenise Q examples."""
+    """Tokenise Q examples, and return them as a batch."""
     _, pairs = student.pairs([(example.query, passage) for example in examples for passage in example.passages])
     return PairBatch(pairs, [example.targets for example in examples])
 
 
 def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, batch: PairBatch) -> torch.Tensor:
-    """The recipe's loss for Q queries. It compares the scores (Q, N), where N is the largest number of passages of a
-    query, with the targets."""
+    """Return the recipe's loss for Q queries, a scalar tensor. The loss compares the scores (Q, N) with the targets (Q,
+    N). N is the largest number of passages of a query."""
     counts = [len(targets) for targets in batch.targets]
     scores = pad_sequence(
         list(score(checkpoint, layout, batch.pairs, recipe.max_tokens).split(counts)), batch_first=True
@@ -138,7 +147,15 @@ def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, bat
 
 
 def score(checkpoint: PairCheckpoint, layout: PairLayout, pairs: list[Pair], max_tokens: int | None) -> torch.Tensor:
-    """The scores (P,) of P query-passage pairs. They are computed in batches of pairs with similar lengths."""
+    """Return the scores (P,) of P query-passage pairs, in the order of the pairs. The scores are computed in batches of
+    pairs with similar lengths.
+
+    Args:
+        checkpoint: the cross-encoder.
+        layout: the layout of its inputs.
+        pairs: the token ids of the pairs.
+        max_tokens: maximum tokens, including padding, in one batch. None is 1,024 on a CPU and 16,384 on a GPU.
+    """
     lengths = [layout.length(pair) for pair in pairs]
     parts = list(like_lengths(lengths, max_tokens or encoder_tokens(checkpoint.device)))
     computed = torch.cat(

@@ -1,8 +1,8 @@
 """Training data: targets for result frames, sampling from their lists, and files of runs and questions.
 
-A list is a query with its passages, in the order of the first stage. The target of a passage says how relevant the
-passage is to its query (higher is better). It is the passage's label in the qrels, or its score from a teacher. In a
-result frame, the targets are in the column `target`.
+A list is a query with its passages, in the order of the first stage. The target of a passage is a number that states
+how relevant the passage is to its query (higher is better). The target is the passage's label in the qrels, or its
+score from a teacher. In a result frame, the targets are in the column `target`.
 """
 
 import hashlib
@@ -25,15 +25,20 @@ from pyterrier_lit.files.teachers import SHAPES, read_taught
 from pyterrier_lit.frames import Ranking, numbers, places
 
 KEY = ["qid", "docno"]
-NAMES = {"query_id": "qid", "doc_id": "docno"}  # column names in Rank-DistiLLM's files
+NAMES = {"query_id": "qid", "doc_id": "docno"}  # column names in Rank-DistiLLM's files -> PyTerrier's names
 Teacher = pt.Transformer | pd.DataFrame | str | Path | None
 
 
 def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "passages") -> pd.DataFrame:
-    """A result frame with the labels of the qrels as targets. The target of an unjudged passage is 0.
+    """Return a result frame with the labels of the qrels as targets. The target of an unjudged passage is 0.
 
-    what: the word for the passages in error messages. Raises ValueError if there are no qrels, for a label that is not
-    a finite number, and if none of the passages is judged relevant.
+    Args:
+        frame: the result frame.
+        qrels: a frame with qid, docno and label.
+        what: the word for the passages in error messages.
+
+    Raises ValueError if there are no qrels, if a label is not a finite number, or if none of the passages is judged
+    relevant.
     """
     labelled = _joined(frame, label_values(qrels)).fillna({"target": 0})
     if not (labelled["target"] > 0).any():
@@ -42,14 +47,16 @@ def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "pa
 
 
 def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
-    """A result frame with a teacher's scores as targets. If the teacher gives ranks but no scores, the targets are the
-    negative ranks.
+    """Return a result frame with a teacher's scores as targets. If the teacher gives ranks but no scores, the targets
+    are the negative ranks. Passages that the teacher does not rank are left out, with a warning.
 
-    teacher: a transformer that reranks the frame; or a run, as a frame or as a file that `read_run` reads. None is the
-    incoming order of the passages: in each list, the first passage has target 0, the second -1, and so on.
+    Args:
+        frame: the result frame.
+        teacher: a transformer that reranks the frame, or a run. The run is a frame, or a file that `read_run` reads.
+            None is the incoming order of the passages: in each list, the first passage has target 0, the second has
+            target -1, and so on.
 
-    Passages that the teacher does not rank are left out, with a warning. Raises ValueError if no passage is left, and
-    for a score that is not a finite number.
+    Raises ValueError if no passage is left, or if a score is not a finite number.
     """
     if teacher is None:
         return frame.assign(target=[-float(place) for place in places(frame)])
@@ -62,7 +69,8 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
 
 
 def none_relevant(n: int, what: str = "passages") -> ValueError:
-    """The error to raise if none of n passages is judged relevant in the qrels."""
+    """Return the error to raise if none of n passages is judged relevant in the qrels. `what` is the word for the
+    passages in its message."""
     return ValueError(
         f"none of the {n} {what} is judged relevant in the qrels: check that qids and docnos belong to the same"
         " collection"
@@ -72,7 +80,9 @@ def none_relevant(n: int, what: str = "passages") -> ValueError:
 def check_ranked(ranked: int, n: int) -> None:
     """Raise ValueError if a teacher ranks none of n passages. Warn if it ranks only some of them.
 
-    ranked: how many of the n passages the teacher ranks.
+    Args:
+        ranked: the number of passages that the teacher ranks.
+        n: the number of passages.
     """
     if not ranked:
         raise ValueError(
@@ -83,10 +93,15 @@ def check_ranked(ranked: int, n: int) -> None:
 
 
 def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
-    """The qrels of the queries in a result frame, in the form that ir_measures takes.
+    """Return the qrels of the queries in a result frame, in the form that ir_measures takes: a frame with query_id,
+    doc_id and relevance.
 
-    Raises ValueError for a label that is not a whole number. Also raises ValueError if none of the passages in the
-    frame is judged relevant, since `nDCG@10` would always be 0.
+    Args:
+        frame: the result frame.
+        qrels: a frame with qid, docno and label.
+
+    Raises ValueError if a label is not a whole number. Also raises ValueError if none of the passages in the frame is
+    judged relevant, since `nDCG@10` would always be 0.
     """
     with_labels(frame, qrels, "validation passages")
     labels = numbers(qrels, "label").to_numpy()
@@ -98,7 +113,12 @@ def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """A digest of training data: equal for lists with equal queries, passages, targets and vectors."""
+    """Return a digest of training data, 16 hexadecimal digits. Training data with equal queries, passages, targets and
+    vectors has equal digests.
+
+    Args:
+        parts: the parts of the training data, such as its lists.
+    """
     found = hashlib.sha256()
     for part in parts:
         found.update(json.dumps(part, default=_content).encode())
@@ -106,7 +126,8 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _content(value: Any) -> Any:
-    """A vector or a number of another library, in a form that JSON can hold."""
+    """Convert a value that JSON cannot hold. A vector becomes a digest, and a number of another library becomes a
+    number of Python. Any other value becomes its `repr`."""
     if hasattr(value, "numpy"):  # a torch tensor
         value = value.numpy()
     is_vector = hasattr(value, "tobytes") and value.dtype != object
@@ -114,11 +135,16 @@ def _content(value: Any) -> Any:
 
 
 def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
-    """Sample n passages of a list and return their positions in the list. Returns all positions if the list has at most
-    n passages or if n is None.
+    """Sample n passages of a list. Return their positions in the list (from 0). If the list has at most n passages or
+    if n is None, all positions are returned.
 
-    targets: the targets of the passages, in the order of the first stage. how: one of SAMPLERS, which have
-    lightning-ir's names. Raises ValueError for any other name.
+    Args:
+        targets: the targets of the passages, in the order of the first stage.
+        n: the number of passages to sample, or None.
+        how: the name of the sampling, a key of SAMPLERS. lightning-ir uses the same names.
+        rng: the random generator.
+
+    Raises ValueError if SAMPLERS does not have the name.
     """
     if how not in SAMPLERS:
         raise ValueError(f"sampling={how!r}; wanted one of {', '.join(map(repr, SAMPLERS))}")
@@ -127,14 +153,17 @@ def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random
 
 
 def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
+    """Return the position of a random passage with a positive target, followed by the positions of up to n - 1 random
+    passages without a positive target."""
     relevant = [i for i, target in enumerate(targets) if target > 0]
     others = [i for i, target in enumerate(targets) if target <= 0]
     return [rng.choice(relevant), *rng.sample(others, min(n - 1, len(others)))]
 
 
 def _log_random(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
-    # With u uniform in [0, 1], the items with the n largest u^(1/w) are a sample without replacement in which an item
-    # has weight w (Efraimidis and Spirakis, 2006)
+    # For each item, let u be uniform in [0, 1] and w the weight of the item. The n items with the largest u^(1/w) are a
+    # weighted sample without replacement (Efraimidis and Spirakis, 2006)
+    """Sample n positions without replacement. The passage at rank r = 1, 2, ... has the weight 1 / log(1 + r)."""
     keys = [rng.random() ** math.log1p(i + 1) for i in range(len(targets))]
     return sorted(sorted(range(len(targets)), key=lambda i: -keys[i])[:n])
 
@@ -158,10 +187,17 @@ def window(
     all these sizes are equally likely. If the list is shorter than the sampled size, the window has all passages of the
     list.
 
-    Returns two lists. The first has the positions of the passages in the list, in the order shown to the student. This
-    is the order of the list or, with probability `shuffle`, a random order. The second has the positions of the
-    passages in the window, from the highest target to the lowest. Passages with equal targets keep the order in which
-    they are shown.
+    Args:
+        targets: the targets of the passages, in the order of the list.
+        smallest: the smallest number of passages in a window.
+        largest: the largest number of passages in a window.
+        shuffle: the probability that the window is shuffled.
+        rng: the random generator.
+
+    Returns two lists. The first list has the positions of the passages in the list of the query (from 0), in the order
+    in which the student sees the passages. This order is that of the query's list or, with probability `shuffle`, a
+    random order. The second list has the positions of the passages in the window (from 0), from the highest target to
+    the lowest. Passages with equal targets keep the order in which the student sees them.
     """
     size = min(rng.randint(smallest, largest), len(targets))
     shown = sorted(rng.sample(range(len(targets)), size))
@@ -171,7 +207,7 @@ def window(
 
 
 class Lists(Sequence[Ranking]):
-    """A view of some lists: those at the given positions."""
+    """A view of some lists. It contains the lists at the given positions, in the order of the positions."""
 
     def __init__(self, lists: Sequence[Ranking], positions: Iterable[int]):
         self.lists, self.positions = lists, array("q", positions)
@@ -184,13 +220,19 @@ class Lists(Sequence[Ranking]):
 
 
 def uneven(lists: Sequence[Ranking]) -> Lists:
-    """The lists with at least two different targets. A list whose targets are all equal has no order that could be
-    learned."""
+    """Return the lists that have at least two different targets. If all targets of a list are equal, the list has no
+    order that a student could learn."""
     return Lists(lists, (i for i, given in enumerate(lists) if len(set(given.columns["target"])) > 1))
 
 
 class Texts(Sequence[str]):
-    """A column with the texts of a query's passages. The texts are looked up by docno on each access."""
+    """A column with the texts of a query's passages. The texts are looked up by docno on each access.
+
+    Args:
+        look_up: a function: qid, docnos -> the texts of the docnos.
+        qid: the qid of the query.
+        docnos: the docnos of the passages.
+    """
 
     def __init__(self, look_up: Callable[[str, list[str]], list[str]], qid: str, docnos: list[str]):
         self.look_up, self.qid, self.docnos = look_up, qid, docnos
@@ -209,20 +251,26 @@ class Texts(Sequence[str]):
 
 
 def take(column: Sequence[Any], positions: Sequence[int]) -> list[Any]:
-    """The values of a column at the given positions. A `Texts` column looks them up with a single call."""
+    """Return the values of a column at the given positions. A `Texts` column looks up all these values with a single
+    call."""
     if isinstance(column, Texts):
         return column.look_up(column.qid, [column.docnos[i] for i in positions])
     return [column[i] for i in positions]
 
 
 def some_of(given: Ranking, positions: Sequence[int]) -> Ranking:
-    """A list reduced to the passages at the given positions, in the order of the positions."""
+    """Return a list reduced to the passages at the given positions, in the order of the positions."""
     return given._replace(columns={name: take(column, positions) for name, column in given.columns.items()})
 
 
 class Passages(Sequence[Ranking]):
-    """The passages of some lists, each as a list of one passage. Empty texts, and texts that occurred before, are left
-    out."""
+    """The passages of some lists. Each item is a passage, as a list of one passage. Empty texts are left out, and each
+    distinct text occurs only once.
+
+    Args:
+        lists: the lists.
+        text_field: the name of the column with the texts.
+    """
 
     def __init__(self, lists: Sequence[Ranking], text_field: str):
         self.lists, self.positions, self.places = lists, array("q"), array("q")
@@ -245,12 +293,14 @@ class Passages(Sequence[Ranking]):
 def read_run(path: str | Path) -> pd.DataFrame:
     """Read a run from a TREC file or JSON lines, both optionally gzipped, or from a parquet file. Among the accepted
     files are those of Rank-DistiLLM, TIREx's re-ranking input, the rankings that rank_llm writes, permutations {qid,
-    final_list: [docno, ...]}, and what `pt.io.write_results` writes.
+    final_list: [docno, ...]}, and the files that `pt.io.write_results` writes.
 
     Returns a frame with qid, docno, score, rank (from 0) and, if the file has them, query and text. The ranks are
     computed from the scores. If at least one row of the file has no score, the score of each row is its negative rank.
-    If a query has a passage twice, the first of the two rows is kept. Raises ValueError, with the line, for a row
-    without qid or docno, for an invalid number, and if some row has no score and some row has no rank.
+    If a query has a passage twice, the first of the two rows is kept.
+
+    Raises ValueError, with the place in the file, if a row has no qid or docno, if a number is invalid, or if at least
+    one row has no score and at least one row has no rank. Also raises ValueError if the file has no rows.
     """
     path = Path(path).expanduser()
     rows = list(run_records(path))
@@ -268,10 +318,12 @@ def read_run(path: str | Path) -> pd.DataFrame:
 
 
 def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a run file that `read_run` reads, each as a dict with `where` (the place in the file), qid,
-    docno, score, rank, query and text. Missing values are None.
+    """Yield the rows of a run file that `read_run` can read. Each row is a dict with `where` (the place of the row in
+    the file), qid, docno, score, rank, query and text. Missing values are None.
 
-    columns: the columns to read from a parquet file. None reads all columns.
+    Args:
+        path: the file.
+        columns: the columns to read from a parquet file. None reads all columns.
     """
     if path.suffix == ".parquet":
         for number, record in enumerate(_parquet(path, columns), 1):
@@ -299,21 +351,21 @@ def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def is_trec(path: Path) -> bool:
-    """Whether a run is in TREC's format. This is so if the file name ends neither in .parquet nor in a suffix of
-    JSON."""
+    """Return whether a run is in TREC's format. A run is in TREC's format if its file name has none of the suffixes
+    .parquet, .jsonl and .json."""
     return not {".parquet", ".jsonl", ".json"} & set(path.suffixes)
 
 
 def basis_of(path: Path) -> str:
-    """The column that determines the order of a run: "score" if all rows have a score, as in TREC's format, else
-    "rank"."""
+    """Return the name of the column that determines the order of a run. It is "score" if all rows have a score, as in
+    TREC's format, else "rank"."""
     if is_trec(path):
         return "score"
     return "score" if all(row["score"] is not None for row in run_records(path, ["qid", "docno", "score"])) else "rank"
 
 
 def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, with one batch of rows in memory at a time. NaN counts as missing."""
+    """Yield the rows of a parquet file, each as a dict. One batch of rows is in memory at a time. NaN becomes None."""
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
@@ -324,7 +376,12 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, An
 
 
 def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A row of a run, from a JSON object or from a row of a parquet file."""
+    """Return a row of a run, as `run_records` yields it.
+
+    Args:
+        where: the place of the row in the file.
+        record: a JSON object, or a row of a parquet file.
+    """
     record = {NAMES.get(name, name): value for name, value in record.items()}
     ids = {name: key(record, name, where) for name in KEY}
     values = {name: number(record, name, where) for name in ("score", "rank")}
@@ -332,7 +389,12 @@ def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a permutation of docnos, best first."""
+    """Return the rows of a permutation of docnos, best first, as `run_records` yields them.
+
+    Args:
+        where: the place of the permutation in the file.
+        record: a JSON object {qid, final_list: [docno, ...]}.
+    """
     docnos = record.get("final_list")
     if not isinstance(docnos, list) or not all(isinstance(docno, str | int) for docno in docnos):
         raise ValueError(f"{where} has no list of docnos in final_list")
@@ -341,19 +403,20 @@ def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataFrame:
-    """Read public teacher data that contains the passages, for `Distil`. The file is one of these, as JSON lines or one
-    JSON array, optionally gzipped: RankZephyr's conversations, PE-Rank's train.jsonl, or the permutations of RankGPT or
-    TWOLAR.
+    """Read public teacher data that contains the passages, for `Distil`. The file is in one of three formats:
+    RankZephyr's conversations, PE-Rank's train.jsonl, or the permutations of RankGPT or TWOLAR. It contains JSON lines
+    or one JSON array, and may be gzipped.
 
     Args:
         path: the file.
-        orders: RankGPT's second file, one JSON array of the teacher's answers. Without this file, the lists in
-            `retrieved_passages` must already be in the teacher's order, as TWOLAR's are.
+        orders: RankGPT's second file, a JSON array of the teacher's answers. If `orders` is None, the field
+            `retrieved_passages` must already have the passages in the teacher's order, as in TWOLAR's data.
 
     Returns a frame with qid, query, docno, text, rank (the rank that the teacher gave the passage, from 0) and shown
-    (the position of the passage in the teacher's input, from 0). `files.teachers.read_taught` documents the formats and
-    the errors. If the teacher's order of a list does not name each passage exactly once, the order is completed. A
-    warning states the number of completed orders.
+    (the position of the passage in the teacher's input, from 0). If the teacher's order of a list does not name each
+    passage exactly once, the order is completed. A warning states the number of completed orders.
+
+    `files.teachers.read_taught` documents the formats and the errors.
     """
     names = ["qid", "query", "docno", "text", "rank", "shown"]
     rows, repaired, lists = [], 0, 0
@@ -371,12 +434,16 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
 
 def read_qa(path: str | Path) -> pd.DataFrame:
-    """Read questions with their answers and passages, to train a LiT5Score by `FineTune`. Returns a frame with qid,
-    query, docno, text, answers and rank.
+    """Read questions with their answers and passages, to train a LiT5Score with `FineTune`.
 
-    path: JSON lines or one JSON array. Each record has the fields question, answers, and ctxs, a list of passages. Each
-    passage in ctxs has a text, and optionally title and docid (or id). Raises ValueError, with the place in the file,
-    for a missing field.
+    Args:
+        path: a file with JSON lines or one JSON array. Each record has the fields question, answers, and ctxs, a list
+            of passages. Each passage in ctxs has a text, and optionally title and docid (or id).
+
+    Returns a frame with qid, query, docno, text, answers (a list of texts) and rank (from 0), with one row per passage.
+    A title is put before the text of its passage.
+
+    Raises ValueError, with the place in the file, if a field is missing.
     """
     rows = []
     for position, (where, record) in enumerate(objects(Path(path).expanduser())):
@@ -396,14 +463,14 @@ def read_qa(path: str | Path) -> pd.DataFrame:
 
 
 def _key_or(record: dict[str, Any], names: Sequence[str], default: str, where: str) -> str:
-    """The first id in the given fields, or the default if none of the fields has one."""
+    """Return the first id in the given fields of a record, or the default if none of the fields has one."""
     name = next((name for name in names if record.get(name) is not None), None)
     return default if name is None else key(record, name, where)
 
 
 def read_qrels(path: Path | None) -> pd.DataFrame | None:
-    """Read qrels in TREC's format. Returns None if path is None. Raises ValueError, with the line, for the first
-    malformed line."""
+    """Read qrels in TREC's format. Returns a frame with qid, docno and label, or None if `path` is None. Raises
+    ValueError, with the line, if a line is malformed."""
     if path is None:
         return None
     rows = []
@@ -418,7 +485,8 @@ def read_qrels(path: Path | None) -> pd.DataFrame | None:
 
 
 def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
-    """A result frame of candidates, ranked in their incoming order."""
+    """Return a result frame of candidates (a query with its passages), with qid, query, docno, text and rank (from 0).
+    The passages of a query keep their order."""
     rows = [
         (given.qid, given.query, docno, text, rank)
         for given in candidates
@@ -428,8 +496,8 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
 
 
 def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]:
-    """The labels of qrels, each with its qid and docno. Raises ValueError if there are no qrels, and the same errors as
-    `_values`."""
+    """Return the labels of qrels, each as (qid, docno, label). Raises ValueError if there are no qrels. Also raises the
+    same errors as `_values`."""
     if qrels is None:
         raise ValueError(
             "there are no labels to learn from: call fit(topics, qrels), or use Distil for a teacher's ranking"
@@ -438,18 +506,22 @@ def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]
 
 
 def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
-    """The scores of a teacher's run, each with its qid and docno. If the run has ranks but no scores, these are the
-    negative ranks. Raises the same errors as `_values`."""
+    """Return the scores of a teacher's run, each as (qid, docno, score). If the run has ranks but no scores, the scores
+    are the negative ranks. Raises the same errors as `_values`."""
     if "score" not in run and "rank" in run:
         run = run.assign(score=-numbers(run, "rank").to_numpy())
     return _values(run, "score", "the teacher's ranking")
 
 
 def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
-    """Yield the qid and docno of each row, both as text, and the row's value in a column of numbers.
+    """Yield (qid, docno, value) for each row of a frame. The qid and the docno are strings, and the value is a float.
 
-    Raises ValueError for a missing column, for a row without qid or docno, and for a number that is not finite. who:
-    the name of the frame in these messages.
+    Args:
+        given: the frame.
+        column: the name of the column with the values.
+        who: the name of the frame in error messages.
+
+    Raises ValueError if a column is missing, if a row has no qid or docno, or if a value is not a finite number.
     """
     missing = [name for name in (*KEY, column) if name not in given]
     if missing:
@@ -469,10 +541,14 @@ def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, s
 
 
 def _joined(frame: pd.DataFrame, values: Iterable[tuple[str, str, float]]) -> pd.DataFrame:
-    """The frame with a new column `target`. The target of a row is the value for its qid and docno, or NaN if there is
-    none.
+    """Return the frame with a new column `target`. The target of a row is the value for its qid and docno, or NaN if
+    there is no such value.
 
     Qids and docnos are compared as text. If several values have the same qid and docno, the first one counts.
+
+    Args:
+        frame: a frame with qid and docno.
+        values: the values, each as (qid, docno, value).
     """
     value_of: dict[tuple[str, str], float] = {}
     for qid, docno, target in values:

@@ -1,9 +1,9 @@
 """FineTune and Distil: train a student inside a pipeline, from labels or from a teacher's ranking.
 
-FineTune and Distil both read from the training frame the columns that the student needs, add a target for each passage,
-and call `trainer.train` with the recipe. The recipes and objectives of a student are in the module of this folder that
-has the same name as the student's own module. For example, those of `pyterrier_lit.cross_encoder.CrossEncoder` are in
-`pyterrier_lit.training.cross_encoder`.
+A student is a reranker that is trained. FineTune and Distil read from the training frame the columns that the student
+needs. They add a target (a number, higher is better) for each passage, and call `trainer.train` with the recipe. The
+recipes of a student are in the module of this folder that has the same name as the module of the student's class. For
+example, the recipes of `pyterrier_lit.cross_encoder.CrossEncoder` are in `pyterrier_lit.training.cross_encoder`.
 """
 
 import copy
@@ -29,31 +29,38 @@ from pyterrier_lit.training.data import Teacher, digest, judgements, with_labels
 from pyterrier_lit.training.stored import StoredLists, StoredRun
 from pyterrier_lit.training.trainer import MEASURE, Log, Objective, Recipe, Settings, train
 
-Given = pd.DataFrame | StoredRun  # training data
+Given = pd.DataFrame | StoredRun  # training data: a result frame or a stored run
 FOR_EVERY_RECIPE = frozenset(field.name for field in dataclasses.fields(Settings))
 
 
 class Training(pt.Estimator):
-    """The common base class of FineTune and Distil: `fit` trains the student, and `transform` reranks with the
-    student."""
+    """The common base class of FineTune and Distil. `fit` trains the student, and `transform` reranks with the student.
+
+    The arguments of the constructor are those of FineTune.
+    """
 
     def __init__(self, student: Reranker, *, recipe: str | Recipe | None = None, verbose: bool = True, **settings: Any):
         self.student = student
         self.recipe = recipe
         self.verbose = verbose
         self.settings = settings
-        self._logs: list[pd.DataFrame] = []  # one frame per `fit`; compiled copies share this list
+        self._logs: list[pd.DataFrame] = []  # the log of each `fit`; compiled copies share this list
 
     @property
     def log(self) -> pd.DataFrame:
-        """The losses and measurements of the last `fit`, one row per logged step. Raises AttributeError before the
-        first `fit`."""
+        """The log of the last `fit`: a frame with one row per log entry. The frame has the columns `step`, `loss`,
+        `learning_rate`, `grad_norm` and, if `fit` had a validation frame, `nDCG@10`. The losses and the `nDCG@10` of a
+        step are in different rows. A value that a row does not have is NaN.
+
+        Raises AttributeError before the first `fit`.
+        """
         if not self._logs:
             raise AttributeError(f"{type(self).__name__} has no log before it is fitted")
         return self._logs[-1]
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Rerank with the student. Warns if `fit` was never called."""
+        """Rerank a result frame with the student. The result is that of the student's own `transform`. Warns if `fit`
+        was never called."""
         if len(inp) and not self._logs:
             name = type(self).__name__
             warnings.warn(
@@ -65,9 +72,11 @@ class Training(pt.Estimator):
         return self.student.transform(inp)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """A pipeline that does the same as this stage followed by `% k` and in which the student decodes only the first
-        k ranks. Returns None if the student's own `fuse_rank_cutoff` returns None, or if the student has no such
-        method."""
+        """Return a pipeline that gives the same result as this stage followed by `% k`. In this pipeline, the student
+        decodes only the first k ranks. PyTerrier calls this method when it compiles a pipeline.
+
+        Returns None if the student has no method `fuse_rank_cutoff`, or if this method of the student returns None.
+        """
         fuse = getattr(self.student, "fuse_rank_cutoff", None)
         fused = fuse(k) if fuse else None
         if fused is None:
@@ -78,19 +87,20 @@ class Training(pt.Estimator):
         return pipeline
 
     def default_recipe(self, module: ModuleType) -> str:
-        """The name of the default recipe in the student's training module."""
+        """Return the name of the student's default recipe. `module` is the student's training module."""
         raise NotImplementedError
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
-        """The frame or stored run with a target for each passage."""
+        """Return the training data with a target for each passage. A frame gets the column `target`. A stored run gets
+        one target per row."""
         raise NotImplementedError
 
     def chosen_recipe(self) -> Recipe:
-        """The recipe, with the fields that `settings` overrides. Without `recipe`, this is the student's default
-        recipe.
+        """Return the recipe that `fit` uses. It is the argument `recipe` or, if `recipe` is None, the student's default
+        recipe. The fields that the constructor's `settings` name have the values of `settings`.
 
-        Raises TypeError for a student that cannot be trained and for an unknown setting, and ValueError for an unknown
-        recipe.
+        Raises TypeError if the student cannot be trained or if a setting is unknown. Raises ValueError if the recipe is
+        unknown.
         """
         module = training_module(self.student)
         recipe = self.default_recipe(module) if self.recipe is None else self.recipe
@@ -103,7 +113,7 @@ class Training(pt.Estimator):
         return recipe.replace(**{name: self.settings[name] for name in self.settings if name not in FOR_EVERY_RECIPE})
 
     def chosen_settings(self) -> Settings:
-        """Those of the `settings` that are not fields of the recipe, as `trainer.Settings`."""
+        """Return, as `trainer.Settings`, those of the constructor's `settings` that are not fields of the recipe."""
         chosen = {name: self.settings[name] for name in self.settings if name in FOR_EVERY_RECIPE}
         return Settings(verbose=self.verbose, **chosen)
 
@@ -114,23 +124,30 @@ class Training(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train the student in place on a result frame. The frame needs the columns that the student reads. A StoredRun
-        in place of the training frame reads the same lists from files. Training starts from the student's current
-        weights, so a second `fit` continues the first. Afterwards `log` holds the losses and measurements.
+        """Train the student in place on a result frame or a stored run. Afterwards `log` holds the losses and
+        measurements. Training starts from the student's current weights, so a second `fit` continues the first.
 
-        With a validation frame and its qrels, the `nDCG@10` of the student is measured every `every` steps. The value
-        is the same as that of `pt.Experiment` on the validation queries. At the end, the student has the weights with
-        the highest `nDCG@10`.
+        Args:
+            topics_or_res_tr: the training data: a result frame with the columns that the student reads, or a StoredRun,
+                which reads the same lists from files.
+            qrels_tr: the labels of the training queries, a frame with qid, docno and label. FineTune needs them if the
+                recipe learns from labels. Distil ignores them.
+            topics_or_res_va: a result frame with the validation queries and their passages, or None.
+            qrels_va: the labels of the validation queries, or None.
 
-        For a frame that the student cannot read, `fit` raises the same errors as the student's `transform`. It raises
-        the errors of StoredRun and of `trainer.train`, and TypeError for a student that cannot be trained or for an
-        unknown setting. It raises ValueError
+        If the two validation arguments are given, the `nDCG@10` of the student on the validation queries is measured
+        every `every` steps. The measured value equals the `nDCG@10` that `pt.Experiment` would return. At the end, the
+        student has the weights with the highest `nDCG@10`.
 
-        - for an unknown recipe, and for an invalid value of a setting;
-        - for missing labels, and for a label or a teacher's score that is not a finite number;
-        - for a teacher that ranks none of the passages;
-        - for qrels that judge none of the passages relevant;
-        - for a validation frame without qrels, and for validation qrels without a frame;
+        If the student cannot read a frame, `fit` raises the same errors as the student's `transform`. It also raises
+        the errors of StoredRun and of `trainer.train`. `fit` raises TypeError if the student cannot be trained or if a
+        setting is unknown. `fit` raises ValueError
+
+        - if the recipe is unknown, or if the value of a setting is invalid;
+        - if FineTune needs labels and gets none, or if a label or a teacher's score is not a finite number;
+        - if the teacher ranks none of the passages;
+        - if the qrels judge none of the passages relevant;
+        - if a validation frame is given without qrels, or validation qrels without a frame;
         - if the training data has no list from which the student can learn.
         """
         recipe, settings = self.chosen_recipe(), self.chosen_settings()
@@ -163,7 +180,14 @@ class Training(pt.Estimator):
         self.student.note_training(self.told(recipe, objective, len(lists), log))
 
     def told(self, recipe: Recipe, objective: Objective, n_lists: int, log: Log) -> dict[str, str]:
-        """What the student's model card records about a `fit`, as name -> text."""
+        """Return the facts about a `fit` that the student's model card records, as name -> text.
+
+        Args:
+            recipe: the recipe of this `fit`.
+            objective: the objective of this `fit`.
+            n_lists: the number of lists that the student learned from.
+            log: the log that `trainer.train` returned.
+        """
         name = self.default_recipe(training_module(self.student)) if self.recipe is None else self.recipe
         name = type(name).__name__ if isinstance(name, Recipe) else name
         fields = [f"{name}={value!r}" for name, value in vars(recipe).items() if value is not None and value != {}]
@@ -180,16 +204,18 @@ class Training(pt.Estimator):
         return told
 
     def learned_from(self, columns: set[str]) -> str:
-        """A description of the training data for the model card. columns: the columns that the student reads."""
+        """Return a description of the training data for the model card. `columns` are the names of the columns that the
+        student reads."""
         raise NotImplementedError
 
     def validation(
         self, frame: pd.DataFrame | None, qrels: pd.DataFrame | None
     ) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-        """The validation frame and the qrels of its queries. Returns None if neither of the two arguments is given.
+        """Return the validation frame, and the qrels of its queries in the form that ir_measures takes. Returns None if
+        both arguments are None.
 
-        Raises ValueError if only one of the two is given or if the qrels judge none of the passages relevant. Raises
-        the student's own errors for a frame that the student cannot read.
+        Raises ValueError if only one of the arguments is given, or if the qrels judge none of the frame's passages
+        relevant. Raises the same errors as the student's `transform` if the student cannot read the frame.
         """
         if frame is None and qrels is None:
             return None
@@ -199,7 +225,13 @@ class Training(pt.Estimator):
         return frame, judgements(frame, qrels)
 
     def described(self, given: Iterable[Any], measured_on: tuple[pd.DataFrame, pd.DataFrame] | None) -> dict[str, str]:
-        """What must be unchanged for training to resume from a folder's checkpoint, as name -> text."""
+        """Return a description of the student and the data, as name -> text. Training resumes from a checkpoint in the
+        folder only if this description is unchanged.
+
+        Args:
+            given: the training lists, and the texts that were looked up in a stored run.
+            measured_on: what `validation` returned.
+        """
         valid: list[Any] = []
         if measured_on:
             valid = [*rankings(measured_on[0], self.student.column_sets()), *measured_on[1].to_numpy().tolist()]
@@ -210,7 +242,8 @@ class Training(pt.Estimator):
         }
 
     def apply_attributes(self, **changes: Any) -> "Training":
-        """A copy with other arguments or settings. `pt.inspect.transformer_apply_attributes` calls this method."""
+        """Return a copy with other arguments or settings. `changes` has their names and new values.
+        `pt.inspect.transformer_apply_attributes` calls this method."""
         given = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(self)} | changes
         return type(self)(**given.pop("settings") | given)
 
@@ -221,32 +254,34 @@ class Training(pt.Estimator):
 class FineTune(Training):
     """Train a student on labels: `pipe = first_stage >> text >> FineTune(student); pipe.fit(topics, qrels)`.
 
+    In this pipeline, `text` is a stage that adds the texts of the passages, such as `dataset.text_loader()`.
+
     Args:
         student: a reranker, usually from `from_backbone`. `fit` trains it in place, and the pipeline then reranks with
             it.
         recipe: the name of one of the student's recipes, or a Recipe. None selects the student's default recipe.
         verbose: show progress.
         settings: any field of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
-            class), and any field of `trainer.Settings`: folder= (where checkpoints are saved, to resume from), every=
-            (steps between checkpoints and between measurements on the validation frame), patience= (stop after this
-            many measurements in a row without a better `nDCG@10`) and seed= (default 42).
+            class), and any field of `trainer.Settings`: folder= (where checkpoints are saved, so that training can
+            resume), every= (steps between checkpoints and between measurements on the validation frame), patience=
+            (stop after this many measurements in a row without a better `nDCG@10`) and seed= (default 42).
 
-    In the pipeline above, `text` is a stage that adds the texts of the passages, such as `dataset.text_loader()`.
-
-    A LiT5Score learns from answers instead of labels. The answers are in a column `answers`, which holds a text or a
-    list of texts for each query. The alignment stage of a PERank learns from the texts of the passages alone.
+    A LiT5Score learns from answers instead of labels. It reads the answers from a column `answers`. For each query,
+    this column holds a text or a list of texts. The alignment stage of a PERank learns from the texts of the passages
+    alone, without labels.
     """
 
     def default_recipe(self, module: ModuleType) -> str:
-        """The name of the student's recipe for labels."""
+        """Return the name of the student's default recipe for labels. `module` is the student's training module."""
         return str(module.FINE_TUNE)
 
     def learned_from(self, columns: set[str]) -> str:
-        """What the recipe learns from: "labels", "answers" or "the passages alone"."""
+        """Return what the recipe learns from: "labels", "answers" or "the passages alone". `columns` are the names of
+        the columns that the student reads."""
         return "labels" if "target" in columns else "answers" if "answers" in columns else "the passages alone"
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
-        """The frame or stored run with the labels of the qrels as targets."""
+        """Return the frame or stored run with the labels of the qrels as targets."""
         return given.labelled(qrels) if isinstance(given, StoredRun) else with_labels(given, qrels)
 
 
@@ -254,10 +289,15 @@ class Distil(Training):
     """Train a student on a teacher's ranking: `pipe = first_stage >> text >> Distil(student, teacher)`, and then
     `pipe.fit(topics, None)`.
 
+    In this pipeline, `text` is a stage that adds the texts of the passages, such as `dataset.text_loader()`.
+
     Args:
-        student, recipe, verbose, settings: as for FineTune.
-        teacher: a transformer that reranks the passages of the training queries; or a run, as a frame or a file. With
+        student: as for FineTune.
+        teacher: a transformer that reranks the passages of the training queries, or a run, as a frame or a file. With
             None, the student learns the order of the first stage.
+        recipe: as for FineTune.
+        verbose: as for FineTune.
+        settings: as for FineTune.
 
     `first_stage % 50` limits the lists to 50 passages, the depth in the paper of Rank-DistiLLM. `topics.sample(1_000)`
     samples 1,000 training queries.
@@ -276,8 +316,8 @@ class Distil(Training):
         self.teacher = teacher
 
     def default_recipe(self, module: ModuleType) -> str:
-        """The name of the student's recipe for a teacher's ranking. Raises TypeError for a student that learns from
-        answers."""
+        """Return the name of the student's default recipe for a teacher's ranking. `module` is the student's training
+        module. Raises TypeError if the student learns from answers."""
         if module.DISTIL is None:
             raise TypeError(
                 f"{type(self.student).__name__} learns from answers, not from a teacher's ranking; use FineTune"
@@ -285,7 +325,7 @@ class Distil(Training):
         return str(module.DISTIL)
 
     def learned_from(self, columns: set[str]) -> str:
-        """A description of the teacher for the model card. Local paths are shortened to their last part."""
+        """Return a description of the teacher for the model card. Local paths are shortened to their last part."""
         if self.teacher is None:
             return "the order of the candidates"
         if isinstance(self.teacher, str | Path):
@@ -295,16 +335,17 @@ class Distil(Training):
         return f"the ranking of {_without_folders(repr(self.teacher))}"
 
     def with_targets(self, given: Given, qrels: pd.DataFrame | None) -> Given:
-        """The frame or stored run with the teacher's scores as targets."""
+        """Return the frame or stored run with the teacher's scores as targets. `qrels` is ignored."""
         if isinstance(given, StoredRun):
             return given.taught(self.teacher, self.student.text_field)
         return with_teacher(given, self.teacher)
 
 
 def training_module(student: pt.Transformer) -> ModuleType:
-    """The training module of a student's class, or of its nearest parent class that has a training module.
+    """Return the training module of a student's class. If this class has none, return the training module of its
+    nearest parent class that has one.
 
-    Raises TypeError for a student whose classes have no training module.
+    Raises TypeError if none of these classes has a training module.
     """
     package, _, here = __package__.rpartition(".")
     for kind in type(student).__mro__:
@@ -318,9 +359,12 @@ def training_module(student: pt.Transformer) -> ModuleType:
 
 
 def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> float:
-    """The mean `nDCG@10` of a result frame after the student has reranked it, over the queries of `judged`.
+    """Rerank a result frame with the student, and return the mean `nDCG@10` over the queries of `judged`.
 
-    judged: qrels from `data.judgements`.
+    Args:
+        student: the reranker to measure.
+        frame: the validation frame.
+        judged: qrels from `data.judgements`.
     """
     run = student.in_its_dtype().transform(frame).rename(columns={"qid": "query_id", "docno": "doc_id"})
     run = run[["query_id", "doc_id", "score"]].astype({"query_id": "str", "doc_id": "str"})
@@ -328,5 +372,5 @@ def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> 
 
 
 def _without_folders(call: str) -> str:
-    """The text, in which each quoted local path is shortened to its last part."""
+    """Return the text, in which each quoted local path is shortened to its last part."""
     return re.sub(r"(?<=['\"])[/~][^'\"]*/", "", call)

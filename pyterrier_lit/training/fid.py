@@ -4,7 +4,7 @@ from many passages.
 The encoder of the T5 reads each passage alone, in a prompt with the query. The decoder attends to the tokens of all
 passages and learns to generate the answer. The loss is the cross-entropy of the answer. The encoder's activations for a
 hundred passages would fill the memory of a GPU. With gradient checkpointing, only the encoder's output states are kept.
-The backward pass then recomputes the activations for a part of the passages at a time.
+The backward pass then recomputes the activations, for a part of the passages at a time.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ from pyterrier_lit.models.t5 import EOS, START, FiD, T5Checkpoint
 from pyterrier_lit.training.losses import decayed_cross_entropy
 from pyterrier_lit.training.trainer import Recipe
 
-PromptsAndAnswer = tuple[list[list[int]], list[int]]  # one query's token ids: prompts, and the answer with EOS
+# The token ids of the prompts of a query's passages, and the token ids of the answer with EOS
+PromptsAndAnswer = tuple[list[list[int]], list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class FiDRecipe(Recipe):
-    """Fields that the recipes of both LiT5 rerankers share.
+    """The fields that the recipes of both LiT5 rerankers share.
 
     Args:
         dropout: the dropout rate of the T5.
@@ -39,21 +40,22 @@ class FiDRecipe(Recipe):
 
 
 class AnswerBatch(NamedTuple):
-    """The token ids of B queries: for each query, the prompts of its passages, and its answer with EOS."""
+    """The token ids of B queries. `prompts` holds, for each query, the prompts of its passages. `answers` holds, for
+    each query, the answer with EOS."""
 
     prompts: list[list[list[int]]]
     answers: list[list[int]]
 
 
 def collate(read: Callable[[Any], PromptsAndAnswer], examples: list[Any]) -> AnswerBatch:
-    """Tokenise B examples. read: a function that tokenises one example."""
+    """Tokenise B examples, and return them as a batch. `read` is a function that tokenises one example."""
     prompts, answers = zip(*map(read, examples), strict=True)
     return AnswerBatch(list(prompts), list(answers))
 
 
 def set_dropout(network: Any, dropout: float) -> None:
-    """Set the dropout rate of every layer. T5 stores the rate in Dropout modules and, for the attention weights, as a
-    number."""
+    """Set the dropout rate of every layer of a T5. The T5 of transformers stores the rate in Dropout modules and, for
+    the attention weights, as a number."""
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -64,10 +66,16 @@ def set_dropout(network: Any, dropout: float) -> None:
 def answer_loss(
     t5: T5Checkpoint, decay: float, max_tokens: int | None, checkpointing: bool, batch: AnswerBatch
 ) -> torch.Tensor:
-    """The mean cross-entropy of the tokens of the answers. Token t of an answer (from 0) has the weight decay^t.
+    """Return the weighted mean cross-entropy of the tokens of B answers, a scalar tensor. Token t of an answer (from 0)
+    has the weight decay^t.
 
-    max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and 16,384
-    on a GPU.
+    Args:
+        t5: the T5 to train.
+        decay: the weight of a token divided by the weight of the token before it.
+        max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and
+            16,384 on a GPU.
+        checkpointing: whether to use gradient checkpointing in the encoder.
+        batch: the prompts and the answers of B queries.
     """
     fid = FiD(t5.network)
     states, attention_mask = encode(fid, batch.prompts, max_tokens, checkpointing)
@@ -77,9 +85,14 @@ def answer_loss(
 def text_loss(
     fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, answers: Sequence[Sequence[int]], decay: float
 ) -> torch.Tensor:
-    """The cross-entropy of B answers, given the encoder states (B, S, D) of their passages and a mask (B, S).
+    """Return the weighted mean cross-entropy of the tokens of B answers, a scalar tensor.
 
-    answers: the token ids of each answer. decay: as in `answer_loss`.
+    Args:
+        fid: the T5.
+        states: the encoder states (B, S, D) of the passages of each query.
+        attention_mask: the mask (B, S) of these states.
+        answers: the token ids of each answer.
+        decay: as in `answer_loss`.
     """
     labels, inside = (tensor.to(fid.device) for tensor in padded(answers, EOS))
     written = torch.cat([labels.new_full((len(labels), 1), START), labels[:, :-1]], 1)  # the decoder's inputs
@@ -87,9 +100,13 @@ def text_loss(
 
 
 def decode(fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """The decoder's states (B, T, D) for the input ids (B, T).
+    """Run the decoder, and return its states (B, T, D).
 
-    states: encoder states (B, S, D). attention_mask: their mask (B, S). written: the input ids.
+    Args:
+        fid: the T5.
+        states: the encoder states (B, S, D).
+        attention_mask: the mask (B, S) of these states.
+        written: the input ids (B, T) of the decoder.
     """
     decoder = fid.network.decoder
     read = decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=attention_mask)
@@ -100,10 +117,14 @@ def decode(fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, written
 def encode(
     fid: FiD, windows: Sequence[Sequence[Sequence[int]]], max_tokens: int | None, checkpointing: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompts of B queries -> encoder states (B, S, D) and a mask (B, S). The states of a query are the
-    concatenated states of its prompts. S is the largest number of tokens of a query, over all of its prompts.
+    """Encode the prompts of B queries. Returns encoder states (B, S, D) and a mask (B, S). The states of a query are
+    the concatenated states of its prompts. S is the largest number of tokens that the prompts of a query have together.
 
-    windows: for each query, the token ids of its prompts.
+    Args:
+        fid: the T5.
+        windows: for each query, the token ids of its prompts.
+        max_tokens: as in `answer_loss`.
+        checkpointing: as in `answer_loss`.
     """
     prompts = [prompt for window in windows for prompt in window]
     encoded: list[Any] = [None] * len(prompts)

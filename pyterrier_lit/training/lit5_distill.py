@@ -2,12 +2,12 @@
 
 A training example is a window of passages from a query's list. The student reads the passages with their identifiers
 and learns to generate the identifiers in the teacher's order, best first, such as "3 1 2". The windows vary in size and
-some are shuffled, so that the student depends neither on the number of passages nor on their order. The first tokens of
-the answer have larger weights in the loss than later tokens, because they name the best passages. Sources: LiT and
-Lean, ECIR 2025; arXiv 2312.16098.
+some windows are shuffled, so that the student depends neither on the number of passages nor on their order. The first
+tokens of the answer have larger weights in the loss than later tokens, because the first tokens name the best passages.
+Sources: LiT and Lean, ECIR 2025; arXiv 2312.16098.
 
-The recipe `lit5-distill-first` trains a student for `decoding="first"`. It adds a second loss, which trains the logits
-of the first decoding step to rank all passages (FIRST, arXiv 2406.15657).
+The recipe `lit5-distill-first` trains a student for `decoding="first"`. This recipe adds a second loss, which trains
+the logits of the first decoding step to rank all passages (FIRST, arXiv 2406.15657).
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 @dataclasses.dataclass(frozen=True)
 class WindowRecipe(FiDRecipe):
     """A recipe for LiT5Distill. A training example is a window of passages, sampled from a query's list. The paper (LiT
-    and Lean, ECIR 2025) varies the size and the order of the windows. It does not say how the sizes and orders are
-    distributed.
+    and Lean, ECIR 2025) varies the size and the order of the windows. The paper does not state how the sizes and orders
+    are distributed.
 
     Args:
-        smallest, largest: the smallest and the largest number of passages in a window. largest=None is the student's
-            window size.
+        smallest: the smallest number of passages in a window.
+        largest: the largest number of passages in a window. None is the student's window size.
         shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
             stage.
         decay: the weight of each token of the answer in the loss, divided by the weight of the token before it.
@@ -55,24 +55,24 @@ class WindowRecipe(FiDRecipe):
     first_weight: float = 0.0
 
     def objective(self, student: LiT5Distill) -> Objective:
-        """The cross-entropy of the target ranking string, plus RankNet on the first decoding step if first_weight is
-        above 0. Raises ValueError unless 2 <= smallest <= largest."""
+        """Return the training objective: the cross-entropy of the target ranking string, plus RankNet on the first
+        decoding step if first_weight is above 0. Raises ValueError unless 2 <= smallest <= largest."""
         return objective(student, self)
 
 
-# Source: LiT and Lean, section 3. The paper does not give the number of epochs: its authors took the epoch that was
-# best on development queries
+# Source: LiT and Lean, section 3. The paper does not give the number of epochs: its authors used the checkpoint of the
+# epoch that was best on development queries
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
-    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first"; the weight in FIRST's code
+    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first". The weight is that in FIRST's code
 }
-FINE_TUNE = DISTIL = "lit5-distill-v2"  # the default recipe
+FINE_TUNE = DISTIL = "lit5-distill-v2"  # the default recipe for labels and for a teacher's ranking
 
 
 class OrderExample(NamedTuple):
-    """A query, passages in the order shown to the student, and the positions of the passages in this order, best
-    first."""
+    """A training example: a query, and the passages of a window in the order in which the student sees them. `order`
+    holds the positions of the passages in the window (from 0), best first."""
 
     query: str
     passages: list[str]
@@ -80,7 +80,8 @@ class OrderExample(NamedTuple):
 
 
 def objective(student: LiT5Distill, recipe: WindowRecipe) -> Objective:
-    """The training objective of a LiT5Distill for a recipe. Raises ValueError unless 2 <= smallest <= largest."""
+    """Return the training objective of a LiT5Distill for a recipe. Raises ValueError unless 2 <= smallest <=
+    largest."""
     t5: T5Checkpoint = student.load()
     largest = recipe.largest or student.window()[0]
     if not 2 <= recipe.smallest <= largest:
@@ -99,14 +100,23 @@ def objective(student: LiT5Distill, recipe: WindowRecipe) -> Objective:
 def sample_window(
     text_field: str, recipe: WindowRecipe, largest: int, given: Ranking, rng: random.Random
 ) -> OrderExample:
-    """Sample a window of passages from a list."""
+    """Sample a window of passages from a list, and return it as a training example.
+
+    Args:
+        text_field: the name of the column with the texts.
+        recipe: the recipe.
+        largest: the largest number of passages in the window.
+        given: the list, with the columns `text_field` and `target`.
+        rng: the random generator.
+    """
     shown, order = window(given.columns["target"], recipe.smallest, largest, recipe.shuffle, rng)
     return OrderExample(given.query, take(given.columns[text_field], shown), order)
 
 
 class WindowBatch(NamedTuple):
-    """The token ids of B windows: for each window, the prompts of its passages, and the target ranking string with EOS.
-    Also the positions of each window's passages, best first."""
+    """A batch of B windows. `prompts` holds, for each window, the token ids of the prompts of its passages. `answers`
+    holds, for each window, the token ids of its target ranking string with EOS. `orders` holds, for each window, the
+    positions of its passages (from 0), best first."""
 
     prompts: list[list[list[int]]]
     answers: list[list[int]]
@@ -114,7 +124,7 @@ class WindowBatch(NamedTuple):
 
 
 def collate(student: LiT5Distill, examples: list[OrderExample]) -> WindowBatch:
-    """Tokenise B examples."""
+    """Tokenise B examples, and return them as a batch."""
     texts = [" ".join(str(position + 1) for position in example.order) for example in examples]
     return WindowBatch(
         prompts=[student.prompts(example.query, example.passages) for example in examples],
@@ -124,7 +134,8 @@ def collate(student: LiT5Distill, examples: list[OrderExample]) -> WindowBatch:
 
 
 def loss(t5: T5Checkpoint, recipe: WindowRecipe, batch: WindowBatch) -> torch.Tensor:
-    """The mean over B windows of cross-entropy(target ranking string) + first_weight * RankNet(first decoding step)."""
+    """Return the loss of B windows, a scalar tensor: cross-entropy(target ranking string) + first_weight *
+    RankNet(first decoding step). Both terms are means over the batch."""
     fid = FiD(t5.network)
     memory = encode(fid, batch.prompts, recipe.max_tokens, recipe.checkpointing)
     total = text_loss(fid, *memory, batch.answers, recipe.decay)
@@ -136,11 +147,14 @@ def loss(t5: T5Checkpoint, recipe: WindowRecipe, batch: WindowBatch) -> torch.Te
 def first_step_loss(
     t5: T5Checkpoint, states: torch.Tensor, attention_mask: torch.Tensor, orders: list[list[int]]
 ) -> torch.Tensor:
-    """Weighted RankNet over the log-probabilities of the identifiers at the first decoding step. With decoding="first",
-    the student ranks by these log-probabilities.
+    """Return the weighted RankNet loss over the log-probabilities of the identifiers at the first decoding step, a
+    scalar tensor. With decoding="first", the student ranks by these log-probabilities.
 
-    states, attention_mask: what `training.fid.encode` returned for the windows. orders: the positions of each window's
-    passages, best first.
+    Args:
+        t5: the T5 to train.
+        states: the encoder states (B, S, D) of the windows, as `training.fid.encode` returns them.
+        attention_mask: the mask (B, S) of these states.
+        orders: for each window, the positions of its passages (from 0), best first.
     """
     counts = [len(order) for order in orders]
     words, pieces = identifiers(t5, max(counts))
@@ -150,27 +164,32 @@ def first_step_loss(
 
 
 class Beginning:
-    """A `decoding.Reader` for the first tokens of an answer, with gradients.
+    """A `decoding.Reader` for the first tokens of B answers, with gradients.
 
-    pieces: for each token that the reader knows, its id in the vocabulary of the T5.
+    Args:
+        fid: the T5.
+        states: the encoder states (B, S, D).
+        attention_mask: the mask (B, S) of these states.
+        pieces: the vocabulary ids of the R tokens that the reader knows. Token i of the reader has the id pieces[i].
     """
 
     def __init__(self, fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, pieces: list[int]):
         self.fid, self.memory = fid, (states, attention_mask)
-        self.pieces = torch.tensor(pieces, device=fid.device)  # (R,)
+        self.pieces = torch.tensor(pieces, device=fid.device)  # (R,), vocabulary ids
         self.begin = self.pieces.new_full((len(states), 1), START)
 
     @property
     def device(self) -> torch.device:
+        """The device of the T5."""
         return self.fid.device
 
     def start(self) -> torch.Tensor:
-        """Logits (B, R) of the first token."""
+        """Return the logits (B, R) of the first token."""
         return self.read(self.pieces.new_empty((len(self.begin), 0)))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, m) after the start token -> logits (B, m, R) after each of these tokens. For m = 0, the logits (B,
-        1, R) after the start token."""
+        """Process m tokens after the start token: tokens (B, m) -> logits (B, m, R) after each of these tokens. For m =
+        0, the result is the logits (B, 1, R) after the start token."""
         written = torch.cat([self.begin, self.pieces[tokens]], 1)
         states = decode(self.fid, *self.memory, written)
         return self.fid.logits(states[:, min(tokens.shape[1], 1) :], self.pieces)

@@ -1,9 +1,9 @@
 """Training of LiT5Score: it learns to answer questions from passages, without any relevance labels.
 
 A training example is a question with the first passages of its list and one of its answers. The student learns to
-generate the answer. To do so, it must attend to the passages that contain the answer. When the student ranks, this
-attention gives the scores of the passages. Source: arXiv 2312.16098. The model is the FiD reader of Izacard and Grave,
-arXiv 2007.01282.
+generate the answer. To generate it, the student must attend to the passages that contain the answer. When the student
+ranks, this attention gives the scores of the passages. Source: arXiv 2312.16098. The model is the FiD reader of Izacard
+and Grave, arXiv 2007.01282.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class AnswerRecipe(FiDRecipe):
     answers.
 
     Args:
-        n_passages: passages per example. None is the student's n_passages.
+        n_passages: the number of passages per example. None is the student's n_passages.
         dropout: the dropout rate of the T5.
         max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and
             16,384 on a GPU.
@@ -36,22 +36,23 @@ class AnswerRecipe(FiDRecipe):
     n_passages: int | None = None
 
     def objective(self, student: LiT5Score) -> Objective:
-        """The cross-entropy of the answer."""
+        """Return the training objective: the cross-entropy of the answer."""
         return objective(student, self)
 
 
 RECIPES: dict[str, Recipe] = {
-    # The recipe of LiT5-Score is not published. This is the recipe of the large reader of FiD (Izacard and Grave), the
-    # predecessor of LiT5-Score
+    # The recipe of LiT5-Score is not published. `fid-reader` is the recipe of the large FiD reader (Izacard and Grave),
+    # the predecessor of LiT5-Score
     "fid-reader": AnswerRecipe(
         5e-5, batch_size=64, steps=15_000, warmup=1_000, schedule="linear", weight_decay=0.01, clip=1.0
     ),
 }
-FINE_TUNE, DISTIL = "fid-reader", None  # the default recipes. DISTIL is None, since a teacher's ranking has no answers
+# The default recipes for labels and for a teacher's ranking. DISTIL is None, since a teacher's ranking has no answers
+FINE_TUNE, DISTIL = "fid-reader", None
 
 
 class AnswerExample(NamedTuple):
-    """A question, its passages, and the answer to generate."""
+    """A training example: a question, the texts of its passages, and the answer to generate."""
 
     query: str
     passages: list[str]
@@ -59,7 +60,7 @@ class AnswerExample(NamedTuple):
 
 
 def objective(student: LiT5Score, recipe: AnswerRecipe) -> Objective:
-    """The training objective of a LiT5Score for a recipe."""
+    """Return the training objective of a LiT5Score for a recipe."""
     t5: T5Checkpoint = student.load()
     set_dropout(t5.network, recipe.dropout)
     return Objective(
@@ -74,26 +75,33 @@ def objective(student: LiT5Score, recipe: AnswerRecipe) -> Objective:
 
 
 def answered(lists: Sequence[Ranking]) -> list[Ranking]:
-    """The lists of the questions that have at least one answer."""
+    """Return the lists of the questions that have at least one answer."""
     return [given for given in lists if answers_of(given)]
 
 
 def sample_answer(text_field: str, n_passages: int, given: Ranking, rng: random.Random) -> AnswerExample:
-    """The first passages of a question, and one of its answers, chosen at random."""
+    """Return a training example: the first passages of a question, and one of its answers, chosen at random.
+
+    Args:
+        text_field: the name of the column with the texts.
+        n_passages: the number of passages.
+        given: the list of the question, with the columns `text_field` and `answers`.
+        rng: the random generator.
+    """
     return AnswerExample(given.query, given.columns[text_field][:n_passages], rng.choice(answers_of(given)))
 
 
 def read(student: LiT5Score, example: AnswerExample) -> PromptsAndAnswer:
-    """The token ids of the passages' prompts, and the token ids of the answer, truncated to the student's
-    answer_length."""
+    """Tokenise an example. Returns the token ids of the prompts of its passages, and the token ids of its answer with
+    EOS. The answer is truncated to the student's answer_length."""
     pieces = student.load().pieces([example.answer])[0]
-    most = student.lengths()["answer_length"] - 2  # answer_length counts START and EOS
+    most = student.lengths()["answer_length"] - 2  # answer_length includes START and EOS
     return student.prompts(example.query, example.passages).ids, [*pieces[:most], EOS]
 
 
 def answers_of(given: Ranking) -> list[str]:
-    """The answers to a question. They are read from the first row of the question, which holds one text or a list of
-    texts."""
+    """Return the answers to a question. The answers are read from the first row of the column `answers`, which holds
+    one text or a list of texts."""
     found = given.columns["answers"][0]
     texts = [found] if isinstance(found, str) else list(found) if isinstance(found, Sequence) else []
     return [text for text in texts if isinstance(text, str) and text.strip()]

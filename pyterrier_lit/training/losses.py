@@ -1,9 +1,12 @@
 """Losses: pure functions of (scores, targets) that return a scalar. This module does not deal with texts or models.
 
-The scores s and the targets t have the shape (Q, N): Q queries with up to N passages each. Higher values are better.
-`mask` (Q, N) is true where there is a passage. If `mask` is None, every query has N passages. Values outside the mask
-have no effect. Some losses are means over pairs of passages of the same query. In these losses, a query without a pair
-(with a single passage, or with equal targets only) contributes nothing, and the loss is 0 if no query has a pair.
+The scores s and the targets t are tensors of shape (Q, N): Q queries with up to N passages each. Higher values are
+better. `mask` is a boolean tensor (Q, N) that is true where there is a passage. If `mask` is None, every query has N
+passages. Values outside the mask have no effect.
+
+Some losses are means over pairs of passages of the same query. A query has no such pair if it has a single passage or
+if all its targets are equal. A query without a pair contributes nothing to these losses. If no query has a pair, these
+losses are 0.
 
 Rank-DistiLLM is arXiv 2405.07920; its original code is in the library lightning-ir. PE-Rank is arXiv 2406.14848.
 """
@@ -11,27 +14,30 @@ Rank-DistiLLM is arXiv 2405.07920; its original code is in the library lightning
 import torch
 import torch.nn.functional as F
 
-Mask = torch.Tensor | None
+Mask = torch.Tensor | None  # boolean (Q, N), or None if every query has N passages
 
 
 def ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
     """RankNet: the mean of log(1 + exp(-T (s_i - s_j))) over all pairs of passages in the batch with t_i > t_j.
 
-    temperature: T. Sources: Burges et al., ICML 2005; Rank-DistiLLM. The formula printed in Rank-DistiLLM has the wrong
-    sign and a sum over the pairs. This function takes the mean, as lightning-ir does.
+    Args:
+        temperature: T in the formula.
+
+    Sources: Burges et al., ICML 2005; Rank-DistiLLM. The formula printed in Rank-DistiLLM has the wrong sign and a sum
+    over the pairs. This function takes the mean, as lightning-ir does.
     """
     return _mean(F.softplus(-temperature * _differences(_filled(scores, mask))), _better(targets, mask))
 
 
 def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """RankNet with larger weights for pairs near the top. It is the mean, over all pairs of passages in the batch with
-    t_i > t_j, of::
+    """RankNet with larger weights for pairs of passages near the top. The loss is the mean, over all pairs of passages
+    in the batch with t_i > t_j, of::
 
         log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
     Source: FIRST, arXiv 2406.15657, section 3.2. The formula in the paper is a sum. The paper's code takes the mean
-    over the pairs of each list.
+    over the pairs of passages of each list.
     """
     inside = _inside(scores, mask)
     rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)
@@ -54,7 +60,8 @@ def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch
     themselves.
 
     Unlike the other losses of scores and targets, this loss changes if a constant is added to all scores of a query.
-    Source: Hinton et al., arXiv 1503.02531, section 2.1. There, matching the logits is the limit of high temperatures.
+    Source: Hinton et al., arXiv 1503.02531, section 2.1. That section shows that matching the logits is the limit of
+    high temperatures.
     """
     inside = _inside(scores, mask)
     return _mean((_filled(scores, mask) - _filled(targets, mask)).square(), inside)
@@ -66,14 +73,17 @@ def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
         p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)   the approximate rank
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
-    temperature: T. Source: Rank-DistiLLM, appendix B. The formula for p_i in that paper does not give a rank. The
-    formula used here is from Qin et al., 2010. The paper prints a sum over the passages. This function takes the mean,
-    and computes the weights 1 / log2(r_i + 1) in float32, as lightning-ir does.
+    Args:
+        temperature: T in the formula.
+
+    Source: Rank-DistiLLM, appendix B. The formula for p_i in that paper does not give a rank. The formula used here is
+    from Qin et al., 2010. The loss in the paper is a sum over the passages. This function takes the mean, and computes
+    the weights 1 / log2(r_i + 1) in float32, as lightning-ir does.
     """
     inside = _inside(scores, mask)
     pairs = inside[:, :, None] & inside[:, None]  # (Q, i, j)
     higher = (-_differences(_filled(scores, mask)) / temperature).sigmoid()
-    approximate = 0.5 + torch.where(pairs, higher, 0).sum(2)  # the sum includes sigmoid(0) = 0.5 of the pair (i, i)
+    approximate = 0.5 + torch.where(pairs, higher, 0).sum(2)  # the sum includes sigmoid(0) = 0.5 for the pair (i, i)
     rank = 1 + _order(targets, inside).argsort(dim=1)
     weight = 1 / torch.log2(rank.float() + 1)
     return _mean((approximate - rank).square() * weight, inside)
@@ -83,17 +93,20 @@ def lce(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch
     """Localised contrastive estimation (InfoNCE): the mean over queries of -log softmax(s) at the passage with the
     highest target.
 
-    If several passages of a query have the highest target, the first one counts. Sources: Gao et al., ECIR 2021;
-    Rank-DistiLLM, stage 1.
+    If several passages of a query have the highest target, the first of these passages is used. Sources: Gao et al.,
+    ECIR 2021; Rank-DistiLLM, stage 1.
     """
     inside = _inside(scores, mask)
     return F.cross_entropy(scores.masked_fill(~inside, float("-inf")), _order(targets, inside)[:, 0])
 
 
 def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
-    """The mean over queries of KL(softmax(t / T) || softmax(s)). The targets are a teacher's scores.
+    """KL divergence: the mean over queries of KL(softmax(t / T) || softmax(s)). The targets are a teacher's scores.
 
-    temperature: T. Source: Hinton et al., arXiv 1503.02531. With T = 1, the loss equals that of lightning-ir.
+    Args:
+        temperature: T in the formula.
+
+    Source: Hinton et al., arXiv 1503.02531. With T = 1, this loss equals the KL divergence in lightning-ir.
     """
     inside = _inside(scores, mask)
     teacher = (targets / temperature).to(scores.dtype).masked_fill(~inside, float("-inf")).log_softmax(1)
@@ -101,12 +114,16 @@ def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperatu
 
 
 def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "mean") -> torch.Tensor:
-    """ListMLE: the negative log-likelihood of the order by target in the Plackett-Luce model. It is the mean over
+    """ListMLE: the negative log-likelihood of the order by target in the Plackett-Luce model. The loss is the mean over
     queries of the mean (reduction="mean") or the sum (reduction="sum") over ranks i of::
 
         -log softmax(s_i over the passages not yet ranked) at the passage of rank i
 
-    scores: (Q, N), or (Q, N, N) where row i holds the scores at rank i, since PE-Rank computes new scores at each rank.
+    Args:
+        scores: (Q, N), or (Q, N, N), where row i of a query holds the scores of its passages at rank i. PE-Rank
+            computes new scores at each rank.
+        reduction: "mean" or "sum".
+
     Passages with equal targets are ranked in the order of their positions. Sources: Xia et al., ICML 2008; PE-Rank,
     stage 2.
     """
@@ -117,11 +134,18 @@ def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, red
 def list_kl(
     scores: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "sum"
 ) -> torch.Tensor:
-    """The mean over queries of the sum (reduction="sum") or the mean (reduction="mean") over ranks of KL(teacher ||
-    student). At each rank, teacher and student are distributions over the passages not yet ranked.
+    """KL divergence per rank: the mean over queries of the sum (reduction="sum") or the mean (reduction="mean") over
+    ranks of KL(teacher || student). At each rank, teacher and student are distributions over the passages not yet
+    ranked.
 
-    scores: the student's scores. teacher: the teacher's scores. Both have one of the shapes that `list_mle` accepts,
-    and gradients flow into both. Source: PE-Rank, stage 2, whose code uses the sum.
+    Args:
+        scores: the student's scores, in one of the shapes that `list_mle` accepts.
+        teacher: the teacher's scores, in one of the shapes that `list_mle` accepts.
+        targets: (Q, N). The passages are ranked from the highest target to the lowest.
+        reduction: "sum" or "mean".
+
+    Gradients flow into the student's scores and into the teacher's scores. Source: PE-Rank, stage 2. The code of
+    PE-Rank uses the sum.
     """
     logs, ranks = _stepwise(scores, targets, mask)
     taught, _ = _stepwise(teacher, targets, mask)
@@ -134,9 +158,15 @@ def decayed_cross_entropy(
     """The weighted mean over all tokens in the batch of -log softmax(logits) at the token's label. Token t of a
     sequence (from 0) has the weight decay^t.
 
-    logits: (B, T, V), for B sequences of T tokens and a vocabulary of V tokens. labels: (B, T). mask: (B, T). decay=1
-    is the ordinary cross-entropy of a language model. Source: LiT and Lean, ECIR 2025, section 3. The paper does not
-    say how the weights are normalised. This function divides them by their sum.
+    Args:
+        logits: (B, T, V), for B sequences of T tokens and a vocabulary of V tokens.
+        labels: (B, T), the token ids to predict.
+        mask: (B, T), true where there is a token. None means that every sequence has T tokens.
+        decay: the weight of a token divided by the weight of the token before it. With decay=1, the loss is the
+            ordinary cross-entropy of a language model.
+
+    Source: LiT and Lean, ECIR 2025, section 3. The paper does not state how the weights are normalised. This function
+    divides the weights by their sum.
     """
     inside = _inside(labels, mask)
     weights = decay ** torch.arange(labels.shape[1], device=labels.device) * inside
@@ -145,46 +175,57 @@ def decayed_cross_entropy(
 
 
 def _inside(values: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """Return the mask as a boolean tensor of the shape of `values`. If the mask is None, the tensor is true
+    everywhere."""
     return torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _filled(values: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """The values, with zeros outside the mask."""
+    """Return the values, with zeros outside the mask."""
     return values if mask is None else values.masked_fill(~mask.bool(), 0)
 
 
 def _differences(values: torch.Tensor) -> torch.Tensor:
-    """(Q, N) -> the differences v_i - v_j, (Q, N, N)."""
+    """(Q, N) -> (Q, N, N), the differences v_i - v_j of the values of each query."""
     return values[:, :, None] - values[:, None]
 
 
 def _better(targets: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """(Q, N) -> (Q, i, j): true if i and j are passages and the target of i is higher than that of j."""
+    """(Q, N) -> boolean (Q, N, N). Entry (i, j) of a query is true if i and j are passages and the target of i is
+    higher than the target of j."""
     inside = _inside(targets, mask)
     return (_differences(_filled(targets, mask)) > 0) & inside[:, :, None] & inside[:, None]
 
 
 def _order(targets: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Positions in descending order of target. Positions with equal targets keep their order. Positions outside the
-    mask come last."""
+    """Return the positions (Q, N) of the passages in descending order of target. Positions with equal targets keep
+    their order. Positions outside the mask come last."""
     last = _filled(targets, inside).min() - 1
     return targets.masked_fill(~inside, last).argsort(dim=1, descending=True, stable=True)
 
 
 def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the values where `where` is true, or 0 if `where` is true nowhere."""
     return torch.where(where, values, 0).sum() / where.sum().clamp_min(1)
 
 
 def _divergence(teacher: torch.Tensor, student: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """The terms of the KL divergence, computed elementwise from log-probabilities. A term is 0 where `where` is
-    false."""
+    """Return the terms of KL(teacher || student), computed elementwise from log-probabilities. A term is 0 where
+    `where` is false."""
     teacher, student = teacher.masked_fill(~where, 0), student.masked_fill(~where, 0)
     return torch.where(where, teacher.exp() * (teacher - student), 0)
 
 
 def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log softmax at each rank over the passages not yet ranked, (Q, rank, passages by rank), in which passages
-    that are already ranked have -inf. Also a mask of the ranks, (Q, N)."""
+    """Return two tensors. The first tensor (Q, N, N) holds, for each query and each rank, the log softmax over the
+    passages not yet ranked. Its last dimension has the passages in the order of their ranks. Passages that are already
+    ranked have -inf. The second tensor (Q, N) is a mask of the ranks that a query has.
+
+    Args:
+        scores: (Q, N) or (Q, N, N), as in `list_mle`.
+        targets: (Q, N).
+        mask: (Q, N), or None.
+    """
     inside = _inside(targets, mask)
     order = _order(targets, inside)
     scores = scores if scores.ndim == 3 else scores[:, None].expand(-1, scores.shape[1], -1)
@@ -192,11 +233,20 @@ def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[
     by_rank = scores.gather(2, order[:, None].expand_as(scores))
     ranks = inside.gather(1, order)
     left = torch.ones_like(by_rank, dtype=torch.bool).triu() & ranks[:, None]
-    outside = ~left & ranks[:, :, None]  # rows beyond the last rank are not used
+    outside = ~left & ranks[:, :, None]  # rows after the last rank of a query are not used
     return by_rank.masked_fill(outside, float("-inf")).log_softmax(2), ranks
 
 
 def _over_ranks(values: torch.Tensor, ranks: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Return the mean over queries of the sum or the mean of the values over ranks.
+
+    Args:
+        values: (Q, N), one value for each rank.
+        ranks: (Q, N), a mask of the ranks that a query has.
+        reduction: "mean" or "sum".
+
+    Raises ValueError if `reduction` is neither "mean" nor "sum".
+    """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}; wanted 'mean' or 'sum' over the ranks of a list")
     total = torch.where(ranks, values, 0).sum(1)

@@ -3,13 +3,13 @@
 Source: arXiv 2406.14848.
 
 Stage 1, alignment: the language model sees the vector of a passage in place of its text and must reconstruct the text.
-Only the projector is trained. It maps the vector into the input space of the language model.
+Only the projector is trained. The projector maps the vector into the input space of the language model.
 
 Stage 2, ranking: a training example is a window of passages from a query's list. The prompt contains the vectors of the
-passages, and the vectors follow once more in the teacher's order. Before each rank, the hidden state should have a
-larger dot product with the vector of the next passage than with the vector of any other passage that is not yet ranked
-(ListMLE). A second prompt contains both the vectors and the texts of the passages, and is trained in the same way. A KL
-divergence distils the rankings of the second prompt into those of the first.
+passages. After the prompt, the input contains these vectors once more, in the teacher's order. Before each rank, the
+hidden state should have a larger dot product with the vector of the next passage than with the vector of any other
+passage that is not yet ranked (ListMLE). A second prompt contains both the vectors and the texts of the passages, and
+is trained in the same way. A KL divergence distils the rankings of the second prompt into those of the first prompt.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class AlignmentRecipe(Recipe):
     """A recipe for stage 1 of PERank. Only the projector is trained, and each passage is a training example.
 
     Args:
-        max_length: maximum tokens of the prompt with its answer. The answer is the text of the passage, and is
-            truncated.
+        max_length: maximum tokens of the prompt and its answer together. The answer is the text of the passage. If the
+            prompt and the answer have more tokens, the answer is truncated.
 
     The fields of `trainer.Recipe` are accepted, too.
     """
@@ -48,9 +48,12 @@ class AlignmentRecipe(Recipe):
     max_length: int = 512
 
     def objective(self, student: PERank) -> Objective:
-        """The cross-entropy of a passage's text given its vector. Raises ValueError for a PERank that `save` wrote,
-        since `save` leaves out the output layer for words. A language model whose output layer is tied to its input
-        embeddings is not affected."""
+        """Return the training objective: the cross-entropy of a passage's text given its vector.
+
+        Raises ValueError for a PERank that `save` wrote, since `save` leaves out the output layer for words. There is
+        no error if the language model's output layer is tied to its input embeddings, because the input embeddings are
+        saved.
+        """
         return alignment(student, self)
 
 
@@ -59,22 +62,22 @@ class RankingRecipe(Recipe):
     """A recipe for stage 2 of PERank. A training example is a window of passages, sampled from a query's list.
 
     Args:
-        smallest, largest: the smallest and the largest number of passages in a window. largest=None is the student's
-            window size, and smallest=None is the same as largest.
+        smallest: the smallest number of passages in a window. None is the same as `largest`.
+        largest: the largest number of passages in a window. None is the student's window size.
         shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
             stage.
         text_weight: the weight of ListMLE for the prompt with texts. 0 omits this prompt and the KL divergence.
         kl_weight: the weight of the KL divergence between the ranking of the prompt with texts and the ranking of the
             prompt without texts.
         reduction: "sum" or "mean" over the ranks of a window in ListMLE. The published code of PE-Rank used the sum
-            until October 2024 and has used the mean since. The KL divergence is always a sum. With "mean", its weight
-            relative to ListMLE is therefore n times as large, for a window of n passages. In the issue tracker of the
-            published code, a user reports an `nDCG@10` of .6355 on TREC DL 2019 after training with "mean", and of
-            .7046 after training with "sum".
-        max_length: maximum tokens of a prompt with its answer.
-        lora: the rank of LoRA adapters that are trained instead of the language model's weights. This needs less memory
-            than training all weights, and is meant for a single GPU. After training, the adapters are merged into the
-            weights. None trains all weights. The projector is trained with and without LoRA.
+            until October 2024 and has used the mean since. The KL divergence is always a sum over the ranks. With
+            "mean", the weight of the KL divergence relative to ListMLE is therefore n times as large as with "sum", for
+            a window of n passages. In the issue tracker of the published code, a user reports an `nDCG@10` of .6355 on
+            TREC DL 2019 after training with "mean", and an `nDCG@10` of .7046 after training with "sum".
+        max_length: maximum tokens of a prompt and its answer together.
+        lora: the rank of LoRA adapters that are trained instead of the language model's weights. Training adapters
+            needs less memory than training all weights, and is meant for a single GPU. After training, the adapters are
+            merged into the weights. None trains all weights. The projector is trained with and without LoRA.
 
     The fields of `trainer.Recipe` are accepted, too.
     """
@@ -89,12 +92,14 @@ class RankingRecipe(Recipe):
     lora: int | None = None
 
     def objective(self, student: PERank) -> Objective:
-        """ListMLE with and without texts in the prompt, plus the KL divergence between the two rankings."""
+        """Return the training objective: ListMLE with and without texts in the prompt, plus the KL divergence between
+        the two rankings."""
         return ranking(student, self)
 
 
-# Source: the published scripts. AdamW, cosine schedule, warm-up of 3 %. Global batch size of stage 1: 4 GPUs x 1 in the
-# README, 4 GPUs x 8 in the paper. Global batch size of stage 2: 4 GPUs x 4 x 2 accumulation steps
+# Source: the published scripts. They use AdamW, a cosine schedule, and a warm-up of 3 % of the steps. The global batch
+# size of stage 1 is 4 GPUs x 1 in the README and 4 GPUs x 8 in the paper. The global batch size of stage 2 is 4 GPUs x
+# 4 x 2 accumulation steps
 RECIPES: dict[str, Recipe] = {
     "pe-rank-alignment": AlignmentRecipe(
         1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True
@@ -103,19 +108,20 @@ RECIPES: dict[str, Recipe] = {
         2e-5, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, clip=1.0, checkpointing=True
     ),
 }
-FINE_TUNE = DISTIL = "pe-rank-ranking"  # the default recipe
+FINE_TUNE = DISTIL = "pe-rank-ranking"  # the default recipe for labels and for a teacher's ranking
 
 
 # Both stages
 
 
 class Read(NamedTuple):
-    """The language model's output for B prompts with at most N passages each."""
+    """The language model's output for B inputs of at most L tokens, with at most N passages each. H is the width of the
+    model."""
 
     states: torch.Tensor  # (B, L, H), the hidden state after each token
-    ids: torch.Tensor  # (B, L), padded on the right
-    passages: torch.Tensor  # (B, N, H), the projected vectors
-    inside: torch.Tensor  # (B, N), mask of the passages
+    ids: torch.Tensor  # (B, L), the token ids, padded on the right
+    passages: torch.Tensor  # (B, N, H), the projected vectors of the passages
+    inside: torch.Tensor  # (B, N), true where there is a passage
 
 
 def read(
@@ -124,11 +130,16 @@ def read(
     vectors: Sequence[torch.Tensor],
     orders: Sequence[Sequence[int]],
 ) -> Read:
-    """Run the language model on B prompts. Each prompt has a placeholder for each of its passages, and is followed by
-    one rank token per passage. The inputs at the rank tokens are the vectors of the passages in a given order.
+    """Run the language model on B prompts with their answers. Each prompt has a placeholder for each of its passages.
+    The inputs at the placeholders are the projected vectors of the passages. In stage 2, each answer has one rank token
+    per passage. The inputs at the rank tokens are the projected vectors in the order that `orders` gives.
 
-    prompts: the token ids of each prompt. vectors: for each prompt, the vectors (n, d) of its passages. orders: for
-    each prompt, a permutation of the positions of its passages.
+    Args:
+        checkpoint: the PE-Rank model.
+        prompts: the token ids of each prompt with its answer.
+        vectors: for each prompt, the vectors (n, d) of its passages.
+        orders: for each prompt, a permutation of the positions of its passages (from 0). In stage 1, there are no rank
+            tokens, and this order has no effect.
     """
     network, device = checkpoint.network, device_of(checkpoint.network)
     ids, mask = (tensor.to(device) for tensor in padded(prompts))
@@ -141,12 +152,13 @@ def read(
     return Read(states, ids, passages, inside)
 
 
-Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]  # lists -> for each list, the vectors (n, d) of its passages
+# A function: lists -> for each list, the vectors (n, d) of its n passages
+Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]
 
 
 def embedding(student: PERank) -> Embed:
-    """A function that returns the vectors of the passages of some lists. The vectors come from the student's source of
-    vectors. An encoder is not trained."""
+    """Return a function: lists -> for each list, the vectors (n, d) of its n passages. The vectors come from the
+    student's source of vectors: a column, an index or an encoder. An encoder is not trained."""
     checkpoint, budget, quiet = student.load(), Budget(student.max_tokens), student.apply_attributes(verbose=False)
 
     def embed(lists: Sequence[Ranking]) -> list[torch.Tensor]:
@@ -161,8 +173,8 @@ def embedding(student: PERank) -> Embed:
 
 
 def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
-    """The lists, unchanged. First, the vectors of the first list are read (with a `doc_vec` column, those of all
-    lists), so that unusable vectors raise an error before the first step."""
+    """Return the lists, unchanged. Before that, read the vectors of the first list, so that unusable vectors raise an
+    error before the first step. If the lists have a column `doc_vec`, the vectors of all lists are read."""
     for given in lists:
         embed([given])
         if "doc_vec" not in given.columns:
@@ -174,8 +186,9 @@ def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
 
 
 class AlignmentBatch(NamedTuple):
-    """B prompts with their answers, as token ids; the positions of the first tokens of the answers; and the passages,
-    each as a list of one passage."""
+    """A batch of B passages for stage 1. `conversations` holds the token ids of B prompts with their answers. `starts`
+    holds the position of the first token of each answer (from 0). `passages` holds the passages, each as a list of one
+    passage."""
 
     conversations: list[list[int]]
     starts: list[int]
@@ -183,7 +196,8 @@ class AlignmentBatch(NamedTuple):
 
 
 def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
-    """The training objective of a PERank in stage 1."""
+    """Return the training objective of a PERank in stage 1. Raises ValueError if the student has no output layer for
+    words."""
     checkpoint: PERankCheckpoint = student.load()
     head = output_layer(checkpoint)
     checkpoint.network.body.requires_grad_(False)
@@ -203,7 +217,7 @@ def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
 
 
 def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
-    """The language model's output layer (H -> V), which is used in stage 1 only. It is not trained."""
+    """Return the language model's output layer (H -> V). This layer is used in stage 1 only, and is not trained."""
     weight = checkpoint.head()
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight, requires_grad=False)
@@ -211,15 +225,22 @@ def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
 
 
 def the_passage(passage: Ranking, rng: random.Random) -> Ranking:
-    """The passage itself. Nothing is sampled."""
+    """Return the passage itself. Nothing is sampled."""
     return passage
 
 
 def collate_conversations(
     prompter: Prompter, max_length: int, text_field: str, passages: list[Ranking]
 ) -> AlignmentBatch:
-    """For each passage, a prompt with its placeholder, and as the answer its text. Both are tokenised and truncated to
-    max_length tokens in total."""
+    """Tokenise, for each passage, a prompt with a placeholder and the answer, which is the text of the passage. The
+    prompt and the answer are truncated to max_length tokens in total.
+
+    Args:
+        prompter: the prompter of the checkpoint.
+        max_length: maximum tokens of a prompt and its answer together.
+        text_field: the name of the column with the texts.
+        passages: the passages, each as a list of one passage.
+    """
     answered = [prompter.answered(*prompter.alignment(*passage.columns[text_field])) for passage in passages]
     return AlignmentBatch(
         conversations=[ids[:max_length] for ids, _ in answered],
@@ -229,7 +250,7 @@ def collate_conversations(
 
 
 def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, embed: Embed, batch: AlignmentBatch) -> torch.Tensor:
-    """The mean of -log p(token) over the tokens of all answers."""
+    """Return the mean of -log p(token) over the tokens of all answers, a scalar tensor."""
     states, ids, *_ = read(checkpoint, batch.conversations, embed(batch.passages), [[0]] * len(batch.passages))
     starts = torch.tensor(batch.starts, device=ids.device)[:, None]
     stops = torch.tensor([len(row) for row in batch.conversations], device=ids.device)[:, None]
@@ -243,9 +264,9 @@ def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, embed: Embed, 
 
 
 class RankingExample(NamedTuple):
-    """A window. It has the token ids of its prompt without texts and, optionally, those of its prompt with texts, each
-    with the answer; the passages in the order shown to the student; and the positions of the passages in this order,
-    best first."""
+    """A window for stage 2. `prompts` holds the token ids of its prompt without texts and, optionally, the token ids of
+    its prompt with texts. Each prompt is followed by its answer. `window` holds the passages in the order in which the
+    student sees them. `order` holds the positions of the passages in the window (from 0), best first."""
 
     prompts: list[list[int]]
     window: Ranking
@@ -253,8 +274,9 @@ class RankingExample(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """B windows: all prompts without texts and, optionally, all prompts with texts; the passages of each window; and
-    the positions of the passages, best first."""
+    """A batch of B windows for stage 2. `views` holds the token ids of all prompts without texts and, optionally, the
+    token ids of all prompts with texts. `windows` holds the passages of each window. `orders` holds, for each window,
+    the positions of its passages (from 0), best first."""
 
     views: list[list[list[int]]]
     windows: list[Ranking]
@@ -262,7 +284,7 @@ class RankingBatch(NamedTuple):
 
 
 def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
-    """The training objective of a PERank in stage 2."""
+    """Return the training objective of a PERank in stage 2."""
     checkpoint: PERankCheckpoint = student.load()
     checkpoint.network.requires_grad_(True)
     if recipe.lora:
@@ -286,8 +308,18 @@ def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
 def sample_window(
     prompter: Prompter, recipe: RankingRecipe, size: int, text_field: str, given: Ranking, rng: random.Random
 ) -> RankingExample:
-    """Sample a window of passages from a list. Raises ValueError if its prompt has more than the recipe's max_length
-    tokens."""
+    """Sample a window of passages from a list, and return it as a training example.
+
+    Args:
+        prompter: the prompter of the checkpoint.
+        recipe: the recipe.
+        size: the student's window size, in passages.
+        text_field: the name of the column with the texts.
+        given: the list.
+        rng: the random generator.
+
+    Raises ValueError if a prompt with its answer has more than the recipe's max_length tokens.
+    """
     largest = recipe.largest or size
     shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
     passages = some_of(given, shown)
@@ -305,7 +337,8 @@ def sample_window(
 
 
 def collate_windows(examples: list[RankingExample]) -> RankingBatch:
-    """Collect B windows. The prompts without texts are in one group, and the prompts with texts in another."""
+    """Collect B windows into a batch. The prompts without texts are in one group, and the prompts with texts are in
+    another group."""
     views = [list(view) for view in zip(*(example.prompts for example in examples), strict=True)]
     return RankingBatch(views, [example.window for example in examples], [example.order for example in examples])
 
@@ -313,9 +346,11 @@ def collate_windows(examples: list[RankingExample]) -> RankingBatch:
 def ranking_loss(
     checkpoint: PERankCheckpoint, recipe: RankingRecipe, embed: Embed, batch: RankingBatch
 ) -> torch.Tensor:
-    """L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts || vectors), the mean over B windows.
+    """Return the loss of B windows, the mean of L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts ||
+    vectors).
 
-    a is the recipe's text_weight, and b is its kl_weight. With a = 0, only the first term remains.
+    MLE is ListMLE. "vectors" is the ranking of the prompt without texts, and "vectors and texts" is the ranking of the
+    prompt with texts. a is the recipe's text_weight, and b is its kl_weight. With a = 0, only the first term remains.
     """
     vectors = embed(batch.windows)
     scores, insides = zip(*(rank_scores(checkpoint, view, vectors, batch.orders) for view in batch.views), strict=True)
@@ -331,8 +366,16 @@ def ranking_loss(
 def rank_scores(
     checkpoint: PERankCheckpoint, prompts: list[list[int]], vectors: list[torch.Tensor], orders: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dot products (B, rank, N) of the hidden state before each rank with the vector of each passage, for B
-    windows. Also a mask of the passages, (B, N)."""
+    """Return two tensors for B windows with at most N passages. The first tensor (B, N, N) holds the scores: for each
+    rank, the dot products of the hidden state before this rank with the vector of each passage. The second tensor (B,
+    N) is a mask of the passages.
+
+    Args:
+        checkpoint: the PE-Rank model.
+        prompts: the token ids of each prompt with its answer.
+        vectors: for each prompt, the vectors (n, d) of its passages.
+        orders: for each prompt, the positions of its passages (from 0), best first.
+    """
     states, ids, passages, inside = read(checkpoint, prompts, vectors, orders)
     before = states[:, :-1][ids[:, 1:] == checkpoint.prompter.rank]
     at_ranks = torch.zeros_like(passages).masked_scatter(inside[..., None], before.to(passages.dtype))
@@ -340,7 +383,7 @@ def rank_scores(
 
 
 def worth(order: list[int]) -> list[int]:
-    """The target of each position in an order of n positions: n for the position that comes first in the order, 1 for
-    the last."""
+    """Return the target of each of n positions. The target is n for the position that comes first in `order`, and 1 for
+    the position that comes last."""
     value_of = dict(zip(order, range(len(order), 0, -1), strict=True))
     return [value_of[position] for position in range(len(order))]

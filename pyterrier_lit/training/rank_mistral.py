@@ -3,7 +3,7 @@
 A training example is a window of passages from a query's list. The language model reads the texts of the passages in
 one prompt and learns to generate the target ranking string, such as "[4] > [2] > [1] > [3]". As in instruction tuning,
 the loss is the cross-entropy of the answer's tokens, including the end token. RankMistral is a baseline of PE-Rank's
-authors. They publish no recipe for it. The hyperparameters used here are those of PE-Rank's stage 2.
+authors. These authors publish no recipe for RankMistral. The hyperparameters used here are those of PE-Rank's stage 2.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ class TextRankingRecipe(Recipe):
     """A recipe for RankMistral. A training example is a window of passages, sampled from a query's list.
 
     Args:
-        smallest, largest: the smallest and the largest number of passages in a window. largest=None is the student's
-            window size, and smallest=None is the same as largest.
+        smallest: the smallest number of passages in a window. None is the same as `largest`.
+        largest: the largest number of passages in a window. None is the student's window size.
         shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
             stage.
-        max_length: maximum tokens of a prompt with its answer.
+        max_length: maximum tokens of a prompt and its answer together.
 
     The fields of `trainer.Recipe` are accepted, too.
     """
@@ -43,7 +43,7 @@ class TextRankingRecipe(Recipe):
     max_length: int = 4096
 
     def objective(self, student: RankMistral) -> Objective:
-        """The cross-entropy of the target ranking string."""
+        """Return the training objective: the cross-entropy of the target ranking string."""
         return objective(student, self)
 
 
@@ -52,18 +52,18 @@ RECIPES: dict[str, Recipe] = {
         2e-5, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, clip=1.0, checkpointing=True
     ),
 }
-FINE_TUNE = DISTIL = "rank-mistral"  # the default recipe
+FINE_TUNE = DISTIL = "rank-mistral"  # the default recipe for labels and for a teacher's ranking
 
 
 class Conversation(NamedTuple):
-    """The token ids of a prompt with its answer, and the position of the answer's first token."""
+    """A prompt with its answer: their token ids, and the position of the answer's first token (from 0)."""
 
     ids: list[int]
     start: int
 
 
 def objective(student: RankMistral, recipe: TextRankingRecipe) -> Objective:
-    """The training objective of a RankMistral for a recipe."""
+    """Return the training objective of a RankMistral for a recipe."""
     checkpoint: TextCheckpoint = student.load()
     checkpoint.network.requires_grad_(True)
     if recipe.checkpointing:
@@ -81,8 +81,18 @@ def objective(student: RankMistral, recipe: TextRankingRecipe) -> Objective:
 def sample_window(
     prompter: TextPrompter, recipe: TextRankingRecipe, text_field: str, size: int, given: Ranking, rng: random.Random
 ) -> Conversation:
-    """Sample a window of passages from a list. Raises ValueError if its prompt with the answer has more than the
-    recipe's max_length tokens."""
+    """Sample a window of passages from a list, and return its prompt with the answer as a training example.
+
+    Args:
+        prompter: the prompter of the checkpoint.
+        recipe: the recipe.
+        text_field: the name of the column with the texts.
+        size: the student's window size, in passages.
+        given: the list.
+        rng: the random generator.
+
+    Raises ValueError if the prompt with the answer has more than the recipe's max_length tokens.
+    """
     largest = recipe.largest or size
     shown, order = window(given.columns["target"], recipe.smallest or largest, largest, recipe.shuffle, rng)
     texts = take(given.columns[text_field], shown)
@@ -96,7 +106,7 @@ def sample_window(
 
 
 def answer_loss(checkpoint: TextCheckpoint, batch: list[Conversation]) -> torch.Tensor:
-    """The mean of -log p(token) over the tokens of all answers."""
+    """Return the mean of -log p(token) over the tokens of all answers, a scalar tensor."""
     network, device = checkpoint.network, device_of(checkpoint.network)
     ids, mask = (tensor.to(device) for tensor in padded([row.ids for row in batch]))
     starts = torch.tensor([row.start for row in batch], device=device)[:, None]

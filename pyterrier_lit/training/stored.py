@@ -1,9 +1,9 @@
 """Training from a run in a file, without a frame: memory holds a few bytes per row, and each batch looks up its texts.
 
 A result frame with all texts can be too large for memory. For each row of a stored run, memory holds the docno and the
-target. For each query, it holds the qid, the text of the query and the index of the query's first row. The lists of a
-stored run equal the lists of a result frame with the same rows. Training on the stored run therefore gives the same
-student as training on the frame.
+target. For each query of a stored run, memory holds the qid, the text of the query and the index of the query's first
+row. The lists of a stored run equal the lists of a result frame with the same rows. Training on the stored run
+therefore gives the same student as training on the frame.
 """
 
 import math
@@ -33,11 +33,11 @@ from pyterrier_lit.training.data import (
     score_values,
 )
 
-SHOWN = 20_000  # passages per call of a teacher
-LOOKED_AT = 100  # at least this many lists have their texts checked before the first step
+SHOWN = 20_000  # approximate number of passages per call of a teacher
+LOOKED_AT = 100  # the texts of at least this many lists are checked before the first step
 COLUMNS = ("qid", "docno", "score", "rank")
 
-Values = Iterable[tuple[str, str, float]]
+Values = Iterable[tuple[str, str, float]]  # (qid, docno, label or score) of some passages
 
 
 class StoredRun:
@@ -49,27 +49,29 @@ class StoredRun:
 
     Args:
         path: a TREC run or JSON lines, both optionally gzipped, or a parquet file. The rows of a query must be
-            consecutive. The passages of a query are ordered by rank, and those with equal ranks by descending score.
-        topics: the text of each query: a frame with qid and query, a mapping, or a file (`qid tab query`, or
-            .jsonl[.gz] with lines {qid, query}).
+            consecutive. The passages of a query are ordered by rank, and passages with equal ranks by descending score.
+            If a passage of the query has no rank, they are ordered by descending score. If a passage has no score
+            either, they keep the order of the file.
+        topics: the text of each query: a frame with qid and query, a mapping qid -> text, or a file (`qid tab query`,
+            or .jsonl[.gz] with lines {qid, query}).
         texts: the text of each docno: a text loader, an object that has one (a dataset, an index), a document store of
-            ir_datasets, a mapping, or a file (`docno tab text`, or .jsonl[.gz] with lines {docno, text}). A text loader
-            must add the column that the student's `text_field` names.
-        depth: how many passages of each query to use, from the top. None uses all of them.
+            ir_datasets, a mapping docno -> text, or a file (`docno tab text`, or .jsonl[.gz] with lines {docno, text}).
+            A text loader must add the column that the student's `text_field` names.
+        depth: how many passages of each query to use, from the top. None uses all passages.
 
-    The constructor reads the run once. Raises OSError if the run cannot be read. Raises ValueError, with the line, for
-    a malformed or empty run, for a query whose rows are not consecutive, for a passage that occurs twice for a query,
-    and for a qid that is missing from the topics.
+    The constructor reads the run once. It raises OSError if the run cannot be read, and TypeError if `topics` is of
+    another type. It raises ValueError, with the line, if the run is malformed or empty, if the rows of a query are not
+    consecutive, if a query has a passage twice, or if a qid is missing from the topics.
 
-    During training, a passage without a text raises ValueError with its qid and docno. Before the first step, the texts
-    of at least 100 queries are checked. The texts of the other queries are checked when their passages are sampled.
+    If a passage has no text, `fit` raises ValueError with the qid and the docno. Before the first step, `fit` checks
+    the texts of at least 100 queries. The texts of the other queries are checked when their passages are sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
         self.path, self.texts = Path(path).expanduser(), texts
         self.qids, self.queries, self.docnos = Strings(), Strings(), Strings()
-        self.starts = array("q", [0])  # the index of each query's first row; then the number of rows
-        self.targets: array[float] | None = None  # one per row; NaN for a row without a target
+        self.starts = array("q", [0])  # the index of each query's first row, and at the end the number of rows
+        self.targets: array[float] | None = None  # one target per row; NaN for a row without a target
         ask = queries_of(topics)
         for rows in best_first(self.path, rows_in(self.path), depth):
             query = ask([rows[0].qid]).get(rows[0].qid)
@@ -88,23 +90,31 @@ class StoredRun:
         return f"StoredRun({str(self.path)!r}: {len(self.qids)} queries, {len(self)} passages)"
 
     def docnos_of(self, query: int) -> list[str]:
-        """The docnos of a query, best first. query: the index of the query in the run."""
+        """Return the docnos of a query's passages, best first. `query` is the index of the query in the run (from
+        0)."""
         docnos: str = self.docnos[query]
         return docnos.split(" ")
 
     def labelled(self, qrels: pd.DataFrame | None) -> "StoredRun":
-        """A copy with labels as targets. The targets are those of `data.with_labels` for a frame with the same rows."""
+        """Return a copy with labels as targets. The targets, and the errors, are those of `data.with_labels` for a
+        frame with the same rows.
+
+        Args:
+            qrels: a frame with qid, docno and label.
+        """
         targets = self._joined(label_values(qrels), missing=0.0)
         if not any(target > 0 for target in targets):
             raise none_relevant(len(self))
         return self._with(targets)
 
     def taught(self, teacher: Teacher, text_field: str) -> "StoredRun":
-        """A copy with a teacher's scores as targets. The targets are those of `data.with_teacher` for a frame with the
-        same rows.
+        """Return a copy with a teacher's scores as targets. The targets are those of `data.with_teacher` for a frame
+        with the same rows.
 
-        A teacher that is a transformer is called with about 20,000 passages at a time. Their texts are in the column
-        `text_field`.
+        Args:
+            teacher: as for `data.with_teacher`. A teacher that is a transformer is called with about 20,000 passages at
+                a time.
+            text_field: the name of the column in which this transformer gets the texts of the passages.
         """
         if teacher is None:
             lengths = (end - start for start, end in pairwise(self.starts))
@@ -121,10 +131,16 @@ class StoredRun:
         return self._with(targets)
 
     def lists(self, column_sets: ColumnSets, text_field: str) -> "StoredLists":
-        """The lists that a student reads, equal to those of `frames.rankings` for a frame with the same rows.
+        """Return the lists that a student reads. These lists equal the lists of `frames.rankings` for a frame with the
+        same rows.
 
-        Raises ValueError if each of the column sets has a column that a stored run cannot supply. A stored run supplies
-        only the texts and the targets.
+        Args:
+            column_sets: alternative sets of columns, each as column name -> type. The first set that a stored run can
+                supply is used. A stored run can supply the texts and the targets, but no other columns.
+            text_field: the name of the column with the texts.
+
+        Raises ValueError if a stored run can supply none of the column sets. Raises TypeError if StoredRun does not
+        accept texts of the given type.
         """
         held = {text_field, "target"}
         columns = next((columns for columns in column_sets if columns.keys() <= held), None)
@@ -141,8 +157,12 @@ class StoredRun:
         return run
 
     def _joined(self, values: Values, missing: float) -> "array[float]":
-        """The value of each row. If several values have the same qid and docno, the first one counts. missing: the
-        value of a row for which `values` has none."""
+        """Return the value of each row of the run. If several values have the same qid and docno, the first one counts.
+
+        Args:
+            values: the values, each as (qid, docno, value).
+            missing: the value of a row whose qid and docno are not in `values`.
+        """
         found, number_of = array("d", [math.nan]) * len(self), {qid: i for i, qid in enumerate(self.qids)}
         last, row_of = None, dict[str, int]()
         for qid, docno, value in values:
@@ -159,7 +179,7 @@ class StoredRun:
         return found if missing != missing else array("d", (missing if v != v else v for v in found))
 
     def _asked(self, teacher: pt.Transformer, text_field: str) -> Values:
-        """The scores that a transformer gives to all passages of the run."""
+        """Yield (qid, docno, score) for all passages of the run. The scores are those of the transformer `teacher`."""
         lists, rows = self.lists([{text_field: str}], text_field), list[dict[str, Any]]()
         for i, given in enumerate(lists):
             passages = zip(given.columns["docno"], given.columns[text_field], strict=True)
@@ -176,10 +196,13 @@ class StoredLists(Sequence[Ranking]):
     """The lists of a stored run. Each list is built anew on each access.
 
     The lists have the same order as the lists of a frame. If the run has targets, the queries are sorted by the rank of
-    their first passage that has a target, and a query without such a passage has no list. Queries with equal ranks keep
-    the order of the run.
+    their first passage that has a target. Queries with equal ranks keep the order of the run. A query without a passage
+    that has a target has no list.
 
-    text_field: the column of the texts, or None if they are not read. look_up: a function qid, docnos -> the texts.
+    Args:
+        run: the stored run.
+        text_field: the name of the column with the texts, or None if the texts are not read.
+        look_up: a function: qid, docnos -> the texts of the docnos.
     """
 
     def __init__(self, run: StoredRun, text_field: str | None, look_up: Callable[[str, list[str]], list[str]]):
@@ -188,7 +211,8 @@ class StoredLists(Sequence[Ranking]):
         self.order = array("q", sorted((i for i, place in enumerate(first) if place >= 0), key=first.__getitem__))
 
     def _first(self, query: int) -> int:
-        """The rank (from 0) of the first passage of a query that has a target, or -1 if no passage has one."""
+        """Return the rank (from 0) of a query's first passage that has a target. Returns -1 if none of its passages has
+        a target, and 0 if the run has no targets. `query` is the index of the query in the run."""
         start, targets = self.run.starts[query], self.run.targets
         if targets is None:
             return 0
@@ -211,14 +235,14 @@ class StoredLists(Sequence[Ranking]):
         return Ranking(qid, self.run.queries[i], columns | {"docno": docnos})
 
     def some_texts(self) -> list[list[str]]:
-        """Look up the texts of at least 100 lists, evenly spaced in the run; of all lists if there are fewer. Raises
-        ValueError for a passage without a text."""
+        """Look up the texts of at least 100 lists, evenly spaced in the run, or of all lists if there are fewer.
+        Returns one list of texts per list that was looked up. Raises ValueError if a passage has no text."""
         some = range(0, len(self), max(len(self) // LOOKED_AT, 1))
         return [] if self.text_field is None else [list(self[i].columns[self.text_field]) for i in some]
 
 
 class Strings(Sequence[str]):
-    """Many strings, concatenated in memory. Each string takes the bytes of its UTF-8 form and eight more."""
+    """Many strings, concatenated in memory. Each string takes eight bytes more than its UTF-8 form."""
 
     def __init__(self) -> None:
         self.bytes, self.ends = bytearray(), array("q")
@@ -236,7 +260,7 @@ class Strings(Sequence[str]):
 
 
 def rows_in(path: Path) -> Iterator[Row]:
-    """The rows of a run file. Raises ValueError for a docno with white space."""
+    """Yield the rows of a run file. Raises ValueError if a docno contains white space."""
     if is_trec(path):
         yield from run_rows(path)
         return
@@ -247,8 +271,11 @@ def rows_in(path: Path) -> Iterator[Row]:
 
 
 def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
-    """The scores of the rows of a run file, each with its qid and docno. If at least one row has no score, these are
-    the negative ranks of all rows, as in `data.read_run`."""
+    """Yield the score of each row of a run file, as (qid, docno, score). If at least one row of the file has no score,
+    the score of each row is its negative rank, as in `data.read_run`.
+
+    Raises ValueError if at least one row has no score and at least one row has no rank, or if the file has no rows.
+    """
     basis, row = basis_of(path), None
     for row in rows_in(path):
         value = row.score if basis == "score" else row.rank
@@ -263,8 +290,8 @@ def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def queries_of(topics: Any) -> Lookup:
-    """A function that takes qids and returns a dict with the text of each known query. Raises TypeError for topics of a
-    type that StoredRun does not take."""
+    """Return a function: qids -> a dict with the text of each known query. Raises TypeError if StoredRun does not
+    accept topics of this type."""
     if isinstance(topics, str | Path):
         return topics_in(str(topics))
     if isinstance(topics, pd.DataFrame) and {"qid", "query"} <= set(topics.columns):
@@ -275,9 +302,15 @@ def queries_of(topics: Any) -> Lookup:
 
 
 def look_up(texts: Any, column: str, run: Path) -> Callable[[str, list[str]], list[str]]:
-    """A function qid, docnos -> the texts. Raises TypeError for texts of a type that StoredRun does not take.
+    """Return a function: qid, docnos -> the texts of the docnos. The returned function raises ValueError if a docno has
+    no text.
 
-    column: the column that a text loader adds. The returned function raises ValueError for a docno without a text.
+    Args:
+        texts: the argument `texts` of StoredRun.
+        column: the name of the column that a text loader adds.
+        run: the path of the run, for error messages.
+
+    Raises TypeError if StoredRun does not accept texts of this type.
     """
     if isinstance(texts, str | Path):
         find = documents(str(texts))
@@ -296,6 +329,14 @@ def look_up(texts: Any, column: str, run: Path) -> Callable[[str, list[str]], li
 
 
 def _texts(find: Lookup, run: Path, qid: str, docnos: list[str]) -> list[str]:
+    """Return the texts of some docnos of a query. Raises ValueError if a docno has no text.
+
+    Args:
+        find: a function: docnos -> a dict with the text of each known docno.
+        run: the path of the run, for the error message.
+        qid: the qid of the query.
+        docnos: the docnos.
+    """
     try:
         found, error = find(docnos), None
     except TypeError:

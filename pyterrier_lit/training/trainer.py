@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer with a network, and with functions for its examples and their loss.
 
-Each step takes `batch_size` training lists (a list is a query with its passages), samples an example from each list,
-and updates the weights once with the mean loss of these examples. Gradients are accumulated over micro-batches that fit
+A list is a query with its passages. Each step takes `batch_size` training lists, samples an example from each list, and
+updates the weights once with the mean loss of these examples. Gradients are accumulated over micro-batches that fit
 into memory. The functions that differ between rerankers are passed to `train` as an `Objective`.
 
 This module does not deal with frames, texts or rerankers.
@@ -33,15 +33,15 @@ from pyterrier_lit.models.devices import choose_dtype
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-MEASURE = "nDCG@10"  # the log's name for the result of `validate`
+MEASURE = "nDCG@10"  # the name of the result of `validate` in the log
 STARTED_WITH = "training.json"  # in the training folder: the recipe, seed, data and weights that training started with
-WHOLE = "whole.json"  # in each checkpoint: the sizes of its other files. It is written last
+WHOLE = "whole.json"  # in each checkpoint: the sizes of its other files in bytes. It is written last
 WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
-# Each network that was trained with a folder -> the folder, and the digest of the network's initial weights. Training
-# may resume in the same process, in which the weights have changed since
+# Each network that was trained with a folder -> the folder, and the digest of the network's initial weights. If
+# training resumes in the same process, the network no longer has its initial weights
 _began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
-# One entry per logged step. It has `step` and those of loss, learning_rate, grad_norm and nDCG@10 that were logged then
+# Log entries in the order of the steps. Each has `step`, and either loss, learning_rate and grad_norm, or nDCG@10
 Log = list[dict[str, float]]
 
 
@@ -50,13 +50,13 @@ class Settings:
     """Settings of training that do not depend on the recipe.
 
     Args:
-        folder: where checkpoints are saved. If training is started again with the same recipe, data, seed and initial
-            weights, it resumes from the last checkpoint in this folder. If one of these differs, training raises
-            ValueError. None saves no checkpoints.
+        folder: the folder in which checkpoints are saved. If training is started again with the same recipe, data, seed
+            and initial weights, it resumes from the last checkpoint in this folder. If one of these four differs,
+            training raises ValueError. None saves no checkpoints.
         every: steps between checkpoints, and between measurements on the validation frame. None is a tenth of all
             steps.
         patience: stop after this many measurements in a row without a better `nDCG@10`. None never stops early.
-        seed: determines the order of the lists and everything that is sampled.
+        seed: the random seed. It determines the order of the lists and everything that is sampled.
         verbose: show progress.
     """
 
@@ -69,14 +69,15 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of training. Each reranker has a subclass with more fields. The recipe of a paper is an
-    instance of such a subclass. A list, in this description, is a query with its passages.
+    """The hyperparameters of training. Each reranker has a subclass of Recipe with more fields. The hyperparameters of
+    a paper are an instance of the subclass of the paper's reranker. In this description, a list is a query with its
+    passages.
 
     Args:
         learning_rate: the peak learning rate of AdamW, the same for all parameters.
         batch_size: lists per step, over all devices (the global batch size).
-        steps: number of weight updates. None trains for `epochs`.
-        epochs: passes over all lists. It has no effect if steps is given.
+        steps: the number of steps. Each step updates the weights once. None trains for `epochs`.
+        epochs: passes over all lists. `epochs` has no effect if `steps` is given.
         warmup: the number of steps in which the learning rate rises linearly to its peak. A value below 1 is a fraction
             of all steps.
         schedule: the learning rate schedule after warm-up: "constant", "linear" or "cosine".
@@ -85,7 +86,7 @@ class Recipe:
         micro_batch: maximum lists per forward pass on a device (the micro-batch size). batch_size must be a multiple of
             micro_batch times the number of devices.
         precision: "bfloat16" is mixed precision (autocast with float32 weights), "float32" is full precision. None is
-            "bfloat16" on a GPU that supports it, else "float32".
+            "bfloat16" on a GPU that supports bfloat16, else "float32".
         checkpointing: use gradient checkpointing, which saves memory by recomputing activations in the backward pass.
         workers: number of processes that prepare batches. 0 prepares them in the training process.
         options: further arguments of transformers.TrainingArguments, such as deepspeed.
@@ -106,8 +107,8 @@ class Recipe:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> "Recipe":
-        """A copy of this recipe in which some fields have other values. Raises TypeError, with the names of all fields,
-        for an unknown field."""
+        """Return a copy of this recipe in which the given fields have other values. Raises TypeError, with the names of
+        all fields, if a field is unknown."""
         names = [field.name for field in dataclasses.fields(self)]
         unknown = [name for name in changes if name not in names]
         if unknown:
@@ -119,40 +120,42 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def objective(self, student: Any) -> "Objective":
-        """The objective that a student is trained on with this recipe."""
+        """Return the objective that `train` optimises for a student (a reranker) with this recipe."""
         raise NotImplementedError(f"{type(self).__name__} has no objective; use a recipe of a reranker")
 
 
 def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
-    """The default of `Objective.around`. It changes nothing in the network."""
+    """Return a context manager that changes nothing in the network. It is the default of `Objective.around`."""
     return contextlib.nullcontext()
 
 
 class Objective(NamedTuple):
-    """What a student learns: its network, and the functions from training lists to a loss.
+    """What a student learns: its network, and the functions that lead from training lists to a loss.
 
-    If the recipe's `workers` is above 0, the functions are pickled for other processes. They must therefore be
+    If the recipe's `workers` is above 0, these functions are pickled for other processes. They must therefore be
     module-level functions, or `functools.partial` objects of such functions.
     """
 
     network: nn.Module
     """The network to train. It is trained in place."""
     column_sets: Sequence[Mapping[str, type]]
-    """Alternative sets of columns of a training frame. As in `frames.rankings`, the first set whose columns are all
-    present is read. A set with the column "target" requires labels or a teacher."""
+    """Alternative sets of columns of a training frame, each as column name -> type of its values. As in
+    `frames.rankings`, the first set whose columns are all in the frame is read. A set with the column "target" requires
+    labels or a teacher."""
     prepare: Callable[[Sequence[Any]], Sequence[Any]]
-    """All lists -> the lists that can be trained on, in any form that `sample` reads."""
+    """A function: all lists -> the lists that can be trained on, as a sequence whose items `sample` reads."""
     sample: Callable[[Any, random.Random], Any]
-    """A prepared list -> a training example. All randomness comes from the given generator."""
+    """A function: one of the prepared lists, a random generator -> a training example. The function takes all its
+    random numbers from this generator."""
     collate: Callable[[list[Any]], Any]
-    """M examples -> a batch."""
+    """A function: M examples -> a batch."""
     loss: Callable[[Any], torch.Tensor]
-    """A batch -> the mean loss of its examples, a scalar with gradients."""
+    """A function: a batch -> the mean loss of its examples, a scalar tensor with gradients."""
     wanted: str = "wanted queries with passages that are not all worth the same"
-    """The end of the error message for the case that `prepare` returns no lists."""
+    """The end of the error message that is raised if `prepare` returns no lists."""
     around: Callable[[int], contextlib.AbstractContextManager[None]] = as_it_is
-    """A function that takes the seed and returns a context manager. The context manager can change the network for the
-    time of training, for example by adding adapters."""
+    """A function: seed -> a context manager. Training runs inside this context manager, which can change the network
+    until training ends, for example by adding adapters."""
 
 
 def train(
@@ -168,18 +171,24 @@ def train(
     """Train the objective's network in place, and return the log.
 
     Args:
+        objective: the network, and the functions that lead from lists to a loss.
         lists: the lists that `objective.prepare` returned.
         recipe: the hyperparameters.
-        settings: None is `Settings()`.
+        settings: the settings that do not depend on the recipe. None is `Settings()`.
         described: a name and a value for everything else that must be unchanged for training to resume from
             `settings.folder`, such as a digest of the data.
         validate: a function that returns the quality of the network (higher is better). It is called every
-            `settings.every` steps. At the end, the network has the weights of the highest value.
+            `settings.every` steps. At the end, the network has the weights for which `validate` returned the highest
+            value.
         begins: a function that is called after all checks and before the first step.
 
-    Raises ValueError if there are no lists, if batch_size is not a multiple of micro_batch times the number of devices,
-    if there would be less than one step, and if `settings.folder` has checkpoints of training with another recipe,
-    another seed, another `described` or other initial weights.
+    Raises ValueError
+
+    - if there are no lists;
+    - if batch_size is not a multiple of micro_batch times the number of devices;
+    - if there would be less than one step;
+    - if `settings.folder` has checkpoints of training with another recipe, another seed, another `described` or other
+      initial weights.
     """
     from transformers import TrainingArguments
 
@@ -215,10 +224,17 @@ def train(
 def training_arguments(
     n_lists: int, recipe: Recipe, settings: Settings, device: torch.device, *, validated: bool
 ) -> dict[str, Any]:
-    """A recipe and settings as transformers.TrainingArguments. Raises ValueError for the lists, batch sizes and steps
-    that `train` refuses.
+    """Return the arguments of transformers.TrainingArguments for a recipe and settings, as name -> value.
 
-    validated: whether the network is measured during training.
+    Args:
+        n_lists: the number of training lists.
+        recipe: the hyperparameters.
+        settings: the settings that do not depend on the recipe.
+        device: the device of the network.
+        validated: whether the network is measured during training.
+
+    Raises ValueError, as `train` does, if there are no lists, if the batch sizes do not match, or if there would be
+    less than one step. Warns if the warm-up is as long as the training.
     """
     micro_batch, accumulated = _micro_batches(n_lists, recipe)
     steps = _steps(n_lists, recipe)
@@ -264,8 +280,9 @@ def training_arguments(
 
 
 def _micro_batches(n_lists: int, recipe: Recipe) -> tuple[int, int]:
-    """The micro-batch size per device, and the number of micro-batches over which a step accumulates gradients."""
-    devices = int(os.environ.get("WORLD_SIZE", 1))  # processes of `accelerate launch` or torchrun, one GPU each
+    """Return two numbers: the micro-batch size per device, and the number of micro-batches over which a step
+    accumulates gradients."""
+    devices = int(os.environ.get("WORLD_SIZE", 1))  # processes of `accelerate launch` or torchrun, each with one GPU
     micro_batch = min(recipe.micro_batch, max(recipe.batch_size // devices, 1))
     accumulated, rest = divmod(recipe.batch_size, micro_batch * devices)
     if not n_lists or rest or not accumulated:
@@ -277,6 +294,7 @@ def _micro_batches(n_lists: int, recipe: Recipe) -> tuple[int, int]:
 
 
 def _steps(n_lists: int, recipe: Recipe) -> int:
+    """Return the number of steps of a recipe. Raises ValueError if it is less than 1."""
     steps = math.ceil(recipe.epochs * n_lists / recipe.batch_size) if recipe.steps is None else recipe.steps
     if steps < 1:
         raise ValueError(
@@ -291,7 +309,12 @@ def _steps(n_lists: int, recipe: Recipe) -> int:
 
 def _claim(folder: Path, started: dict[str, Any]) -> None:
     """Record in a folder what training starts with. Raises ValueError if the folder has a checkpoint of training that
-    started with something else."""
+    started with something else.
+
+    Args:
+        folder: the training folder, which is created if necessary.
+        started: a name and a value for everything that training starts with.
+    """
     file = folder / STARTED_WITH
     if _last_whole(folder) and file.exists():
         held = json.loads(file.read_text(encoding="utf-8"))
@@ -308,8 +331,11 @@ def _claim(folder: Path, started: dict[str, Any]) -> None:
 
 
 def _starting_weights(network: nn.Module, folder: Path) -> str:
-    """The digest of a network's weights. If the network was already trained with this folder, the digest of its initial
-    weights."""
+    """Return a digest of the weights with which training of a network in a folder started.
+
+    If this process has trained the network in this folder before, and the folder has a complete checkpoint, this is the
+    digest of the weights before that training. Otherwise, it is the digest of the current weights.
+    """
     before = _began.get(network)
     if before is None or before[0] != folder or not _last_whole(folder):
         before = _began[network] = folder, digest(network)
@@ -317,7 +343,7 @@ def _starting_weights(network: nn.Module, folder: Path) -> str:
 
 
 def digest(network: nn.Module) -> str:
-    """A digest of the weights of a network."""
+    """Return a digest of the weights of a network, 16 hexadecimal digits."""
     found = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -326,17 +352,19 @@ def digest(network: nn.Module) -> str:
 
 
 def _last_whole(folder: Path) -> str | None:
-    """The last complete checkpoint in a folder. A later one may be incomplete, if the process was killed while writing
-    it."""
+    """Return the path of the last complete checkpoint in a folder, or None if there is none. A later checkpoint is
+    incomplete if the process was killed while writing it."""
     states = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     whole = [path for path in states if _is_whole(path)]
     return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def _find_best(state: Path) -> None:
-    """Correct the path of the best checkpoint in a checkpoint's state. The path is wrong if the folder was moved.
+    """Correct the path of the best checkpoint that is recorded in another checkpoint. This path is wrong if the
+    training folder was moved.
 
-    state: the folder of the checkpoint.
+    Args:
+        state: the folder of the checkpoint that records the path.
     """
     file, whole = state / "trainer_state.json", state / WHOLE
     held = json.loads(file.read_text(encoding="utf-8"))
@@ -348,6 +376,8 @@ def _find_best(state: Path) -> None:
 
 
 def _is_whole(state: Path) -> bool:
+    """Return whether all files of a checkpoint exist with the sizes in its file WHOLE. `state` is the folder of the
+    checkpoint."""
     try:
         sizes = json.loads((state / WHOLE).read_text(encoding="utf-8"))
         return all((state / name).stat().st_size == size for name, size in sizes.items())
@@ -356,7 +386,7 @@ def _is_whole(state: Path) -> bool:
 
 
 def _keeper() -> "TrainerCallback":
-    """A callback that adds the file WHOLE to each checkpoint after all other files."""
+    """Return a callback that adds the file WHOLE to each checkpoint after all other files."""
     from transformers import TrainerCallback
 
     class Keeper(TrainerCallback):
@@ -377,12 +407,18 @@ class Samples(torch.utils.data.Dataset[Any]):
     """Training examples by index. An index always gives the same example, so resumed training sees the same examples as
     training without interruption.
 
-    Each epoch is a block of len(lists) indices. It contains each list once, in a new order.
+    Each epoch is a block of len(lists) indices. Each epoch contains each list once, in a new order.
+
+    Args:
+        sample: the `sample` function of an Objective.
+        lists: the prepared lists.
+        count: the number of examples.
+        seed: the random seed.
     """
 
     def __init__(self, sample: Callable[[Any, random.Random], Any], lists: Sequence[Any], count: int, seed: int):
         self.sample, self.lists, self.count, self.seed = sample, lists, count, seed
-        self._order: tuple[int, list[int]] = (-1, [])  # an epoch and its order of the lists
+        self._order: tuple[int, list[int]] = (-1, [])  # an epoch, and the order of the lists in it
 
     def __len__(self) -> int:
         return self.count
@@ -397,10 +433,15 @@ class Samples(torch.utils.data.Dataset[Any]):
 
 
 class NetworkWithLoss(nn.Module):
-    """A network whose `forward` returns the loss of a batch. The Trainer calls its model and reads "loss" from the
+    """A network whose `forward` returns the loss of a batch. The Trainer calls this network and reads "loss" from the
     result.
 
-    The loss is the mean over a micro-batch. The Trainer divides it by the number of micro-batches.
+    The loss is the mean over the examples of a micro-batch. The Trainer divides the loss by the number of micro-batches
+    per step.
+
+    Args:
+        network: the network to train.
+        loss: the `loss` function of an Objective.
     """
 
     def __init__(self, network: nn.Module, loss: Callable[[Any], torch.Tensor]):
@@ -408,19 +449,19 @@ class NetworkWithLoss(nn.Module):
         self.network, self.loss = network, loss
 
     def forward(self, batch: SimpleNamespace) -> dict[str, torch.Tensor]:
-        """The loss of one micro-batch, which `_as_argument` has wrapped."""
+        """Return {"loss": the loss of one micro-batch}, a scalar tensor. `_as_argument` has wrapped the micro-batch."""
         return {"loss": self.loss(batch.examples)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """The trainable parameters and the buffers. A tensor with several names appears under its first name only,
-        since safetensors refuses two names for one tensor."""
+        """Return the trainable parameters and the buffers. A tensor with several names appears under its first name
+        only, since safetensors refuses two names for one tensor."""
         found = super().state_dict(*args, **kwargs)
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         return {name: found[name] for name in _first_names(found).values() if name not in frozen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load what `state_dict` returned. Each tensor is loaded under all of its names. Tensors that are not in
-        `state_dict` are unchanged."""
+        """Load what the method `state_dict` returned. Each tensor is loaded under all of its names. Tensors that the
+        argument `state_dict` does not contain are unchanged."""
         own = super().state_dict()
         first = _first_names(own)
         given = {name: state_dict[first[name]] for name in first if first[name] in state_dict}
@@ -428,13 +469,14 @@ class NetworkWithLoss(nn.Module):
 
 
 def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Each name of a tensor -> the first name of the same tensor."""
+    """Return a dict: each name of a tensor -> the first name of the same tensor."""
     first: dict[tuple[int, torch.Size], str] = {}
     return {name: first.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}
 
 
 def _as_argument(collate: Callable[[list[Any]], Any], examples: list[Any]) -> dict[str, SimpleNamespace]:
-    """A batch as the argument of `NetworkWithLoss.forward`, wrapped so that the Trainer does not unpack it."""
+    """Collate examples to a batch, and return it as the keyword argument of `NetworkWithLoss.forward`. The batch is
+    wrapped, so that the Trainer does not unpack it."""
     return {"batch": SimpleNamespace(examples=collate(examples))}
 
 
@@ -445,8 +487,16 @@ def _loop(
     validate: Callable[[], float] | None,
     patience: int | None,
 ) -> "Trainer":
-    """A transformers.Trainer with AdamW over all trainable parameters. It calls `validate` in place of its own
-    evaluation."""
+    """Return a transformers.Trainer with AdamW over all trainable parameters. The Trainer calls `validate` in place of
+    its own evaluation.
+
+    Args:
+        objective: the network and its loss.
+        examples: the training examples.
+        arguments: the arguments of the Trainer.
+        validate: as in `train`.
+        patience: as in Settings.
+    """
     import transformers
 
     class Loop(transformers.Trainer):
@@ -479,8 +529,8 @@ def _loop(
 
 
 def _one_gpu(arguments: "TrainingArguments") -> "TrainingArguments":
-    """The arguments with at most one GPU. On a machine with several GPUs, the Trainer would otherwise use DataParallel,
-    in which each GPU would get the same batch."""
+    """Set the number of GPUs in the arguments to at most one, and return the arguments. On a machine with several GPUs,
+    the Trainer would otherwise use DataParallel, in which each GPU would get the same batch."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -489,7 +539,8 @@ def _one_gpu(arguments: "TrainingArguments") -> "TrainingArguments":
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """The device of a network's parameters. It can change between creating an objective and computing its loss."""
+    """Return the device of a network's parameters. This device can change between creating an objective and computing
+    its loss."""
     return next(network.parameters()).device
 
 
@@ -504,8 +555,8 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
 
 
 def _disable_gradient_checkpointing(network: nn.Module) -> None:
-    """Undo `enable_gradient_checkpointing`. Also remove the hook that transformers adds for it, which cannot be
-    pickled."""
+    """Undo `enable_gradient_checkpointing`. Also remove the hook that transformers adds for gradient checkpointing,
+    since this hook cannot be pickled."""
     for module in network.modules():
         if getattr(module, "supports_gradient_checkpointing", False):
             disable: Any = (
@@ -518,9 +569,12 @@ def _disable_gradient_checkpointing(network: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _float32_in_training_mode(network: nn.Module, autocast: bool) -> Iterator[None]:
-    """A context in which all weights are float32 and dropout is on. Under autocast, frozen weights keep their dtype to
-    save memory. At the end, the network is on its former device, in its former dtypes and in evaluation mode, and
-    gradient checkpointing is off."""
+    """Return a context manager in which all weights are float32 and dropout is on. If `autocast` is true, frozen
+    weights keep their dtype to save memory.
+
+    At the end, the network is on its former device, in its former dtypes and in evaluation mode, and gradient
+    checkpointing is off.
+    """
     device = device_of(network)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(network)}
     try:
@@ -539,13 +593,17 @@ def _float32_in_training_mode(network: nn.Module, autocast: bool) -> Iterator[No
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return all parameters and buffers of a network, each with its name."""
     return chain(network.named_parameters(), network.named_buffers())
 
 
 @contextlib.contextmanager
 def _eager_attention_on_cpu(network: nn.Module) -> Iterator[None]:
-    """A context in which a network on a CPU uses "eager" attention, because the gradient of the fused kernel ("sdpa")
-    is several times slower on a CPU. At the end, every model has its former attention implementation again."""
+    """Return a context manager in which a network on a CPU uses "eager" attention. On a CPU, the gradient of the fused
+    kernel ("sdpa") is several times slower than that of "eager" attention.
+
+    At the end, every model of transformers in the network has its former attention implementation.
+    """
     models: list[Any] = [module for module in network.modules() if hasattr(module, "set_attn_implementation")]
     before = [model.config._attn_implementation for model in models]
     try:
@@ -562,7 +620,11 @@ def _eager_attention_on_cpu(network: nn.Module) -> Iterator[None]:
 
 
 def _log(history: list[dict[str, float]]) -> Log:
-    """The Trainer's entries for the steps, without its summaries of the whole training."""
+    """Return the log entries of the steps, without the Trainer's summaries of the whole training.
+
+    Args:
+        history: the Trainer's log history.
+    """
     kept = ("step", "loss", "learning_rate", "grad_norm", MEASURE)
     entries = [{name: entry[name] for name in kept if name in entry} for entry in history]
     return [entry for entry in entries if len(entry) > 1]
