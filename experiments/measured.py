@@ -54,8 +54,8 @@ def read(question: str | None = None, file: Path = FILE) -> pd.DataFrame:
 
 
 def latest(rows: pd.DataFrame, *also: str) -> pd.DataFrame:
-    """The newest row of each question, setting, n and measure. also: further columns, such as "threads", whose values
-    must be the same, too, before a newer row replaces an older one."""
+    """The newest row of each question, setting, n and measure. also: further columns, such as "threads". A row does not
+    replace an older row that has another value in one of these columns."""
     return rows.drop_duplicates(["question", "setting", "n", "measure", *also], keep="last", ignore_index=True)
 
 

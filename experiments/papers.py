@@ -112,7 +112,7 @@ class Comparison:
 
 
 def runs_of(collection: str, *names: str) -> dict[str, str]:
-    """Name of a first stage of the collection -> the path of its run file."""
+    """The run files of a collection's first stages, as a dict: name of a first stage -> path."""
     return {name: str(find(f"{collection}.{name}")) for name in names}
 
 

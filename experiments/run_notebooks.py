@@ -38,8 +38,8 @@ def notebooks() -> list[Path]:
 
 
 def named_profile(path: Path) -> str | None:
-    """The profile that the parameters cell of a notebook names, or None. The committed outputs of the notebook are
-    those of this profile."""
+    """The profile that the parameters cell of a notebook names, or None. The committed outputs of a notebook are those
+    of the named profile."""
     cells = nbformat.read(path, as_version=4).cells
     chosen = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
     found = re.match(r'PROFILE = "(\w+)"', chosen)
@@ -47,10 +47,11 @@ def named_profile(path: Path) -> str | None:
 
 
 def run(path: Path, folder: Path, **parameters: str) -> nbformat.NotebookNode:
-    """Run a notebook in `folder`, with these values in its parameters cell, and return it with its new outputs.
+    """Run a notebook in `folder`. Returns the notebook with its new outputs. parameters: values that replace those in
+    the parameters cell.
 
-    The small profile deletes its earlier results first; the other profiles use theirs again. An exception in a cell is
-    raised.
+    The small profile first deletes its earlier results. The other profiles use their earlier results again. An
+    exception in a cell is raised.
     """
     notebook = nbformat.read(path, as_version=4)
     chosen = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

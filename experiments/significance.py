@@ -23,7 +23,7 @@ def adjusted(p: pd.Series, correction: str) -> pd.Series:
 def against_means(values: pd.Series, means: Mapping[str, float], correction: str = "holm") -> pd.Series:
     """LiT5's test: does the mean of one system's values per query differ from the means of other systems?
 
-    For each other system, it is a one-sample t-test of the values against the mean of that system. The test is
+    For each other system, the test is a one-sample t-test of the values against the mean of the other system. It is
     one-sided: "greater" if the mean of the values is greater than the mean of the other system, else "less". Returns
     the corrected p-value for each other system.
     """
