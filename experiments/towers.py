@@ -4,17 +4,17 @@ weights of a BERT are set so that its score compares the mean vectors of query a
 Usually, a cross-encoder begins as an encoder under a new head, and has to learn from nothing how to compare two texts.
 Here, the initial weights already make this comparison:
 
-* For each attention head, the hidden state has two dimensions more than that of the bi-encoder. One of them carries a
-  mark: m = 1 for a token of the query, and m = -1 for a token of the passage. The other one is 1. LayerNorms scale both
-  dimensions alike. For two tokens with marks m and m', each head adds a constant times (m m' - 1 1') to the attention
-  logit, where 1 1' is the product of the other dimension of the two tokens. This is 0 if both tokens are in the same
-  text, and negative otherwise.
+* For each attention head, the hidden state has two dimensions more than that of the bi-encoder. One of the two carries
+  a mark: m = 1 for a token of the query, and m = -1 for a token of the passage. The other one is 1. LayerNorms scale
+  both dimensions alike. For two tokens with marks m and m', each head adds a constant times (m m' - 1 1') to the
+  attention logit, where 1 1' is the product of the two tokens' other dimension. The added term is 0 if both tokens are
+  in the same text, and negative otherwise.
 * A first added layer attends to similar tokens of the other text. Before training, its attention adds nothing to the
   state.
 * A second added layer is the last one. Half of its heads compute the mean u of the query's tokens, and the other half
-  the mean v of the passage's tokens. Its feed-forward network computes the product of u and v as `4 u v = (u + v)^2 -
-  (u - v)^2`, where z^2 is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products over all
-  dimensions replaces the mark, and the model's head reads it.
+  the mean v of the passage's tokens. Its feed-forward network computes the product of u and v from the equation
+  4 u v = (u + v)^2 - (u - v)^2, where z^2 is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the
+  products over all dimensions replaces the mark, and the model's head reads this sum.
 
 Training may change all weights, and the checkpoint has BERT's ordinary architecture. The score is only "nearly" the
 cosine because the position ids of the passage begin after the query, and the passage has no [CLS].
