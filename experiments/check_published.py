@@ -90,7 +90,7 @@ class NotRun(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wanted", nargs="*", metavar="NAME", help="a part of a checkpoint's name")
+    parser.add_argument("wanted", nargs="*", metavar="NAME", help="part of the checkpoints' names; default: all")
     parser.add_argument("--sizes", action="store_true", help="print how much would be fetched, and exit")
     parser.add_argument(
         "--dl19", default=papers.IRDS_DL["dl19"], help="folder with docs.jsonl[.gz], queries.tsv, qrels.txt"

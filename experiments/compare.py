@@ -20,11 +20,11 @@ NOT_TO_BE_MATCHED = ("recalled", "erratum")  # a run is not compared with figure
 # which both match gives the tolerance. A tolerance is the difference between two published evaluations of the same
 # checkpoint (LiT5's README of 2023 and 2024; Rank-DistiLLM's README and notebook), or rounding.
 TOLERANCES = [
-    (".*", FIRST_STAGE, 0.001),  # it needs no model: only rounding and the order of ties differ
+    (".*", FIRST_STAGE, 0.001),  # needs no model: only rounding and the order of ties may differ
     ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
     ("LiT5", ".*", 0.005),
     ("Rank-DistiLLM", ".*", 0.003),
-    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; as LiT5, since both run in bfloat16
+    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; as for LiT5, since both run in bfloat16
 ]
 
 

@@ -19,7 +19,7 @@ DATA = os.path.relpath(HERE / "data")  # the user's own files: runs in TREC form
 SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # only some machines have it; never required
 RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the user's own files and those of fetch.py come first
 
-# Checkpoint -> window size; the stride is half of it
+# Checkpoint -> window size; the stride is half of the window size
 LIT5_V2: dict[str, int] = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}
 LIT5_V1: dict[str, int] = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}
 LIT5_SCORE: list[str] = [f"castorini/LiT5-Score-{size}" for size in ("base", "large", "xl")]

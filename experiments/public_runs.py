@@ -24,7 +24,7 @@ SYSTEMS = {"rankvicuna": "RankVicuna 7B", "rankzephyr": "RankZephyr 7B"} | {
 TIREX_SYSTEMS = {
     "MonoT5 Base (tira-ir-starter-gygaggle)": "monoT5-base",
     "MonoT5 Large (tira-ir-starter-gygaggle)": "monoT5-large",
-    "latent-wetland": "monoT5-3B",  # TIREx does not name it; it is identified by its figures
+    "latent-wetland": "monoT5-3B",  # TIREx does not name monoT5-3B; the figures of this system agree
 }
 
 

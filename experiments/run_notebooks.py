@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all notebooks here that have profiles")
-    parser.add_argument("--profile", help="default: the one that a notebook's first cell names")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all notebooks with profiles")
+    parser.add_argument("--profile", help="default: the profile that a notebook's first cell names")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for the notebooks with their outputs")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -50,8 +50,8 @@ TIMES = {"dl19": 8, "dl22": 3}  # collection -> how often each of its queries is
 HELD_OUT = 15  # queries of DL19, for validation
 OF_NFCORPUS = 500  # number of sampled queries; for 396 of them, BM25 finds more than eight passages
 LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
-FROZEN = 3  # number of first layers that are not trained
-LENGTHS = {"query_length": 24, "doc_length": 72}  # maximum tokens, in training
+FROZEN = 3  # number of layers, from the first one, that are not trained
+LENGTHS = {"query_length": 24, "doc_length": 72}  # maximum lengths in tokens, in training
 LEARNING = {
     "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "learning_rate": 5e-5, "warmup": 15,
     "schedule": "cosine", "clip": 1.0, "precision": "float32", "verbose": False, "every": 100,

@@ -35,7 +35,7 @@ ONCE = slice(68, 90)  # labels that are written only once: afterwards, their pas
 VECTOR_LENGTH, MARK_LENGTH, LABEL_LENGTH = 10.0, 3.0, 5.4
 PASSAGE_BONUS = 15.0  # how much higher the attention logit of a passage's token is than that of other tokens
 RANK_BONUS = 0.4  # how much higher the attention logit of a passage is than that of the next one in its window
-MARGIN = 20.0  # how much higher the logit of identifiers is than that of other pieces; of the end, after a name
+MARGIN = 20.0  # how much higher the logit of identifiers (after a name: of the end) is than that of other pieces
 VALUE_SHRINK = 50.0  # LiT5Score sums the lengths of values; those of the first layer are 50 times shorter
 
 

@@ -76,7 +76,7 @@ GENTLE = {  # settings for the training of the whole LiT5s, after their encoders
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(STUDENTS)}; default: all")
+    parser.add_argument("names", nargs="*", help=f"checkpoints to make: {', '.join(STUDENTS)}; default: all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--share", type=float, default=1.0, help="share of the training steps, for a short trial")
     arguments = parser.parse_args()
@@ -193,7 +193,7 @@ def encode(folder: Path, texts: list[str]) -> torch.Tensor:
     model = transformers.AutoModel.from_pretrained(folder).eval()
     ids = pieces(folder, texts)
     vectors = torch.empty(len(texts), model.config.hidden_size)
-    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # else bfloat16 is tens of times as slow
+    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # if not, float32 is far faster
     for batch in like_lengths([len(row) for row in ids], 8_192):
         with torch.autocast("cpu", torch.bfloat16, enabled=native):
             vectors[batch] = mean(model, [ids[i] for i in batch])

@@ -46,7 +46,7 @@ NORM = 1.75
 SURE = 15.0  # of the tokens ANNOUNCES and ENDS
 INSIDE = 8.0  # of tokens between ANNOUNCES and ENDS
 LEAST, MOST = -8.0, 2.0  # of a word, relative to a word of the median weight
-SOME = -3.5  # of a passage, relative to the same word
+SOME = -3.5  # of a passage, relative to a word of the median weight
 RAMP, FAR = 3.0, 180  # added for a passage that is FAR tokens back
 
 NOISE = 0.1  # standard deviation of the noise on the teacher's scores, from which the ranks follow
