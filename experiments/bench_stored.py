@@ -6,8 +6,8 @@
 The runs are generated. They have 100 passages per query, and docnos of seven digits as in MS MARCO. The number in a
 docno selects one of 10,000 different texts. The student is a cross-encoder with random weights, or the small PE-Rank
 with its encoder. Each training has three steps, and reads the candidates and the teacher's ranking from the same run.
-It has a process of its own. The result is the peak memory of this process, minus the peak memory of a training on a run
-of one query.
+Each training runs in a process of its own. The result is the peak memory of this process, minus the peak memory of a
+training on a run of one query.
 """
 
 import argparse

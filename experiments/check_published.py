@@ -1,8 +1,8 @@
 """Checks the published checkpoints: fetches and loads them, and compares their results with known values.
 
 python experiments/check_published.py --sizes                 prints how much would be fetched; fetches nothing
-python experiments/check_published.py monoelectra-base v2     checks those whose name contains one of these words
-python experiments/check_published.py                         checks all of them
+python experiments/check_published.py monoelectra-base v2     checks the checkpoints with one of these words in the name
+python experiments/check_published.py                         checks all published checkpoints
 
 The script first prints the sizes of the downloads. An interrupted download resumes. Each checkpoint is checked in a
 process of its own, and a failed check does not stop the other checks. The report is a table of the checks that passed,

@@ -87,8 +87,8 @@ def load(name: str, text_of: TextOf | None = None) -> Collection:
       optionally run.txt. qrels.txt and run.txt are in TREC format.
     * A file NAME.qrels.txt[.gz]: judgements and the ids of their queries, without query texts or documents.
 
-    text_of: a function that makes the text of a document from its fields. None takes the default text of a document of
-    ir_datasets, and joins title and text of a document from a folder.
+    text_of: a function that makes the text of a document from its fields. By default, a document of ir_datasets gets
+    its default text, and a document from a folder gets its title and its text, joined.
     """
     if name.split("/")[0] == "python-docs":
         docs, topics = python_docs(), read_topics(PYTHON_DOCS)

@@ -85,8 +85,8 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
     """Measure the stages of reranking these candidates (qid, query, docno, text), with weights already loaded.
 
     Seconds are the CPU seconds of this process, summed over its threads, so that other jobs on the machine hardly
-    matter. Only if the model runs on a GPU, the seconds of the model are wall-clock seconds. Each stage is run several
-    times, and the fastest run counts. So `loader` is timed on texts that it has read before.
+    matter. If the model runs on a GPU, the seconds of the stage `model` are wall-clock seconds instead. Each stage is
+    run several times, and the fastest run counts. So `loader` is timed on texts that it has read before.
     """
     on_cpu = next(reranker.load().network.parameters()).device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter

@@ -86,8 +86,8 @@ def parameters(model: PreTrainedModel) -> int:
 
 @functools.cache
 def lit5(size: str, tokens: int = 150) -> float:
-    """TFLOP of LiT5-Distill-v2 for a query with 100 prompts of this many tokens. The encoder reads each prompt alone;
-    the decoder attends to all of them."""
+    """TFLOP of LiT5-Distill-v2 for a query with 100 prompts of this many tokens. The encoder reads each prompt alone,
+    and the decoder attends to all prompts."""
     model, width = t5(size), T5[size][0]
     texts, order = _ids(PASSAGES, tokens), _ids(1, ORDER_PIECES + 3)  # with the start and the end
     states = BaseModelOutput(torch.zeros(1, PASSAGES * tokens, width, device="meta"))
@@ -106,8 +106,8 @@ def cross_encoder(size: str, tokens: int = PAIR_TOKENS) -> float:
 @functools.cache
 def language_model(prompts: int, answer: int) -> tuple[float, float]:
     """The least and the most TFLOP of Mistral 7B for the 9 windows of a query. With a KV cache, each token is processed
-    once. The most assumes that each token attends to its whole window, the least that it attends only to the tokens
-    before it.
+    once. The most TFLOP assume that each token attends to its whole window. The least TFLOP assume that each token
+    attends only to the tokens before it.
 
     prompts: number of tokens of the nine prompts together. answer: number of tokens of one answer.
     """

@@ -1,4 +1,4 @@
-"""Encoders for learned sparse, late interaction and dense first stages. Their name is a hub id, or "stand-in" for a
+"""Encoders for learned sparse, late interaction and dense first stages. Each is named by a hub id, or "stand-in" for a
 local one.
 
 The results of the stand-ins show only that a pipeline runs. The stand-in of dense retrieval is all-MiniLM-L6-v2 from
@@ -49,8 +49,8 @@ def dense(name: str) -> Any:
 
 
 class LateInteraction(pt.Transformer):
-    """Reranks as ColBERT does. The score of a passage is a sum over the tokens of the query. For each of them, the best
-    similarity with a token of the passage is added."""
+    """Reranks as ColBERT does. The score of a passage is a sum over the tokens of the query: for each of these tokens,
+    the highest similarity with a token of the passage is added."""
 
     schematic: ClassVar[dict[str, str]] = {"label": "ColBERT"}
 

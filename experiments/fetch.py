@@ -1,8 +1,8 @@
 """Lists and downloads the data that the notebooks use, and that licences or size keep out of the repository.
 
-python experiments/fetch.py                      lists the data, its notebooks and its size; fetches nothing
-python experiments/fetch.py trec_dl beir         fetches all that these notebooks use
-python experiments/fetch.py runs/dl22.qrels.txt  fetches one of them
+python experiments/fetch.py                      lists the data with its notebooks and sizes; fetches nothing
+python experiments/fetch.py trec_dl beir         fetches all data that these notebooks use
+python experiments/fetch.py runs/dl22.qrels.txt  fetches the data of this name
 
 The data goes to experiments/data. public.csv has the source of each item: a file, the files of a record of Zenodo, a
 data set on the Hugging Face hub, or the first stage of TIREx's tasks. An interrupted download resumes. If the checksum

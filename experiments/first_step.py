@@ -5,9 +5,9 @@
 The students begin as tiny/lit5-distill and are trained with the recipe `lit5-distill-first`, one for each of two
 learning rates. The teacher is tiny/lit5-distill itself. The students learn the teacher's full orders of BM25's first 20
 passages, for queries that tiny/make.py generates. Of the two students, the one with the higher nDCG@10 on the
-development questions is chosen. On the test questions, the full order is compared with two orders from the first
-decoder step: that of tiny/lit5-distill and that of the chosen student. The students are kept in FOLDER. A second call
-does not train them again.
+development questions is chosen. On the test questions, the full order of tiny/lit5-distill is compared with two orders
+from the first decoder step: that of tiny/lit5-distill and that of the chosen student. The students are kept in FOLDER.
+A second call does not train them again.
 """
 
 import argparse

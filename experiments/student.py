@@ -105,7 +105,7 @@ def held_out() -> list[str]:
 
 
 def mean(students: list[CrossEncoder]) -> CrossEncoder:
-    """Set the first student's weights to the mean of all students' weights, and return it."""
+    """Set the first student's weights to the mean of all students' weights, and return the first student."""
     networks = [student.load().network for student in students]
     weights = [network.state_dict() for network in networks]
     networks[0].load_state_dict({name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]})
