@@ -2,8 +2,9 @@
 
     python experiments/bench_batching.py ../shared/data/dl19 [--model experiments/tiny/cross-encoder] [--record]
 
-For each way, it prints the number of tokens with padding, divided by the number of tokens without padding. The pairs
-are those of all queries with their first 100 passages. The ratio depends only on the lengths of the pairs in tokens.
+For each way to batch, the script prints the number of tokens with padding, divided by the number of tokens without
+padding. The query-passage pairs are those of all queries with their first 100 passages in the collection's run. The
+printed ratio depends only on the lengths of these pairs in tokens.
 """
 
 import argparse

@@ -8,9 +8,9 @@ base            a decoder of T5-base's size with random weights over a window of
                 in place of its own, so that as many drafted tokens are right as for the small checkpoint
 costs           the time of a pass of the decoder of `base` over 1 to 8 tokens
 
-Draft and verify is self-speculative decoding without a draft model: the last logits rank the remaining candidates, this
-ranking is the draft, and the next pass verifies it. The ways to decode take turns, so that other jobs on the machine
-favour none of them, and the shortest time of each way counts.
+Draft and verify is self-speculative decoding without a draft model. The last logits rank the remaining candidates, this
+ranking is the draft, and the next pass verifies the draft. The script alternates between the ways to decode, so that
+other jobs on the machine slow down all ways alike. Of the repeated measurements of a way, the shortest time counts.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main():
 
 
 def candidates(n: int) -> pd.DataFrame:
-    """The first n queries on Python's documentation, each with BM25's first hundred passages and their texts."""
+    """The first n queries on Python's documentation, each with BM25's first 100 passages and their texts."""
     collection = corpora.load("python-docs")
     with tempfile.TemporaryDirectory() as folder:
         bm25 = first_stages.bm25(collection, Path(folder) / "index.pisa", 100, overwrite=True)
@@ -83,8 +83,8 @@ def candidates(n: int) -> pd.DataFrame:
 
 
 class Counted:
-    """A reader that wraps another reader. It keeps the number of its passes, their seconds, and the returned logits,
-    each of shape (B, R).
+    """A reader that wraps another reader. It keeps the number of passes of the wrapped reader, their seconds, and the
+    returned logits, each of shape (B, R).
 
     costs: the cost of a pass over 1, 2, ... tokens, relative to a pass over one token. Decoding chooses the length of a
     draft by these costs. None takes the costs of the wrapped reader.
@@ -115,8 +115,8 @@ class Counted:
 
 @contextlib.contextmanager
 def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
-    """A context in which all decoding is counted. Yields a list, to which each call of `decoding.in_turn` adds a tuple:
-    its reader as a `Counted`, and its arguments words, counts and tops."""
+    """A context in which all decoding is counted. It yields a list. Each call of `decoding.in_turn` adds a tuple to
+    this list: the reader of the call, wrapped in a `Counted`, and its arguments words, counts and tops."""
     readers: list[tuple[Counted, Any, Any, Any]] = []
 
     def in_turn(reader, words, counts, tops) -> Choices:
@@ -161,14 +161,14 @@ def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: i
                 return decoding.in_turn(reader, words, counts, top)[0], [reader]
 
             setting = f"T5-base's decoder, a window of {size}{asked}, {name}, {dtype}"
-            turns = repeat if size == 100 and not asked else 3 * repeat  # repeated more often if short, against noise
+            turns = repeat if size == 100 and not asked else 3 * repeat  # short ones are repeated more often
             rows += compared(setting, 1, decode, list(WAYS)[:2], turns)
     return rows
 
 
 class Replayed(PieceReader):
-    """A decoder over random encoder states of `tokens` tokens. If `logits` are given, it returns them, position by
-    position, in place of its own logits."""
+    """A decoder over random encoder states of `tokens` tokens. If `logits` are given, it returns these logits, position
+    by position, in place of its own."""
 
     def __init__(self, fid: FiD, tokens: int, words: Any, logits: list[torch.Tensor] | None):
         states = torch.randn(tokens, fid.network.config.d_model, generator=torch.Generator().manual_seed(0))
@@ -187,9 +187,9 @@ class Replayed(PieceReader):
 
 
 def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int) -> list[dict]:
-    """Rows of measured.csv with the passes and seconds of each way to decode. The ways take turns.
+    """Rows of measured.csv with the passes and seconds of each way to decode. The function alternates between the ways.
 
-    decode: a function that takes costs and returns orders and readers.
+    decode: a function that takes costs, and returns the orders and the readers. repeat: how often each way is measured.
     """
     with torch.inference_mode():
         turns = [{way: decode(WAYS[way]) for way in ways} for _ in range(repeat)]
@@ -207,7 +207,8 @@ def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int
 
 
 def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
-    """Rows of measured.csv with the milliseconds of one pass over 1, 2, 3, 4, 5 and 8 tokens."""
+    """Rows of measured.csv with the milliseconds of one pass over 1, 2, 3, 4, 5 and 8 tokens. The shortest of `repeat`
+    times counts."""
     widths, least = (1, 2, 3, 4, 5, 8), {}
     reader = Replayed(fid, TOKENS[size], [[99]] * 99, None)
     with torch.inference_mode():

@@ -3,11 +3,11 @@
     python experiments/bench_stored.py [--rows 1000000 2000000 4000000] [--pe-rank 1000000 2000000]
                                        [--frame 100000 200000] [--record]
 
-The runs are generated. They have 100 passages per query, and docnos of seven digits as in MS MARCO. The collection has
-10,000 different texts, one of which is selected by the number in a docno. The student is a cross-encoder with random
-weights, or the small PE-Rank with its encoder. It is trained for three steps. The candidates and the teacher's ranking
-are read from the same run. Each training has a process of its own. The result is the peak memory of this process, minus
-the peak memory of a training on a run of one query.
+The runs are generated. They have 100 passages per query, and docnos of seven digits as in MS MARCO. The number in a
+docno selects one of 10,000 different texts. The student is a cross-encoder with random weights, or the small PE-Rank
+with its encoder. Each training has three steps, and reads the candidates and the teacher's ranking from the same run.
+Each training runs in a process of its own. The result is the peak memory of this process, minus the peak memory of a
+training on a run of one query.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def main() -> None:
 
 
 def in_its_process(source: str, folder: Path, rows: int) -> tuple[float, float]:
-    """Train in a new process. Returns the peak memory of the process in bytes, and the CPU seconds of the training."""
+    """Train in a new process. Returns the peak memory of the new process in bytes, and the CPU seconds of the
+    training."""
     write_run(folder / f"{rows}.run", rows)
     command = [sys.executable, __file__, "--one", source, str(folder), str(rows)]
     peak, seconds = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
@@ -98,7 +99,7 @@ def write_model(folder: Path) -> None:
 
 
 class Texts(Mapping[str, str]):
-    """A mapping from any docno to a text. The text is one of 10,000 passages of 60 words, followed by the docno."""
+    """A mapping from any docno to a text: one of 10,000 passages of 60 words, followed by the docno."""
 
     def __init__(self) -> None:
         chosen = random.Random(0)

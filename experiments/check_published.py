@@ -1,15 +1,15 @@
 """Checks the published checkpoints: fetches and loads them, and compares their results with known values.
 
 python experiments/check_published.py --sizes                 prints how much would be fetched; fetches nothing
-python experiments/check_published.py monoelectra-base v2     checks those whose name contains one of these words
-python experiments/check_published.py                         checks all of them
+python experiments/check_published.py monoelectra-base v2     checks the checkpoints with one of these words in the name
+python experiments/check_published.py                         checks all published checkpoints
 
 The script first prints the sizes of the downloads. An interrupted download resumes. Each checkpoint is checked in a
-process of its own, and a failed check does not stop the other checks. --report names the file of the report, which you
-can attach to an issue. The report has a table of the checks that passed, failed or were not run.
+process of its own, and a failed check does not stop the other checks. The report is a table of the checks that passed,
+failed or were not run. You can attach it to an issue. --report names its file.
 
-The collection DL19 is read from ir_datasets, as in trec_dl.ipynb. At first use, ir_datasets fetches the texts of MS
-MARCO (1 GB). --dl19 names a folder from which DL19 is read instead.
+The collection DL19 is read from ir_datasets, as in trec_dl.ipynb. When ir_datasets is used for the first time, it
+fetches the texts of MS MARCO (1 GB). --dl19 names a folder from which DL19 is read instead.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class NotRun(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wanted", nargs="*", metavar="NAME", help="a part of a checkpoint's name")
+    parser.add_argument("wanted", nargs="*", metavar="NAME", help="part of the checkpoints' names; default: all")
     parser.add_argument("--sizes", action="store_true", help="print how much would be fetched, and exit")
     parser.add_argument(
         "--dl19", default=papers.IRDS_DL["dl19"], help="folder with docs.jsonl[.gz], queries.tsv, qrels.txt"
@@ -129,8 +129,8 @@ def subjects(dl19: str) -> dict[str, Subject]:
 
 
 def sizes(names: Iterable[str]) -> pd.DataFrame:
-    """A row per checkpoint: its size in GB, how many GB are still to be fetched, and the error if the hub gave none of
-    this. The last row is the sum."""
+    """A row per checkpoint: its size in GB, how many GB are still to be fetched, and the error if the hub did not give
+    these sizes. The last row has the sums."""
     rows = []
     for name in names:
         try:
@@ -149,7 +149,8 @@ def sizes(names: Iterable[str]) -> pd.DataFrame:
 
 
 def bring_runs() -> None:
-    """Fetch the runs and judgements of DL19 (1 MB) into experiments/data, except files that are already there."""
+    """Fetch the runs and judgements of DL19 (1 MB) into experiments/data. Files that are already there are not
+    fetched."""
     for name in ("dl19.qrels", *dict.fromkeys(RUNS.values())):
         if not papers.find(name).exists():
             try:
@@ -159,8 +160,8 @@ def bring_runs() -> None:
 
 
 def apart(name: str, dl19: str) -> list[dict[str, Any]]:
-    """The rows of `examine`, which runs in a new process. So the measured memory is that of this checkpoint alone, and
-    a lack of memory kills only the new process."""
+    """Run `examine` in a new process, and return its rows. The measured memory is that of this checkpoint alone. If the
+    memory does not suffice, only the new process is killed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(examine, name, dl19).result()
@@ -190,7 +191,7 @@ def examine(name: str, dl19: str) -> list[dict[str, Any]]:
 
 
 def tried(name: str, check: str, look: Callable[..., Finding], *given: Any) -> dict[str, Any]:
-    """Run a check and return its row. An exception of the check becomes a row, too."""
+    """Run a check and return its row of the report's table. If the check raises an exception, the row shows it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -217,8 +218,8 @@ def row(
 
 
 def peak() -> float:
-    """The peak memory in GB. On a GPU, it is that of the GPU since the check began; without a GPU, that of the process
-    since it began."""
+    """The peak memory in GB: on a GPU, the memory of the GPU since the check began; without a GPU, the memory of the
+    process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -276,7 +277,7 @@ def window(subject: Subject, size: int, stride: int) -> Finding:
 
 def scores(subject: Subject, tolerance: float) -> Finding:
     """Check the reranker's scores in float32 for the query-passage pairs whose scores are published. The check passes
-    if each score is within `tolerance` of the published one."""
+    if each score differs from the published one by at most `tolerance`."""
     figures = compare.published(table="known_scores", model=subject.reranker.model)
     pairs = [re.fullmatch(r"query: (.*) / passage: (.*)", pair).groups() for pair in figures["collection"]]
     exact = pt.inspect.transformer_apply_attributes(subject.reranker, dtype="float32")
@@ -288,8 +289,8 @@ def scores(subject: Subject, tolerance: float) -> Finding:
 
 
 def tokens(subject: Subject) -> Finding:
-    """Check the number of tokens of PE-Rank's prompts per query, as the mean over DL19's topics with 100 passages
-    each."""
+    """Check the number of tokens of PE-Rank's prompts per query. The number is the mean over DL19's topics, with 100
+    passages for each topic."""
     topics = collection(subject).get_topics()
     figures = compare.published(table="figure1", measure="processed tokens per query", model=subject.name)
     found = costs.prompt_tokens(subject.reranker, topics.loc[topics.index.repeat(100)])
@@ -298,15 +299,15 @@ def tokens(subject: Subject) -> Finding:
 
 
 def ten_passages(subject: Subject) -> Finding:
-    """Rerank ten passages, for a person to look at the order. The check passes if the passage that answers the query is
-    first."""
+    """Rerank ten passages. The check passes if the passage that answers the query is first. A person should look at the
+    order of the other passages."""
     order = [passage["corpus_id"] + 1 for passage in subject.reranker.rank(QUERY, PASSAGES)]
     return Finding(order[0] == ANSWER, f"{ANSWER} first; look at the rest", " ".join(map(str, order)))
 
 
 def over_bm25(subject: Subject) -> Finding:
-    """Check nDCG@10 on DL19 over the paper's BM25. The check passes if the reranker and BM25 are each within the
-    tolerance of a figure that is published for it."""
+    """Check nDCG@10 on DL19 over the paper's BM25. The check passes if the nDCG@10 of the reranker and the nDCG@10 of
+    BM25 are each within the tolerance of a published figure."""
     where = collection(subject)
     try:
         first = first_stages.load(str(papers.find(RUNS[subject.paper])), where, Path(), 100)
@@ -326,8 +327,8 @@ def over_bm25(subject: Subject) -> Finding:
 
 
 def public_run(name: str) -> Finding:
-    """Check nDCG@10 on DL19 of the first 100 passages of a public run over LiT5's BM25. The check passes if it is
-    within the tolerance of a published figure."""
+    """Check nDCG@10 on DL19 of the first 100 passages of a public run over LiT5's BM25. The check passes if the nDCG@10
+    is within the tolerance of a published figure."""
     runs = {compare.FIRST_STAGE: papers.find("dl19.bm25")} | public_runs.systems_over("dl19.bm25")
     if name not in runs:
         raise NotRun(f"its run is missing; wanted it at experiments/data/runs/dl19.bm25.{name}.txt")
@@ -340,7 +341,8 @@ def public_run(name: str) -> Finding:
 
 def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> dict[str, Finding]:
     """Compare the nDCG@10 of rankings over DL19's BM25 with the figures that are published for their names. Returns a
-    finding for each ranking with published figures. It has passed if nDCG@10 is within the tolerance of one of them."""
+    finding for each ranking that has published figures. The ranking has passed if its nDCG@10 is within the tolerance
+    of one of these figures."""
     averages = pd.DataFrame(
         [(name, pt.Evaluate(frame, qrels, [nDCG @ 10])["nDCG@10"]) for name, frame in frames.items()],
         columns=["name", "nDCG@10"],
@@ -359,14 +361,14 @@ def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> 
 
 
 def collection(subject: Subject) -> corpora.Collection:
-    """The collection DL19. Raises NotRun if it is not here and cannot be fetched."""
+    """The collection DL19. Raises NotRun if the collection is not on this machine and cannot be fetched."""
     try:
         return corpora.load(subject.dl19)
     except MISSING as error:
         raise NotRun(str(error)) from error
 
 
-CHECKS = [  # name, regular expression for names of checkpoints, check, its further arguments
+CHECKS = [  # name, regular expression for names of checkpoints, function, its further arguments
     ("names of weights", "LiT5", weight_names),
     ("loads", "", loads),
     ("window and stride", r"LiT5-Distill-\w+-v2$", window, 100, 50),

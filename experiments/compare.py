@@ -1,4 +1,4 @@
-"""Compares measured with published figures: the difference, a test against a baseline, and a tolerance.
+"""Compares measured figures with published ones: their difference, and whether it is within a tolerance.
 
 This module works on tables, without models or collections. `published.csv` holds every figure of the papers' tables
 with its source and status. `claims.csv` holds the figures in the papers' texts.
@@ -16,21 +16,22 @@ KEY = ["paper", "collection", "first_stage", "depth", "model", "measure"]
 FIRST_STAGE = "first stage"  # the `model` of a ranking that is not reranked
 NOT_TO_BE_MATCHED = ("recalled", "erratum")  # a run is not compared with figures of these statuses
 
-# (paper, model, tolerance of nDCG and similar measures). Paper and model are regular expressions; the first line in
-# which both match counts. The tolerances are the differences between two published evaluations of one checkpoint
-# (LiT5's README of 2023 and 2024; Rank-DistiLLM's README and notebook), or rounding.
+# (paper, model, tolerance of nDCG and similar measures). Paper and model are regular expressions. The first line in
+# which both match gives the tolerance. A tolerance is the difference between two published evaluations of the same
+# checkpoint (LiT5's README of 2023 and 2024; Rank-DistiLLM's README and notebook), or rounding.
 TOLERANCES = [
-    (".*", FIRST_STAGE, 0.001),  # it needs no model: only rounding and the order of ties differ
+    (".*", FIRST_STAGE, 0.001),  # needs no model: only rounding and the order of ties may differ
     ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
     ("LiT5", ".*", 0.005),
     ("Rank-DistiLLM", ".*", 0.003),
-    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; as LiT5, since both run in bfloat16
+    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; as for LiT5, since both run in bfloat16
 ]
 
 
 def published(**where: str | Iterable[str]) -> pd.DataFrame:
-    """The published figures that have the given values (a string, or several) in the given columns:
-    `published(paper="LiT5", table="ecir_table1")`.
+    """The rows of published.csv that have the given values in the given columns. For example,
+    `published(paper="LiT5", table="ecir_table1")` returns the figures of one table. A value is a string, or several
+    strings of which one must match.
 
     Columns: paper, table, collection, measure, first_stage, depth, model, value, source, status. The status is
     confirmed, readme (from a README), recalled (unchecked: do not cite) or erratum (printed, but wrong).
@@ -43,17 +44,17 @@ def published(**where: str | Iterable[str]) -> pd.DataFrame:
 
 
 def claims() -> pd.DataFrame:
-    """The figures in the papers' texts, a row for each. Columns: paper, claim, value, unit, compares, where."""
+    """A row for each figure in the papers' texts. Columns: paper, claim, value, unit, compares, where."""
     return pd.read_csv(CLAIMS, keep_default_na=False)
 
 
 def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stage: str, depth: int) -> pd.DataFrame:
-    """Turn the table of a `pt.Experiment` (a row per pipeline, a column per measure) into a row per pipeline and
-    measure.
+    """Turn the table of a `pt.Experiment`, which has a row per pipeline and a column per measure, into a table with a
+    row per pipeline and measure.
 
-    The name of a pipeline becomes its `model`. For a comparison with published figures, it must be a model of
-    `published.csv`, or "first stage" for a first stage alone. Columns: those of KEY, `measured`, and `p`. `p` is the
-    p-value against the experiment's baseline, corrected if the experiment corrected it.
+    The columns are those of KEY, `measured` and `p`. The name of a pipeline becomes its `model`. To be compared with
+    published figures, it must be a model of published.csv, or "first stage" for a first stage alone. `p` is the p-value
+    against the experiment's baseline, corrected if the experiment corrected it, and nan if there was no test.
     """
     tests = re.compile(r" (\+|-|p-value|reject|p-value corrected)$")
     rows = []
@@ -68,8 +69,9 @@ def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stag
 
 
 def repeated(results: pd.DataFrame) -> pd.DataFrame:
-    """Merge the runs of a system, named "NAME #1", "NAME #2", ..., into one row. The row has their mean, the `lowest`
-    and the `highest` of them, and no p. A system with one run keeps its p."""
+    """Merge the rows of several runs of one system, which are named "NAME #1", "NAME #2", ..., into one row. `measured`
+    is the mean over the runs, `lowest` and `highest` are the extremes, and `p` is nan. A system with one run keeps its
+    p, and its `lowest` and `highest` are nan."""
     names = results["model"].str.replace(r" #\d+$", "", regex=True)
     groups = results.assign(model=names).groupby(KEY, sort=False)
     rows = groups.agg(
@@ -82,16 +84,18 @@ def repeated(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
-    """Measured figures next to published ones, with a row for each measured figure.
+    """A table of measured figures next to published ones.
 
-    results: frames that the function `results` returned, concatenated. tables: names of tables of `published.csv`. If
-    given, only their figures are used, and all of their figures for the measures in `results` appear, even those that
-    were not measured. By default, a measured figure is compared with every published figure of the same paper,
-    collection, first stage, depth, model and measure. The depth of a first stage is ignored.
+    results: frames that the function `results` returned, concatenated. tables: names of tables of published.csv.
 
-    Further columns: `published`, `difference` (measured - published), `tolerance`, `reproduced`, `table`, `source`,
-    `status`. `reproduced` is "within" or "outside" the tolerance, and empty if there is nothing to compare. If a system
-    has several runs, a published figure between the lowest and the highest of them counts as "within", too.
+    A measured figure is compared with each published figure of the same paper, collection, first stage, depth, model
+    and measure. For a first stage, the depth is ignored. If `tables` is empty, all figures of published.csv are
+    searched, and the rows are the measured figures. If `tables` is given, only the figures of these tables are
+    searched. Then each of these figures whose measure occurs in `results` has a row, even if it was not measured.
+
+    Columns: those of `results`, `published`, `difference` (measured - published), `tolerance`, `reproduced`, `table`,
+    `source`, `status`. `reproduced` is "within" or "outside" the tolerance, and empty if there is nothing to compare.
+    If a system has several runs, a published figure between the lowest and the highest of them counts as "within", too.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
@@ -128,8 +132,11 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
 
 
 def progress(table: pd.DataFrame) -> pd.DataFrame:
-    """For each paper and table of published.csv: the number of cells, how many of them are measured, how many are
-    within and outside the tolerance, and how many wait for a run."""
+    """A row for each paper and table of published.csv. The columns count the cells of the table, those that are
+    measured, those within and outside the tolerance, and those that wait for a run.
+
+    table: a table that the function `table` returned.
+    """
     cells = table[table["published"].notna()].assign(
         measured=lambda rows: rows["measured"].notna(),
         within=lambda rows: rows["reproduced"] == "within",
@@ -141,10 +148,8 @@ def progress(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tolerance(paper: str, model: str, measure: str) -> float:
-    """The largest difference from a published figure that a faithful reproduction may have.
-
-    It is nan for measures that depend on the machine, such as seconds and memory.
-    """
+    """The largest difference from a published figure that a faithful reproduction may have. It is nan for measures that
+    depend on the machine, such as seconds and memory."""
     if not re.match(r"(nDCG|MAP|alpha-nDCG|R|RR|P)@\d+$", measure):
         return float("nan")
     fitting = (t for papers, models, t in TOLERANCES if re.fullmatch(papers, paper) and re.fullmatch(models, model))
@@ -152,8 +157,8 @@ def tolerance(paper: str, model: str, measure: str) -> float:
 
 
 def pivot(table: pd.DataFrame, values: tuple[str, ...] = ("measured", "published")) -> pd.DataFrame:
-    """The table in the form that the papers print: a row per model and first stage, and for each collection the columns
-    `values`."""
+    """A table of the function `table` in the form that the papers print: a row per model and first stage, and for each
+    collection the columns `values`."""
     wide = table.pivot_table(
         index=["first_stage", "model"],
         columns="collection",
@@ -194,5 +199,6 @@ def _rounded(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the column `_depth`, in which two figures must agree to be compared. It is empty for first stages."""
+    """Add the column `_depth`. Two figures are compared only if their `_depth` is the same. It is empty for first
+    stages."""
     return frame.assign(_depth=frame["depth"].where(frame["model"] != FIRST_STAGE, ""))

@@ -21,9 +21,9 @@ TextOf = Callable[[dict[str, Any]], str]
 class Collection(pt.datasets.Dataset):
     """Documents, topics, judgements and optionally a run, with the methods of PyTerrier datasets.
 
-    docs: a function that yields {docno, text}. texts: a function that takes docnos and returns {docno: text}. topics,
-    qrels and run are data frames with the columns (qid, query), (qid, docno, label), and (qid, docno, score, rank from
-    0). run is None if the collection has no run.
+    docs: a function without arguments that yields a dict {docno, text} for each document. texts: a function that takes
+    docnos and returns a dict {docno: text}. topics, qrels and run are data frames with the columns (qid, query), (qid,
+    docno, label), and (qid, docno, score, rank from 0). run is None if the collection has no run.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class Collection(pt.datasets.Dataset):
 
 
 class TextLoader(pt.Transformer):
-    """Adds the column `text`: the text of each `docno`. Raises KeyError for an unknown docno."""
+    """Adds the column `text` with the text of each `docno`. Raises KeyError if the collection has no document of this
+    docno."""
 
     def __init__(self, collection: Collection):
         self.collection = collection
@@ -79,14 +80,15 @@ class TextLoader(pt.Transformer):
 def load(name: str, text_of: TextOf | None = None) -> Collection:
     """Load a collection by its name:
 
-    * `python-docs`: Python's documentation. `python-docs/dev` and `python-docs/test` have only a part of its topics.
+    * `python-docs`: Python's documentation. `python-docs/dev` and `python-docs/test` have the same documents, but only
+      the development or the test topics.
     * `irds:ID`: a dataset of ir_datasets.
     * A folder with docs.jsonl[.gz] (docno, text and perhaps more fields), queries.tsv (qid, tab, query), qrels.txt and
-      optionally run.txt, both in TREC formats.
+      optionally run.txt. qrels.txt and run.txt are in TREC format.
     * A file NAME.qrels.txt[.gz]: judgements and the ids of their queries, without query texts or documents.
 
-    text_of: makes the text of a document from its fields. None joins title and text, or takes ir_datasets' default text
-    of a document.
+    text_of: a function that makes the text of a document from its fields. By default, a document of ir_datasets gets
+    its default text, and a document from a folder gets its title and its text, joined.
     """
     if name.split("/")[0] == "python-docs":
         docs, topics = python_docs(), read_topics(PYTHON_DOCS)
@@ -130,7 +132,7 @@ def in_memory(
 
 
 def judged(qrels: Path) -> Collection:
-    """A collection of judgements without query texts and documents. It is enough to evaluate runs."""
+    """A collection of judgements without query texts and documents, with which runs can be evaluated."""
     if not qrels.exists():
         raise FileNotFoundError(f"{qrels} is not here; wanted judgements in TREC format (qid 0 docno label)")
     labels = pt.io.read_qrels(str(qrels))

@@ -1,5 +1,5 @@
-"""Estimates what reranking costs at scale: measures each stage once, and calculates for processes, GPUs and machines.
-It draws nothing."""
+"""Estimates what reranking costs at scale. It measures each stage once, and computes the costs of more processes, GPUs
+and machines."""
 
 import functools
 import math
@@ -27,8 +27,8 @@ NETWORK = 1.25e9  # bytes a second (10 Gbit a second)
 
 @dataclass(frozen=True)
 class Stages:
-    """The seconds that each stage takes for a query with all its passages, and the bytes that are sent to a worker. The
-    driver is the process that calls `Distributed`."""
+    """The seconds that each stage takes for a query with all its passages, and the number of bytes that are sent to a
+    worker. The driver is the process that calls `Distributed`."""
 
     loading: float  # the driver reads the texts of the passages
     frame: float  # the driver checks the frame, and adds scores and ranks
@@ -43,11 +43,11 @@ class Stages:
 
 
 def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: float = NETWORK) -> dict[str, float]:
-    """How many seconds each stage adds to a query, with one driver and this many workers.
+    """The seconds that each stage adds to the time of a query, with one driver and this many workers.
 
-    A call of `Distributed` first loads the texts and checks the frame. Then packing, sending and computing run in
-    parallel, so only the slowest of these three counts and is returned. cores: the cores of each worker; all of them
-    tokenise. network: bytes a second.
+    A call of `Distributed` first loads the texts and checks the frame. Then packing, sending and computing (tokenising
+    and model) run in parallel, so only the slowest of these three counts and is returned. cores: number of cores of
+    each worker, all of which tokenise. network: bytes a second.
     """
     beside: list[dict[str, float]] = [
         {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},
@@ -58,26 +58,26 @@ def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: floa
 
 
 def rate(stages: Stages, workers: int = 1, **machine: float) -> float:
-    """How many queries one driver with this many workers reranks in a second. machine: `cores` and `network`, as in
-    `seconds`."""
+    """The number of queries that one driver with this many workers reranks in a second. machine: `cores` and `network`,
+    as in `seconds`."""
     return 1 / sum(seconds(stages, workers, **machine).values())
 
 
 def bottleneck(stages: Stages, workers: int = 1, **machine: float) -> str:
-    """The stage that takes most of the time. machine: `cores` and `network`, as in `seconds`."""
+    """The name of the stage that takes most of the time. machine: `cores` and `network`, as in `seconds`."""
     parts = seconds(stages, workers, **machine)
     return max(parts, key=parts.__getitem__)
 
 
 def machines(stages: Stages, queries: int, workers: int, **machine: float) -> int:
-    """How many machines rerank these queries in a day. Each machine has a driver, this many workers, and its share of
-    the queries. machine: `cores` and `network`, as in `seconds`."""
+    """The number of machines that are needed to rerank this many queries in a day. Each machine has a driver, this many
+    workers, and its share of the queries. machine: `cores` and `network`, as in `seconds`."""
     return math.ceil(queries / DAY / rate(stages, workers, **machine))
 
 
 def workers_fed(stages: Stages) -> float:
-    """The number of workers at which the workers wait for the driver half of the time. A quarter as many workers wait a
-    fifth of the time."""
+    """The number of workers at which the workers wait for the driver half of the time. With a quarter of this number,
+    the workers wait a fifth of the time."""
     return (stages.tokenising + stages.model) / (stages.loading + stages.frame)
 
 
@@ -85,8 +85,8 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
     """Measure the stages of reranking these candidates (qid, query, docno, text), with weights already loaded.
 
     Seconds are the CPU seconds of this process, summed over its threads, so that other jobs on the machine hardly
-    matter. For a model on a GPU, they are wall-clock seconds. Each stage is run several times, and the fastest run
-    counts. So `loader` reads texts that it has read before.
+    matter. If the model runs on a GPU, the seconds of the stage `model` are wall-clock seconds instead. Each stage is
+    run several times, and the fastest run counts. So `loader` is timed on texts that it has read before.
     """
     on_cpu = next(reranker.load().network.parameters()).device.type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
@@ -111,8 +111,8 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
 
 @functools.singledispatch
 def tokenise(reranker: Reranker, queries: list[str], columns: Columns) -> None:
-    """Tokenise the texts as often as one call of `reranker.results` does. Raises TypeError for a reranker without a
-    rule here."""
+    """Tokenise the texts as often as one call of `reranker.results` does. Raises TypeError if there is no rule for the
+    reranker's class in this module."""
     raise TypeError(
         f"cost_model cannot tell how {type(reranker).__name__} tokenises; wanted a reranker with a rule here"
     )
@@ -161,7 +161,7 @@ def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
 
 
 def best_of(function: Callable[[], Any], times: int = 3, clock: Callable[[], float] = time.process_time) -> float:
-    """The seconds of the fastest of several runs of a function."""
+    """The seconds of the fastest of several calls of a function."""
     taken = []
     for _ in range(times):
         start = clock()

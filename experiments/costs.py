@@ -1,5 +1,5 @@
-"""Measures what a reranker costs: seconds, FLOPs, parameters, memory, tokens. PyTorch's counter counts the FLOPs, and
-tirex-tracker tracks the memory."""
+"""Measures the costs of a reranker: seconds, FLOPs, parameters, memory and tokens. PyTorch's counter counts the FLOPs,
+and tirex-tracker tracks the memory."""
 
 import importlib
 import importlib.util
@@ -24,10 +24,10 @@ def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
     """The costs of reranking these candidates (qid, query, docno, text), with all queries in one call and weights
     already loaded.
 
-    `seconds` and `TFLOP` are per query. FLOPs are counted as the networks run: they include padding, and leave out what
-    caches save. `parameters` is in millions. `MB` is memory: the weights, plus the difference between the most and the
-    least memory that the process held during the call (on the GPU if it used one). `parameters` and `MB` are nan for a
-    transformer that is no reranker of this package.
+    `seconds` and `TFLOP` are per query. The FLOPs are those of the operations that the networks run: those for padding
+    are included, and those that a cache saves are not. `parameters` is in millions. `MB` is the memory of the weights,
+    plus the difference between the most and the least memory that the process held during the call (on the GPU if it
+    used one). `parameters` and `MB` are nan for a transformer that is not a reranker of this package.
     """
     reranker(candidates.groupby("qid").head(2))  # so that the additional costs of a first call do not count
     with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
@@ -45,8 +45,8 @@ def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
 
 
 def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transformer]:
-    """The peers whose package is installed. The values are turned from (package, class, arguments) into
-    transformers."""
+    """The peers whose package is installed, as transformers. peers: name -> (package, class, arguments of the
+    constructor)."""
     return {
         name: getattr(importlib.import_module(package), kind)(**arguments)
         for name, (package, kind, arguments) in peers.items()
@@ -60,8 +60,8 @@ def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
 
 
 def counted(call: Callable[[], object]) -> int:
-    """The number of multiplications and additions of a call, by PyTorch's counter with an added formula for the
-    attention kernel of CPUs."""
+    """The number of multiplications and additions of a call. PyTorch's counter counts them, with an added formula for
+    the attention kernel of CPUs."""
     cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
         call()
@@ -69,8 +69,8 @@ def counted(call: Callable[[], object]) -> int:
 
 
 def parameters(reranker: Reranker) -> int:
-    """The number of parameters that a reranker has loaded. PE-Rank's passage encoder counts only once it has been
-    used."""
+    """The number of parameters that a reranker has loaded. PE-Rank's passage encoder is included only after its first
+    use."""
     return sum(parameter.numel() for parameter in _parameters(reranker))
 
 
@@ -80,8 +80,8 @@ def weights(reranker: Reranker) -> float:
 
 
 def prompt_tokens(reranker: PERank, candidates: pd.DataFrame) -> float:
-    """The number of tokens of PE-Rank's prompts per query, summed over the windows: the "processed tokens" of its
-    paper."""
+    """The number of tokens of PE-Rank's prompts per query, summed over the windows of the query. PE-Rank's paper calls
+    them "processed tokens"."""
     ids = reranker.load().prompter.ids
     windows = [
         (query, window.stop - window.start)

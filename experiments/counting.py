@@ -1,9 +1,9 @@
 """Counts the FLOPs and parameters of the papers' networks from their shapes, for the papers' headline figures. Nothing
 is measured, and no weights or texts are read.
 
-transformers builds the networks on torch's meta device, and PyTorch's FLOP counter runs them there. A passage has as
-many tokens as the method reads (150 with padding for LiT5), or the mean number of tokens of BM25's first 100 passages
-for DL19.
+transformers builds the networks on torch's meta device, and PyTorch's FLOP counter runs them there. A passage of LiT5
+has 150 tokens, padding included. For the other rerankers, the numbers of tokens are means over BM25's first 100
+passages for DL19.
 """
 
 import functools
@@ -28,13 +28,13 @@ from transformers.modeling_outputs import BaseModelOutput
 T5 = {"base": (768, 2048, 12, 12), "large": (1024, 2816, 16, 24), "xl": (2048, 5120, 32, 24)}
 ELECTRA = {"base": (768, 3072, 12, 12), "large": (1024, 4096, 16, 24)}
 PASSAGES, WINDOWS = 100, 9  # windows of 20 passages with a stride of 10
-PAIR_TOKENS = 95  # BERT tokens of a query-passage pair of DL19, cut to 32 (query) and 256 (passage)
+PAIR_TOKENS = 95  # BERT tokens of a query-passage pair of DL19 (maximum lengths: query 32, passage 256)
 ORDER_PIECES = 132  # T5 tokens of the numbers 1 to 100, without the end token
 TEXT_TOKENS, TEXT_ANSWER = (
     19_724,
     90,
-)  # Mistral v1 tokens of rank_llm's prompts for a query of DL19; of an answer, "[1] > [2] ..."
-VECTOR_TOKENS, VECTOR_ANSWER = 2_942, 20  # tokens of PE-Rank's prompts for a query; of an answer
+)  # Mistral v1 tokens of rank_llm's prompts for a query of DL19, and of an answer ("[1] > [2] ...")
+VECTOR_TOKENS, VECTOR_ANSWER = 2_942, 20  # tokens of PE-Rank's prompts for a query, and of an answer
 QUERIES = {"dl19": 43, "dl20": 54, "dl21": 53, "dl22": 76}
 
 
@@ -86,8 +86,8 @@ def parameters(model: PreTrainedModel) -> int:
 
 @functools.cache
 def lit5(size: str, tokens: int = 150) -> float:
-    """TFLOP of LiT5-Distill-v2 for a query with 100 prompts of this many tokens. The encoder reads each prompt alone;
-    the decoder attends to all of them."""
+    """TFLOP of LiT5-Distill-v2 for a query with 100 prompts of this many tokens. The encoder reads each prompt alone,
+    and the decoder attends to all prompts."""
     model, width = t5(size), T5[size][0]
     texts, order = _ids(PASSAGES, tokens), _ids(1, ORDER_PIECES + 3)  # with the start and the end
     states = BaseModelOutput(torch.zeros(1, PASSAGES * tokens, width, device="meta"))
@@ -106,8 +106,8 @@ def cross_encoder(size: str, tokens: int = PAIR_TOKENS) -> float:
 @functools.cache
 def language_model(prompts: int, answer: int) -> tuple[float, float]:
     """The least and the most TFLOP of Mistral 7B for the 9 windows of a query. With a KV cache, each token is processed
-    once. The most assumes that each token attends to its whole window, the least that it attends only to the tokens
-    before it.
+    once. The most TFLOP assume that each token attends to its whole window. The least TFLOP assume that each token
+    attends only to the tokens before it.
 
     prompts: number of tokens of the nine prompts together. answer: number of tokens of one answer.
     """
@@ -120,7 +120,8 @@ def language_model(prompts: int, answer: int) -> tuple[float, float]:
 
 
 def headlines() -> pd.DataFrame:
-    """The papers' ratios next to the counted ones. Columns: paper, claim, value, unit, compares, counted, by."""
+    """A row for each ratio that a paper reports, with the ratio that follows from counting. Columns: paper, claim,
+    value, unit, compares, counted, by."""
     few, most = language_model(TEXT_TOKENS, TEXT_ANSWER)
     vectors, _ = language_model(VECTOR_TOKENS, VECTOR_ANSWER)
     large, base = cross_encoder("large"), cross_encoder("base")
@@ -144,8 +145,8 @@ def headlines() -> pd.DataFrame:
 
 
 def figure2() -> pd.DataFrame:
-    """LiT5's figure 2: the nDCG@10 over BM25, TFLOP per query and parameters of each model. The nDCG@10 is the mean of
-    DL19 to DL22, weighted by their numbers of queries."""
+    """LiT5's figure 2: a row per model with its nDCG@10 over BM25, TFLOP per query and parameters in millions. The
+    nDCG@10 is the mean of DL19 to DL22, weighted by their numbers of queries."""
     names = {f"castorini/LiT5-Distill-{size}-v2": size for size in T5}
     printed = compare.published(table="ecir_table1", first_stage="bm25", model=[*names, "RankZephyr 7B"])
     weights = printed["collection"].map(QUERIES)

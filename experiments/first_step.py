@@ -2,11 +2,12 @@
 
     python experiments/first_step.py [--output FOLDER] [--share 1.0] [--record]
 
-The students begin as tiny/lit5-distill and are trained with the recipe `lit5-distill-first` at two learning rates.
-Their teacher is tiny/lit5-distill itself. They learn its full orders of BM25's first 20 passages, for queries that
-tiny/make.py generates. The learning rate with the highest nDCG@10 on the development questions is chosen. On the test
-questions, the full order is compared with the order from the first step, before and after training. The students are
-kept in FOLDER; a second call does not train them again.
+The students begin as tiny/lit5-distill and are trained with the recipe `lit5-distill-first`, one for each of two
+learning rates. The teacher is tiny/lit5-distill itself. The students learn the teacher's full orders of BM25's first 20
+passages, for queries that tiny/make.py generates. Of the two students, the one with the higher nDCG@10 on the
+development questions is chosen. On the test questions, the full order of tiny/lit5-distill is compared with two orders
+from the first decoder step: that of tiny/lit5-distill and that of the chosen student. The students are kept in FOLDER.
+A second call does not train them again.
 """
 
 import argparse
@@ -75,8 +76,8 @@ def found(collection: corpora.Collection, topics: pd.DataFrame, depth: int) -> p
 
 
 def learned(output: Path, steps: int) -> list[dict[str, Any]]:
-    """Train a student at each learning rate for which the folder has none. Returns rows of measured.csv: the CPU
-    seconds of the teacher's orders and of each training."""
+    """Train a student at each learning rate for which the folder has no student. Returns rows of measured.csv: the CPU
+    seconds of the teacher's orders, and those of each training."""
     rows: list[dict[str, Any]] = []
     missing = [rate for rate in RATES if not (output / f"{rate}").exists()]
     if not missing:
@@ -99,8 +100,11 @@ def learned(output: Path, steps: int) -> list[dict[str, Any]]:
 
 
 def compared(ways: dict[str, LiT5Distill], collection: corpora.Collection, part: str) -> list[dict[str, Any]]:
-    """Rows of measured.csv for each reranker: nDCG@10 over BM25's first 100 passages, with p against the first
-    reranker, and CPU seconds per query. part: the beginning of the qids of the questions."""
+    """Rows of measured.csv for each reranker: its nDCG@10 over BM25's first 100 passages, with the p-value against the
+    first reranker, and its CPU seconds per query.
+
+    part: the beginning of the qids of the questions.
+    """
     topics = collection.get_topics(part)
     candidates = found(collection, topics, DEPTH)
     runs, rows = [], []

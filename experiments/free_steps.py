@@ -1,4 +1,5 @@
-"""Finds how often PE-Rank's most likely next passage is one that it has already named, which its constraint forbids."""
+"""Finds how often PE-Rank's most likely next passage is one that it has already named, which constrained decoding
+forbids."""
 
 import pandas as pd
 import torch
@@ -8,8 +9,8 @@ from pyterrier_lit.batching import Budget
 
 
 def repeats(reranker: PERank, candidates: pd.DataFrame, *, free: bool = False) -> pd.DataFrame:
-    """Rank the first `window_size` passages of each query. Returns a row for each query and step: qid, step (from 1),
-    and `named`, which tells whether the most likely passage of this step had been named before.
+    """Rank the first `window_size` passages of each query. Returns a row for each query and step, with three columns:
+    qid, step (from 1) and `named`, which is True if the most likely passage of this step had been named before.
 
     candidates: qid, query, docno, rank and the text. free: choose the most likely passage even if it was named before,
     and read it as the next input, as decoding without the constraint does. By default, the most likely of the remaining

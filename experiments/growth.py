@@ -1,12 +1,12 @@
-"""Measures seconds and memory of each reranker as the numbers of passages, queries and tokens grow, and fits the
-exponent of seconds. Run by hand.
+"""Measures the seconds and the memory of each reranker as the numbers of passages, queries and tokens grow. Fits the
+exponent with which the seconds grow. Run by hand.
 
     python experiments/growth.py [--only passages queries tokens] [--rerankers PERank]
         [--plot pyterrier_lit/pt_docs/growth.svg] [--record]
 
 The rerankers are the project's small checkpoints on Python's documentation, in float32 on one thread. Seconds are CPU
-seconds, on which other jobs on the machine have less influence. Memory is the peak memory of the process, minus its
-peak memory after a first small call.
+seconds, on which other jobs on the machine have less influence than on wall-clock seconds. Memory is the peak memory of
+the process, minus its peak memory after a first small call.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--rerankers", nargs="+", choices=list(RERANKERS), default=list(RERANKERS))
-    parser.add_argument("--plot", type=Path, help="draw this question's rows of measured.csv into this file")
+    parser.add_argument("--plot", type=Path, help="draw a chart of the recorded values into this file")
     measured.add_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # as in the processes that measure
@@ -61,8 +61,8 @@ def main() -> None:
 
 
 def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, float, float]]:
-    """A tuple (size, CPU seconds, MB) for each of these ascending sizes. MB is the peak memory minus that after a small
-    call."""
+    """A tuple (size, CPU seconds, MB) for each of these ascending sizes. MB is the peak memory of the process up to
+    then, minus its peak memory after a first small call."""
     torch.set_num_threads(1)
     docs = corpora.python_docs()["text"].tolist()
     reranker = RERANKERS[name]()
@@ -78,7 +78,8 @@ def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, flo
 
 
 def frame(docs: list[str], queries: int, passages: int, tokens: int) -> pd.DataFrame:
-    """Candidates with different texts of about this many tokens. A word has about 1.6 tokens here."""
+    """Candidates for this number of queries, with this number of passages per query. The texts differ, and have about
+    this many tokens; a word has about 1.6 tokens here."""
     words = " ".join(docs).split()
     length = max(int(tokens / 1.6), 1)
     starts = np.random.default_rng(0).integers(0, len(words) - length, queries * passages)
@@ -97,8 +98,8 @@ def held() -> float:
 
 
 def tidy(name: str, what: str, points: list[tuple[int, float, float]]) -> list[dict[str, Any]]:
-    """Rows of measured.csv: CPU seconds and MB for each size, and the exponent of the seconds, fitted over the larger
-    sizes."""
+    """Rows of measured.csv: CPU seconds and MB for each size, and the exponent of the seconds, which is fitted over the
+    larger sizes."""
     half = points[len(points) // 2 - 1 :]
     exponent = np.polyfit(np.log([size for size, *_ in half]), np.log([seconds for _, seconds, _ in half]), 1)[0]
     measures = [(size, {"CPU seconds": seconds, "MB more": memory}) for size, seconds, memory in points]

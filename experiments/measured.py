@@ -1,9 +1,10 @@
 """Records results in measured.csv, a row for each value of a measure. Scripts record with --record, notebooks with
 RECORD=1.
 
-A row has the question, the setting (a system, a collection, a size), n (the number of queries, pairs, ...), the measure
-and its value. If there was a test, it also has the p-value p. Further columns are the seconds that the measurement
-took, the machine, the number of threads, the commit and the date. A repeated measurement is a new row.
+A row has the question, the setting (a system, a collection, a size), n (the number of queries, query-passage pairs,
+...), the measure and its value. If there was a test, the row also has the p-value p. Further columns are the seconds
+that the measurement took, the machine, the number of threads, the commit and the date. If a measurement is repeated, it
+adds new rows.
 """
 
 import argparse
@@ -31,8 +32,8 @@ def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file
     """Append rows to measured.csv, and return them as they were written. A row has setting, measure and value, and
     optionally n, p and seconds.
 
-    Machine, threads, commit and date are the current ones. Raises ValueError if there is another column, or if setting,
-    measure or value is missing.
+    Machine, threads, commit and date are added. Raises ValueError if there is another column, or if setting, measure or
+    value is missing.
     """
     new = pd.DataFrame(rows)
     for column in ("setting", "measure", "value"):
@@ -48,21 +49,21 @@ def record(question: str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], file
 
 
 def read(question: str | None = None, file: Path = FILE) -> pd.DataFrame:
-    """All rows, or those of a question, in the order in which they were recorded. Raises ValueError if the file has
-    other columns."""
+    """All rows of measured.csv, or those of a question, in the order in which they were recorded. Raises ValueError if
+    the columns of the file are not those of TYPES."""
     rows = _typed(pd.read_csv(file, dtype="str", keep_default_na=False, na_values=[""]), str(file.name))
     return rows if question is None else rows[rows["question"] == question].reset_index(drop=True)
 
 
 def latest(rows: pd.DataFrame, *also: str) -> pd.DataFrame:
-    """The newest row of each question, setting, n and measure. also: further columns, such as "threads"; rows with
-    different values in these columns are kept apart."""
+    """The newest row of each question, setting, n and measure. also: further columns, such as "threads". A row does not
+    replace an older row that has another value in one of these columns."""
     return rows.drop_duplicates(["question", "setting", "n", "measure", *also], keep="last", ignore_index=True)
 
 
 def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> list[dict[str, Any]]:
-    """The rows of measured.csv for the table of a `pt.Experiment` over n queries: the measures of each pipeline, with
-    their p-values (the corrected ones if the table has them)."""
+    """The rows of measured.csv for the table of a `pt.Experiment` over n queries: a row per pipeline and measure, with
+    its p-value (the corrected one if the table has it)."""
     return [
         {"setting": row["name"], "n": n, "measure": measure, "value": row[measure], "p": _p_value(row, measure)}
         for row in table.to_dict("records")
@@ -71,7 +72,7 @@ def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> lis
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    """Add --record, an option of all scripts that measure."""
+    """Add --record, an option of all scripts that measure, to a parser."""
     parser.add_argument("--record", action="store_true", help=f"append the results to {FILE.name}")
 
 
@@ -93,7 +94,8 @@ def commit() -> str:
 
 
 def noted(question: str, table: pd.DataFrame, n: int, measures: Iterable[Any]) -> pd.DataFrame:
-    """Return the table of a `pt.Experiment` unchanged, and record it if RECORD=1."""
+    """Return the table of a `pt.Experiment` unchanged. If the environment variable RECORD is 1, also record the table
+    in measured.csv."""
     if os.environ.get("RECORD") == "1":
         record(question, from_experiment(table, n, measures))
     return table

@@ -1,5 +1,5 @@
-"""What the papers evaluated: collections, first stages, checkpoints and lengths. No collection or checkpoint is read
-until a function is called.
+"""What the papers evaluated: collections, first stages, checkpoints and maximum lengths. No collection or checkpoint is
+read until a function is called.
 
 The names of checkpoints and collections are those of published.csv.
 """
@@ -19,7 +19,7 @@ DATA = os.path.relpath(HERE / "data")  # the user's own files: runs in TREC form
 SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # only some machines have it; never required
 RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the user's own files and those of fetch.py come first
 
-# Checkpoint -> window size; the stride is half of it
+# Checkpoint -> window size; the stride is half of the window size
 LIT5_V2: dict[str, int] = {f"castorini/LiT5-Distill-{size}-v2": 100 for size in ("base", "large", "xl")}
 LIT5_V1: dict[str, int] = {f"castorini/LiT5-Distill-{size}": 20 for size in ("base", "large", "xl")}
 LIT5_SCORE: list[str] = [f"castorini/LiT5-Score-{size}" for size in ("base", "large", "xl")]
@@ -85,9 +85,11 @@ CORPORA: dict[str, str] = {  # corpus of a task of TIREx -> its name in publishe
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """A collection, as `corpora.load` reads it, and its first stages by name, as `first_stages.load` reads them.
+    """A collection and its first stages.
 
-    systems: the public runs of each first stage: name of the first stage -> name of the system -> file.
+    source: the name of the collection for `corpora.load`. first_stages: name of a first stage -> its source for
+    `first_stages.load`. systems: the public runs over each first stage, as name of the first stage -> name of the
+    system -> file.
     """
 
     source: str
@@ -98,8 +100,8 @@ class Collection:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The rerankers of a paper by their name in `published.csv`, to be evaluated over all first stages of these
-    collections."""
+    """The rerankers of a paper, and the collections over whose first stages they are evaluated. The rerankers have
+    their names in published.csv."""
 
     paper: str
     tables: tuple[str, ...]  # names of tables of published.csv
@@ -110,12 +112,13 @@ class Comparison:
 
 
 def runs_of(collection: str, *names: str) -> dict[str, str]:
-    """The run files of a collection's first stages, by the names of these first stages."""
+    """The run files of a collection's first stages, as a dict: name of a first stage -> path."""
     return {name: str(find(f"{collection}.{name}")) for name in names}
 
 
 def find(name: str) -> Path:
-    """The file NAME.txt or NAME.txt.gz in a folder of RUNS. If there is none, the path that is looked for first."""
+    """The path of the file NAME.txt or NAME.txt.gz in a folder of RUNS. If there is no such file, the path NAME.txt in
+    the first of these folders."""
     wanted = [folder / f"{name}.txt{packed}" for folder in RUNS for packed in ("", ".gz")]
     return next((path for path in wanted if path.exists()), wanted[0])
 
@@ -126,7 +129,8 @@ def where_present(collections: dict[str, Collection]) -> dict[str, Collection]:
 
 
 def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]:
-    """LiT5-Distill checkpoints with the window size of their version. max_length: maximum tokens of a prompt."""
+    """LiT5-Distill checkpoints, each with its window size in `models`. max_length: maximum length of a prompt in
+    tokens."""
     return {
         name: LiT5Distill(name, window_size=window, stride=window // 2, max_length=max_length, verbose=True)
         for name, window in models.items()
@@ -142,7 +146,7 @@ def lit5() -> dict[str, Reranker]:
 
 
 def cross_encoders() -> dict[str, Reranker]:
-    """Rank-DistiLLM's cross-encoders, with at most 32 tokens of a query and 256 of a passage."""
+    """Rank-DistiLLM's cross-encoders. They read at most 32 tokens of a query and 256 of a passage."""
     return {
         name: CrossEncoder(model, query_length=32, doc_length=256, verbose=True) for name, model in MONOELECTRA.items()
     }
@@ -224,8 +228,8 @@ def tirex() -> list[Comparison]:
 
 
 def qa() -> dict[str, Collection]:
-    """Collections of questions with short answers: WikiQA and TREC QA in folders, with BM25 over the candidates of each
-    question, and BEIR's NQ."""
+    """Collections of questions with short answers: WikiQA, TREC QA and BEIR's NQ. WikiQA and TREC QA are in folders,
+    and their first stage is BM25 over the candidates of each question."""
     places = {name: (Path(DATA) / name, SHARED / name) for name in ("wikiqa", "trecqa")}
     folders = {name: shared if shared.exists() and not own.exists() else own for name, (own, shared) in places.items()}
     candidates = {name: Collection(str(path), {"bm25": f"{path}/run.txt"}) for name, path in folders.items()}
@@ -233,7 +237,7 @@ def qa() -> dict[str, Collection]:
 
 
 def further() -> dict[str, Collection]:
-    """Collections that none of the papers evaluated: NanoBEIR and DL23."""
+    """Collections on which none of the papers evaluated: NanoBEIR and DL23."""
     nano = {f"nano-beir/{name}": Collection(f"irds:nano-beir/{name}", {"bm25": "bm25:anserini"}) for name in NANO_BEIR}
     return nano | {"dl23": Collection("irds:msmarco-passage-v2/trec-dl-2023/judged", runs_of("dl23", "bm25"))}
 
@@ -243,7 +247,8 @@ RANKZEPHYR: str = f"{DATA}/runs/msmarco-train.rankzephyr-colbertv2.txt"
 
 
 def ms_marco() -> Collection:
-    """The training data of Rank-DistiLLM's students: ColBERTv2's first passages for queries of MS MARCO."""
+    """The training data of Rank-DistiLLM's students: the first passages of ColBERTv2 for training queries of MS
+    MARCO."""
     return Collection("irds:msmarco-passage/train", {"first": f"{DATA}/runs/msmarco-train.colbertv2.txt"})
 
 

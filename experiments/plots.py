@@ -8,8 +8,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
-    """A chart with one panel per collection, and in it one line per model and first stage. Published figures are rings,
-    measured ones discs."""
+    """A chart with one panel per collection. A panel has one line per model and first stage, on which a ring shows the
+    published figure and a disc the measured one."""
     lines = list(dict.fromkeys(table["model"] + " over " + table["first_stage"]))
     collections = list(dict.fromkeys(table["collection"]))
     columns, rows_of_panels = min(per_row, len(collections)), -(-len(collections) // per_row)
@@ -39,7 +39,7 @@ def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
 
 
 def log_scale(panel: Axes) -> None:
-    """Make the x-axis of a panel logarithmic, with few ticks, labelled with plain numbers."""
+    """Make the x-axis of a panel logarithmic, with few ticks that are labelled with plain numbers."""
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
     panel.xaxis.set_major_formatter("{x:g}")

@@ -1,8 +1,8 @@
-"""Finds public runs, and your own runs next to them, under the names of published.csv.
+"""Finds run files, public ones and your own, and gives their systems the names of published.csv.
 
-Files are called COLLECTION.qrels.txt, COLLECTION.STAGE.txt (a first stage) and COLLECTION.STAGE.SYSTEM.txt (reranked),
-gzipped or not, in TREC format. In the name of a system, "--" stands for a slash. Nothing is ranked or measured in this
-module.
+Files are called COLLECTION.qrels.txt, COLLECTION.STAGE.txt (a first stage) and COLLECTION.STAGE.SYSTEM.txt (reranked).
+They are in TREC format, gzipped or not. In the name of a system, "--" stands for a slash. Nothing is ranked or measured
+in this module.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ SYSTEMS = {"rankvicuna": "RankVicuna 7B", "rankzephyr": "RankZephyr 7B"} | {
 TIREX_SYSTEMS = {
     "MonoT5 Base (tira-ir-starter-gygaggle)": "monoT5-base",
     "MonoT5 Large (tira-ir-starter-gygaggle)": "monoT5-large",
-    "latent-wetland": "monoT5-3B",  # TIREx does not name it; it is identified by its figures
+    "latent-wetland": "monoT5-3B",  # TIREx does not name monoT5-3B; the figures of this system agree
 }
 
 
@@ -50,7 +50,8 @@ def collection(name: str, stages: Mapping[str, str], tables: Iterable[str]) -> C
 
 
 def systems_over(first_stage: str) -> dict[str, Path]:
-    """The run files over the first stage "COLLECTION.STAGE", by the names of their systems in published.csv, sorted."""
+    """The run files over a first stage: name of the system in published.csv -> path, sorted by name. first_stage:
+    "COLLECTION.STAGE"."""
     found = {}
     for folder in reversed(RUNS):
         for path in folder.glob(f"{first_stage}.*.txt*"):
@@ -60,8 +61,7 @@ def systems_over(first_stage: str) -> dict[str, Path]:
 
 
 def trec_dl() -> list[Comparison]:
-    """The papers' comparisons on TREC DL, with public runs in place of models. They require judgements, but no
-    texts."""
+    """The papers' comparisons on TREC DL, with public runs in place of models. They need judgements, but no texts."""
     stages = [{"bm25": "bm25", "splade++ed": "splade++ed"}, {"bm25": "bm25-terrier", "colbertv2": "colbertv2"}]
     return [
         dataclasses.replace(
@@ -98,11 +98,11 @@ def tirex() -> list[Comparison]:
 
 
 def tirex_evaluations() -> pd.DataFrame:
-    """TIREx's own nDCG@10 for the rows of monoT5 in Rank-DistiLLM's table 2. A row per task and model: task, corpus,
-    model, value.
+    """TIREx's own nDCG@10 for the rows of monoT5 in Rank-DistiLLM's table 2. Returns a row per task and model, with the
+    columns task, corpus, model, value.
 
-    TIREx does not name monoT5-3B; it is identified by its figures. If the file with the evaluations is missing, the
-    frame is empty, and a printed line says what to fetch.
+    TIREx does not name monoT5-3B. We take the system whose figures agree with those of monoT5-3B. If the file with the
+    evaluations is missing, the frame is empty, and a printed line says what to fetch.
     """
     path = next((path for folder in RUNS if (path := folder / "tirex.all_evaluations.json").exists()), None)
     if path is None:

@@ -1,5 +1,5 @@
-"""The README's demo: evaluates BM25 alone and before each reranker, as a table and a chart. It also prints the first
-three passages of one query before and after reranking.
+"""The README's demo: evaluates BM25 alone and BM25 with each reranker, and shows the results as a table and a chart. It
+also prints the first three passages of one query before and after reranking.
 
 quickstart.py                                           on Python's own documentation
 quickstart.py --collection FOLDER --model NAME          on docs.jsonl[.gz], queries.tsv, qrels.txt[, run.txt] in FOLDER
@@ -27,7 +27,7 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 TINY = Path(__file__).parent / "tiny"
-HELD_OUT = {"python-docs": "test-"}  # how the qids of test topics begin, if there are development topics, too
+HELD_OUT = {"python-docs": "test-"}  # how the qids of test topics begin; the others are for development
 SHOWN = {"python-docs": "test-09"}  # qid of the query whose top three are printed; else the first query
 
 
@@ -79,7 +79,7 @@ def main():
 
 
 def rerankers(model: str | None) -> list[Reranker]:
-    """The cross-encoder `model` or, if it is None, the project's small checkpoints."""
+    """The cross-encoder `model`. If `model` is None, the project's small checkpoints."""
     if model is not None:
         return [CrossEncoder(model, verbose=True)]
     return [
@@ -93,8 +93,8 @@ def rerankers(model: str | None) -> list[Reranker]:
 def first_stage(
     collection: corpora.Collection, held_out: str | None, arguments: argparse.Namespace
 ) -> tuple[str, pt.Transformer]:
-    """The name and the transformer of the first stage. It is the collection's own run or, if there is none, BM25 (k1 =
-    0.9, b = 0.4) of PISA or Terrier over a new index."""
+    """The name and the transformer of the first stage. The first stage is the collection's own run. If there is no run,
+    it is BM25 (k1 = 0.9, b = 0.4) in PISA or Terrier over a new index."""
     if collection.run is not None:
         return "run.txt", pt.Transformer.from_df(collection.get_results(held_out))
     if arguments.first_stage == "terrier":
@@ -107,7 +107,7 @@ def first_stage(
 
 
 def header(collection: str, n_queries: int, arguments: argparse.Namespace) -> str:
-    """The lines above the table. They tell what was reranked by which models, and explain the columns."""
+    """The lines above the table. They tell what was reranked and by which models, and explain the columns."""
     lines = [f"{collection}, {n_queries} queries; the first {arguments.depth} passages reranked by {models(arguments)}"]
     if collection == "python-docs":
         lines.append("Many questions avoid the docstrings' words on purpose, so BM25 scores low.")
@@ -138,7 +138,7 @@ def show_top_three(query: pd.DataFrame, qrels: pd.DataFrame, pipelines: dict[str
 
 
 def draw(rows: pd.DataFrame, title: str, path: Path) -> None:
-    """Write a chart of nDCG@10 against milliseconds per query, with the p-values of the table, to `path`."""
+    """Write a chart to `path`: nDCG@10 against milliseconds per query, with the p-values of the table."""
     import matplotlib
 
     matplotlib.use("agg")

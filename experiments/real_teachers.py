@@ -2,11 +2,17 @@
 
     python experiments/real_teachers.py [--output FOLDER] [--share 1.0]
 
-There are two students: a cross-encoder that begins as MiniLM, and a small LiT5-Distill (`tiny/lit5.py`). First they
-learn MiniLM's cosines, for queries of WikiQA, TREC QA, DL19 and DL22, and for sentences of passages as queries. Then
-they learn RankVicuna's rankings of BM25's first 100 passages for DL19, or DL19's labels. For comparison, a
-cross-encoder also learns the rankings without the cosines. The students are tested on DL21 and Vaswani, whose queries
-and judgements they have not seen. The script needs ../shared/data, and writes table.csv and the students to FOLDER.
+There are two kinds of students: cross-encoders that begin as MiniLM, and a small LiT5-Distill (`tiny/lit5.py`). They
+are trained in two steps:
+
+* First, they learn MiniLM's cosines. The queries are those of WikiQA, TREC QA, DL19 and DL22, and sentences of
+  passages.
+* Then, they learn RankVicuna's rankings of BM25's first 100 passages for DL19. One cross-encoder learns DL19's labels
+  instead.
+
+For comparison, another cross-encoder learns the rankings without the cosines. The students are tested on DL21 and
+Vaswani, whose queries and judgements they have not seen. The script needs ../shared/data, and writes table.csv and the
+students to FOLDER.
 """
 
 import argparse
@@ -53,7 +59,7 @@ def main() -> None:
     share, places = arguments.share, {}
 
     def kept(name: str, learned: Callable[[], Reranker]) -> str:
-        """The folder of a student. If the folder does not exist, the student is trained and saved there."""
+        """The folder of a student. If the folder does not exist, the student is first trained and saved there."""
         place = places[name] = str(arguments.output / name)
         if not Path(place).exists():
             started = time.monotonic()
@@ -85,7 +91,10 @@ def untrained() -> CrossEncoder:
 
 def material(*collections: str, sentences: int) -> Material:
     """The training data: the passages and queries of the collections, the queries of WikiQA and TREC QA, and queries
-    made from sentences of as many passages as `sentences` says."""
+    that are made from sentences of passages.
+
+    sentences: number of passages of which one sentence becomes a query.
+    """
     docs = pd.concat([shared.docs(name) for name in collections], ignore_index=True)
     chosen = random.Random(SEED)
     texts = chosen.sample(docs.text.tolist(), sentences)
@@ -127,8 +136,8 @@ def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:
 
 
 def tested(students: dict[str, Reranker], collection: str, folder: Path | None = None) -> pd.DataFrame:
-    """Evaluate BM25, MiniLM as a bi-encoder and the students over BM25's first 100 passages. p-values are against BM25,
-    Holm-corrected.
+    """Evaluate three kinds of systems over BM25's first 100 passages: BM25 alone, MiniLM as a bi-encoder, and the
+    students. The p-values are against BM25, Holm-corrected.
 
     folder: keeps the runs, which a later call uses again.
     """

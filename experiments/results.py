@@ -36,11 +36,12 @@ have not been run.
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of the page. If it has bars, it is drawn here; otherwise another script has drawn the file.
+    """A picture of the page. If the picture has bars, this script draws it. Otherwise another script has drawn its
+    file.
 
     file: its path from RESULTS.md. measure: the measure that the bars show. bars: label -> settings in measured.csv,
-    one for each series. series: the names of the series. peers: how many bars, from the first one, show systems other
-    than this package.
+    one for each series. series: the names of the series. peers: number of bars, from the first one, that show systems
+    other than this package.
     """
 
     file: str
@@ -54,8 +55,9 @@ class Picture:
 class Question:
     """An entry of questions.toml.
 
-    recorded: the questions of measured.csv whose rows belong to this entry; by default, the question of this entry. A
-    star stands for any text, and this text is then added to the setting. notes: {date, text} for each measurement.
+    recorded: the questions of measured.csv whose rows belong to this entry. By default, it is the question of this
+    entry. A star in `recorded` stands for any text. This text is then added to the setting of the row. notes: a dict
+    {date, text} for each measurement.
     """
 
     section: str
@@ -79,7 +81,7 @@ class Question:
 
 
 def read(file: Path = QUESTIONS) -> list[Question]:
-    """The entries of questions.toml, in their order. Raises TypeError if an entry has an unknown field."""
+    """The entries of questions.toml, in the order of the file. Raises TypeError if an entry has an unknown field."""
     entries = tomllib.loads(file.read_text(encoding="utf-8"))["questions"]
     pictures = [entry.pop("picture", None) for entry in entries]
     return [
@@ -89,8 +91,8 @@ def read(file: Path = QUESTIONS) -> list[Question]:
 
 
 def page(questions: list[Question], recorded: pd.DataFrame) -> str:
-    """The text of RESULTS.md. Raises ValueError if a question has no rows in measured.csv, or if rows belong to no
-    question."""
+    """The text of RESULTS.md. Raises ValueError if a question has no rows in measured.csv, or if rows of measured.csv
+    belong to no question."""
     told, contents, body = set(), [], []
     for section in dict.fromkeys(question.section for question in questions):
         contents.append(f"\n**{section}**\n")
@@ -130,8 +132,8 @@ def anchor(heading: str) -> str:
 
 
 def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
-    """The values of a picture: label -> a value for each series. Raises ValueError if measured.csv lacks one of
-    them."""
+    """The values of a picture: label -> a value for each series. Raises ValueError if measured.csv lacks one of these
+    values."""
     assert question.picture is not None
     rows = question.rows(recorded)
     values = rows[rows["measure"] == question.picture.measure].groupby("setting")["value"].last()
@@ -142,7 +144,7 @@ def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
-    """A bar chart. The bars of systems other than this package are grey."""
+    """A bar chart of these values. The bars of systems other than this package are grey."""
     n = len(picture.series)
     figure, panel = pyplot.subplots(
         figsize=(7, 0.28 * n * len(values) + 0.12 * len(values) + 0.7), layout="constrained"
@@ -170,14 +172,14 @@ def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
 
 
 def printed(value: float, measure: str) -> str:
-    """A value with three digits: .198, 1.85, 22.2."""
+    """A value as text with three digits, such as .198, 1.85 or 22.2."""
     if re.match(r"nDCG|RR@|geometric", measure):
         return f"{value:.3f}".removeprefix("0")
     return f"{value:.3g}"
 
 
 def save(figure: Figure, values: dict[str, list[float]], file: Path) -> None:
-    """Write the figure as SVG, with the values in the description of the file."""
+    """Write the figure as an SVG file. The description in the file holds the values."""
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results"}):
         figure.savefig(file, metadata={"Date": None, "Description": json.dumps(values)})
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -185,7 +187,7 @@ def save(figure: Figure, values: dict[str, list[float]], file: Path) -> None:
 
 
 def shown(file: Path) -> dict[str, list[float]] | None:
-    """The values that a picture shows, read from its description. None if the description has none."""
+    """The values that a picture shows, read from the description in its file. None if there is no description."""
     said = re.search(r"<dc:description>(.*?)</dc:description>", file.read_text(encoding="utf-8"), re.DOTALL)
     if said is None:
         return None
@@ -198,7 +200,7 @@ def shows(file: Path, values: dict[str, list[float]]) -> bool:
 
 
 def stale(questions: list[Question], recorded: pd.DataFrame) -> list[str]:
-    """The names of the files that are not up to date."""
+    """The names of those files (the page and its pictures) that are not up to date."""
     wrong = [] if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(questions, recorded) else [PAGE.name]
     for question in questions:
         if question.picture is None:

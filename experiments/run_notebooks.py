@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all notebooks here that have profiles")
-    parser.add_argument("--profile", help="default: the one that a notebook's first cell names")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all notebooks with profiles")
+    parser.add_argument("--profile", help="default: the profile that a notebook's first cell names")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for the notebooks with their outputs")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -38,8 +38,8 @@ def notebooks() -> list[Path]:
 
 
 def named_profile(path: Path) -> str | None:
-    """The profile that the parameters cell of a notebook names, or None. The committed outputs of the notebook are
-    those of this profile."""
+    """The profile that the parameters cell of a notebook names, or None. The committed outputs of a notebook are those
+    of the named profile."""
     cells = nbformat.read(path, as_version=4).cells
     chosen = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
     found = re.match(r'PROFILE = "(\w+)"', chosen)
@@ -47,10 +47,11 @@ def named_profile(path: Path) -> str | None:
 
 
 def run(path: Path, folder: Path, **parameters: str) -> nbformat.NotebookNode:
-    """Run a notebook in `folder`, with these values in its parameters cell, and return it with its new outputs.
+    """Run a notebook in `folder`. Returns the notebook with its new outputs. parameters: values that replace those in
+    the parameters cell.
 
-    The small profile deletes its earlier results first; the other profiles use theirs again. An exception in a cell is
-    raised.
+    The small profile first deletes its earlier results. The other profiles use their earlier results again. An
+    exception in a cell is raised.
     """
     notebook = nbformat.read(path, as_version=4)
     chosen = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

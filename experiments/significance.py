@@ -23,9 +23,9 @@ def adjusted(p: pd.Series, correction: str) -> pd.Series:
 def against_means(values: pd.Series, means: Mapping[str, float], correction: str = "holm") -> pd.Series:
     """LiT5's test: does the mean of one system's values per query differ from the means of other systems?
 
-    For each other system, this is a one-sample t-test of the values against its mean. It is one-sided: "greater" if the
-    mean of the values is greater than that of the other system, else "less". Returns the corrected p-value for each
-    other system.
+    For each other system, the test is a one-sample t-test of the values against the mean of the other system. It is
+    one-sided: "greater" if the mean of the values is greater than the mean of the other system, else "less". Returns
+    the corrected p-value for each other system.
     """
     p = {
         name: ttest_1samp(values, mean, alternative="greater" if values.mean() > mean else "less").pvalue
@@ -43,12 +43,12 @@ def paired(values: pd.DataFrame, baseline: str, correction: str = "bonferroni") 
 
 
 def daggers(queries: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """The systems of LiT5's table 1 against LiT5-XL over the same first stage: the printed `dagger`, and our own `p`
-    and `significant`.
+    """The systems of LiT5's table 1, tested against LiT5-XL over the same first stage. `dagger` is "yes" if the paper
+    prints a dagger. `p` and `significant` are those of our own test.
 
-    queries: values per query, from `sweep.run`. table: a table of `compare.table` with the published means. If
-    `queries` has values of LiT5-XL, p is that of LiT5's test of these values against the published means; otherwise, p
-    is empty.
+    queries: values per query, from `sweep.run`. table: a table of `compare.table` with the published means. `p` is the
+    p-value of LiT5's test of LiT5-XL's values in `queries` against a published mean. If `queries` has no values of
+    LiT5-XL, `p` is empty.
     """
     printed = pd.read_csv(DAGGERS).rename(columns={"significant": "dagger"})
     means = table.query("table == 'ecir_table1' and model != @XL").set_index(["collection", "first_stage"])

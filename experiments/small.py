@@ -17,8 +17,8 @@ PYTHON_DOCS = Collection("python-docs/test", {"bm25": "bm25"})  # 50 questions
 
 
 def rerankers() -> dict[str, Reranker]:
-    """The small checkpoint of each method, by the method's name. They run on the CPU, so that every machine gives the
-    same figures."""
+    """The small checkpoint of each method, by the method's name. The rerankers run on the CPU, so that every machine
+    gives the same figures."""
     return {
         "CrossEncoder": CrossEncoder(f"{TINY}/cross-encoder", device="cpu"),
         "LiT5-Distill": LiT5Distill(f"{TINY}/lit5-distill", device="cpu"),

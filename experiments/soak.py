@@ -2,10 +2,10 @@
 
     python experiments/soak.py [--queries 20000] [--passages 20] [--model FOLDER] [--output soak]
 
-The reranker gets frames of --frame queries each, as from `pt.Experiment(batch_size=...)`. The texts are generated from
-a few words with a fixed seed; some of the words are not English. The script writes the memory after each frame to
-OUTPUT/soak.json and, if matplotlib is installed, a chart to OUTPUT/soak.png. The exit code is 1 if a query was lost or
-repeated, or if memory grew by more than --allowed MB after the first fifth of the queries.
+The reranker gets one frame of --frame queries after the other, as in a `pt.Experiment(batch_size=...)`. The texts are
+generated from a few words, some of which are not English, with a fixed seed. The script writes the memory after each
+frame to OUTPUT/soak.json and, if matplotlib is installed, a chart to OUTPUT/soak.png. The exit code is 1 if a query was
+lost or repeated, or if memory grew by more than --allowed MB after the first fifth of the queries.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def numbers(n: int, size: int) -> Iterator[range]:
 
 
 def queries(which: range, passages: int) -> pd.DataFrame:
-    """Candidates (qid, query, docno, text) for the queries with these numbers. A number gives the same candidates in
-    every run."""
+    """Candidates (qid, query, docno, text) for the queries with these numbers. The same number gives the same
+    candidates in every run."""
     rows = []
     for i in which:
         drawn = random.Random(i)
@@ -104,7 +104,7 @@ def queries(which: range, passages: int) -> pd.DataFrame:
 
 
 def resident() -> float:
-    """The memory that this process uses now, in MB (Linux)."""
+    """The memory that this process uses now, in MB. Works on Linux only."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return round(pages * 4_096 / 1e6, 1)
 

@@ -1,18 +1,20 @@
-"""Trains a cross-encoder that begins as a bi-encoder (`towers.py`) on 1,966 rankings: does it become better?
+"""Trains a cross-encoder that begins as a bi-encoder (`towers.py`) on 1,966 rankings: does its nDCG@10 rise?
 
     python experiments/student.py [--output FOLDER] [--seeds 1] [--share 1.0] [--test COLLECTION ...] [--record]
 
 The cross-encoder begins as all-MiniLM-L6-v2 and is trained with RankNet on rankings of BM25's first 100 passages:
 
 * For 28 queries of DL19, the passages are ranked by the mean of the log ranks that large language models gave them.
-* For DL22, and for questions of WikiQA and TREC QA over the passages of DL19 and DL22, they are ranked by the sum of
-  MiniLM's cosine and splade-tiny's score, each standardised within the query.
-* For training queries of NFCorpus, they are ranked by the same sum, but passages that are labelled relevant come first.
+* For DL22, and for questions of WikiQA and TREC QA over the passages of DL19 and DL22, the passages are ranked by a sum
+  of two scores: MiniLM's cosine and splade-tiny's score, each standardised within the query.
+* For training queries of NFCorpus, the passages are ranked by the same sum, but passages that are labelled relevant
+  come first.
 
-The weights are kept from the step with the highest nDCG@10 on the other 15 queries of DL19. With several seeds, the
-student's weights are the mean over the seeds; averaging works because all seeds begin with the same weights. The
-student is tested on DL21 and Vaswani, whose queries, judgements and texts it has not seen, and on the test queries of
-NFCorpus. The script needs ../shared/data and ../shared/models. An interrupted call resumes.
+The weights are kept from the step with the highest nDCG@10 on the other 15 queries of DL19. With several seeds, one
+student is trained for each seed, and the mean of their weights is the final student. Averaging works because all seeds
+begin with the same weights. The final student is tested on DL21 and Vaswani, whose queries, judgements and texts it has
+not seen, and on the test queries of NFCorpus. The script needs ../shared/data and ../shared/models. An interrupted call
+resumes.
 """
 
 import argparse
@@ -44,12 +46,12 @@ from pyterrier_lit.batching import like_lengths, padded
 from pyterrier_lit.training import Distil
 
 SPLADE = SHARED.parent / "models" / "splade-tiny"
-TIMES = {"dl19": 8, "dl22": 3}  # how often each query is repeated in the training data
+TIMES = {"dl19": 8, "dl22": 3}  # collection -> how often each of its queries is repeated in the training data
 HELD_OUT = 15  # queries of DL19, for validation
 OF_NFCORPUS = 500  # number of sampled queries; for 396 of them, BM25 finds more than eight passages
 LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
-FROZEN = 3  # number of first layers that are not trained
-LENGTHS = {"query_length": 24, "doc_length": 72}  # maximum tokens, in training
+FROZEN = 3  # number of layers, from the first one, that are not trained
+LENGTHS = {"query_length": 24, "doc_length": 72}  # maximum lengths in tokens, in training
 LEARNING = {
     "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "learning_rate": 5e-5, "warmup": 15,
     "schedule": "cosine", "clip": 1.0, "precision": "float32", "verbose": False, "every": 100,
@@ -103,7 +105,7 @@ def held_out() -> list[str]:
 
 
 def mean(students: list[CrossEncoder]) -> CrossEncoder:
-    """Set the first student's weights to the mean of all students' weights, and return it."""
+    """Set the first student's weights to the mean of all students' weights, and return the first student."""
     networks = [student.load().network for student in students]
     weights = [network.state_dict() for network in networks]
     networks[0].load_state_dict({name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]})
@@ -111,7 +113,7 @@ def mean(students: list[CrossEncoder]) -> CrossEncoder:
 
 
 def taught(output: Path) -> pd.DataFrame:
-    """The training data: result frames with the teachers' scores, without passages whose text is in DL21. They are
+    """The training data: a result frame with the teachers' scores, without passages whose text is in DL21. The frame is
     computed once and kept in `output`."""
     file = output / "taught.parquet"
     if not file.exists():
@@ -121,8 +123,8 @@ def taught(output: Path) -> pd.DataFrame:
 
 
 def of_language_models() -> pd.DataFrame:
-    """BM25's first 100 passages for the queries of DL19 that are not held out, scored by the mean negative log rank of
-    the language models."""
+    """BM25's first 100 passages for the queries of DL19 that are not held out. The score of a passage is the mean of
+    the negative log ranks that the language models gave it."""
     names = [name for name in shared.files("dl19") if re.search(r"teachers/.*[.]bm25[.]k100", name)]
     runs = pd.concat([shared.run("dl19", name) for name in names if "zeroshot" not in name])
     score = -torch.tensor(runs["rank"].to_numpy() + 1.0).log()
@@ -132,8 +134,9 @@ def of_language_models() -> pd.DataFrame:
 
 
 def of_encoders() -> pd.DataFrame:
-    """BM25's first 100 passages for DL22, for questions over the passages of DL19 and DL22, and for NFCorpus, scored by
-    MiniLM and splade-tiny."""
+    """BM25's first 100 passages for three kinds of queries: those of DL22, questions over the passages of DL19 and
+    DL22, and queries of NFCorpus. The score of a passage is the sum of MiniLM's and splade-tiny's scores, each
+    standardised within the query. For NFCorpus, LABEL is added to the score of a relevant passage."""
     of_dl22 = shared.res("dl22", "run.bm25.txt", DEPTH)
     passages = pd.concat([shared.docs("dl19"), shared.docs("dl22")]).drop_duplicates("docno").drop_duplicates("text")
     questions = pd.concat([shared.topics(name) for name in ("wikiqa", "trecqa")]).drop_duplicates("query")
@@ -175,8 +178,8 @@ def repeated(frame: pd.DataFrame, times: int) -> pd.DataFrame:
 
 @torch.inference_mode()
 def products(frame: pd.DataFrame) -> list[float]:
-    """splade-tiny's score of each passage for its query. Of the passage, only the weights of tokens to which the query
-    expands are computed."""
+    """splade-tiny's score of each passage for its query. The weights of a passage are computed only for the tokens to
+    which the query expands."""
     model = transformers.BertForMaskedLM.from_pretrained(SPLADE).eval()
     head, decoder = model.cls.predictions.transform, model.cls.predictions.decoder
     states = {text: head(found) for text, found in read(model.bert, SPLADE, [*frame["query"], *frame["text"]])}
@@ -194,7 +197,7 @@ def products(frame: pd.DataFrame) -> list[float]:
 
 @torch.inference_mode()
 def read(model: torch.nn.Module, folder: Path, texts: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each distinct text with its last hidden states (L, d)."""
+    """Yield a tuple for each distinct text: the text, and its last hidden states (L, d)."""
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(128)
     tokenizer.no_padding()

@@ -26,7 +26,7 @@ MISSING = (FileNotFoundError, ConnectionError, requests.ConnectionError)  # rais
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A first stage over a collection, on which the rerankers and public systems of a comparison are evaluated."""
+    """A first stage over a collection. The rerankers and the public systems of a comparison are evaluated on it."""
 
     collection: str
     stage: str
@@ -39,7 +39,8 @@ class Place:
     folder: Path
 
     def pipelines(self, rerankers: dict[str, Reranker]) -> dict[str, pt.Transformer]:
-        """By name: the first stage alone, each reranker over it, and the public systems."""
+        """A dict of pipelines by name: the first stage alone, each reranker over the first stage, and the public
+        systems."""
         reranked = {name: self.first >> self.texts >> reranker for name, reranker in rerankers.items()}
         return {compare.FIRST_STAGE: self.first} | reranked | self.systems
 
@@ -47,15 +48,16 @@ class Place:
 def run(
     comparison: Comparison, measures: list, folder: Path, *, depth: int, verbose: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Evaluate a comparison. Returns the means as `compare.results` gives them, and the values per query: paper,
-    collection, corpus, first_stage, model, qid, measure, value.
+    """Evaluate a comparison. Returns two frames. The first has the means, with the columns of `compare.results`. The
+    second has the values per query, with the columns paper, collection, corpus, first_stage, model, qid, measure,
+    value. A qid of the second frame begins with its collection and a slash, since topics of two collections may have
+    the same number.
 
-    One reranker after the other is evaluated over all first stages and then unloaded. If a run or a licensed corpus is
-    missing, a printed line names it, and its rows are left out.
+    Each reranker is evaluated over all first stages and then unloaded, before the next one is loaded. If a run or a
+    licensed corpus is missing, a printed line names it, and its rows are left out.
 
     depth: number of passages reranked, unless the comparison sets it. folder: keeps indexes, first stages and runs,
-    which a later call uses again. A qid begins with its collection and a slash, since topics of two collections may
-    have the same number.
+    which a later call uses again.
     """
     depth = comparison.depth or depth
     found = list(places(comparison, folder, depth, verbose))
@@ -78,7 +80,7 @@ def run(
 
 def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = False) -> Iterator[Place]:
     """Yield a `Place` for each first stage over each collection of a comparison. If a collection or a first stage is
-    missing, a line is printed instead."""
+    missing, a line is printed, and no `Place` is yielded for it."""
     for name in pt.tqdm(comparison.collections, desc=comparison.paper, unit="collection", disable=not verbose):
         for stage in comparison.collections[name].first_stages:
             try:
@@ -88,7 +90,7 @@ def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = Fal
 
 
 def unload(reranker: Reranker) -> None:
-    """Free the memory of a reranker. Its weights are loaded again at the next use."""
+    """Free the memory of a reranker. Its weights are loaded again when it is used next."""
     reranker.hold(None)
     gc.collect()
     torch.cuda.empty_cache()
@@ -105,12 +107,12 @@ def experiment(
     correction: str = "holm",
     verbose: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Run a `pt.Experiment` over named pipelines. Returns its table, and the values per query (model, qid, measure,
-    value).
+    """Run a `pt.Experiment` over named pipelines. Returns its table, and a frame of the values per query (model, qid,
+    measure, value).
 
-    The table has paired t-tests against the pipeline named `baseline`, corrected for the number of other pipelines
-    ("holm", "bonferroni"). A pipeline whose values all equal the baseline's has no p-value: it is not rejected, and
-    does not count in the correction. Raises ValueError if `baseline` is none of the pipelines.
+    The table has paired t-tests against the pipeline named `baseline`. Their p-values are corrected ("holm",
+    "bonferroni") for the number of other pipelines. A pipeline whose values all equal the baseline's has no p-value,
+    and does not count in the correction. Raises ValueError if `baseline` is none of the pipelines.
 
     folder: keeps the run of each pipeline. A run is used again if the pipeline's repr and the topics are the same. If a
     checkpoint has changed under the same name, delete the run. verbose: show a progress bar over the pipelines.
@@ -134,8 +136,8 @@ def evaluate(
     baseline: int | None = None,
     verbose: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """As `experiment`, but p-values are not corrected. baseline: number of the baseline in `pipelines`; None makes no
-    tests."""
+    """Do as `experiment` does, but without correction of the p-values. baseline: position of the baseline in
+    `pipelines`, from 0. If it is None, no tests are made."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = topics.to_csv(index=False)
     files = {
@@ -162,7 +164,8 @@ def evaluate(
 
 
 def corrected(averages: pd.DataFrame, measures: list, correction: str) -> pd.DataFrame:
-    """Add the columns "MEASURE p-value corrected" and "MEASURE reject" (at .05)."""
+    """Add two columns for each measure: "MEASURE p-value corrected", and "MEASURE reject" (True if the corrected
+    p-value is below .05)."""
     columns = {}
     for measure in map(str, measures):
         p = adjusted(averages[f"{measure} p-value"], correction)
@@ -177,6 +180,6 @@ def _place(comparison: Comparison, name: str, stage: str, folder: Path, depth: i
     first = first_stages.load(where.first_stages[stage], collection, folder, depth)
     texts = corpora.load(where.source, comparison.text_of).text_loader() if comparison.rerankers else None
     if texts is not None:
-        (first >> texts)(topics.head(1))  # so that a missing corpus is noticed now, and not after hours
+        (first >> texts)(topics.head(1))  # a missing corpus is noticed now, not after hours
     systems = {system: first_stages.stored(path) % depth for system, path in where.systems.get(stage, {}).items()}
     return Place(name, stage, where.corpus, topics, collection.get_qrels(), first, texts, systems, folder)

@@ -1,19 +1,20 @@
 """Builds a cross-encoder that begins as a bi-encoder: before training, its score is nearly the bi-encoder's cosine. The
 weights of a BERT are set so that its score compares the mean vectors of query and passage.
 
-An encoder under a new head has to learn from nothing how to compare two texts. Here the initial weights already make
-this comparison:
+Usually, a cross-encoder begins as an encoder under a new head, and has to learn from nothing how to compare two texts.
+Here, the initial weights already make this comparison:
 
-* The hidden state has two dimensions per attention head more than that of the bi-encoder. Half of the added dimensions
-  carry a mark, m = 1 for a token of the query and m = -1 for a token of the passage. The other half are 1. LayerNorms
-  scale both halves alike. For two tokens with marks m and m', each head adds a constant times (m m' - 1 1') to the
-  attention logit, where 1 1' is the product of the other halves. This is 0 if both tokens are in the same text, and
-  negative otherwise.
-* An added layer attends to similar tokens of the other text. Before training, its attention adds nothing to the state.
-* Another added layer is the last one. Half of its heads compute the mean u of the query's tokens, and the other half
-  the mean v of the passage's tokens. Its feed-forward network multiplies u and v by 4 u v = (u + v)^2 - (u - v)^2,
-  where z^2 is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products replaces the mark, where
-  the model's head reads it.
+* For each attention head, the hidden state has two dimensions more than that of the bi-encoder. One of the two carries
+  a mark: m = 1 for a token of the query, and m = -1 for a token of the passage. The other one is 1. LayerNorms scale
+  both dimensions alike. For two tokens with marks m and m', each head adds a constant times (m m' - 1 1') to the
+  attention logit, where 1 1' is the product of the two tokens' other dimension. The added term is 0 if both tokens are
+  in the same text, and negative otherwise.
+* A first added layer attends to similar tokens of the other text. Before training, its attention adds nothing to the
+  state.
+* A second added layer is the last one. Half of its heads compute the mean u of the query's tokens, and the other half
+  the mean v of the passage's tokens. Its feed-forward network computes the product of u and v from the equation
+  4 u v = (u + v)^2 - (u - v)^2, where z^2 is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the
+  products over all dimensions replaces the mark, and the model's head reads this sum.
 
 Training may change all weights, and the checkpoint has BERT's ordinary architecture. The score is only "nearly" the
 cosine because the position ids of the passage begin after the query, and the passage has no [CLS].
@@ -37,11 +38,11 @@ READ, SCALE = 3.0, 5.0  # the mark for a cosine of 1; the score for a mark of 1
 
 
 def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> CrossEncoder:
-    """Build a cross-encoder whose score is nearly the cosine of a bi-encoder's vectors. The bi-encoder is a BERT whose
-    vectors are the mean of its last hidden states.
+    """Build a cross-encoder whose score is nearly the cosine of a bi-encoder's vectors. The bi-encoder is a BERT. Its
+    vector of a text is the mean of the last hidden states.
 
     folder: the bi-encoder. texts: some hundred passages, on which the main directions of the vectors and the sizes of
-    the states are measured. lengths: query_length and doc_length, the maximum tokens of query and passage.
+    the states are measured. lengths: query_length and doc_length, the maximum lengths of query and passage in tokens.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
@@ -63,9 +64,9 @@ def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> Cros
 def _measured(
     encoder: transformers.BertModel, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], seed: int
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Two measurements on the texts. The first is the median standard deviation of each LayerNorm's input, by its name.
-    The second is the d / 2 main directions of the texts' mean vectors, (d / 2, d), rotated so that none outweighs the
-    others."""
+    """Two measurements on the texts. The first is a dict: name of a LayerNorm -> the median standard deviation of its
+    input. The second has the d / 2 main directions of the texts' mean vectors, (d / 2, d), rotated so that no direction
+    outweighs the others."""
     found: dict[str, list[torch.Tensor]] = {}
     hooks = [
         module.register_forward_pre_hook(lambda _, given, name=name: found.setdefault(name, []).append(given[0]))
@@ -125,7 +126,7 @@ class _Wide:
         self.norm(ours.LayerNorm, theirs.LayerNorm, size, came=size)
 
     def layer(self, ours: torch.nn.Module, theirs: torch.nn.Module, name: str, last: bool) -> None:
-        """Copy a layer of the bi-encoder. last: leave out the weight and bias of its last LayerNorm."""
+        """Copy a layer of the bi-encoder. last: leave out the weight and bias of the layer's last LayerNorm."""
         own, attention = ours.attention.self, theirs.attention.self
         stretch = ((self.part + 2) / self.part) ** 0.5  # transformers divides by the root of a head's width
         for to, given, factor in (
@@ -152,8 +153,8 @@ class _Wide:
         self.norm(ours.output.LayerNorm, theirs.output.LayerNorm, self.sizes[f"{name}.output.LayerNorm"], last=last)
 
     def look(self, layer: torch.nn.Module) -> None:
-        """Set the weights of the layer whose heads attend to similar tokens of the other text. Before training, the
-        heads add nothing to the state. The layer also rounds every mark to 1 or -1."""
+        """Set the weights of the first added layer, whose heads attend to similar tokens of the other text. Before
+        training, the heads add nothing to the state. The layer also rounds every mark to 1 or -1."""
         own, turned = layer.attention.self, _rotation(self.width, self.seed).view(self.heads, self.part, self.width)
         for to, factor in ((own.query, ALIKE), (own.key, ALIKE), (own.value, 1.0)):
             to.weight.zero_(), to.bias.zero_()
@@ -172,8 +173,8 @@ class _Wide:
         layer.output.LayerNorm.weight[:] = ((self.width + self.heads) / (self.width + 2 * self.heads)) ** 0.5
 
     def compare(self, layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Set the weights of the last layer. It computes the means of both texts, and replaces the mark by the sum of
-        their products.
+        """Set the weights of the last layer. It computes the means of query and passage, and replaces the mark by the
+        sum of the products of the two means over their dimensions.
 
         weight, bias: those of the bi-encoder's last LayerNorm (d).
         """
@@ -201,8 +202,8 @@ class _Wide:
         )
 
     def see_mark(self, attention: torch.nn.Module, apart: float, mark: float) -> None:
-        """Make all heads attend less to tokens with the other mark: their attention logits are lower by `apart`. mark:
-        the size of the marks."""
+        """Make all heads attend less to tokens with the other mark: the attention logits of these tokens are lower by
+        `apart`. mark: the size of the marks."""
         seen = (apart / 2 * (self.part + 2) ** 0.5) ** 0.5 / mark / self.heads * self.signs
         for to in (attention.query, attention.key):
             to.weight[self.part :: self.part + 2, self.width : -self.heads] = seen
@@ -215,8 +216,8 @@ class _Wide:
     def norm(
         self, ours: torch.nn.LayerNorm, theirs: torch.nn.LayerNorm, size: float, came: float = MARK, last: bool = False
     ) -> None:
-        """Set a LayerNorm so that it does to states of this size what the bi-encoder's LayerNorm does, and gives marks
-        the size MARK. came: the size of the marks in its input. last: leave out the weight and bias of the bi-encoder's
+        """Set a LayerNorm. It does to states of this size what the bi-encoder's LayerNorm does, and gives marks the
+        size MARK. came: the size of the marks in its input. last: leave out the weight and bias of the bi-encoder's
         LayerNorm."""
         marks = 2 * self.heads
         all_of_it = ((self.width * size**2 + marks * came**2) / (self.width + marks)) ** 0.5
@@ -229,8 +230,8 @@ class _Wide:
 
 
 def _signs(heads: int) -> torch.Tensor:
-    """The mark of a token of the query (heads). Half of its components are negative, so that it does not change the
-    mean of the state."""
+    """The mark of a token of the query, (heads). Half of its components are negative, so that the mark does not change
+    the mean of the state."""
     return torch.tensor([1.0, -1.0]).repeat(heads // 2)
 
 

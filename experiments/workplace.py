@@ -14,12 +14,13 @@ import transformers
 
 
 def enter(profile: str, notebook: str, **profiles: Callable[[], dict[str, Any]]) -> tuple[SimpleNamespace, Path]:
-    """Set seeds, and return the parameters of this profile, and the folder `results/PROFILE/NOTEBOOK`, in which the
+    """Set seeds. Returns the parameters of the chosen profile, and the folder `results/PROFILE/NOTEBOOK`, in which the
     notebook keeps its results.
 
-    profiles: functions that return the notebook's parameters; only the function of the chosen profile is called. Unless
-    these parameters set "verbose" to True, progress bars and messages of transformers are switched off. Raises
-    ValueError for an unknown profile.
+    profile: the name of the chosen profile. profiles: name of a profile -> a function that returns the notebook's
+    parameters in this profile. Only the function of the chosen profile is called. If the parameters do not set
+    "verbose" to True, progress bars and messages of transformers are switched off. Raises ValueError if no profile has
+    this name.
     """
     if profile not in profiles:
         raise ValueError(f"PROFILE={profile!r}; wanted one of {', '.join(map(repr, profiles))}")

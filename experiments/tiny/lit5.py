@@ -2,11 +2,12 @@
 decoder that attends to the passages that are like the query. No pre-trained T5 is as small, and a T5 of this size with
 random weights learns nothing in an hour.
 
-In each prompt, two tokens carry what the encoder has read: one carries the vector of the query, and the other the
-vector of the passage. Both vectors are in the first MEANING dimensions, and each token has a mark of its own. The token
-of the passage also carries a LABEL: the passage's identifier or its name. The decoder's first layer fetches the query's
-vector and remembers the labels that were written. Its second layer attends to the passages that are like the query, and
-fetches their labels. `align` trains the encoder to follow this plan. Later training may change all weights.
+In each prompt, two tokens carry what the encoder has read: one token carries the vector of the query, and the other the
+vector of the passage. Both vectors are in the first MEANING dimensions of the encoder's states. Each of the two tokens
+also has a mark that tells which one it is. The token of the passage also carries a LABEL: the passage's identifier
+(LiT5-Distill) or its name (LiT5-Score). The decoder's first layer fetches the query's vector, and remembers the labels
+that were written. Its second layer attends to the passages that are like the query, and fetches their labels. The
+function `align` trains the encoder to follow this plan. Later training may change all weights.
 """
 
 import io
@@ -28,14 +29,14 @@ CONSTANT = 66  # is 1 in every token
 END = 67  # a component that the pieces of an answer share with the end of sequence
 LABEL = slice(68, 108)  # the label of a passage: its identifier or its name
 LABELS = 40
-ONCE = slice(68, 90)  # labels that are written only once: then their passages get no more attention
+ONCE = slice(68, 90)  # labels that are written only once: afterwards, their passages get no more attention
 
 # Lengths of the parts of a state, and sizes of attention logits
 VECTOR_LENGTH, MARK_LENGTH, LABEL_LENGTH = 10.0, 3.0, 5.4
-PASSAGE_BONUS = 15.0  # attention logit of a passage's token over that of other tokens
-RANK_BONUS = 0.4  # attention logit of a passage over that of the next one in its window
-MARGIN = 20.0  # logit of identifiers over other pieces, and of the end after a name
-VALUE_SHRINK = 50.0  # LiT5Score sums lengths of values; in the first layer they are 50 times shorter
+PASSAGE_BONUS = 15.0  # how much higher the attention logit of a passage's token is than that of other tokens
+RANK_BONUS = 0.4  # how much higher the attention logit of a passage is than that of the next one in its window
+MARGIN = 20.0  # how much higher the logit of identifiers (after a name: of the end) is than that of other pieces
+VALUE_SHRINK = 50.0  # LiT5Score sums the lengths of values; those of the first layer are 50 times shorter
 
 
 class Prompt(NamedTuple):
@@ -48,8 +49,8 @@ class Prompt(NamedTuple):
 
 
 def write_pieces(texts: list[str], folder: Path, size: int) -> sentencepiece.SentencePieceProcessor:
-    """Learn a vocabulary of T5's kind, without upper case, from texts. Writes it to the folder, and returns its
-    tokenizer."""
+    """Learn a vocabulary of T5's kind, without upper case, from texts. Writes the vocabulary to the folder, and returns
+    its tokenizer. size: number of pieces."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -73,11 +74,12 @@ def write_pieces(texts: list[str], folder: Path, size: int) -> sentencepiece.Sen
 def write_t5(
     folder: Path, alone: torch.Tensor, labels: dict[int, torch.Tensor], sharp: float, identifiers: bool
 ) -> None:
-    """Write a T5 with two layers in the encoder and two in the decoder.
+    """Write a T5 with two layers in the encoder and two in the decoder to a folder.
 
     alone: MiniLM's vectors of the V pieces, (V, MEANING). labels: a piece that can be an answer -> its label. sharp:
-    the attention logit of a passage that is exactly like the query. identifiers: the labels are identifiers, in this
-    order. Then their pieces have no other meaning, none is written twice, and earlier ones are preferred.
+    the attention logit of a passage that is exactly like the query. identifiers: True if the labels are identifiers;
+    `labels` is then in the order of the identifiers. The pieces of identifiers have no other meaning. No identifier is
+    written twice, and earlier ones are preferred.
     """
     chance = torch.Generator().manual_seed(0)
     config = transformers.T5Config(
@@ -111,8 +113,8 @@ def write_t5(
 
 
 def _plan_encoder(encoder: Any, chance: torch.Generator) -> None:
-    """Set the encoder's weights. In the first layer, one head attends to the right, one to the left and one anywhere.
-    The second layer gathers what these heads have read."""
+    """Set the encoder's weights. In the first layer, one head attends to the tokens on the right, one to those on the
+    left, and one to all tokens. The second layer gathers what these heads have read."""
     bias = encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
     bias.mul_(0.1)
     bias[1:16, 0] -= 5.0
@@ -130,7 +132,7 @@ def _plan_encoder(encoder: Any, chance: torch.Generator) -> None:
 def _plan_decoder(
     decoder: Any, chance: torch.Generator, written: torch.Tensor, sharp: float, identifiers: bool
 ) -> None:
-    """Set the decoder's weights: it attends to the passages that are like the query, and writes their labels.
+    """Set the decoder's weights: the decoder attends to the passages that are like the query, and writes their labels.
 
     written: a scalar, the mean length of the embeddings of the pieces that can be answers.
     """
@@ -200,10 +202,11 @@ def align(
     steps: int,
     batch: int = 64,
 ) -> None:
-    """Train the encoder of the T5 in `folder` until the two tokens of its prompts carry the vectors and the label.
+    """Train the encoder of the T5 in `folder` until two tokens of each prompt carry the vectors and the label, as
+    described at the top of this module.
 
-    texts: N texts. vectors: their vectors, (N, MEANING). draw: a function that draws the number of a query, the number
-    of a passage, the text to insert into `prompt.mark`, and the piece of the label.
+    texts: N texts. vectors: their vectors, (N, MEANING). draw: a function that draws a training example: the number of
+    a query, the number of a passage, the text to insert into `prompt.mark`, and the piece of the label.
     """
     network: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder).train()
     pieces = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))

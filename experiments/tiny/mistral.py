@@ -1,10 +1,11 @@
 """The language model of the small PE-Rank before training: it already averages the words of the query.
 
 The sum of the word embeddings of a text is near MiniLM's vector of that text. The first layer marks two kinds of
-tokens: those after the word of the prompt that announces the query, and those after the query. The second layer
-averages the words between these two places. To a small degree, it also averages the passages, most of all the first
-ones. So the state at the end of the prompt is near the vector of the query. Its dot products with the passages rank as
-dense retrieval does, with a preference for the first stage's order. `teach` trains the model from there.
+tokens: those after the word of the prompt that announces the query, and those after the query. So the second layer can
+average the words of the query, which are between these two places. To a small degree, it also averages the passages,
+most of all the first ones. So the state at the end of the prompt is near the vector of the query. The dot products of
+this state with the passages rank as dense retrieval does, with a preference for the first stage's order. The function
+`teach` trains the model from there.
 """
 
 import math
@@ -45,14 +46,14 @@ NORM = 1.75
 SURE = 15.0  # of the tokens ANNOUNCES and ENDS
 INSIDE = 8.0  # of tokens between ANNOUNCES and ENDS
 LEAST, MOST = -8.0, 2.0  # of a word, relative to a word of the median weight
-SOME = -3.5  # of a passage, relative to the same word
+SOME = -3.5  # of a passage, relative to a word of the median weight
 RAMP, FAR = 3.0, 180  # added for a passage that is FAR tokens back
 
 NOISE = 0.1  # standard deviation of the noise on the teacher's scores, from which the ranks follow
 
 
 class Taught(NamedTuple):
-    """A query and the first stage's passages for it."""
+    """A query, and the first stage's passages for this query."""
 
     query: str
     vector: torch.Tensor  # (d,), MiniLM's vector of the query
@@ -62,10 +63,10 @@ class Taught(NamedTuple):
 
 @torch.no_grad()
 def write_mistral(folder: Path, vocabulary: Sequence[str], words: torch.Tensor) -> None:
-    """Write a Mistral of two layers.
+    """Write a Mistral of two layers to a folder.
 
-    words: the vectors of the vocabulary, (V, WIDTH), whose sum over a text is near the vector of the text. The
-    direction of a word's vector is its meaning, and its length is the word's weight in the average.
+    vocabulary: the V words. words: the vectors of the vocabulary, (V, WIDTH), whose sum over a text is near the vector
+    of the text. The direction of a word's vector is its meaning, and its length is the word's weight in the average.
     """
     config = transformers.MistralConfig(
         vocab_size=len(vocabulary),
@@ -127,7 +128,7 @@ def _plan(body: Any) -> None:
 
 @torch.no_grad()
 def plan_projector(projector: torch.nn.Linear) -> None:
-    """Set the weights of the projector: it keeps the directions of the passages' vectors, and marks them as
+    """Set the weights of the projector. It keeps the directions of the passages' vectors, and marks them as
     passages."""
     projector.weight.zero_(), projector.bias.zero_()
     projector.weight[:MEANING, :MEANING] = PASSAGE_LENGTH * torch.eye(MEANING)
@@ -145,10 +146,10 @@ def teach(
 ) -> None:
     """Train the language model, but not the projector, on windows of 2 to 20 passages in the first stage's order.
 
-    The loss compares the state before each rank with two targets: its direction with that of the query's vector
-    (cosine), and its dot products with the remaining passages with the teacher's scores (KL divergence). The passages
-    of the earlier ranks are in the teacher's order with random errors, since the model's own order will have errors
-    too.
+    The loss compares the state before each rank with two targets. The direction of the state is compared with that of
+    the query's vector (cosine). The dot products of the state with the remaining passages are compared with the
+    teacher's scores of these passages (KL divergence). The passages of the earlier ranks are in the teacher's order
+    with random errors, since the model's own order will have errors too.
 
     vectors: the vectors of the D passages, by their numbers, (D, d). temperature: the teacher's scores are divided by
     it.
