@@ -38,8 +38,8 @@ class LiT5Distill(ListwiseReranker):
             checkpoint records no size, the size follows from its name or path: 100 for v2 and 20 for v1. If neither the
             name nor the path says v1 or v2, the size is 20, with a warning. A list shorter than the window is read in
             one window.
-        stride: number of passages by which the window moves up the list. If `window_size` is None as well and the
-            checkpoint records a stride, None takes this stride. Otherwise None takes half of the window size.
+        stride: number of passages by which the window moves up the list. None takes half of the window size, with one
+            exception: if `window_size` is None, too, and the checkpoint records a stride, this stride is taken.
         passes: number of times that the windows slide over each list.
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
             the passage is. None takes the maximum that the checkpoint records. If the checkpoint records no maximum,
@@ -71,8 +71,8 @@ class LiT5Distill(ListwiseReranker):
     must then be trained to rank.
 
     In a list of n passages, the first passage of the decoded order gets the score n, the second gets n - 1, and the
-    last gets 1. In float32, the orders equal those of the original code, castorini/LiT5, for lists that fill their
-    windows. If a list is shorter than the window, castorini/LiT5 adds empty passages, and this class does not. Sources:
+    last gets 1. In float32, the orders equal those of the original code, castorini/LiT5, if every window of a list is
+    full. If a list is shorter than the window, castorini/LiT5 adds empty passages, and this class does not. Sources:
     arXiv 2312.16098 for v1; LiT and Lean, ECIR 2025, for v2.
     """
 
