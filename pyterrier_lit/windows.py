@@ -30,11 +30,11 @@ def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> lis
         size: number of passages per window. The last window, at the top, is shorter if the strides do not end exactly
             at the top of the list.
         stride: number of passages by which the window moves up the list.
-        k: how many ranks of the final order are needed; None is all ranks. Two kinds of ranks of a window's new order
-            are then needed: the ranks that the next window reads, which are all except the last `stride` ranks, and the
-            ranks that are among the final k.
+        k: how many ranks of the final order are needed; None is all ranks. If k is given, two kinds of ranks of a
+            window's new order are needed: the ranks that the next window reads, which are all except the last `stride`
+            ranks, and the ranks that are among the final k.
 
-    Raises ValueError unless 1 <= stride <= size and k is None or positive.
+    Raises ValueError if the stride is not between 1 and `size`, or if k is less than 1.
     """
     if not 1 <= stride <= size:
         raise ValueError(f"window_size={size!r} with stride={stride!r}; wanted 1 <= stride <= window_size")
