@@ -102,7 +102,8 @@ class Pace:
     processed count for this estimate, too.
     """
 
-    HITS, TRIALS = 1.0, 2.5  # prior of the acceptance rate. With it, the first pass drafts only if long passes cost little
+    # Prior of the acceptance rate. With this prior, the first pass drafts only if longer passes cost little
+    HITS, TRIALS = 1.0, 2.5
     MEMORY = 0.9  # the weight of earlier passes is multiplied by this number after each pass
 
     def __init__(self, costs: Sequence[float]):

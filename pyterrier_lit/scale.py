@@ -230,7 +230,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.workers: list[Any] = []
-        self.wanted: Wanted | None = None  # what the workers were started with, or None if there are no workers if there are no workers
+        self.wanted: Wanted | None = None  # what the workers were started with, or None if there are no workers
         self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
