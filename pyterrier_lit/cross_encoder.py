@@ -1,7 +1,7 @@
 """CrossEncoder: one encoder reads a query and a passage together and returns one score.
 
 The encoder reads "[CLS] query [SEP] passage [SEP]", so every word of the passage can attend to every word of the query.
-The score is a linear function of the encoder's last state at [CLS]. Each query-passage pair is scored on its own
+The score is a linear function of the encoder's last hidden state at [CLS]. Each query-passage pair is scored on its own
 (pointwise). The default model, Rank-DistiLLM's monoELECTRA (arXiv 2405.07920), was distilled from rankings by large
 language models.
 """

@@ -44,10 +44,10 @@ class LiT5Distill(ListwiseReranker):
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
             the passage is. None takes the maximum that the checkpoint records. If the checkpoint records no maximum,
             None is 150, which the papers used for MS MARCO. For BEIR, the papers used 512. A long query leaves less
-            room for the passage. If it leaves no room, a warning appears.
+            room for the passage. If no room is left, a warning appears.
         top_k: number of ranks to decode; None decodes all ranks. The first `top_k` passages are the same as without
-            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff sets
-            `top_k`: with `((first_stage >> LiT5Distill()) % 10).compile()`, it is 10.
+            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff also sets
+            `top_k`: `((first_stage >> LiT5Distill()) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding without constraints,
             followed by the original code's clean-up: repeated identifiers are dropped, and passages whose identifier is

@@ -54,7 +54,7 @@ class LiT5Score(Reranker):
             `n_passages` keep their incoming order and get the scores -1, -2, ...
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
             the passage is. None takes the maximum that the checkpoint records. If the checkpoint records no maximum,
-            None is 150, as in the paper. A long query leaves less room for the passage. If it leaves no room, a warning
+            None is 150, as in the paper. A long query leaves less room for the passage. If no room is left, a warning
             appears.
         answer_length: maximum length of the generated answer in tokens, including the start token. None takes the
             maximum that the checkpoint records. If the checkpoint records no maximum, None is 20, as in the paper.

@@ -34,8 +34,8 @@ class RankMistral(ListwiseReranker):
         stride: number of passages by which the window moves up the list.
         passes: number of times that the windows slide over each list.
         top_k: number of ranks to decode; None decodes all ranks. The first `top_k` passages are the same as without
-            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff sets
-            `top_k`: with `((first_stage >> RankMistral(...)) % 10).compile()`, it is 10.
+            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff also sets
+            `top_k`: `((first_stage >> RankMistral(...)) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding of at most 256 tokens
             without constraints, followed by the original code's clean-up: repeated identifiers are dropped, and

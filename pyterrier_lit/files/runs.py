@@ -38,7 +38,7 @@ class Summary(NamedTuple):
     queries: int  # queries reranked in this call
     pairs: int  # query-passage pairs reranked in this call
     found: int  # queries whose ranking was already in the resumed run
-    seconds: float
+    seconds: float  # for reranking and writing, including the loading of the model
     real_tokens: int  # tokens in all batches, without padding
     padded_tokens: int  # tokens in all batches, with padding
 
