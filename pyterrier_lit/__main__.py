@@ -322,8 +322,8 @@ def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 
 def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker to train. With --backbone, it is an untrained reranker on top of that pre-trained model. Otherwise
-    it is the reranker of --model."""
+    """The reranker to train. With --backbone, it is an untrained reranker on top of the pre-trained model that
+    --backbone names. Otherwise it is the reranker that --model names."""
     kind, named = RERANKERS[arguments.reranker], reranker(parser, arguments)
     if arguments.backbone is None:
         return named
@@ -398,7 +398,8 @@ def main(words: list[str] | None = None) -> int:
     """Run one command. Returns the exit code, which is 0 if there was no error. An error is printed to stderr as one
     line.
 
-    words: the words of the command line after the name of the program; None takes those of this process.
+    words: the words of the command line after the name of the program; None takes the words with which this process was
+    started.
     """
     words = sys.argv[1:] if words is None else words
     asked = re.search(r"--reranker[ =](\S+)", " ".join(words))

@@ -56,8 +56,8 @@ _counting: contextvars.ContextVar[Tokens] = contextvars.ContextVar("tokens")
 
 @contextlib.contextmanager
 def counted_tokens() -> Iterator[Tokens]:
-    """A context manager that counts the tokens of all batches that this thread computes inside the block. It yields a
-    `Tokens`, which is updated after each batch.
+    """A context manager that counts the tokens of all batches that this thread computes inside the block. The context
+    manager yields a `Tokens`, which is updated after each batch.
 
     If the function that computes a batch calls `map_batches` itself, only the batches of this inner call are counted.
     For example, the functions of the LiT5 rerankers call `map_batches` to encode the prompts.

@@ -208,9 +208,11 @@ class CrossEncoder(Reranker):
                 Inference, vLLM and ONNX exporters can read. The sequence classifier is an ELECTRA if the embeddings are
                 smaller than the hidden states, else a BERT.
 
-        A model card, README.md, is written too, as in the other rerankers. Raises ValueError if no sequence classifier
-        computes the same scores. Raises OSError if the checkpoint cannot be written; an older checkpoint in the folder
-        is then unchanged.
+        A model card, README.md, is written too. If the folder has a model card that `save` wrote earlier, the new card
+        replaces it and keeps its license and language. Any other README.md is left as it is.
+
+        Raises ValueError if no sequence classifier computes the same scores. Raises OSError if the checkpoint cannot be
+        written; an older checkpoint in the folder is then unchanged.
         """
         if layout not in (None, "transformers"):
             raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")

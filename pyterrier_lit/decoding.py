@@ -28,12 +28,12 @@ class Reader(Protocol):
         """Process the prompts (prefill). Returns the logits of the first token, (B, R)."""
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Process the next m tokens of each row in one pass. tokens: their numbers, (B, m). Returns the logits after
-        each token, (B, m, R)."""
+        """Process the next m tokens of each row in one pass. tokens: the numbers of these tokens, (B, m). Returns the
+        logits after each token, (B, m, R)."""
 
 
 class Drafting(Reader, Protocol):
-    """A reader that can process several tokens in one pass and remove rejected ones from its cache."""
+    """A reader that can process several tokens in one pass and remove rejected tokens from its cache."""
 
     @property
     def costs(self) -> tuple[float, ...]:
@@ -65,8 +65,9 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
         counts: the number of candidates of each row. Row b has the first counts[b] candidates.
         tops: the number of candidates that each row must choose.
 
-    Returns the chosen candidates of each row. If a row must choose all its candidates, the last candidate is not
-    decoded and is not in the result.
+    Returns for each row the indices of the chosen candidates, best first, and a number that is 0 if the logits of all
+    choices were finite. If a row must choose all its candidates, the last candidate is not decoded and is not among the
+    chosen candidates.
     """
     needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
     speller = Speller(words, counts, needed)

@@ -29,7 +29,7 @@ class Prompt(NamedTuple):
     top: int  # how many ranks must be decoded; the other passages follow in their incoming order
 
 
-Decode = Callable[[list[Prompt]], Choices]  # decodes a batch of prompts  # decodes a batch of prompts
+Decode = Callable[[list[Prompt]], Choices]  # decodes a batch of prompts
 
 
 @dataclasses.dataclass(eq=False, repr=False)

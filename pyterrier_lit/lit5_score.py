@@ -196,7 +196,7 @@ def attend(
     memory = fid.read_prompts([each.ids for each in prompts], answer_length, mass=True)
     n_layers, most = len(memory.keys), max(len(each.ids) for each in prompts)
     weights = aggregation.layers(n_layers)
-    owner = _owners(prompts, most).to(fid.device)  # (B, S): the passage of each token, `most` if it does not count
+    owner = _owners(prompts, most).to(fid.device)  # (B, S): the index of each token's passage, or `most`
     total, written, broken = torch.zeros(len(prompts), most, dtype=torch.float32, device=fid.device), [], []
     for ids, unfinished, not_finite_now, mass in fid.greedy(memory, answer_length):
         step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))

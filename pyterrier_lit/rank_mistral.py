@@ -73,7 +73,8 @@ class RankMistral(ListwiseReranker):
         """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
         best first.
 
-        columns: column name -> Q lists with the values of the passages; `docno` and `text_field` are used.
+        columns: column name -> Q lists with the values of the passages; only `docno` and the column with the texts are
+        used.
         """
         decode = self.option("decoding", DECODINGS)
         checkpoint: TextCheckpoint = self.load()

@@ -497,8 +497,8 @@ def _mind_forks() -> None:
 def texts(name: str, given: Sequence[str]) -> list[str]:
     """The given texts in valid UTF-8, which tokenizers require.
 
-    name: the name of the list, for the message of the error. Raises TypeError if an item is not a string; the message
-    has the name of the list and the position of the item.
+    name: the name of the list, for the error message. Raises TypeError if an item is not a string; the message has the
+    name of the list and the position of the item.
     """
     wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
     if wrong is not None:

@@ -120,7 +120,7 @@ class OnDisk:
     The texts are stored as UTF-8. A lone surrogate becomes U+FFFD, as in `frames.rerank`.
 
     Args:
-        source: the name of the texts' source, for the messages of errors.
+        source: the name of the texts' source, for error messages.
         texts: (id, text) tuples.
 
     Raises ValueError if an id is repeated, and OSError if the database cannot be written.
@@ -145,7 +145,7 @@ class OnDisk:
 class Row(NamedTuple):
     """A candidate in a file. `query` and `text` are empty if they are in other files."""
 
-    where: str  # the name of the file and the number of the line, for messages of errors
+    where: str  # the name of the file and the number of the line, for error messages
     qid: str
     docno: str
     rank: float | None
@@ -158,8 +158,8 @@ def best_first(path: Path, rows: Iterable[Row], depth: int | None = None) -> Ite
     """For each query of a file, the list of its first `depth` rows, best first. The rows are ordered as in
     `read_rerank_file`.
 
-    path: the file, for the messages of errors. rows: the rows of the file. Raises ValueError if the file is empty or a
-    pipe, if the rows of a query are not consecutive, or if a query has a docno twice.
+    path: the file, for error messages. rows: the rows of the file. Raises ValueError if the file is empty or a pipe, if
+    the rows of a query are not consecutive, or if a query has a docno twice.
     """
     return (_best_first(group)[:depth] for group in _queries(path, rows))
 
@@ -307,7 +307,7 @@ def _json(where: str, text: str) -> Any:
 def key(record: dict[str, Any], name: str, where: str) -> str:
     """The id in the field `name` of a record, as text. Raises ValueError if it is not a string or a whole number.
 
-    where: the place of the record, for the message of the error.
+    where: the place of the record, for the error message.
     """
     value = record.get(name)
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
@@ -341,7 +341,7 @@ def number(record: dict[str, Any], name: str, where: str) -> float | None:
     """The number in the field `name` of a record, or None if the field is absent or null. Raises ValueError if the
     field has anything else than a finite number.
 
-    where: the place of the record, for the message of the error.
+    where: the place of the record, for the error message.
     """
     if record.get(name) is None:
         return None

@@ -23,7 +23,7 @@ from pyterrier_lit.batching import counted_tokens
 from pyterrier_lit.files.candidates import Candidates
 from pyterrier_lit.files.locks import only_writer
 
-CHUNK = 100  # query-passage pairs reranked between two writes: one query with 100 passages
+CHUNK = 100  # number of query-passage pairs reranked between two writes; they are one query with 100 passages
 PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # the name of a part is the name of the output and then this
 HASHED = (  # for each of the three hashes in the name of a part: what differs if this hash differs
     "another reranker, model, option, chunk or system",
