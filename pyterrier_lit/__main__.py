@@ -1,4 +1,4 @@
-"""The command line: `pyterrier-lit rerank`, `train` and `tirex`. Knows only options and messages."""
+"""The command line: `pyterrier-lit rerank`, `train` and `tirex`. This module handles only options and messages."""
 
 import argparse
 import ast
@@ -23,15 +23,15 @@ RERANKERS: dict[str, type[Reranker]] = {  # name on the command line -> class
     kind.__module__.rpartition(".")[2].replace("_", "-"): kind
     for kind in (getattr(pyterrier_lit, name) for name in pyterrier_lit.__all__)
 }
-SET_HERE = ("model", "text_field", "answer_field", "verbose")  # arguments of rerankers that get no generated option
+SET_HERE = ("model", "text_field", "answer_field", "verbose")  # constructor arguments without a generated option
 
-Parameters = dict[str, dict[str, inspect.Parameter]]  # argument name -> reranker -> parameter
+Parameters = dict[str, dict[str, inspect.Parameter]]  # argument name -> reranker -> parameter of its constructor
 
 
 def rerank(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
     """Rerank the candidates in a file and write a TREC run."""
     add_candidates(parser)
-    parser.add_argument("--output", type=Path, required=True, help="file for the run; gzipped if its name ends in .gz")
+    parser.add_argument("--output", type=Path, required=True, help="file of the run; gzipped if its name ends in .gz")
     add_reranker(parser, named)
     add_run(parser)
 
@@ -46,9 +46,9 @@ def rerank(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argp
 def tirex(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
     """Rerank the candidates in TIRA's input directory, write run.txt and ir-metadata.yml, and check both files."""
     for option, variables, meaning in (
-        ("--input", ("TIRA_INPUT_DATASET", "inputDataset"), "the input directory"),
-        ("--output", ("TIRA_OUTPUT_DIR", "outputDir"), "the output directory"),
-        ("--input-run", ("inputRun",), "directory with a first stage's run, if the input has no rerank.jsonl"),
+        ("--input", ("TIRA_INPUT_DATASET", "inputDataset"), "TIRA's input directory"),
+        ("--output", ("TIRA_OUTPUT_DIR", "outputDir"), "TIRA's output directory"),
+        ("--input-run", ("inputRun",), "directory with a first stage's run, for an input without rerank.jsonl"),
     ):
         value = next((os.environ[name] for name in variables if os.environ.get(name)), None)
         parser.add_argument(
@@ -61,7 +61,7 @@ def tirex(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
     meaning = "TIRA's id of the data set; default: $TIRA_DATASET_ID, else the name of the input directory"
     parser.add_argument("--dataset", help=meaning)
     parser.add_argument("--team", default="pyterrier-lit", help="name of your team in TIRA (default %(default)s)")
-    parser.add_argument("--repository", default="pyterrier-lit", help="URL of the code (default %(default)s)")
+    parser.add_argument("--repository", default="pyterrier-lit", help="URL of your code (default %(default)s)")
     parser.add_argument("--compress", action="store_true", help="write run.txt.gz instead of run.txt")
     add_reranker(parser, named)
     add_run(parser)
@@ -91,7 +91,7 @@ def train(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argpa
     add_backbone(parser, named)
     add_candidates(parser)
     add_training(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the trained checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="folder to save the trained checkpoint to")
 
     def run(arguments: argparse.Namespace) -> None:
         from pyterrier_lit.training import StoredRun
@@ -132,13 +132,13 @@ COMMANDS = (rerank, train, tirex)
 
 
 def add_candidates(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the files with the candidates."""
+    """Add the options for the files with the candidates: --input, --topics and --documents."""
     meaning = (
-        "file with the candidates: rerank.jsonl[.gz], JSON in the format of rank_llm, PE-Rank or LiT5, or a TREC"
-        " run[.gz] together with --topics and --documents"
+        "file with the candidates (the passages to rerank for each query): rerank.jsonl[.gz], JSON in the format of"
+        " rank_llm, PE-Rank or LiT5, or a TREC run[.gz] together with --topics and --documents"
     )
     parser.add_argument("--input", type=Path, required=True, help=meaning)
-    meaning = "{0} for a run: .jsonl[.gz] or tab-separated, with {1}; or irds:ID for a data set of ir_datasets"
+    meaning = "{0} of a run: file (.jsonl[.gz] or tab-separated) with {1}; or irds:ID for a data set of ir_datasets"
     parser.add_argument("--topics", help=meaning.format("queries", "qid and query"))
     parser.add_argument("--documents", help=meaning.format("documents", "docno and text"))
 
@@ -146,7 +146,10 @@ def add_candidates(parser: argparse.ArgumentParser) -> None:
 def candidates(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, path: Path
 ) -> Callable[[], Iterator[Candidates]]:
-    """Returns a function. Each of its calls reads the candidates in a file from the start."""
+    """Returns a function that reads the candidates in a file. Each call of this function reads the file from the start.
+
+    arguments: the parsed options. path: the file. If the options do not fit the file, the program ends with a message.
+    """
     if (arguments.topics is None) != (arguments.documents is None):
         parser.error("--topics and --documents go together, with a run as --input")
     if arguments.topics is None and not {".jsonl", ".json"} & set(path.suffixes):
@@ -160,11 +163,12 @@ def candidates(
 def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
     """Add the options of all commands: the reranker, its model and its arguments.
 
-    named: the reranker whose options the help shows; None shows the options of all rerankers.
+    named: the reranker on the command line, whose options the help then shows. None shows the options of all rerankers.
     """
     parser.add_argument("--reranker", choices=RERANKERS, required=True)
-    parser.add_argument("--model", help="hub id or folder; default: a published checkpoint of the reranker")
-    own = parser.add_argument_group("arguments of the rerankers", "as in the documentation of their Python classes")
+    meaning = "hub id or folder of a checkpoint; default: a published checkpoint of the reranker"
+    parser.add_argument("--model", help=meaning)
+    own = parser.add_argument_group("arguments of the rerankers", "the constructor arguments of their Python classes")
     for name, parameters in constructor_options().items():
         kind = value_types(next(iter(parameters.values())))[0]
         own.add_argument(
@@ -177,10 +181,14 @@ def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
 
 
 def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | None) -> str:
-    """The help text for an argument of a reranker, from the docstring of its class.
+    """The help text for an argument of the rerankers, from the docstrings of their classes.
 
-    parameters: for each reranker that has the argument, its parameter. named: the reranker whose help is shown; None
-    joins the texts of all rerankers that have the argument.
+    Args:
+        name: the name of the argument.
+        parameters: reranker -> parameter, for each reranker that has the argument.
+        named: the reranker whose help is shown. None joins the texts of all rerankers that have the argument.
+
+    Returns argparse.SUPPRESS if the named reranker does not have the argument.
     """
     if named is not None and named not in parameters:
         return argparse.SUPPRESS
@@ -195,26 +203,28 @@ def explained(name: str, parameters: dict[str, inspect.Parameter], named: str | 
 
 
 def documented(kind: Callable[..., Any]) -> dict[str, str]:
-    """Argument name -> its description in the Args section of the docstring of `kind`."""
+    """The arguments of a class or function with their descriptions, from the Args section of its docstring: name ->
+    description."""
     _, _, arguments = (inspect.getdoc(kind) or "").partition("Args:\n")
     entries = re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE)
     return {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the commands that write a run."""
-    parser.add_argument("--depth", type=positive, help="maximum candidates reranked per query; default: all")
-    parser.add_argument("--system", help="name in the last column of the run; default: names of reranker and model")
+    """Add the options of those commands that write a run."""
+    parser.add_argument("--depth", type=positive, help="maximum number of candidates to rerank per query; default: all")
+    meaning = "name in the last column of the run; default: the names of the reranker and of its model"
+    parser.add_argument("--system", help=meaning)
     parser.add_argument(
         "--chunk",
         type=positive,
-        help="query-passage pairs reranked between two writes: with more pairs, reranking is faster; with fewer, less"
-        f" must be repeated after a crash (default {CHUNKS['cpu']}, on a GPU {CHUNKS['cuda']:,})",
+        help="number of query-passage pairs that are reranked and then written together; with more pairs, reranking is"
+        f" faster, and more is lost in a crash (default {CHUNKS['cpu']}, on a CUDA GPU {CHUNKS['cuda']:,})",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="resume an interrupted run; options, weights and input must be the same as before",
+        help="resume an interrupted run; options, weights and input must be the same as in the interrupted call",
     )
 
 
@@ -222,7 +232,7 @@ def add_backbone(parser: argparse.ArgumentParser, named: str | None) -> None:
     """Add the options for training a reranker from a pre-trained model."""
     parser.add_argument(
         "--backbone",
-        help="hub id or folder of a pre-trained model to start from; without --backbone, --model is trained further",
+        help="hub id or folder of a pre-trained model to train from; without --backbone, --model is trained further",
     )
     for name, kind in RERANKERS.items():
         for option, parameter in kind.begin_options().items():
@@ -237,37 +247,40 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     taught = parser.add_mutually_exclusive_group(required=True)
     taught.add_argument("--labels", type=Path, help="learn from the qrels in this file")
     meaning = (
-        "learn from the teacher's ranking in this file: a TREC run[.gz], .jsonl[.gz] or .parquet; or a JSON array of"
-        " RankGPT's permutations for the records of --input"
+        "learn from the teacher's rankings in this file: a TREC run[.gz], a .jsonl[.gz] or .parquet file, or a JSON"
+        " array with one of RankGPT's permutations for each record of --input"
     )
     taught.add_argument("--teacher", type=Path, help=meaning)
     meaning = (
-        "learn the order of the passages in --input: that of the run, or the teacher's order in the data of RankZephyr,"
-        " PE-Rank or TWOLAR"
+        "learn the order of the passages in --input: the order of the candidates, or the teacher's order in the"
+        " training data of RankZephyr, PE-Rank or TWOLAR"
     )
     taught.add_argument("--order", action="store_true", help=meaning)
     taught.add_argument(
         "--answers",
         action="store_true",
-        help="learn to generate answers; --input is JSON with the fields question, answers and ctxs",
+        help="learn to generate answers (lit5-score); --input is JSON with the fields question, answers and ctxs",
     )
     taught.add_argument("--passages", action="store_true", help="learn from the passages alone (pe-rank, stage 1)")
-    parser.add_argument("--depth", type=positive, help="maximum candidates per query; default: all")
-    parser.add_argument("--valid", type=Path, help="candidates for validation by nDCG@10, in the format of --input")
-    parser.add_argument("--valid-labels", type=Path, help="qrels for the candidates in --valid")
-    parser.add_argument("--recipe", help="name of a recipe; default: the recipe of the reranker's paper")
-    meaning = "set a hyperparameter of the recipe, such as steps=1000; may be repeated"
+    parser.add_argument("--depth", type=positive, help="maximum number of candidates per query; default: all")
+    meaning = "file with candidates for validation by nDCG@10, in the format of --input"
+    parser.add_argument("--valid", type=Path, help=meaning)
+    parser.add_argument("--valid-labels", type=Path, help="file with the qrels of the queries in --valid")
+    parser.add_argument("--recipe", help="name of a training recipe; default: the recipe of the reranker's paper")
+    meaning = "set a hyperparameter of the recipe, such as steps=1000; this option may be given several times"
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="NAME=VALUE", help=meaning)
-    meaning = "training steps between two checkpoints and between two measurements on --valid"
+    meaning = "training steps between checkpoints, and between measurements on --valid; default: a tenth of all steps"
     parser.add_argument("--every", type=positive, help=meaning)
-    meaning = "stop after this many measurements in a row without a better nDCG@10"
+    meaning = "stop after this many measurements in a row without a better nDCG@10; default: never stop early"
     parser.add_argument("--patience", type=positive, help=meaning)
     parser.add_argument("--seed", type=int, default=42, help="random seed of the training (default %(default)s)")
-    parser.add_argument("--state", type=Path, help="folder for checkpoints, from which training resumes")
+    meaning = "folder for the checkpoints of the training, from which an interrupted training resumes"
+    parser.add_argument("--state", type=Path, help=meaning)
 
 
 def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
-    """The estimator that the options describe, `Distil` or `FineTune` of `pyterrier_lit.training`."""
+    """The estimator that the options describe, which trains `student`: a `Distil` or a `FineTune` of
+    `pyterrier_lit.training`."""
     from pyterrier_lit.training import Distil, FineTune
 
     settings = {name: getattr(arguments, name) for name in ("recipe", "every", "patience", "seed")}
@@ -278,7 +291,7 @@ def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
 
 
 def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Raise the errors of training that can be detected without loading the model or reading the data."""
+    """Raise those errors of training that can be detected without loading the model or reading the data."""
     plan = learner(reranker(parser, arguments), arguments)
     plan.chosen_recipe()
     plan.chosen_settings()
@@ -291,7 +304,11 @@ def check_training(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 
 
 def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker that the options describe. Its checkpoint is not loaded yet."""
+    """The reranker that the options describe. Its checkpoint is not loaded yet.
+
+    If an option does not belong to this reranker, the program ends with a message. Raises ValueError if the value of an
+    option is invalid.
+    """
     given = {name: getattr(arguments, name) for name in constructor_options() if hasattr(arguments, name)}
     for name in given:
         owners = constructor_options()[name]
@@ -305,8 +322,8 @@ def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 
 def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker to train: the one that --model names, or an untrained one on top of the model that --backbone
-    names."""
+    """The reranker to train. With --backbone, it is an untrained reranker on top of the pre-trained model that
+    --backbone names. Otherwise it is the reranker that --model names."""
     kind, named = RERANKERS[arguments.reranker], reranker(parser, arguments)
     if arguments.backbone is None:
         return named
@@ -319,7 +336,7 @@ def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> R
 
 
 def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, Any]:
-    """The arguments of `write_run` that the options set."""
+    """The keyword arguments of `write_run` that the options set, as name -> value."""
     by_itself = f"{arguments.reranker}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(named.model).resolve().name)}"
     return {
         "system": arguments.system or by_itself,
@@ -330,8 +347,8 @@ def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, An
 
 
 def constructor_options() -> Parameters:
-    """The constructor arguments that are command line options: argument name -> reranker -> parameter, for each
-    reranker that has the argument."""
+    """The constructor arguments that are command line options: argument name -> reranker -> parameter. The inner dict
+    has each reranker that has the argument."""
     found: Parameters = {}
     for name, kind in RERANKERS.items():
         for parameter in inspect.signature(kind).parameters.values():
@@ -341,7 +358,8 @@ def constructor_options() -> Parameters:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Parse NAME=VALUE. VALUE is read as a Python literal; if it is not one, it is taken as text."""
+    """Parse NAME=VALUE into (name, value). VALUE is read as a Python literal. If it is not a Python literal, the value
+    is the text itself."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -353,12 +371,13 @@ def setting(text: str) -> tuple[str, Any]:
 
 def value_types(parameter: inspect.Parameter) -> list[type]:
     """The types among int, float and str that a parameter accepts, the preferred type first. The list is empty if the
-    parameter accepts only objects such as an index."""
+    parameter accepts only other objects, such as an index."""
     kinds = get_args(parameter.annotation) or (parameter.annotation,)
     return [kind for kind in (int, float, str) if kind in kinds]
 
 
 def flag(name: str) -> str:
+    """The command line option for an argument: "top_k" -> "--top-k"."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -376,7 +395,12 @@ def program() -> str:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code. On an error, this code is not 0, and one line is printed to stderr."""
+    """Run one command. Returns the exit code, which is 0 if there was no error. An error is printed to stderr as one
+    line.
+
+    words: the words of the command line after the name of the program; None takes the words with which this process was
+    started.
+    """
     words = sys.argv[1:] if words is None else words
     asked = re.search(r"--reranker[ =](\S+)", " ".join(words))
     named = asked[1] if asked and asked[1] in RERANKERS else None
@@ -399,7 +423,10 @@ def main(words: list[str] | None = None) -> int:
 
 
 def failed(parser: argparse.ArgumentParser, what: str, error: BaseException, code: int) -> int:
-    """Print one line with the error and its notes, such as what was kept of a run. Returns the exit code."""
+    """Print one line with the error and its notes, such as a note on the finished part of a run. Returns `code`.
+
+    what: the message of the error. code: the exit code.
+    """
     told = " ".join("; ".join([what, *getattr(error, "__notes__", ())]).split())
     print(f"{parser.prog}: {told.replace('resume continues', '--resume continues')}", file=sys.stderr)
     return code

@@ -1,5 +1,5 @@
-"""Batches of inputs with similar lengths, within a token budget; answers are in input order. Knows no text and no
-models."""
+"""Batches of inputs with similar lengths, within a token budget; answers are in input order. This module does not deal
+with texts or models."""
 
 import contextlib
 import contextvars
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-Batch = tuple[list[int], Any]  # the indices of its items, and their answers
+Batch = tuple[list[int], Any]  # the indices of the items in the batch, and the answers for these items
 
 
 class Budget:
-    """The maximum number of tokens in a batch, including padding. If a batch does not fit into memory, the budget
-    becomes half of the tokens of this batch.
+    """The maximum number of tokens in a batch, including padding.
 
-    Several calls of `map_batches` can share a budget: then the size that fits into memory is found only once, with one
-    warning.
+    If a batch does not fit into memory, the budget becomes half the number of tokens in this batch. Several calls of
+    `map_batches` can share a budget. The size that fits into memory is then found only once, with one warning. Raises
+    ValueError if `tokens` is not a positive whole number.
     """
 
     def __init__(self, tokens: int):
@@ -29,8 +29,8 @@ class Budget:
         self.warned = False
 
     def halve(self, items: int, longest: int) -> None:
-        """Halve the budget, after a batch of `items` items, each padded to `longest` tokens, did not fit into
-        memory."""
+        """Halve the budget after a batch did not fit into memory. The batch had `items` items, each padded to `longest`
+        tokens."""
         self.tokens = items // 2 * longest
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -45,7 +45,7 @@ class Budget:
 
 @dataclasses.dataclass
 class Tokens:
-    """The number of tokens in all batches that were computed."""
+    """The total number of tokens in several batches."""
 
     real: int = 0  # without padding
     padded: int = 0  # with padding
@@ -56,10 +56,11 @@ _counting: contextvars.ContextVar[Tokens] = contextvars.ContextVar("tokens")
 
 @contextlib.contextmanager
 def counted_tokens() -> Iterator[Tokens]:
-    """A context manager that counts the tokens of all batches which this thread computes inside the block.
+    """A context manager that counts the tokens of all batches that this thread computes inside the block. The context
+    manager yields a `Tokens`, which is updated after each batch.
 
     If the function that computes a batch calls `map_batches` itself, only the batches of this inner call are counted.
-    LiT5's function calls `map_batches` to encode the prompts of windows.
+    For example, the functions of the LiT5 rerankers call `map_batches` to encode the prompts.
     """
     tokens = Tokens()
     before = _counting.set(tokens)
@@ -71,8 +72,8 @@ def counted_tokens() -> Iterator[Tokens]:
 
 @contextlib.contextmanager
 def inference() -> Iterator[None]:
-    """A context manager for computing without gradients and in the model's own dtype, even if the caller uses
-    autocast."""
+    """A context manager that disables gradients and autocast. Inside the block, a model computes in its own dtype, even
+    if the caller uses autocast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for device in ("cpu", "cuda"):
@@ -82,15 +83,17 @@ def inference() -> Iterator[None]:
 
 
 def encoder_tokens(device: torch.device) -> int:
-    """The default maximum number of tokens in a batch of an encoder: few enough for the caches of a CPU, or enough to
-    keep a GPU busy."""
+    """The default maximum number of tokens, including padding, in a batch of an encoder. It is 1,024 on a CPU, so that
+    a batch fits into the CPU's caches, and 16,384 on a GPU, so that the GPU is kept busy."""
     return 1_024 if device.type == "cpu" else 16_384
 
 
 def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Batches of items with similar lengths, as lists of indices in `lengths`, which has the tokens of each item.
+    """Split items into batches of similar lengths. Yields each batch as a list of indices in `lengths`; the longest
+    items come first.
 
-    The longest items come first. A batch has at most `max_tokens` tokens including padding, or a single item.
+    lengths: the number of tokens of each item. max_tokens: the maximum number of tokens in a batch, including padding.
+    An item with more tokens is a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
@@ -100,8 +103,8 @@ def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
 
 
 def padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """B rows of at most L integers -> int64 (B, L), padded with `value` on the right, and a mask (B, L) that is False
-    on the padding."""
+    """Pad B rows of at most L integers on the right with `value`. Returns an int64 tensor (B, L), and a mask (B, L)
+    that is False on the padding. Both tensors are on the CPU."""
     numbers = [torch.tensor(row, dtype=torch.long, device="cpu") for row in rows]
     mask = [torch.ones(len(row), dtype=torch.bool, device="cpu") for row in rows]
     return pad_sequence(numbers, batch_first=True, padding_value=value), pad_sequence(mask, batch_first=True)
@@ -116,16 +119,20 @@ def map_batches(
 ) -> list[Any]:
     """Apply `function` to all items in batches of similar lengths, the longest items first.
 
-    function: list of items -> one answer per item, as a list or as a tensor whose first dimension is the batch. A
-        returned tensor is read only after the next batch has started, so that a GPU never waits.
-    lengths: tokens of each item.
-    max_tokens: maximum number of tokens in a batch, including padding, or a `Budget` that several calls share. An item
-        that is longer is a batch of its own.
-    progress: called with the number of items of each finished batch, such as the `update` of a progress bar.
+    Args:
+        function: a function that takes a list of items and returns one answer per item, in a list or in a tensor whose
+            first dimension is the batch. A returned tensor is read only after the next batch has started, so that a GPU
+            never waits.
+        items: the inputs of `function`.
+        lengths: the number of tokens of each item.
+        max_tokens: the maximum number of tokens in a batch, including padding, or a `Budget` that several calls share.
+            An item with more tokens is a batch of its own.
+        progress: a function that is called after each batch with the number of its items, such as the `update` of a
+            progress bar.
 
-    Returns the answers in the order of the items. A tensor is returned as a (nested) list. If a batch does not fit into
-    memory, this batch and the following ones are halved, with one warning. Raises MemoryError if a single item does not
-    fit.
+    Returns a list of answers in the order of the items. Answers in a tensor become numbers or nested lists. If a batch
+    does not fit into memory, it is computed again in batches of at most half its tokens, and so are all following
+    items; one warning appears. Raises MemoryError if a single item does not fit into memory.
     """
     budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
     answers: list[Any] = [None] * len(items)
@@ -159,7 +166,10 @@ def _computed(
 
 def _attempt(function: Callable[[list[Any]], Any], batch: list[Any], longest: int) -> Any:
     """The answers of `function` for a batch, or None if the batch did not fit into memory. The memory of a failed batch
-    is free again when this function has returned."""
+    is free again when `_attempt` has returned.
+
+    Raises MemoryError if a batch of a single item does not fit into memory.
+    """
     try:
         return function(batch)
     except (RuntimeError, MemoryError) as error:
@@ -179,7 +189,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _one_late(made: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield each batch after the next one has started."""
+    """Yield each batch only after the next batch has started."""
     held: list[Batch] = []
     for thing in made:
         held.append(thing)

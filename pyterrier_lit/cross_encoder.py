@@ -1,7 +1,7 @@
 """CrossEncoder: one encoder reads a query and a passage together and returns one score.
 
 The encoder reads "[CLS] query [SEP] passage [SEP]", so every word of the passage can attend to every word of the query.
-The score is a linear function of the encoder's last state at [CLS]. Each query-passage pair is scored on its own
+The score is a linear function of the encoder's last hidden state at [CLS]. Each query-passage pair is scored on its own
 (pointwise). The default model, Rank-DistiLLM's monoELECTRA (arXiv 2405.07920), was distilled from rankings by large
 language models.
 """
@@ -23,48 +23,54 @@ from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, in_int8, 
 from pyterrier_lit.models.pairs import Pair, PairLayout
 from pyterrier_lit.reranker import Reranker
 
-SPECIAL_TOKENS = {"parse": False, "text": True}  # whether a special token inside a text is read as plain characters
+# Value of the argument `special_tokens` -> whether a special token inside a text is read as plain characters
+SPECIAL_TOKENS = {"parse": False, "text": True}
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class CrossEncoder(Reranker):
     """Rerank by a cross-encoder that reads each (query, passage) pair: score(q, d) = w . h_[CLS] + b.
 
-    h_[CLS] is the encoder's last state at the token [CLS]; w and b are the weights of the scoring head.
+    h_[CLS] is the encoder's last hidden state at the token [CLS]; w and b are the weights of the scoring head.
 
     Args:
-        model: hub id or folder of a checkpoint of one of two kinds. The first kind is a cross-encoder of lightning-ir
-            over ELECTRA or BERT, such as `webis/monoelectra-base` or `webis/monoelectra-large`, in any format since
-            2024. The second kind is a sequence classifier of transformers: with one label, the score is the logit of
-            this label; with two labels, the score is the second logit minus the first. A classifier is used with its
-            tokenizer, token types and default prompt, as in sentence-transformers. Code inside a checkpoint is never
-            run.
-        query_length: maximum length of a query in tokens. None takes the length that the checkpoint records. If it
-            records none, the maximum is 32 for a cross-encoder of lightning-ir, and a sequence classifier has no
-            maximum.
-        doc_length: maximum length of a passage in tokens. None takes the length that the checkpoint records. If it
-            records none, the maximum is 256 for a cross-encoder of lightning-ir, and a sequence classifier has no
-            maximum. A query-passage pair that is longer than the model's maximum input length is truncated further, the
-            longer text first, as in sentence-transformers. A warning appears if the passage was truncated in more than
-            half of the pairs of a call. With `verbose`, the progress bar shows the number of these pairs.
+        model: hub id or folder of a checkpoint, which is a cross-encoder of lightning-ir or a sequence classifier of
+            transformers. A cross-encoder of lightning-ir is an ELECTRA or BERT, such as `webis/monoelectra-base` or
+            `webis/monoelectra-large`; all of lightning-ir's formats since 2024 are supported. A sequence classifier of
+            transformers has one or two labels. With one label, the score is the logit of this label. With two labels,
+            the score is the second logit minus the first. A sequence classifier is used with its own tokenizer, token
+            types and default prompt, as in sentence-transformers. A folder that `save` wrote can be given, too. Code
+            inside a checkpoint is never run.
+        query_length: maximum length of a query in tokens. None takes the maximum that the checkpoint records. If the
+            checkpoint records no maximum, the maximum is 32 for a cross-encoder of lightning-ir; for a sequence
+            classifier, there is no maximum.
+        doc_length: maximum length of a passage in tokens. None takes the maximum that the checkpoint records. If the
+            checkpoint records no maximum, the maximum is 256 for a cross-encoder of lightning-ir; for a sequence
+            classifier, there is no maximum. If a query and a passage together exceed the model's maximum input length,
+            the longer of the two texts is truncated first, as in sentence-transformers. If more than half of the
+            passages of a call were truncated, a warning appears. With `verbose`, the progress bar shows the number of
+            query-passage pairs with a truncated passage.
         special_tokens: how the characters of a special token, such as [SEP], are read inside a query or passage.
-            "parse" reads them as a control token, as lightning-ir does. "text" reads them as plain characters; choose
-            "text" for untrusted queries or passages.
+            "parse" reads these characters as a control token, as lightning-ir does. "text" reads them as plain
+            characters; choose "text" for untrusted queries or passages.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages.
         max_tokens: maximum number of tokens in a batch, including padding. None is 1,024 on a CPU and 16,384 on a GPU.
-            If a batch does not fit into memory, `max_tokens` is halved and the batch is computed again.
-        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
-        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
+            If a batch does not fit into memory, the maximum is halved for the rest of the call, and the batch is
+            computed again.
+        device: device of the model, such as "cpu" or "cuda:1"; None takes the first CUDA GPU, else Apple's GPU (mps),
+            else the CPU.
+        dtype: data type of the weights, such as "float32" or "bfloat16"; None is bfloat16 on a CUDA GPU that supports
+            bfloat16, else float32.
         verbose: show a progress bar.
 
     `CrossEncoder.from_backbone("google/electra-base-discriminator")` creates an untrained cross-encoder: an ELECTRA or
-    BERT with a new scoring head. With ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT and other encoders, it creates a
-    sequence classifier of transformers.
+    BERT with a new scoring head. From a ModernBERT, DeBERTa, RoBERTa, XLM-R, DistilBERT or another encoder,
+    `from_backbone` creates a sequence classifier of transformers.
 
     The score of a query-passage pair depends on this pair alone, so the scores can be cached with
-    `pyterrier_caching.ScorerCache`. Passages with equal scores keep their incoming order. The scores equal those that
-    lightning-ir computes. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025.
+    `pyterrier_caching.ScorerCache`. Passages with equal scores keep their incoming order. For a checkpoint of
+    lightning-ir, the scores equal those that lightning-ir computes. Source: Schlatt et al., Rank-DistiLLM, ECIR 2025.
     """
 
     model: str = "webis/monoelectra-base"
@@ -78,9 +84,12 @@ class CrossEncoder(Reranker):
     begin = staticmethod(new_pairs)
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """`score`: for each query, the list of its passages' scores. Identical query-passage pairs are computed
-        once."""
-        self.option("special_tokens", SPECIAL_TOKENS)  # before the checkpoint is loaded
+        """Score the passages of Q queries.
+
+        columns: column name -> Q lists with the values of the passages. Returns a dict with one entry, `score`: Q lists
+        with one score per passage. Identical query-passage pairs are scored only once.
+        """
+        self.option("special_tokens", SPECIAL_TOKENS)  # raises ValueError before the checkpoint is loaded
         checkpoint: PairCheckpoint = self.load()
         asked = [
             [(query, text) for text in texts] for query, texts in zip(queries, columns[self.text_field], strict=True)
@@ -106,12 +115,14 @@ class CrossEncoder(Reranker):
         return {"score": [[score_of[pair] for pair in pairs] for pairs in asked]}
 
     def predict(self, pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> Any:
-        """The scores of P (query, passage) pairs, in the form that sentence-transformers' CrossEncoder.predict returns:
-        a float32 array (P,), or a number for a single pair. Scores are logits; no sigmoid is applied. Raises the same
-        errors as `score`.
+        """The scores of P query-passage pairs, in the form that sentence-transformers' CrossEncoder.predict returns.
 
-        The other rerankers do not have this method: with them, the score of a passage depends on the other passages of
-        the query.
+        pairs: a list of P (query, passage) tuples, or a single (query, passage) tuple; each query and each passage is a
+        text. Returns a float32 array (P,), or a number for a single tuple. The scores are logits: no sigmoid is
+        applied. Raises the same errors as `score`.
+
+        The other rerankers do not have this method, because they score a passage together with the other passages of
+        its query.
         """
         if pairs and isinstance(pairs[0], str):
             return self.predict([cast(tuple[str, str], pairs)])[0]
@@ -150,14 +161,16 @@ class CrossEncoder(Reranker):
         return quantized
 
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
-        """For P (query, passage) texts: the layout of the model's inputs, and P truncated pairs of token ids. Each
-        distinct text is tokenised once."""
+        """Tokenise and truncate P query-passage pairs.
+
+        texts: P (query, passage) tuples of texts. Returns the layout of the model's inputs, and P tuples (token ids of
+        the query, token ids of the passage). Each distinct text is tokenised once.
+        """
         layout, pairs, _ = self.cut_pairs(texts)
         return layout, pairs
 
     def cut_pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair], int]:
-        """The layout and the pairs of token ids as from `pairs`, and the number of pairs whose passage was
-        truncated."""
+        """Like `pairs`, but also returns, as the third result, the number of pairs whose passage was truncated."""
         lengths = self.lengths()
         layout: PairLayout = self.load().layout(special_tokens_as_text=self.option("special_tokens", SPECIAL_TOKENS))
         queries = list(dict.fromkeys(query for query, _ in texts))
@@ -169,8 +182,13 @@ class CrossEncoder(Reranker):
         return layout, pairs, sum(pieces.cut or len(ids) < pieces.total for pieces, ids in read)
 
     def lengths(self) -> dict[str, int | None]:
-        """`query_length` and `doc_length` in tokens: the argument, or where it is None, the checkpoint's length. None
-        in the result means no maximum. Raises ValueError for an argument that is not a positive whole number."""
+        """The maximum length of a query and of a passage in tokens, in a dict with the keys `query_length` and
+        `doc_length`.
+
+        A length is the reranker's argument of the same name. If this argument is None, the length comes from the
+        checkpoint. None in the result means that there is no maximum. Raises ValueError if a length is not a positive
+        whole number.
+        """
         checkpoint: PairCheckpoint = self.load()
         lengths: dict[str, int | None] = {}
         for name in LENGTHS:
@@ -181,16 +199,20 @@ class CrossEncoder(Reranker):
         return lengths
 
     def save(self, path: str | Path, layout: str | None = None) -> None:
-        """Write the checkpoint into a folder that the constructor can load. Raises OSError if the checkpoint cannot be
-        written; a checkpoint that was in the folder before is then unchanged.
+        """Write the checkpoint into a folder, which the constructor accepts as `model`.
 
         Args:
             path: the folder, which is created if necessary.
-            layout: None keeps the checkpoint's format, which is lightning-ir's or that of a sequence classifier.
-                "transformers" writes a sequence classifier with the same scores, which sentence-transformers, Text
-                Embeddings Inference, vLLM and ONNX exporters can read: a BERT classifier, or an ELECTRA classifier if
-                the embeddings are smaller than the hidden states. Raises ValueError if no such classifier computes the
-                same scores.
+            layout: the format of the written checkpoint. None keeps the format of the loaded checkpoint. "transformers"
+                writes a sequence classifier with the same scores, which sentence-transformers, Text Embeddings
+                Inference, vLLM and ONNX exporters can read. The sequence classifier is an ELECTRA if the embeddings are
+                smaller than the hidden states, else a BERT.
+
+        A model card, README.md, is written too. If the folder has a model card that `save` wrote earlier, the new card
+        replaces it and keeps its license and language. Any other README.md is left as it is.
+
+        Raises ValueError if no sequence classifier computes the same scores. Raises OSError if the checkpoint cannot be
+        written; an older checkpoint in the folder is then unchanged.
         """
         if layout not in (None, "transformers"):
             raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")
@@ -198,5 +220,6 @@ class CrossEncoder(Reranker):
         self.write(path, as_classifier(checkpoint, self.lengths()) if layout == "transformers" else checkpoint)
 
     def saved_settings(self) -> dict[str, Any]:
-        """The maximum lengths of a query and of a passage, which `save` records in the checkpoint."""
+        """The settings that `save` records in the checkpoint: the maximum lengths of a query and of a passage in
+        tokens."""
         return self.lengths()

@@ -1,9 +1,10 @@
-"""Decoding of an order: each candidate is chosen once, best first. Knows no text and no model.
+"""Decoding of an order: each candidate is chosen once, best first. This module does not deal with texts, and it
+accesses a model only through a `Reader`.
 
-A `Reader` wraps the model: it returns logits over the tokens that may be generated, and processes the tokens that were
-chosen. A candidate consists of one or more tokens: in LiT5 a candidate is an identifier of one or two tokens, in
-PE-Rank it is a passage, which is one token. Shapes: B rows (one for each prompt), N candidates, R tokens that may be
-generated.
+A `Reader` returns logits over the tokens that may be generated, and processes the tokens that were chosen. A candidate
+stands for a passage and consists of one or more tokens. In LiT5, a candidate is an identifier of one or two tokens. In
+PE-Rank, a candidate is a single token, which stands for the passage's vector. Shapes: B is the number of rows (one row
+for each prompt), N the number of candidates, and R the number of tokens that may be generated.
 """
 
 from collections.abc import Sequence
@@ -11,33 +12,36 @@ from typing import Protocol
 
 import torch
 
-# For each row: the chosen candidates, best first; and 0 if the logits of all choices were finite, else nan or infinity
+# For each row, the chosen candidates, best first. For each row, 0 if the logits of all choices were finite, else nan or
+# an infinity
 Choices = tuple[list[list[int]], list[float]]
 
 
 class Reader(Protocol):
-    """A model that continues B prompts with tokens, of which R may be generated."""
+    """A model that continues B prompts with tokens. R different tokens may be generated; they are numbered from 0."""
 
     @property
     def device(self) -> torch.device:
         """The device of the model."""
 
     def start(self) -> torch.Tensor:
-        """Prefill: process the prompts. Returns the logits of the first token, (B, R)."""
+        """Process the prompts (prefill). Returns the logits of the first token, (B, R)."""
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Process the next m tokens of each row, (B, m), in one pass. Returns the logits after each token, (B, m,
-        R)."""
+        """Process the next m tokens of each row in one pass. tokens: the numbers of these tokens, (B, m). Returns the
+        logits after each token, (B, m, R)."""
 
 
 class Drafting(Reader, Protocol):
-    """A reader that can process several tokens in one pass and remove rejected ones from its cache."""
+    """A reader that can process several tokens in one pass and remove rejected tokens from its cache."""
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The cost of a pass over 1, 2, ... tokens, relative to a pass over one token. It is available after `start`.
+        """The costs of passes over 1, 2, ... tokens, divided by the cost of a pass over one token. They are available
+        after `start`.
 
-        A pass has at most as many tokens as this tuple has entries. With a single entry, `keep` is never called.
+        A pass has at most as many tokens as this tuple has entries. If the tuple has a single entry, `keep` is never
+        called.
         """
 
     def keep(self, counts: Sequence[int]) -> None:
@@ -53,11 +57,17 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
     The method is draft and verify: speculative decoding without a draft model. The logits of one step rank all
     remaining candidates, so they also predict the tokens of the next steps. The predicted tokens are the draft. One
     pass processes the last chosen token and the draft. Each row keeps the drafted tokens that greedy decoding would
-    have chosen. The order is the same as with one token per pass, and fewer passes are needed. `Pace` sets the length
-    of the draft.
+    have chosen. The result is the same order as with one token per pass, in fewer passes. `Pace` sets the length of the
+    draft.
 
-    words: the tokens of each of N candidates. counts: row b has the first counts[b] candidates. tops: how many
-    candidates each row must choose. If a row must choose all its candidates, the last one is not decoded.
+    Args:
+        words: the tokens of each of N candidates.
+        counts: the number of candidates of each row. Row b has the first counts[b] candidates.
+        tops: the number of candidates that each row must choose.
+
+    Returns for each row the indices of the chosen candidates, best first, and a number that is 0 if the logits of all
+    choices were finite. If a row must choose all its candidates, the last candidate is not decoded and is not among the
+    chosen candidates.
     """
     needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
     speller = Speller(words, counts, needed)
@@ -89,11 +99,12 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
 class Pace:
     """Chooses the length of the next draft: the length that maximises the expected number of tokens per unit of cost.
 
-    The acceptance rate of drafted tokens is estimated from recent passes. Drafted tokens that were not processed count
-    for this estimate as well.
+    The acceptance rate of drafted tokens is estimated from recent passes. Drafted tokens that were compared but not
+    processed count for this estimate, too.
     """
 
-    HITS, TRIALS = 1.0, 2.5  # prior of the acceptance rate: the first pass drafts only if longer passes cost little
+    # Prior of the acceptance rate. With this prior, the first pass drafts only if longer passes cost little
+    HITS, TRIALS = 1.0, 2.5
     MEMORY = 0.9  # the weight of earlier passes is multiplied by this number after each pass
 
     def __init__(self, costs: Sequence[float]):
@@ -101,14 +112,14 @@ class Pace:
         self.hits, self.trials = self.HITS, self.TRIALS
 
     def length(self, most: int) -> int:
-        """The length of the next draft in tokens, at most `most`."""
+        """The length of the next draft in tokens. It is at most `most`."""
         share = self.hits / self.trials
         expected = [sum(share**place for place in range(length + 1)) for length in range(len(self.costs))]
         gains = [tokens / cost for tokens, cost in zip(expected, self.costs, strict=True)][: most + 1]
         return gains.index(max(gains))
 
     def saw(self, hits: int, trials: int) -> None:
-        """Record that `hits` of `trials` drafted tokens were those that greedy decoding chose."""
+        """Record that greedy decoding chose `hits` of `trials` drafted tokens."""
         self.hits = self.MEMORY * self.hits + hits
         self.trials = self.MEMORY * self.trials + trials
 
@@ -117,8 +128,9 @@ def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
     """Order the candidates by their probability of being generated first. This takes one pass, or two passes if there
     are candidates of two tokens.
 
-    words: the tokens of each of N candidates. counts: row b has the first counts[b] candidates. Raises the same errors
-    as `first_scores`. Source: FIRST, arXiv 2406.15657, section 3.
+    words: the tokens of each of N candidates. counts: the number of candidates of each row; row b has the first
+    counts[b] candidates. Returns all candidates of each row, best first. Raises the same errors as `first_scores`.
+    Source: FIRST, arXiv 2406.15657, section 3.
     """
     likelihood, usable = first_scores(reader, words, counts)
     broken = not_finite(likelihood, usable).tolist()
@@ -129,9 +141,11 @@ def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int
 def first_scores(
     reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-probability that each candidate is generated first, (B, N), up to a constant per row. For a candidate of
-    one token, it is log p(token). For a candidate of two tokens, it is log p(first token) + log p(second token | first
-    token). Also returns a mask of the candidates that each row has, (B, N).
+    """The log-probability that each candidate is generated first, up to a constant per row.
+
+    For a candidate of one token, the log-probability is log p(token). For a candidate of two tokens, it is log p(first
+    token) + log p(second token | first token). words, counts: as in `at_once`. Returns the log-probabilities (B, N),
+    and a mask (B, N) that is True for the candidates of each row.
 
     Raises ValueError if a candidate has more than two tokens, or if the candidates of two tokens do not all have the
     same first token.
@@ -150,7 +164,7 @@ def first_scores(
         two = torch.tensor([len(word) > 1 for word in words], device=device) & usable
         begin = torch.full((len(counts), 1), begins.pop(), device=device)
         second = reader.read(begin)[:, 0].float()[:, torch.tensor([word[-1] for word in words], device=device)]
-        # A finite number, since -inf has no gradient in rows without candidates of two tokens
+        # A finite number instead of -inf, which has no gradient in rows without candidates of two tokens
         least = torch.finfo(second.dtype).min
         likelihood = likelihood + second.masked_fill(~two, least).log_softmax(1).where(two, 0.0)
     return likelihood, usable
@@ -160,11 +174,13 @@ class Speller:
     """The state of constrained decoding for B rows: each step chooses the best token that continues an unused
     candidate.
 
-    All tensors are on the CPU. Raises ValueError if a candidate is empty, or if it equals another candidate or is a
-    prefix of it.
+    All tensors are on the CPU. Raises ValueError if a candidate is empty, equals another candidate, or is a prefix of
+    another candidate.
 
-    words: the tokens of each of N candidates. counts: row b has the first counts[b] candidates. needed: how many
-    candidates each row must choose; None is all.
+    Args:
+        words: the tokens of each of N candidates.
+        counts: the number of candidates of each row. Row b has the first counts[b] candidates.
+        needed: the number of candidates that each row must choose. None is all candidates of the row.
     """
 
     def __init__(self, words: Sequence[Sequence[int]], counts: Sequence[int], needed: Sequence[int] | None = None):
@@ -195,11 +211,13 @@ class Speller:
         return (self.left > 0) & (self.broken == 0)
 
     def step(self, logits: torch.Tensor, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """One step: logits (B, R) -> the token that each row chooses, (B,), and the candidate that this token
-        completes, (B,), or -1 if it completes none.
+        """Choose the next token of each row by its logits (B, R).
 
-        rows: a mask (B,) of the rows that choose a token; None is all rows. The state of the other rows, and of rows
-        without unused candidates, does not change: their token is meaningless and their candidate is -1.
+        rows: a mask (B,) of the rows that choose a token; None is all rows.
+
+        Returns two tensors (B,). The first has the chosen tokens. The second has the candidate that this token
+        completes, or -1 if it completes no candidate. Rows that are not in `rows`, and rows without unused candidates,
+        do not change: their token is meaningless, and their candidate is -1.
         """
         rows = torch.ones_like(self.going) if rows is None else rows
         for place in range(self.depth):
@@ -222,11 +240,13 @@ class Speller:
         return token, candidate
 
     def draft(self, length: int) -> torch.Tensor:
-        """A draft of the next tokens of each row, (B, length): the tokens of the unused candidates, in the order of
-        their probability by the latest logits.
+        """A draft of the next `length` tokens of each row, (B, length): the tokens of the unused candidates, in the
+        order of their probability by the latest logits. If a row has begun a candidate, the draft completes a candidate
+        with this beginning first.
 
-        The probability of a candidate is the product of the probabilities of its tokens. Tokens at a position that has
-        no logits yet count as equally likely. Equally likely candidates keep their order.
+        The probability of a candidate is the product of the probabilities of its tokens. If there are no logits yet for
+        a position in the candidates, all tokens at this position count as equally likely. Equally likely candidates
+        keep their order.
         """
         likelihood = torch.zeros(self.unused.shape, device="cpu")
         for place, logits in enumerate(self.seen):
@@ -245,6 +265,9 @@ class Speller:
 
 
 def not_finite(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """values (B, N), counts: a mask (B, N) of the values to check -> float32 (B,): 0 if all checked values of a row are
-    finite, else nan or an infinity."""
+    """Whether the values of each row are finite, as a float32 tensor (B,): 0 if all checked values of the row are
+    finite, else nan or an infinity.
+
+    values: a tensor (B, N). counts: a mask (B, N) of the values to check.
+    """
     return values.float().masked_fill(values.isfinite() | ~counts, 0.0).sum(1)

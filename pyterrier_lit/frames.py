@@ -1,5 +1,5 @@
-"""Result frame -> queries and columns of passages -> result frame. The only place where rerankers use pandas. Knows no
-model."""
+"""Result frame -> queries and columns of passages -> result frame. Rerankers use pandas only in this module. The module
+does not deal with models."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-Columns = dict[str, list[list[Any]]]  # column name -> for each query the values of its passages, best first
-ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns, each: column name -> type (str or object)
+Columns = dict[str, list[list[Any]]]  # column name -> for each query the list of its passages' values, best first
+ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns; a set is: column name -> str or object
 
 
 def rerank(
@@ -23,27 +23,31 @@ def rerank(
     """Rerank a result frame: `results` computes a new score for every row, and the ranks follow from the scores.
 
     Args:
-        frame: a frame with the columns `qid`, `query`, `docno` and those of one of `column_sets`. Its rows may have any
-            order and any index. It is not modified.
-        results: a function that is called once, with the list of all queries and the columns of their passages,
-            including `docno`. The passages of a query are ordered by the column `rank`, else by the column `score`,
-            else as in the frame. The function returns `score`, which has a list of scores for each query (higher is
-            better), and each of `query_columns`, which has one value for each query.
-        column_sets: alternative sets of columns, each with the type of its values: str, or object for any type. The
-            first set whose columns are all in the frame is used.
-        query_columns: names of the columns that are added besides `score` and `rank`.
+        frame: a frame with the columns `qid`, `query` and `docno`, and with the columns of one of `column_sets`. Its
+            rows may have any order and any index. The frame is not modified.
+        results: a function that is called once with two arguments. The first argument is the list of all queries. The
+            second argument is a dict of columns: column name -> for each query the list of its passages' values. Its
+            columns are `docno` and those of the column set. The passages of a query are in the order of their `rank`.
+            Without a column `rank`, they are in the order of descending `score`. Without both columns, they are in the
+            order of their rows. The function returns a dict. Its entry `score` has for each query the list of its
+            passages' scores (higher is better). For each of `query_columns`, the dict also has an entry with one value
+            for each query.
+        column_sets: alternative sets of columns. Each set maps a column name to the type of its values: str, or object
+            for any type. The first set whose columns are all in the frame is used.
+        query_columns: names of columns that are added to the frame besides `score` and `rank`.
         context: the transformer that PyTerrier names in its error message if a column is missing.
 
-    Returns the same rows in the same order, with a new `score` (float64), a new `rank` (from 0) and all other columns.
-    If pt.model.STRICT_SORT is set, the rows are sorted by qid and rank. Passages with equal scores keep their incoming
-    order. If a text contains half of a surrogate pair, which no tokenizer accepts, the model reads U+FFFD in its place;
-    the column of the result is unchanged. For other unusual input, see pt_docs/bad_input.rst.
+    Returns a frame with the same rows in the same order. The columns `score` (float64) and `rank` (from 0) are new, and
+    all other columns are kept. If pt.model.STRICT_SORT is set, the rows are sorted by qid and rank. Passages with equal
+    scores keep their incoming order.
 
-    A row without a query, which PyTerrier's operator `+` can produce, takes the query of the other rows with its qid.
+    If a text contains half of a surrogate pair, which no tokenizer accepts, the model reads U+FFFD instead; the text in
+    the frame is unchanged. A row without a query, which PyTerrier's operator `+` can produce, takes the query of the
+    other rows with its qid. For other unusual input, see pt_docs/bad_input.rst.
 
     Raises pt.validate.InputValidationError if a column is missing, and TypeError if a query or text is not a string.
-    Raises ValueError if a qid or docno is missing, if a qid has two queries, if an incoming rank or score is not a
-    number, or if a new score is not finite.
+    Raises ValueError if a column occurs twice, if a qid or docno is missing, if a qid has two queries, if an incoming
+    rank or score is not a number, or if a new score is not finite.
     """
     _check_columns(frame, column_sets, context, query_columns)
     if frame.empty:
@@ -61,7 +65,10 @@ def rerank(
 
 
 def not_finite(value: object, query: str, docnos: Sequence[Any]) -> ValueError:
-    """The error for a model that returned `value`, nan or an infinity, for some passages of a query."""
+    """The error to raise if a model returned nan or an infinity for passages of a query.
+
+    value: what the model returned. docnos: the docnos of these passages.
+    """
     others = f" and {len(docnos) - 1} more of its passages" if len(docnos) > 1 else ""
     return ValueError(
         f"the model gave {value} for query {query!r}, docno {docnos[0]!r}{others}; try dtype='float32', and check the"
@@ -74,13 +81,14 @@ class Ranking(NamedTuple):
 
     qid: str
     query: str
-    columns: dict[str, list[Any]]  # column name -> the values of the passages, best first
+    columns: dict[str, list[Any]]  # column name -> the list of the passages' values, best first
 
 
 def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transformer | None = None) -> list[Ranking]:
-    """The queries of a result frame with their passages, as `rerank` reads them. Used for training.
+    """The queries of a result frame, each with its passages in the order in which `rerank` would pass them to a model.
 
-    The arguments are those of `rerank`. Raises the same errors as `rerank`.
+    This function is used for training. frame, column_sets, context: as in `rerank`. For invalid frames, raises the same
+    errors as `rerank`.
     """
     _check_columns(frame, column_sets, context)
     if frame.empty:
@@ -96,7 +104,8 @@ def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transform
 def places(frame: pd.DataFrame) -> list[int]:
     """For each row of a frame, the position of its passage in the list of its query, from 0.
 
-    A list is ordered as in `rerank`: by the column `rank`, else by the column `score`, else as in the frame.
+    The passages of a list are ordered as in `rerank`: by `rank`; without this column, by descending `score`; without
+    both columns, as in the frame.
     """
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
@@ -105,16 +114,19 @@ def places(frame: pd.DataFrame) -> list[int]:
 
 
 def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
-    """A column of a frame as numbers, with NaN for missing values. Raises ValueError if a value is not a number; the
-    message names its row."""
+    """A column of a frame as a series of numbers, with NaN for missing values. Raises ValueError if a value is not a
+    number; the message names the row of this value."""
     return _numbers(frame.reset_index(drop=True), column)
 
 
 def _read(
     frame: pd.DataFrame, column_sets: ColumnSets
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
-    """Returns four things: the rows with a new index from 0; for each query, the numbers of its rows, best first; the
-    queries; and the columns of their passages, which are `docno` and the first column set that the frame has."""
+    """Check a frame and split it into queries and passages.
+
+    Returns four things: the rows with a new index from 0; for each query, its row numbers, best first; the queries; and
+    the columns of their passages, which are `docno` and the first column set that the frame has.
+    """
     column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
@@ -135,7 +147,7 @@ def _read(
 
 
 def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
-    """For each query, the numbers of its rows, best first."""
+    """For each query, its row numbers, best first."""
     for column, ascending in (("rank", True), ("score", False)):
         if column in rows:
             numbers = _numbers(rows, column)
@@ -145,7 +157,7 @@ def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
 
 
 def _with_queries(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows. Where a row has no query, the query of another row with the same qid is filled in."""
+    """The rows. If a row has no query, it gets the query of another row with the same qid."""
     missing = rows["query"].isna()
     if not missing.any():
         return rows
@@ -158,9 +170,10 @@ def _with_queries(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:
-    """The query of each list. queries: the query of each row. lists: the row numbers of each list.
+    """The query of each list.
 
-    Raises ValueError if the rows of a list have different queries.
+    queries: the query of each row. lists: the row numbers of each list. Raises ValueError if the rows of a list have
+    different queries.
     """
     for ranking in lists:
         differing = next((queries[row] for row in ranking if queries[row] != queries[ranking[0]]), None)

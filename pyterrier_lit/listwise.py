@@ -1,4 +1,5 @@
-"""What listwise rerankers share: windows -> orders -> scores, and the fusion with `% k`. Knows no prompt and no model.
+"""What listwise rerankers share: windows -> orders -> scores, and the fusion with `% k`. This module does not deal with
+the texts of prompts or with models.
 
 A listwise reranker reads the passages of a window together and returns their order. A list that is longer than a window
 is reranked in overlapping windows that slide from the bottom of the list to the top (RankGPT, arXiv 2304.09542).
@@ -23,12 +24,12 @@ class Prompt(NamedTuple):
     """The prompt for one window."""
 
     content: Any  # the prompt in the form that the model takes
-    tokens: int  # length of the prompt in tokens, for batching
+    tokens: int  # length of the prompt in tokens, which determines its batch
     n: int  # number of passages in the window
     top: int  # how many ranks must be decoded; the other passages follow in their incoming order
 
 
-Decode = Callable[[list[Prompt]], Choices]
+Decode = Callable[[list[Prompt]], Choices]  # decodes a batch of prompts
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -47,17 +48,29 @@ class ListwiseReranker(Reranker):
     max_tokens: int = 16_384
 
     def order(self, queries: list[str], passages: Passages) -> list[list[int]]:
-        """For each query, the positions of its passages in its list (from 0), best first: Q queries, Q lists of
-        passages -> Q permutations."""
+        """Rank the passages of Q queries. Returns Q permutations: for each query, the positions of its passages in its
+        list (from 0), best first.
+
+        Args:
+            queries: a list of Q texts.
+            passages: a list with, for each query, the list of its passages' texts. Alternatively a dict of columns:
+                column name -> Q lists with the values of the passages. The dict must have the column `docno` and the
+                input columns of the reranker.
+
+        Raises TypeError if a passage is not a string, and ValueError if the model returns NaN or an infinity.
+        """
         return self.order_columns(queries, self.columns(passages))
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """Like `order`, for passages that are given in columns."""
+        """Like `order`, for passages that are given as a dict of columns."""
         raise NotImplementedError(f"{type(self).__name__} must say how it orders passages")
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """`score`: for each query, the list of its passages' scores. Of n passages, the best has the score n and the
-        last has the score 1."""
+        """Score the passages of Q queries.
+
+        columns: column name -> Q lists with the values of the passages. Returns a dict with one entry, `score`: Q lists
+        with one score per passage. Of n passages, the best has the score n and the last has the score 1.
+        """
         return {"score": [scores(order) for order in self.order_columns(queries, columns)]}
 
     def slide(
@@ -79,8 +92,8 @@ class ListwiseReranker(Reranker):
             queries: the text of each query.
             columns: the columns of the passages; only `docno` is used.
             shape: window size and stride, in passages.
-            prompts: returns the prompts for a list of windows.
-            decode: returns the choices for a batch of prompts.
+            prompts: a function that takes a list of windows and returns a list with their prompts.
+            decode: a function that takes a batch of prompts and returns the choices for these prompts.
             budget: the maximum number of tokens in a batch; None is a budget of `max_tokens`.
         """
         size, stride = shape
@@ -112,14 +125,29 @@ class ListwiseReranker(Reranker):
     def rank(
         self, query: str, passages: Sequence[str], top_k: int | None = None, return_documents: bool = False
     ) -> list[dict[str, Any]]:
-        """The passages of one query, best first, as from `Reranker.rank`. Only the first top_k ranks are decoded."""
+        """The passages of one query, best first, in the form that sentence-transformers' CrossEncoder.rank returns.
+        Only the first `top_k` ranks are decoded.
+
+        Args:
+            query: the text of the query.
+            passages: the texts of the passages.
+            top_k: number of passages to return; None returns all passages.
+            return_documents: whether to return the texts, too.
+
+        Returns a list with a dict for each of the `top_k` best passages. In the dict, `corpus_id` is the position of
+        the passage in `passages` (from 0), and `score` is its score. If `return_documents` is True, `text` is its text.
+        Raises the same errors as `score`.
+        """
         shorter = copy.copy(self)
         shorter.top_k = min((k for k in (self.top_k, top_k) if k is not None), default=None)
         return super(ListwiseReranker, shorter).rank(query, passages, top_k, return_documents)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What `compile` puts in place of `self >> RankCutoff(k)`: a pipeline that returns the same k passages in fewer
-        decoding steps. None if `top_k` is already at most k."""
+        """The pipeline that `compile` puts in place of `self >> RankCutoff(k)`. It returns the same k passages in fewer
+        decoding steps.
+
+        Returns None if `top_k` is already at most k, or if k is less than 1.
+        """
         if k < 1 or (self.top_k is not None and self.top_k <= k):
             return None
         shorter = copy.copy(self)
@@ -128,8 +156,8 @@ class ListwiseReranker(Reranker):
 
 
 def of_windows(values: Sequence[Sequence[Any]], windows: Sequence[Window]) -> list[list[Any]]:
-    """For each window, the values of its passages.
+    """For each window, the list of its passages' values.
 
-    values: for each query, one value per passage, such as its text or its docno.
+    values: for each query, the list of its passages' values, such as their texts or docnos.
     """
     return [[values[window.query][number] for number in window.passages] for window in windows]

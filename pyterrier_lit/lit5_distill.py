@@ -22,8 +22,8 @@ from pyterrier_lit.order import parse
 from pyterrier_lit.windows import Window
 
 IDENTIFIERS = 100  # the largest identifier that a published checkpoint was trained with
-LENGTH = 150  # maximum tokens of a prompt, in the papers' experiments on MS MARCO
-ANSWER_LENGTH = 140  # maximum tokens that decoding="free" generates, including the start token
+LENGTH = 150  # maximum length of a prompt in tokens in the papers' experiments on MS MARCO
+ANSWER_LENGTH = 140  # maximum number of tokens that decoding="free" generates, including the start token
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -31,47 +31,49 @@ class LiT5Distill(ListwiseReranker):
     """Rerank lists by LiT5-Distill: T5 Fusion-in-Decoder over windows of up to 100 passages.
 
     Args:
-        model: hub id or folder of a LiT5-Distill checkpoint. `castorini/LiT5-Distill-{base,large,xl}` (v1) were trained
-            with windows of 20 passages, `castorini/LiT5-Distill-{base,large,xl}-v2` (v2) with one window of 100. A
-            folder that `save` wrote can be given, too.
-        window_size: passages per window, at most 100. None takes the size that the checkpoint records. If it records
-            none, the size follows from the checkpoint's name or path: 100 for v2 and 20 for v1. If neither the name nor
-            the path says v1 or v2, the size is 20, with a warning. A list shorter than the window is read in one
-            window.
-        stride: how many positions the window moves up between two windows. None takes the stride that the checkpoint
-            records, if window_size is None as well, and otherwise half of the window size.
-        passes: how many times the windows slide over each list.
+        model: hub id or folder of a LiT5-Distill checkpoint. The checkpoints `castorini/LiT5-Distill-{base,large,xl}`
+            (v1) were trained with windows of 20 passages. The checkpoints `castorini/LiT5-Distill-{base,large,xl}-v2`
+            (v2) were trained with one window of 100 passages. A folder that `save` wrote can be given, too.
+        window_size: number of passages per window, at most 100. None takes the size that the checkpoint records. If the
+            checkpoint records no size, the size follows from its name or path: 100 for v2 and 20 for v1. If neither the
+            name nor the path says v1 or v2, the size is 20, with a warning. A list shorter than the window is read in
+            one window.
+        stride: number of passages by which the window moves up the list. None takes half of the window size, with one
+            exception: if `window_size` is None, too, and the checkpoint records a stride, this stride is taken.
+        passes: number of times that the windows slide over each list.
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
-            the passage is. None takes the length that the checkpoint records, else 150, as in the papers for MS MARCO.
-            For BEIR, the papers used 512. A long query leaves less room for the passage. If there is no room left, a
-            warning appears.
-        top_k: decode only the first k ranks. These ranks are the same as without `top_k`; the other passages follow in
-            the order in which the windows leave them. None decodes all ranks. Compiling a rank cutoff sets `top_k`, as
-            in `((first_stage >> LiT5Distill()) % 10).compile()`.
+            the passage is. None takes the maximum that the checkpoint records. If the checkpoint records no maximum,
+            None is 150, which the papers used for MS MARCO. For BEIR, the papers used 512. A long query leaves less
+            room for the passage. If no room is left, a warning appears.
+        top_k: number of ranks to decode; None decodes all ranks. The first `top_k` passages are the same as without
+            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff also sets
+            `top_k`: `((first_stage >> LiT5Distill()) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding without constraints,
             followed by the original code's clean-up: repeated identifiers are dropped, and passages whose identifier is
             missing are appended in their incoming order. If the freely generated text is a permutation, "constrained"
             and "free" give the same order. "first" sorts the passages by the probability of their identifiers at the
-            first decoding step (FIRST, arXiv 2406.15657). This takes one decoding step, or two for windows of more than
-            56 passages. The published checkpoints were not trained for "first"; the recipe `lit5-distill-first` trains
-            a checkpoint for it.
+            first decoding step (FIRST, arXiv 2406.15657). A window then takes one decoding step, or two steps if it has
+            more than 56 passages. The published checkpoints were not trained for "first"; the recipe
+            `lit5-distill-first` trains a checkpoint for "first".
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages.
         max_tokens: maximum number of prompt tokens in a batch of windows. The keys and values of each token take
-            memory: 37 kB per token with a base model in bfloat16. If a batch does not fit into memory, `max_tokens` is
-            halved and the batch is computed again.
-        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
-        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
+            memory: 37 kB per token with a base model in bfloat16. If a batch does not fit into memory, the maximum is
+            halved for the rest of the call, and the batch is computed again.
+        device: device of the model, such as "cpu" or "cuda:1"; None takes the first CUDA GPU, else Apple's GPU (mps),
+            else the CPU.
+        dtype: data type of the weights, such as "float32" or "bfloat16"; None is bfloat16 on a CUDA GPU that supports
+            bfloat16, else float32.
         verbose: show a progress bar.
 
-    `LiT5Distill.from_backbone("google/t5-v1_1-base")` starts from a pre-trained T5 or mT5, which must then be trained
-    to rank.
+    `LiT5Distill.from_backbone("google/t5-v1_1-base")` creates an untrained LiT5Distill from a pre-trained T5 or mT5. It
+    must then be trained to rank.
 
-    In a list of n passages, the first passage of the decoded order gets the score n, the second n - 1, and the last 1.
-    In float32, the orders equal those of castorini/LiT5 for lists that fill their windows. castorini/LiT5 adds empty
-    passages to a shorter list, and this class does not. Sources: arXiv 2312.16098 for v1; LiT and Lean, ECIR 2025, for
-    v2.
+    In a list of n passages, the first passage of the decoded order gets the score n, the second gets n - 1, and the
+    last gets 1. In float32, the orders equal those of the original code, castorini/LiT5, if every window of a list is
+    full. If a list is shorter than the window, castorini/LiT5 adds empty passages, and this class does not. Sources:
+    arXiv 2312.16098 for v1; LiT and Lean, ECIR 2025, for v2.
     """
 
     model: str = "castorini/LiT5-Distill-base-v2"
@@ -84,7 +86,12 @@ class LiT5Distill(ListwiseReranker):
     begin = staticmethod(read_t5)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """For each query, the positions of its passages in its list (from 0), best first."""
+        """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
+        best first.
+
+        columns: column name -> Q lists with the values of the passages; only `docno` and the column with the texts are
+        used.
+        """
         decode = self.option("decoding", DECODINGS)
         checkpoint: T5Checkpoint = self.load()
         texts = columns[self.text_field]
@@ -104,8 +111,8 @@ class LiT5Distill(ListwiseReranker):
         return self.slide(queries, columns, shape, prompts, lambda batch: decode(checkpoint, batch))
 
     def saved_settings(self) -> dict[str, Any]:
-        """What `save` records in the checkpoint: the reranker's name, the window size, the stride and the maximum
-        length of a prompt."""
+        """The settings that `save` records in the checkpoint: the reranker's name, the window size and the stride in
+        passages, and the maximum length of a prompt in tokens."""
         size, stride = self.window()
         return {
             "reranker": "LiT5Distill",
@@ -115,8 +122,11 @@ class LiT5Distill(ListwiseReranker):
         }
 
     def window(self) -> tuple[int, int]:
-        """The window size and the stride in passages: the arguments, else what the checkpoint records, else those of
-        its family (v1 or v2). Raises ValueError if the window size is more than 100."""
+        """The window size and the stride in passages.
+
+        If the argument `window_size` or `stride` is None, its value is chosen as the docstring of the class says.
+        Raises ValueError if the window size is more than 100.
+        """
         recorded = self.load().config
         size = self.window_size if self.window_size is not None else recorded.get("window_size")
         if size is None:
@@ -129,9 +139,12 @@ class LiT5Distill(ListwiseReranker):
         return size, (stride or max(size // 2, 1)) if self.stride is None else self.stride
 
     def family(self) -> str:
-        """The family of the checkpoint, "v1" or "v2". It is read from the checkpoint's name, else from the name of the
-        checkpoint that it was saved from. If no name says it, the family is taken to be "v1", with one warning for a
-        trained checkpoint."""
+        """The family of the checkpoint, "v1" or "v2".
+
+        The family follows from the checkpoint's name, else from the name of the checkpoint that it was saved from. If
+        no name shows a family, the family is "v1". For a trained checkpoint, a warning then says that "v1" is an
+        assumption; it appears once.
+        """
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
         if known is None and checkpoint.path and not checkpoint.warned:
@@ -144,19 +157,24 @@ class LiT5Distill(ListwiseReranker):
         return known or "v1"
 
     def length(self) -> int:
-        """Maximum length of a prompt in tokens: the argument, else the length that the checkpoint records, else 150."""
+        """The maximum length of a prompt in tokens: the argument `max_length`, else the length that the checkpoint
+        records, else 150."""
         checkpoint: T5Checkpoint = self.load()
         return checkpoint.length("max_length", self.max_length, LENGTH)
 
     def prompts(self, query: str, passages: list[str]) -> list[list[int]]:
-        """For each passage, the token ids of its prompt: at most `max_length`, including </s> at the end."""
+        """For each passage of a window, the token ids of its prompt, including </s> at the end. A prompt has at most
+        `self.length()` tokens.
+
+        passages: the texts of the passages. The first passage has the identifier 1.
+        """
         length = self.length()
         texts = [f"{_head(query, i)} {passage} Relevance Ranking: " for i, passage in enumerate(passages, 1)]
         return [[*ids[: length - 1], EOS] for ids in self.load().pieces(texts)]
 
 
 def _head(query: str, number: int) -> str:
-    """The part of a prompt before the text of the passage. number: the passage's identifier."""
+    """The part of a prompt before the text of the passage. number: the identifier of the passage."""
     return f"Search Query: {query} Passage: [{number}]"
 
 
@@ -168,23 +186,26 @@ def constrained(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
 
 
 def first(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """Order the passages by the probability of their identifiers at the first decoding step."""
+    """Order the passages of each window by the probability of their identifiers at the first decoding step."""
     words, pieces = identifiers(checkpoint, max(prompt.n for prompt in batch))
     reader = PieceReader(FiD(checkpoint.network), [prompt.content for prompt in batch], pieces, max(map(len, words)))
     return at_once(reader, words, [prompt.n for prompt in batch])
 
 
 def free(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. It
-    always generates all ranks, whatever the `top` of a prompt."""
+    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. All
+    ranks are generated, even if `top` of a prompt is smaller than its number of passages."""
     sequences, broken = greedy(checkpoint, batch, ANSWER_LENGTH)
     texts = map(checkpoint.pieces.decode, sequences)
     return [parse(text, prompt.n) for text, prompt in zip(texts, batch, strict=True)], broken
 
 
 def greedy(checkpoint: T5Checkpoint, batch: list[Prompt], max_length: int) -> tuple[list[list[int]], list[float]]:
-    """For each prompt, the token ids that the decoder generates before EOS, at most max_length - 1. Also for each
-    prompt, 0 if all logits were finite, else nan or an infinity."""
+    """Generate token ids for each prompt by greedy decoding.
+
+    Returns two lists with one entry per prompt. The first list has the generated token ids before EOS, at most
+    max_length - 1 ids per prompt. The second list has 0 if all logits were finite, else nan or an infinity.
+    """
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([prompt.content for prompt in batch], max_length)
     written, broken = zip(*((ids, broken) for ids, _, broken, _ in fid.greedy(memory, max_length)), strict=True)
@@ -196,7 +217,11 @@ DECODINGS = {"constrained": constrained, "free": free, "first": first}
 
 
 def identifiers(checkpoint: T5Checkpoint, n: int) -> tuple[list[list[int]], list[int]]:
-    """The identifiers 1 to n, each as a list of token numbers from 0, and the vocabulary id of each token number."""
+    """The tokens of the identifiers 1 to n.
+
+    The tokens are numbered from 0. Returns two lists: the token numbers of each identifier, and the vocabulary id of
+    each token number.
+    """
     spelt = checkpoint.pieces([str(i) for i in range(1, n + 1)])
     pieces = sorted(set(chain.from_iterable(spelt)))
     return [[pieces.index(piece) for piece in word] for word in spelt], pieces

@@ -20,10 +20,10 @@ from pyterrier_lit.reranker import Reranker
 
 
 class Aggregation(NamedTuple):
-    """How the attention mass of a passage's tokens becomes the passage's score."""
+    """How the attention mass of a passage's tokens becomes the score of the passage."""
 
-    layers: Callable[[int], list[float]]  # number of decoder layers -> a weight for each layer, 1 on average
-    tokens: str  # how the attention mass of a passage's tokens is combined: "sum" or "amax"
+    layers: Callable[[int], list[float]]  # number of decoder layers -> a weight for each layer; the mean weight is 1
+    tokens: str  # how the masses of a passage's tokens are combined: "sum" or "amax" (their maximum)
 
 
 AGGREGATIONS = {
@@ -48,34 +48,39 @@ class LiT5Score(Reranker):
     Args:
         model: hub id or folder of a LiT5-Score checkpoint: `castorini/LiT5-Score-{base,large,xl}`, or a folder that
             `save` wrote.
-        n_passages: how many passages of each list are scored, from the top; 100 in the paper. They share one softmax,
-            so the model reads them all at once and not in windows, whose scores would not be comparable. The passages
-            below them keep their incoming order and get the scores -1, -2, ...
+        n_passages: number of passages of each list that are scored, from the top of the list; 100 in the paper. The
+            model reads these passages together, since one softmax is over all their tokens. It does not read them in
+            windows, because scores from different windows would not be comparable. The passages below the first
+            `n_passages` keep their incoming order and get the scores -1, -2, ...
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
-            the passage is. None takes the length that the checkpoint records, else the paper's 150. A long query leaves
-            less room for the passage. If there is no room left, a warning appears.
+            the passage is. None takes the maximum that the checkpoint records. If the checkpoint records no maximum,
+            None is 150, as in the paper. A long query leaves less room for the passage. If no room is left, a warning
+            appears.
         answer_length: maximum length of the generated answer in tokens, including the start token. None takes the
-            length that the checkpoint records, else the paper's 20.
-        aggregation: how the attention mass of a passage's tokens becomes its score. "mean", as in the paper, sums the
-            mass over tokens, layers and decoding steps, and divides by 256 times the number of layers. "max" takes the
-            maximum over the tokens of the passage instead of their sum. "late" gives layer l of n layers (l from 1) the
-            weight 2 l / (n + 1). "max" and "late" are not from the paper.
+            maximum that the checkpoint records. If the checkpoint records no maximum, None is 20, as in the paper.
+        aggregation: how the attention mass of a passage's tokens becomes the passage's score. "mean", as in the paper,
+            sums the mass over tokens, layers and decoding steps, and divides the sum by 256 times the number of layers.
+            "max" is like "mean", but takes the maximum over the tokens of the passage instead of their sum. "late" is
+            like "mean", but layer l of n layers (l from 1) gets the weight 2l/(n+1). "max" and "late" are not from the
+            paper.
         answer_field: name of a new column with the generated answer, which is the same in all rows of a query. None
             adds no column.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages.
-        max_tokens: maximum number of prompt tokens in a batch of queries. If a batch does not fit into memory,
-            `max_tokens` is halved and the batch is computed again.
-        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
-        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
+        max_tokens: maximum number of prompt tokens in a batch of queries. If a batch does not fit into memory, the
+            maximum is halved for the rest of the call, and the batch is computed again.
+        device: device of the model, such as "cpu" or "cuda:1"; None takes the first CUDA GPU, else Apple's GPU (mps),
+            else the CPU.
+        dtype: data type of the weights, such as "float32" or "bfloat16"; None is bfloat16 on a CUDA GPU that supports
+            bfloat16, else float32.
         verbose: show a progress bar.
 
-    `LiT5Score.from_backbone("google/t5-v1_1-base")` starts from a pre-trained T5 or mT5, which must then be trained to
-    answer questions.
+    `LiT5Score.from_backbone("google/t5-v1_1-base")` creates an untrained LiT5Score from a pre-trained T5 or mT5. It
+    must then be trained to answer questions.
 
     The score of a passage depends on the other passages of the query, so do not cache scores with
-    `pyterrier_caching.ScorerCache`. In float32, for lists of `n_passages` passages, the scores equal those of
-    castorini/LiT5 within 1e-4. Source: arXiv 2312.16098 v1, section 3.2.
+    `pyterrier_caching.ScorerCache`. In float32, for lists of `n_passages` passages, the scores equal those of the
+    original code, castorini/LiT5, within 1e-4. Source: arXiv 2312.16098 v1, section 3.2.
     """
 
     model: str = "castorini/LiT5-Score-base"
@@ -92,8 +97,12 @@ class LiT5Score(Reranker):
     begin = staticmethod(read_t5)
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """`score`: for each query, the list of its passages' scores. If `answer_field` is set, also the answer to each
-        query under this name."""
+        """Score the passages of Q queries.
+
+        columns: column name -> Q lists with the values of the passages. Returns a dict. Its entry `score` has Q lists
+        with one score per passage. If the argument `answer_field` is not None, the entry with this name has the
+        generated answers to the Q queries.
+        """
         if not isinstance(self.n_passages, int) or self.n_passages < 1:
             raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")
         aggregation = self.option("aggregation", AGGREGATIONS)
@@ -120,17 +129,22 @@ class LiT5Score(Reranker):
         return added
 
     def query_columns(self) -> list[str]:
-        """A list with the name of the column for the generated answers. It is empty if `answer_field` is None."""
+        """A list with the name of the column for the generated answers. It is empty if the argument `answer_field` is
+        None."""
         return [] if self.answer_field is None else [self.answer_field]
 
     def saved_settings(self) -> dict[str, Any]:
-        """What `save` records in the checkpoint: the reranker's name, and the maximum lengths of a prompt and of an
-        answer."""
+        """The settings that `save` records in the checkpoint: the reranker's name, and the maximum lengths of a prompt
+        and of an answer in tokens."""
         return {"reranker": "LiT5Score", "lengths": self.lengths()}
 
     def lengths(self) -> dict[str, int]:
-        """Maximum length of a prompt and of an answer in tokens: the arguments, else the lengths that the checkpoint
-        records, else the paper's."""
+        """The maximum lengths of a prompt and of an answer in tokens, in a dict with the keys `max_length` and
+        `answer_length`.
+
+        A length is the reranker's argument of the same name, else the length that the checkpoint records, else the
+        paper's (150 and 20).
+        """
         checkpoint: T5Checkpoint = self.load()
         return {
             "max_length": checkpoint.length("max_length", self.max_length, 150),
@@ -138,8 +152,10 @@ class LiT5Score(Reranker):
         }
 
     def prompts(self, query: str, passages: list[str]) -> "Prompts":
-        """The prompts for the first `n_passages` passages of a query. Each prompt has at most `max_length` token ids,
-        including </s>."""
+        """The prompts for the first `n_passages` passages of a query. passages: the texts of all passages of the query.
+
+        Each prompt has at most `max_length` tokens, including </s> at the end.
+        """
         pieces_of, length = self.load().pieces, self.lengths()["max_length"]
         texts = [f"question: {query} context: {passage}" for passage in passages[: self.n_passages]]
         question, *pieces = pieces_of([f"question: {query}", *texts])
@@ -156,7 +172,7 @@ class Prompts(NamedTuple):
 class Attended(NamedTuple):
     """What the model returns for one query."""
 
-    scores: list[float]  # one for each passage
+    scores: list[float]  # one score for each passage
     answer: list[int]  # the token ids of the answer, without EOS
     broken: float  # 0 if all logits were finite, else nan or an infinity
 
@@ -164,16 +180,23 @@ class Attended(NamedTuple):
 def attend(
     checkpoint: T5Checkpoint, prompts: list[Prompts], aggregation: Aggregation, answer_length: int
 ) -> list[Attended]:
-    """Generate the answers to B queries and sum the attention mass of each passage over the decoding steps.
+    """Generate the answers to B queries, and score each passage by the sum of its attention mass over all decoding
+    steps.
 
-    The original code stores the attention mass of every token at every step in every layer, (layers, T, S). This
-    function stores only one sum per passage, (B, P), and returns the same scores.
+    Args:
+        prompts: the prompts of each query.
+        aggregation: how the attention mass of a passage's tokens becomes its score.
+        answer_length: maximum length of an answer in tokens, including the start token.
+
+    The original code stores the attention mass of every token at every step in every layer: (layers, T, S) for T steps
+    and S tokens. This function stores only one sum per passage, (B, P) for at most P passages per query, and returns
+    the same scores.
     """
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([each.ids for each in prompts], answer_length, mass=True)
     n_layers, most = len(memory.keys), max(len(each.ids) for each in prompts)
     weights = aggregation.layers(n_layers)
-    owner = _owners(prompts, most).to(fid.device)  # (B, S): the passage of each token, `most` if it does not count
+    owner = _owners(prompts, most).to(fid.device)  # (B, S): the index of each token's passage, or `most`
     total, written, broken = torch.zeros(len(prompts), most, dtype=torch.float32, device=fid.device), [], []
     for ids, unfinished, not_finite_now, mass in fid.greedy(memory, answer_length):
         step = sum((weight * layer for weight, layer in zip(weights, mass, strict=True)), total.new_zeros(()))
@@ -195,7 +218,8 @@ def attend(
 
 
 def _owners(prompts: list[Prompts], nobody: int) -> torch.Tensor:
-    """For each token of the prompts, the index of its passage, (B, S); `nobody` for tokens of the query and padding."""
+    """For each token of the prompts, the index of its passage, as a tensor (B, S). For tokens of the query and for
+    padding, the index is `nobody`."""
     rows = [
         [passage if at >= each.question else nobody for passage, ids in enumerate(each.ids) for at in range(len(ids))]
         for each in prompts

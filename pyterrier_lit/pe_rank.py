@@ -30,43 +30,47 @@ class PERank(ListwiseReranker):
     """Rerank by PE-Rank: a language model reads one vector per passage and decodes a permutation of the passages.
 
     Args:
-        model: hub id or folder of a PE-Rank checkpoint (`liuqi6777/pe-rank-mistral-jina`), or a folder that `save`
+        model: hub id or folder of a PE-Rank checkpoint: `liuqi6777/pe-rank-mistral-jina`, or a folder that `save`
             wrote. Code inside a checkpoint is never run.
-        window_size: passages per window. A list shorter than the window is read in one window.
-        stride: how many positions the window moves up between two windows.
-        passes: how many times the windows slide over each list.
-        top_k: decode only the first k ranks. These ranks are the same as without `top_k`; the other passages follow in
-            the order in which the windows leave them. None decodes all ranks. Compiling a rank cutoff sets `top_k`, as
-            in `((first_stage >> PERank()) % 10).compile()`.
-        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages. They are looked up by `docno`; a column
-            `docid` is ignored. If the frame has a column `doc_vec`, the vectors in this column are used instead.
-        encoder: a pyterrier_dr.BiEncoder that encodes the passages; None is the encoder inside the checkpoint. It is
-            used only without `vectors` and without a column `doc_vec`. All vectors must come from the encoder that the
-            checkpoint was trained with. The texts of the passages are required only if they are encoded or if `mode` is
-            "text+embedding".
+        window_size: number of passages per window. A list shorter than the window is read in one window.
+        stride: number of passages by which the window moves up the list.
+        passes: number of times that the windows slide over each list.
+        top_k: number of ranks to decode; None decodes all ranks. The first `top_k` passages are the same as without
+            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff also sets
+            `top_k`: `((first_stage >> PERank()) % 10).compile()` sets `top_k` to 10.
+        vectors: a pyterrier_dr.FlexIndex with the vectors of the passages. The vectors are looked up by `docno`; a
+            column `docid` is ignored. If the frame has a column `doc_vec`, the vectors in this column are used instead.
+            If there is neither an index nor a column `doc_vec`, the texts of the passages are encoded.
+        encoder: a pyterrier_dr.BiEncoder that encodes the texts of the passages; None is the encoder inside the
+            checkpoint. The encoder is used only without `vectors` and without a column `doc_vec`. All vectors must come
+            from the encoder that the checkpoint was trained with. The column with the texts is required only if the
+            texts are encoded or if `mode` is "text+embedding".
         mode: how the prompt represents a passage. "embedding", as in the paper, is the passage's vector;
             "text+embedding" is the vector followed by the passage's text.
         decoding: how the order of a window is decoded. "constrained", as in the paper, decodes one passage after the
-            other. "first" sorts the passages by the logits of the first decoding step, which takes one forward pass per
-            window. The published checkpoints were not trained for "first".
+            other. "first" sorts the passages by the logits of the first decoding step, so a window takes only one
+            forward pass. The published checkpoints were not trained for "first".
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages.
         max_tokens: maximum number of prompt tokens in a batch of windows. The keys and values of each token take
-            memory: 131 kB per token with a Mistral 7B in bfloat16. If a batch does not fit into memory, `max_tokens` is
-            halved and the batch is computed again.
-        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
-        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
+            memory: 131 kB per token with a Mistral 7B in bfloat16. If a batch does not fit into memory, the maximum is
+            halved for the rest of the call, and the batch is computed again.
+        device: device of the model, such as "cpu" or "cuda:1"; None takes the first CUDA GPU, else Apple's GPU (mps),
+            else the CPU.
+        dtype: data type of the weights, such as "float32" or "bfloat16"; None is bfloat16 on a CUDA GPU that supports
+            bfloat16, else float32.
         verbose: show a progress bar.
 
-    `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` builds an
+    `PERank.from_backbone(name, encoder_name=..., encoder_pooling="mean", projector_type="mlp2x_gelu")` creates an
     untrained PERank. `name` is a causal language model such as "mistralai/Mistral-7B-Instruct-v0.2". `encoder_name` is
     an encoder such as "sentence-transformers/all-MiniLM-L6-v2", and `encoder_pooling` is "mean", "cls" or "last_token".
     If you give no encoder, give the dimension of the vectors as `embedding_size`. `projector_type` is "linear",
     "mlp2x_gelu" (with any digit from 1 to 9 in place of 2) or "identity".
 
-    In a list of n passages, the first passage of the decoded order gets the score n, the second n - 1, and the last 1.
-    In float32, the orders equal those of liuqi6777/pe_rank, with two exceptions: texts that contain special tokens, and
-    lists of window_size - stride passages, which liuqi6777/pe_rank does not rank. Source: Liu et al., WWW 2025.
+    In a list of n passages, the first passage of the decoded order gets the score n, the second gets n - 1, and the
+    last gets 1. In float32, the orders equal those of the original code, liuqi6777/pe_rank, with two exceptions: texts
+    that contain special tokens, and lists of window_size - stride passages, which liuqi6777/pe_rank does not rank.
+    Source: Liu et al., WWW 2025.
     """
 
     model: str = "liuqi6777/pe-rank-mistral-jina"
@@ -83,9 +87,11 @@ class PERank(ListwiseReranker):
     begin = staticmethod(new_pe_rank)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """For each query, the positions of its passages in its list (from 0), best first.
+        """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
+        best first.
 
-        columns: `docno`, and those of the columns `doc_vec` and `text_field` that `column_sets` requires.
+        columns: column name -> Q lists with the values of the passages. The columns are `docno` and one of the sets
+        that `column_sets` returns.
         """
         decode, shows_text = self.option("decoding", DECODINGS), self.option("mode", MODES)
         checkpoint: PERankCheckpoint = self.load()
@@ -107,8 +113,11 @@ class PERank(ListwiseReranker):
         return self.slide(queries, columns, shape, prompts, lambda batch: decode(checkpoint, batch), budget)
 
     def column_sets(self) -> ColumnSets:
-        """Alternative sets of input columns. The first set has the column `doc_vec`. The second set has the texts to
-        encode instead, or no column if `vectors` is given. If the prompt contains the texts, both sets have them."""
+        """Two alternative sets of input columns; each set maps a column name to the type of its values.
+
+        The first set has the column `doc_vec`. The second set has the column with the texts, which are encoded, or no
+        column if `vectors` is given. If the prompt contains the texts, both sets have the column with the texts.
+        """
         text = self.text_column()
         shown: dict[str, type] = text if self.option("mode", MODES) else {}
         return [shown | {"doc_vec": object}, text if self.vectors is None else shown]
@@ -116,7 +125,11 @@ class PERank(ListwiseReranker):
     def vectors_of(
         self, checkpoint: PERankCheckpoint, columns: Columns, budget: Budget
     ) -> tuple[torch.Tensor, list[list[int]]]:
-        """The unit vectors (D, d) of D distinct passages, and for each query the row numbers of its passages."""
+        """The vectors of all passages, from the column `doc_vec`, from the index `vectors` or from the encoder.
+
+        Returns a float32 tensor (D, d) with the unit vectors of D distinct passages, and for each query the rows of its
+        passages in this tensor. budget: the maximum number of tokens in a batch of the encoder inside the checkpoint.
+        """
         docnos = columns["docno"]
         if "doc_vec" in columns:
             keys: Sequence[Sequence[Any]] = [[(i, j) for j in range(len(ranking))] for i, ranking in enumerate(docnos)]
@@ -134,7 +147,7 @@ class PERank(ListwiseReranker):
         return normalised(vectors, names, checkpoint.embedding_size, checkpoint.trained_on), rows
 
     def subtransformers(self) -> dict[str, Any]:
-        """An empty dict: the index and the encoder of the vectors are not stages of the pipeline."""
+        """An empty dict, because the index and the encoder of the vectors are not stages of the pipeline."""
         return {}
 
     def _encode(self, checkpoint: PERankCheckpoint, texts: list[str], budget: Budget) -> torch.Tensor:
@@ -147,13 +160,14 @@ class PERank(ListwiseReranker):
 
 
 def constrained(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> Choices:
-    """The paper's decoding: each step chooses the best unused passage. Its vector is the input of the next step."""
+    """The paper's decoding: each step chooses the best unused passage. The vector of the chosen passage is the input of
+    the next step."""
     counts = [prompt.n for prompt in batch]
     return in_turn(_read(checkpoint, batch), _tokens(counts), counts, [prompt.top for prompt in batch])
 
 
 def first(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> Choices:
-    """Order the passages by the logits of the first decoding step."""
+    """Order the passages of each window by the logits of the first decoding step."""
     counts = [prompt.n for prompt in batch]
     return at_once(_read(checkpoint, batch), _tokens(counts), counts)
 
@@ -167,5 +181,6 @@ def _read(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> VectorReader:
 
 
 def _tokens(counts: list[int]) -> list[list[int]]:
-    """The tokens of each candidate for `decoding`: each passage is one token."""
+    """The candidates for the functions of `decoding`: passage i is the single token i. counts: the number of passages
+    in each window."""
     return [[passage] for passage in range(max(counts))]

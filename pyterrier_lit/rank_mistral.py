@@ -1,9 +1,9 @@
 """RankMistral: a language model reads the texts of a window of passages and generates their identifiers, best first.
 
-RankMistral is the baseline without compression in the paper on PE-Rank: the same language model and windows and nearly
-the same prompt, but with the full text of each passage. A prompt of RankMistral has thousands of tokens; a prompt of
-PE-Rank has hundreds. To decode one rank, RankMistral takes several decoding steps, one for each token of an identifier;
-PE-Rank takes one step. Source: arXiv 2406.14848, section 4.
+RankMistral is the baseline without compression in the paper on PE-Rank. It has the same language model, the same
+windows and nearly the same prompt as PE-Rank, but its prompt contains the full text of each passage. A prompt of
+RankMistral has thousands of tokens; a prompt of PE-Rank has hundreds. To decode one rank, RankMistral takes several
+decoding steps, one for each token of an identifier; PE-Rank takes one step. Source: arXiv 2406.14848, section 4.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from pyterrier_lit.models.text_lm import TextCheckpoint, read_text_lm
 from pyterrier_lit.order import parse
 from pyterrier_lit.windows import Window
 
-ANSWER_LENGTH = 256  # maximum tokens that decoding="free" generates
+ANSWER_LENGTH = 256  # maximum number of tokens that decoding="free" generates
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -27,34 +27,37 @@ class RankMistral(ListwiseReranker):
     """Rerank by a causal language model that reads the texts of the passages: PE-Rank's uncompressed baseline.
 
     Args:
-        model: hub id or folder of a causal language model of transformers that has a chat template and was trained to
-            rank with the prompt of this class, or a folder that `save` wrote. Code inside a checkpoint is never run.
-        window_size: passages per window. A list shorter than the window is read in one window.
-        stride: how many positions the window moves up between two windows.
-        passes: how many times the windows slide over each list.
-        top_k: decode only the first k ranks. These ranks are the same as without `top_k`; the other passages follow in
-            the order in which the windows leave them. None decodes all ranks. Compiling a rank cutoff sets `top_k`, as
-            in `((first_stage >> RankMistral(...)) % 10).compile()`.
+        model: hub id or folder of a causal language model of transformers, or a folder that `save` wrote. The model
+            must have a chat template and must be trained to rank with the prompt of this class. Code inside a
+            checkpoint is never run.
+        window_size: number of passages per window. A list shorter than the window is read in one window.
+        stride: number of passages by which the window moves up the list.
+        passes: number of times that the windows slide over each list.
+        top_k: number of ranks to decode; None decodes all ranks. The first `top_k` passages are the same as without
+            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff also sets
+            `top_k`: `((first_stage >> RankMistral(...)) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding of at most 256 tokens
             without constraints, followed by the original code's clean-up: repeated identifiers are dropped, and
             passages whose identifier is missing are appended in their incoming order. If the freely generated text is a
             permutation in the form "[4] > [2] > ...", "constrained" and "free" give the same order.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
-        text_field: name of the column with the texts of the passages. The texts are not truncated: ValueError is raised
-            if a prompt and its answer together are longer than the model's maximum length.
+        text_field: name of the column with the texts of the passages. The texts are not truncated. If a prompt and its
+            answer together are longer than the model's maximum length, ValueError is raised.
         max_tokens: maximum number of prompt tokens in a batch of windows. The keys and values of each token take
-            memory: 131 kB per token with a Mistral 7B in bfloat16. If a batch does not fit into memory, `max_tokens` is
-            halved and the batch is computed again.
-        device: device of the model; None takes the first CUDA GPU, else Apple's GPU (mps), else the CPU.
-        dtype: data type of the weights; None is bfloat16 on a CUDA GPU that supports it, else float32.
+            memory: 131 kB per token with a Mistral 7B in bfloat16. If a batch does not fit into memory, the maximum is
+            halved for the rest of the call, and the batch is computed again.
+        device: device of the model, such as "cpu" or "cuda:1"; None takes the first CUDA GPU, else Apple's GPU (mps),
+            else the CPU.
+        dtype: data type of the weights, such as "float32" or "bfloat16"; None is bfloat16 on a CUDA GPU that supports
+            bfloat16, else float32.
         verbose: show a progress bar.
 
-    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` starts from a language model that must then be
-    trained to rank.
+    `RankMistral.from_backbone("mistralai/Mistral-7B-Instruct-v0.2")` creates an untrained RankMistral from a
+    pre-trained language model. It must then be trained to rank.
 
-    In a list of n passages, the first passage of the decoded order gets the score n, the second n - 1, and the last 1.
-    Source: the text mode of liuqi6777/pe_rank.
+    In a list of n passages, the first passage of the decoded order gets the score n, the second gets n - 1, and the
+    last gets 1. Source: the text mode of liuqi6777/pe_rank, the original code.
     """
 
     _: dataclasses.KW_ONLY
@@ -67,7 +70,12 @@ class RankMistral(ListwiseReranker):
     begin = staticmethod(read_text_lm)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """For each query, the positions of its passages in its list (from 0), best first."""
+        """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
+        best first.
+
+        columns: column name -> Q lists with the values of the passages; only `docno` and the column with the texts are
+        used.
+        """
         decode = self.option("decoding", DECODINGS)
         checkpoint: TextCheckpoint = self.load()
         texts = columns[self.text_field]
@@ -95,8 +103,8 @@ def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
 
 
 def free(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. It
-    always generates all ranks, whatever the `top` of a prompt."""
+    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. All
+    ranks are generated, even if `top` of a prompt is smaller than its number of passages."""
     reader = checkpoint.network.begin([prompt.content for prompt in batch])
     ends = torch.tensor(checkpoint.ends(), device=reader.device)
     logits, written = reader.start(), []

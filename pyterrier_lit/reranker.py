@@ -24,7 +24,7 @@ from pyterrier_lit.models.checkpoints import Folder, fetch, write
 from pyterrier_lit.models.devices import choose_device, choose_dtype, converted, dtype_name
 from pyterrier_lit.models.hub import CARD, again, base_of, card, in_place_of, is_hub_id, push, read_card, trainings_of
 
-Passages = Sequence[Sequence[str]] | Columns  # for each query the texts of its passages, or several such columns
+Passages = Sequence[Sequence[str]] | Columns  # for each query the list of its passages' texts, or a dict of columns
 Loaded = TypeVar("Loaded")
 Named = TypeVar("Named")
 
@@ -33,11 +33,12 @@ Named = TypeVar("Named")
 class Reranker(pt.Transformer):
     """A transformer that gives every passage a new score. It loads its checkpoint on first use.
 
-    A subclass is a dataclass whose fields are the arguments of its constructor. It sets two functions: `read` loads a
-    checkpoint, and `begin` creates an untrained one from a pre-trained model. It implements `results`.
+    A subclass is a dataclass whose fields are the arguments of its constructor. The subclass sets two functions: `read`
+    loads a checkpoint, and `begin` creates an untrained checkpoint from a pre-trained model. The subclass also
+    implements `results`.
 
-    Copies of a reranker share its checkpoint in memory. A pickle of a reranker contains the checkpoint. Several threads
-    may use one reranker.
+    Copies of a reranker share its checkpoint in memory. A pickle of a reranker contains the checkpoint if it was
+    loaded. Several threads may use one reranker.
     """
 
     model: str
@@ -56,11 +57,11 @@ class Reranker(pt.Transformer):
         "dtype",
     )  # the arguments that `read` depends on
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
-    # (folder of a pre-trained model, device, dtype) -> an untrained checkpoint; may have more keyword arguments
+    # (folder of a pre-trained model, device, dtype) -> an untrained checkpoint. It may have further keyword arguments
     begin: ClassVar[Callable[..., Any]]
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
-        """Create the object. Raises TypeError for `batch_size`, an argument of other libraries."""
+        """Create the object. Raises TypeError for the argument `batch_size`, which many other libraries have."""
         if "batch_size" in arguments:
             raise TypeError(
                 f"{cls.__name__} has no batch_size: a batch holds as many inputs as fit into max_tokens; set that, to"
@@ -73,12 +74,22 @@ class Reranker(pt.Transformer):
         self._held = Held()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Rerank a result frame. Returns the same rows in the same order, with new columns `score` and `rank`. Raises
-        the same errors as `frames.rerank`."""
+        """Rerank a result frame.
+
+        inp: a frame with the columns `qid`, `query` and `docno`, and with the passages' texts or the other input
+        columns of the reranker. Returns a frame with the same rows in the same order and with new values in the columns
+        `score` and `rank` (from 0). Raises the same errors as `frames.rerank`.
+        """
         return rerank(inp, self.results, self.column_sets(), self.query_columns(), context=self)
 
     def score(self, queries: list[str], passages: Passages) -> list[list[float]]:
-        """The score of every passage (higher is better): Q queries, Q lists of passages -> Q lists of scores.
+        """Score the passages of Q queries. Returns Q lists with one score per passage; higher is better.
+
+        Args:
+            queries: a list of Q texts.
+            passages: a list with, for each query, the list of its passages' texts. Alternatively a dict of columns:
+                column name -> Q lists with the values of the passages. The dict must have the column `docno` and the
+                input columns of the reranker.
 
         Raises TypeError if `queries` or the passages of a query are a string instead of a list, or if a query or
         passage is not a string. Raises ValueError if the model returns NaN or an infinity.
@@ -98,9 +109,15 @@ class Reranker(pt.Transformer):
     ) -> list[dict[str, Any]]:
         """The passages of one query, best first, in the form that sentence-transformers' CrossEncoder.rank returns.
 
-        Returns one dict for each of the `top_k` best passages; None returns all passages. `corpus_id` is the position
-        of the passage in `passages`, and `score` is its score. With return_documents, `text` is its text. Passages with
-        equal scores keep their order. Raises the same errors as `score`.
+        Args:
+            query: the text of the query.
+            passages: the texts of the passages.
+            top_k: number of passages to return; None returns all passages.
+            return_documents: whether to return the texts, too.
+
+        Returns a list with a dict for each of the `top_k` best passages. In the dict, `corpus_id` is the position of
+        the passage in `passages` (from 0), and `score` is its score. If `return_documents` is True, `text` is its text.
+        Passages with equal scores keep their order. Raises the same errors as `score`.
         """
         if not passages:
             return []
@@ -110,16 +127,21 @@ class Reranker(pt.Transformer):
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """Score the passages of Q queries. columns: the passages. Returns `score`, which has Q lists of scores, and
-        each of `query_columns`, which has Q values."""
+        """Score the passages of Q queries.
+
+        columns: column name -> Q lists with the values of the passages. Returns a dict. Its entry `score` has Q lists
+        with one score per passage. For each name in `query_columns`, it also has an entry with Q values.
+        """
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
     def column_sets(self) -> ColumnSets:
-        """Alternative sets of input columns. The first set whose columns are all in the frame is used."""
+        """Alternative sets of input columns; each set maps a column name to the type of its values (str, or object for
+        any type). The first set whose columns are all in the frame is used."""
         return [self.text_column()]
 
     def text_column(self) -> dict[str, type]:
-        """The column with the texts of the passages. Raises TypeError if `text_field` is not a single name."""
+        """A set of input columns with one column, the texts of the passages: `{text_field: str}`. Raises TypeError if
+        `text_field` is not a single name."""
         if not isinstance(self.text_field, str):
             raise TypeError(
                 f"text_field={self.text_field!r}; wanted the name of one column. Join several before:"
@@ -128,12 +150,17 @@ class Reranker(pt.Transformer):
         return {self.text_field: str}
 
     def query_columns(self) -> list[str]:
-        """The names of the columns that are added to a frame besides `score` and `rank`, with one value per query."""
+        """The names of the columns that the reranker adds to a frame besides `score` and `rank`. Each has one value per
+        query."""
         return []
 
     def columns(self, passages: Passages) -> Columns:
-        """The passages as columns. For passages that are given as texts only, the docnos are their positions in the
-        list."""
+        """The passages of Q queries as a dict of columns: column name -> Q lists with the values of the passages.
+
+        passages: as in `score`. A dict is returned unchanged. If lists of texts are given, the column `docno` contains
+        the positions of the passages in their list, as strings. Raises TypeError if the passages of a query are a
+        string instead of a list, or if a passage is not a string.
+        """
         if isinstance(passages, dict):
             return passages
         for number, given in enumerate(passages):
@@ -148,10 +175,10 @@ class Reranker(pt.Transformer):
         """Return the checkpoint, and load it first if it is not in memory. Call `load` yourself if the first query
         should not wait for the loading.
 
-        After a change of `model`, `revision`, `device` or `dtype`, the checkpoint is loaded again. There is one
+        If `model`, `revision`, `device` or `dtype` has changed, `load` loads the checkpoint again. There is one
         exception: weights that exist in memory only (untrained, trained, or passed to `hold`) are converted when
         `device` or `dtype` changes. Raises FileNotFoundError or ValueError if a file is missing, damaged or of the
-        wrong kind; the message names it.
+        wrong kind; the message names the file.
         """
         while True:
             held, source = self._held, self._source()
@@ -171,20 +198,23 @@ class Reranker(pt.Transformer):
         _mind_forks()
 
     def hold_changed(self, how: str = "trained in memory") -> None:
-        """Mark the weights in memory as changed. They are then no longer regarded as the weights of `model`.
+        """Mark the weights in memory as changed, so that they are no longer regarded as the weights of `model`.
 
-        how: how they were changed, which `repr` shows.
+        how: a description of the change, which `repr` shows.
         """
         self.load()
         self._held.given, self._held.changed, self._held.saved = True, f"{how}: {uuid.uuid4().hex[:8]}", ""
 
     def note_training(self, training: dict[str, str]) -> None:
-        """Record facts about a training run (name -> value) for the model card."""
+        """Record facts about a training run for the model card. training: name of the fact -> its value."""
         self._held.trainings = (*self._held.trainings, training)
 
     def in_its_dtype(self) -> Self:
         """This reranker if its weights have the dtype that its argument `dtype` sets, else a copy with converted
-        weights. During training, weights may have another dtype."""
+        weights.
+
+        During training, the weights may have another dtype.
+        """
         checkpoint, device = self.load(), choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         if all(parameter.dtype == dtype for parameter in checkpoint.network.parameters()):
@@ -194,27 +224,34 @@ class Reranker(pt.Transformer):
         return ready
 
     def in_memory(self) -> Any | None:
-        """The checkpoint if it is loaded for the current arguments, else None."""
+        """The checkpoint if it is in memory and belongs to the current arguments, else None."""
         held = self._held
         return held.checkpoint if held.source == self._source() else None
 
     def once(self, build: Callable[[], Loaded]) -> Loaded:
-        """The result of `build`, a function that reads a part of the checkpoint that `load` did not read. `build` runs
-        under the lock of `load`. Raises the same errors as `load`."""
+        """The result of `build`, a function that reads a part of the checkpoint that `load` did not read.
+
+        Only one thread at a time runs `build` or loads the checkpoint. Raises the same errors as `load`.
+        """
         with self._held.lock:
             return self._in_words(build)
 
     def save(self, path: str | Path) -> None:
-        """Write the checkpoint into a folder that the constructor can load. Raises OSError if the checkpoint cannot be
-        written; a checkpoint that was in the folder before is then unchanged.
+        """Write the checkpoint into a folder, which the constructor accepts as `model`.
 
-        A model card, README.md, is written too. If `save` wrote an earlier card into the folder, the new card replaces
-        it and keeps its license. Any other README.md is left as it is.
+        path: the folder, which is created if necessary. Raises OSError if the checkpoint cannot be written; an older
+        checkpoint in the folder is then unchanged.
+
+        A model card, README.md, is written too. If the folder has a model card that `save` wrote earlier, the new card
+        replaces it and keeps its license and language. Any other README.md is left as it is.
         """
         self.write(path, self.load())
 
     def write(self, path: str | Path, checkpoint: Any) -> None:
-        """Save a checkpoint that gives the same scores as the loaded one, with its model card, and record the path."""
+        """Write a checkpoint and its model card into a folder, and remember the folder for `repr`.
+
+        checkpoint: a checkpoint that gives the same scores as the loaded checkpoint.
+        """
         settings, place = self.saved_settings(), Path(path).expanduser()
         there, text = read_card(place), self._card(place.absolute().name, checkpoint, settings)
         new = text if there is None else in_place_of(text, there)
@@ -243,10 +280,11 @@ class Reranker(pt.Transformer):
         Args:
             repo_id: owner/name of the repository, which is created if necessary.
             private: whether a new repository is private; None is the account's default.
-            revision: the branch, which is created if necessary; None is main.
+            revision: the branch to which the checkpoint is saved, which is created if necessary; None is the main
+                branch.
             commit_message: message of the commit; None is a message with the name of the reranker's class.
             token: access token of the hub; None uses the environment variable HF_TOKEN or the token of `hf auth login`.
-            layout: further arguments of `save`.
+            layout: further keyword arguments of `save`; only CrossEncoder has one, which is called `layout`.
 
         If the repository has a README.md that `save` did not write, this README.md is kept. Raises OSError if the
         upload fails.
@@ -267,12 +305,13 @@ class Reranker(pt.Transformer):
         return commit
 
     def saved_settings(self) -> dict[str, Any]:
-        """The arguments that `save` records in the checkpoint, such as the maximum length of a prompt."""
+        """The settings that `save` records in the checkpoint, such as the maximum length of a prompt, as name ->
+        value."""
         return {}
 
     def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
-        """The model card for saving the loaded checkpoint: the card that was in its folder if the weights are
-        unchanged, else a new card."""
+        """The text of the model card for saving the loaded checkpoint. If the weights are unchanged and their folder
+        had a card, it is this card. Otherwise it is a new card."""
         held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
         before = held.card
         if before is not None and not held.given and model.is_dir():
@@ -290,8 +329,8 @@ class Reranker(pt.Transformer):
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:
-        """An untrained reranker on top of a pre-trained model. If you call `torch.manual_seed` first, its random
-        weights are reproducible.
+        """Create an untrained reranker from a pre-trained model. Weights that the pre-trained model does not have are
+        random; call `torch.manual_seed` first to make them reproducible.
 
         Args:
             name: hub id or folder of the pre-trained model.
@@ -309,7 +348,10 @@ class Reranker(pt.Transformer):
 
     def apply_attributes(self, **changes: Any) -> Self:
         """A copy with changed arguments and the same weights. `pt.inspect.transformer_apply_attributes` calls this
-        method."""
+        method.
+
+        changes: argument name -> new value. Raises pt.inspect.InspectError for an unknown argument.
+        """
         known = {attribute.name for attribute in pt.inspect.transformer_attributes(self)}
         if unknown := changes.keys() - known:
             raise pt.inspect.InspectError(f"{type(self).__name__} has no argument {', '.join(sorted(unknown))}")
@@ -320,7 +362,7 @@ class Reranker(pt.Transformer):
 
     @classmethod
     def begin_options(cls) -> dict[str, inspect.Parameter]:
-        """The arguments that `from_backbone` accepts besides those of the constructor."""
+        """The arguments that `from_backbone` accepts besides those of the constructor, as name -> parameter."""
         parameters = inspect.signature(cls.begin).parameters
         return {name: parameter for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY}
 
@@ -330,28 +372,34 @@ class Reranker(pt.Transformer):
         return fetch(self.model, revision=self.revision)
 
     def option(self, argument: str, known: Mapping[str, Named]) -> Named:
-        """The entry of `known` under the name that is the value of an argument. For an unknown name, raises ValueError,
-        whose message lists the known names."""
+        """The entry of `known` for the value of one of the reranker's arguments.
+
+        argument: the name of the argument. known: each valid value -> its entry. Raises ValueError for an invalid
+        value; the message lists the valid values.
+        """
         name = getattr(self, argument)
         if name not in known:
             raise ValueError(f"{argument}={name!r}; wanted one of {', '.join(map(repr, known))}")
         return known[name]
 
     def progress(self, total: int, unit: str) -> tqdm:
-        """A progress bar over `total` units of work. It is shown if `verbose` is True."""
+        """A progress bar over `total` units of work. It is shown only if the argument `verbose` is True."""
         bar: tqdm = pt.tqdm(total=total, unit=unit, desc=type(self).__name__, disable=not self.verbose)
         return bar
 
     def _read(self) -> tuple[Any, str | None]:
-        """The checkpoint, and the text of the model card in its folder, or None."""
+        """The checkpoint, and the text of the model card in its folder, or None if there is no card."""
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         folder = self.folder()
         return type(self).read(folder, device, dtype), read_card(folder.path)
 
     def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
-        """The result of `build`, which is called outside inference mode, so that its tensors can be trained. If a
-        library raises an unexpected error, ValueError is raised instead, with a message that names the model."""
+        """The result of `build`, which is called outside inference mode, so that the tensors of the result can be
+        trained.
+
+        If a library raises an unexpected error, ValueError is raised instead, with a message that names the model.
+        """
         try:
             with torch.inference_mode(False):
                 return build()
@@ -372,12 +420,12 @@ class Reranker(pt.Transformer):
         return tuple(getattr(self, name) for name in self.loads_from)
 
     def _is_of(self, held: "Held") -> bool:
-        """Whether the held checkpoint came from the current `model` and `revision`."""
+        """Whether the held checkpoint came from the current values of `model` and `revision`."""
         return held.source is not None and held.source[:2] == (self.model, self.revision)
 
     def call(self) -> str:
-        """The constructor call with the reranker's arguments. It does not show whether the weights were trained
-        since."""
+        """The constructor call of this reranker with its arguments, as text. The text does not show if the weights were
+        trained afterwards."""
         return representation(self, last=[field.name for field in dataclasses.fields(Reranker) if field.kw_only])
 
     def __repr__(self) -> str:
@@ -389,7 +437,7 @@ class Reranker(pt.Transformer):
 
 
 class Held:
-    """A checkpoint in memory, the arguments that it was read with, and a lock for reading it.
+    """A checkpoint in memory, the arguments with which it was read, and a lock for reading it.
 
     Copies of a reranker share one `Held`. A pickle omits the lock.
 
@@ -397,10 +445,12 @@ class Held:
         checkpoint: the checkpoint, or None before it is read.
         source: the values of the reranker's arguments in `loads_from` with which the checkpoint was read.
         given: whether the weights exist in memory only, because the checkpoint was passed to `hold` or changed.
-        changed: how the weights were changed in memory and a unique name, as "trained in memory: 51c7acb7", or "".
-        saved: the folder or hub repository in which the checkpoint was saved last, or "".
+        changed: how the weights were changed in memory and a unique name, such as "trained in memory: 51c7acb7". It is
+            "" if the weights are unchanged.
+        saved: the folder or hub repository in which the checkpoint was saved last. It is "" if the checkpoint was not
+            saved.
         trainings: facts about each training run, for the model card.
-        card: the model card that was read with the checkpoint.
+        card: the text of the model card that was read with the checkpoint, or None.
     """
 
     _all: ClassVar[weakref.WeakSet["Held"]] = weakref.WeakSet()
@@ -427,8 +477,11 @@ class Held:
 
     @classmethod
     def after_fork(cls) -> None:
-        """Prepare a new forked process, which has a single thread: torch must not wait for the threads of its pool, and
-        locks that other threads held must be replaced."""
+        """Prepare a new forked process, which has a single thread.
+
+        Locks that other threads held are replaced. torch uses one thread, since it would otherwise wait for threads
+        that do not exist in the new process.
+        """
         torch.set_num_threads(1)
         for held in cls._all:
             held.lock = threading.RLock()
@@ -436,14 +489,17 @@ class Held:
 
 @functools.cache
 def _mind_forks() -> None:
-    """Register `Held.after_fork`, once in this process. Called when a checkpoint is loaded."""
+    """Register `Held.after_fork` once in this process. This function is called when a checkpoint is loaded."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=Held.after_fork)
 
 
 def texts(name: str, given: Sequence[str]) -> list[str]:
-    """The texts in valid UTF-8, as tokenizers require. Raises TypeError if an item is not a string; the message has its
-    name and position."""
+    """The given texts in valid UTF-8, which tokenizers require.
+
+    name: the name of the list, for the error message. Raises TypeError if an item is not a string; the message has the
+    name of the list and the position of the item.
+    """
     wrong = next((number for number, text in enumerate(given) if not isinstance(text, str)), None)
     if wrong is not None:
         raise TypeError(f"{name}[{wrong}] is {given[wrong]!r}; wanted a string")
@@ -451,9 +507,10 @@ def texts(name: str, given: Sequence[str]) -> list[str]:
 
 
 def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str:
-    """The constructor call that rebuilds a transformer, with the arguments that differ from their defaults.
+    """The constructor call that rebuilds a transformer, as text, with its positional arguments and the keyword
+    arguments that differ from their defaults.
 
-    last: names of arguments to print after all others.
+    last: names of arguments that stand after all other arguments.
     """
     shown = []
     for argument in sorted(pt.inspect.transformer_attributes(transformer), key=lambda argument: argument.name in last):
@@ -472,5 +529,5 @@ def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str
 
 
 def _in_one_line(value: Any) -> str:
-    """The repr of an argument on one line. A frame or an array is represented by its type and shape."""
+    """The repr of an argument's value on one line. A frame or an array is represented by its type and shape."""
     return f"<{type(value).__name__} of {value.shape}>" if hasattr(value, "shape") else repr(value)

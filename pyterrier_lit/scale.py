@@ -1,4 +1,5 @@
-"""One reranker on several processes, GPUs or machines, with Ray. Knows queries and columns of passages: no model."""
+"""One reranker on several processes, GPUs or machines, with Ray. This module deals with queries and columns of
+passages, not with models."""
 
 import copy
 import gc
@@ -19,15 +20,17 @@ from pyterrier_lit.frames import Columns, rerank
 from pyterrier_lit.reranker import Reranker
 
 CHARACTERS = 4  # characters per token, on average
-READ = 2_048  # maximum characters of a passage that count towards its cost: models truncate the rest
-# Tokens of a shard: the smallest shard is a few full batches; several of the largest shards fit into memory
+READ = 2_048  # maximum number of characters of a passage that count towards its cost: models truncate the rest
+# Smallest and largest size of a shard in tokens. SMALLEST is a few full batches. Several shards of size LARGEST fit
+# into memory
 SMALLEST, LARGEST = 32_768, 1_000_000
-IN_FLIGHT = 2  # shards sent to a worker at a time: one is computed, one is waiting
-ATTEMPTS = 3  # an error is raised after so many deaths of workers over one shard, or per worker while loading the model
-PATIENCE = 30  # seconds to wait for resources that are in use
+IN_FLIGHT = 2  # number of shards that a worker has at a time: it computes one of them, and the other one waits
+# An error is raised if this number of workers die over one shard, or this number per worker while they load the model
+ATTEMPTS = 3
+PATIENCE = 30  # maximum number of seconds to wait for resources that are in use
 
 # Ray reads RAY_DISABLE_FAILURE_SIGNAL_HANDLER when it is imported. If it is not set, ray.shutdown() replaces the signal
-# handlers of a JVM in this process. TAKES_SIGNALS: whether Ray was imported before without the variable
+# handlers of a JVM in this process. TAKES_SIGNALS: whether Ray was imported before this module, without the variable
 TAKES_SIGNALS = "ray" in sys.modules and "RAY_DISABLE_FAILURE_SIGNAL_HANDLER" not in os.environ
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
@@ -36,26 +39,27 @@ class Distributed(pt.Transformer):
     """Rerank with Ray: `num_workers` processes, each with a copy of the model, on this machine or on a cluster.
 
     Args:
-        reranker: any reranker of this package. If this process has loaded or trained the weights already, they are sent
-            to the workers. Otherwise each worker loads the checkpoint of the reranker; on a cluster, the reranker's
-            `model` must then be a hub id, or a folder that all machines can read.
+        reranker: any reranker of this package. If this process has loaded or trained the weights already, the weights
+            are sent to the workers. Otherwise each worker loads the checkpoint of the reranker; on a cluster, the
+            reranker's `model` must then be a hub id, or a folder that all machines can read.
         num_workers: number of worker processes, each with a copy of the model.
-        num_gpus: GPUs per worker. Leave the reranker's argument `device` at None, so that each worker uses its own GPU.
-        num_cpus: CPU cores per worker; each worker has as many threads.
+        num_gpus: number of GPUs per worker. Leave the reranker's argument `device` at None, so that each worker uses
+            its own GPU.
+        num_cpus: number of CPU cores per worker. A worker has as many threads as CPU cores.
         verbose: show a progress bar.
 
-    Ray must be installed (`pip install 'pyterrier-lit[ray]'`). It is started on this machine, unless `ray.init` was
-    called before or RAY_ADDRESS names a cluster. The queries are split into shards by their estimated number of tokens.
-    The largest shards are sent first, and a worker has at most two shards at a time. If a worker dies, a new worker
-    replaces it, and the shards of the dead worker are computed again.
+    Ray must be installed (`pip install 'pyterrier-lit[ray]'`). Ray is started on this machine, unless `ray.init` was
+    called before or the environment variable RAY_ADDRESS names a cluster. The queries are split into shards by their
+    estimated number of tokens. The largest shards are sent first, and a worker has at most two shards at a time. If a
+    worker dies, a new worker replaces it, and the shards of the dead worker are computed again.
 
-    The results are those of the reranker, because the workers only compute scores: this process reads, checks and ranks
-    the frame. Scores may differ from those of the reranker alone in the last bits of a float, since the batches differ.
-    A rank cutoff (`% k`) is compiled into `Distributed` as into the reranker itself.
+    The workers only compute scores: this process reads and checks the frame, and computes the ranks. The result is
+    therefore the same as with the reranker alone, except that scores may differ in the last bits of a float, since the
+    batches differ. A rank cutoff (`% k`) is compiled into `Distributed` as into the reranker itself.
 
     Workers start on first use. They stop when `close` is called, or when this object and all its copies are deleted.
-    Copies share workers as long as they have the same reranker and weights. If the weights are trained further, new
-    workers start.
+    Copies of this object share workers as long as they have the same reranker and weights. If the weights are trained
+    further, new workers start.
     """
 
     schematic: ClassVar[dict[str, str]] = {"label": "Distributed"}
@@ -81,7 +85,8 @@ class Distributed(pt.Transformer):
         self.pool = Pool()
 
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
-        """Rerank a result frame on the workers. Returns what the reranker returns, and raises the same errors.
+        """Rerank a result frame on the workers. Returns the same frame as `transform` of the reranker, and raises the
+        same errors.
 
         In addition, raises ImportError if Ray is not installed, and ValueError if no machine has the resources for a
         worker. Raises RuntimeError if the resources for a worker stay in use, if workers die repeatedly, or if `close`
@@ -91,8 +96,11 @@ class Distributed(pt.Transformer):
         return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """What `compile` puts in place of `self >> RankCutoff(k)`: a copy of this object that uses the same workers and
-        computes only the first k ranks, followed by RankCutoff(k). None if the reranker cannot stop after k ranks."""
+        """The pipeline that `compile` puts in place of `self >> RankCutoff(k)`: a copy of this object that uses the
+        same workers and computes only the first k ranks, followed by RankCutoff(k).
+
+        Returns None if the reranker cannot stop after k ranks.
+        """
         fused = self.reranker.fuse_rank_cutoff(k) if hasattr(self.reranker, "fuse_rank_cutoff") else None
         if fused is None:
             return None
@@ -105,8 +113,10 @@ class Distributed(pt.Transformer):
         self.pool.stop()
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """What the reranker's `results` returns for Q queries and the columns of their passages, computed by the
-        workers."""
+        """Score the passages of Q queries on the workers. Returns the same dict as the reranker's method `results`.
+
+        columns: column name -> Q lists with the values of the passages.
+        """
         shards = shards_of(costs(queries, columns), self.num_workers)
         calls = [
             lambda shard=shard: (_light(self.reranker), [queries[i] for i in shard], _of(columns, shard))
@@ -124,8 +134,8 @@ class Distributed(pt.Transformer):
         return results
 
     def started(self) -> tuple["Pool", "Wanted"]:
-        """The workers for the current reranker, which are started if necessary, and the `Wanted` for which they were
-        started."""
+        """The workers for the current reranker, and the `Wanted` with which they were started. The workers are started
+        first if necessary."""
         job = _ray_started().get_runtime_context().get_job_id()
         wanted = Wanted(self.reranker, self.num_workers, self.num_gpus, self.num_cpus, job)
         while True:
@@ -145,7 +155,8 @@ class Distributed(pt.Transformer):
 
 
 def costs(queries: Sequence[str], columns: Columns) -> list[int]:
-    """For each query, the approximate number of tokens that a model reads, estimated from the lengths of the texts."""
+    """For each query, the estimated number of tokens that a model reads for its passages. The estimate follows from the
+    number of characters."""
     return [
         sum(
             1 + (len(query) + sum(min(len(value), READ) for value in cells if isinstance(value, str))) // CHARACTERS
@@ -156,11 +167,13 @@ def costs(queries: Sequence[str], columns: Columns) -> list[int]:
 
 
 def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
-    """Split queries into shards: lists of positions in `costs`, which has the cost of each query in tokens.
+    """Split queries into shards. A shard is a list of positions in `costs`.
+
+    costs: the cost of each query in tokens. workers: the number of workers.
 
     The most expensive queries come first. Each shard costs about half of a worker's share of the remaining cost, so the
-    last shards are small and all workers end at about the same time. A shard costs at most LARGEST, unless it is a
-    single query that costs more.
+    last shards are small and all workers end at about the same time. A shard costs at most LARGEST tokens, unless it is
+    a single query that costs more.
     """
     order = deque(sorted(range(len(costs)), key=lambda i: -costs[i]))
     left = sum(costs)
@@ -178,7 +191,7 @@ def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
 
 
 class Worker:
-    """The Ray actor: one reranker with its weights."""
+    """A worker process (an actor of Ray) with one reranker and its weights."""
 
     def __init__(self, reranker: Reranker):
         self.reranker = reranker
@@ -187,6 +200,7 @@ class Worker:
         self.reranker.load()
 
     def call(self, arguments: dict[str, Any], queries: list[str], columns: Columns) -> dict[str, list[Any]]:
+        """Set the given arguments of the reranker, and return what its method `results` returns."""
         vars(self.reranker).update(arguments)
         return self.reranker.results(queries, columns)
 
@@ -195,7 +209,8 @@ class Wanted:
     """What a set of workers is started with: a reranker with its weights, the number of workers, the GPUs and CPU cores
     of each worker, and the Ray job.
 
-    Two objects are equal if they differ only in arguments of the reranker that are sent to the workers with each call.
+    Two objects are equal if they differ only in those arguments of the reranker that are sent to the workers with each
+    call.
     """
 
     def __init__(self, reranker: Reranker, workers: int, num_gpus: float, num_cpus: float, job: str):
@@ -215,15 +230,15 @@ class Pool:
 
     def __init__(self) -> None:
         self.workers: list[Any] = []
-        self.wanted: Wanted | None = None  # what the workers were started with, or None
+        self.wanted: Wanted | None = None  # what the workers were started with, or None if there are no workers
         self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Pool, ()  # an unpickled pool starts workers of its own
 
     def start(self, wanted: Wanted) -> None:
-        """Start the workers, or as many of them as the resources allow. Raises ValueError or RuntimeError if the
-        resources do not allow any worker."""
+        """Start the workers that `wanted` describes, or as many of them as the resources allow. Raises ValueError or
+        RuntimeError if the resources do not allow any worker."""
         ray = _ray()
         n = _placeable(ray, wanted)
         quiet = copy.copy(wanted.reranker)
@@ -234,10 +249,10 @@ class Pool:
         self.workers, self.wanted = [self._make() for _ in range(n)], wanted
 
     def run(self, asked: Sequence[Callable[[], tuple[Any, ...]]], wanted: Wanted) -> Iterator[tuple[int, Any]]:
-        """Let the workers that were started for `wanted` compute calls of `Worker.call`. Yields (index in `asked`,
-        answer) as each call finishes.
+        """Let the workers that were started for `wanted` compute several calls of `Worker.call`. Yields (index of the
+        call in `asked`, its result) as soon as a call has finished.
 
-        asked: for each call, a function that builds its arguments. It is called when a worker is free.
+        asked: for each call, a function that returns its arguments. The function is called when a worker is free.
         """
         ray = _ray()
         waiting = deque(range(len(asked)))
@@ -315,7 +330,7 @@ def _ray() -> Any:
 
 
 def _ray_started() -> Any:
-    """The module of Ray, which is started if necessary. If a JVM runs in this process, its signal handlers are
+    """The module of Ray. Ray is started if necessary. If a JVM runs in this process, its signal handlers are
     restored."""
     ray = _ray()
     if not ray.is_initialized():
@@ -330,7 +345,8 @@ def _ray_started() -> Any:
 
 
 def _placeable(ray: Any, wanted: Wanted) -> int:
-    """How many of the wanted workers the resources allow. Waits up to PATIENCE seconds for resources that are in use.
+    """The number of wanted workers that the resources allow. Waits up to PATIENCE seconds for resources that are in
+    use.
 
     Raises ValueError if no machine has the resources for a worker, and RuntimeError if these resources stay in use.
     """
@@ -365,7 +381,7 @@ def _words(resources: dict[str, float]) -> str:
 
 
 def _weights(reranker: Reranker) -> tuple[Any, int]:
-    """The checkpoint in memory or None, and a number that grows with each change of its weights by training."""
+    """The checkpoint in memory, or None; and a number that grows each time that training changes its weights."""
     checkpoint = reranker.in_memory()
     network = getattr(checkpoint, "__dict__", {}).get("network")
     tensors = [] if network is None else network.parameters()
@@ -385,7 +401,8 @@ def _arguments(reranker: Reranker) -> dict[str, Any]:
 
 
 def _is_light(reranker: Reranker, name: str, value: Any) -> bool:
-    """Whether an argument can be sent with each call: a plain value that does not affect which weights are loaded."""
+    """Whether an argument can be sent with each call. This is the case for a plain value that does not affect which
+    weights are loaded."""
     return name not in reranker.loads_from and isinstance(value, str | int | float | None)
 
 

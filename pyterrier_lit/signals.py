@@ -1,4 +1,5 @@
-"""Restores the signal handlers of a JVM after another library replaced them. Knows neither Terrier nor Ray.
+"""Restores the signal handlers of a JVM after another library replaced them. This module does not deal with Terrier or
+Ray.
 
 A JVM raises SIGSEGV, SIGBUS, SIGFPE and SIGILL in normal operation and handles them itself. If another library has
 replaced the JVM's handlers of these signals, the process soon dies.
@@ -11,7 +12,8 @@ import signal
 import sys
 
 JAVAS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
-SIZE = 512  # bytes: more than struct sigaction has on any system. The first field of sigaction is the handler's address
+# In bytes: larger than struct sigaction on any system. The first field of sigaction is the address of the handler
+SIZE = 512
 
 
 class _Symbol(ctypes.Structure):
@@ -28,7 +30,7 @@ def jvm() -> bool:
 
 def back_to_java() -> bool:
     """Let the JVM of this process handle its signals again, by disabling Python's faulthandler. Returns whether the JVM
-    handles them now."""
+    now handles them."""
     if os.name != "posix" or _are_javas():
         return True
     faulthandler.disable()  # restores the handlers from before it was enabled
@@ -40,14 +42,14 @@ def _are_javas() -> bool:
 
 
 def handler(number: int) -> int:
-    """The address of the handler of a signal; 0 is the system's default handler."""
+    """The address of the handler of the signal with this number. 0 is the system's default handler."""
     action = ctypes.create_string_buffer(SIZE)
     ctypes.CDLL(None).sigaction(number, None, action)
     return ctypes.c_void_p.from_buffer(action).value or 0
 
 
 def library(address: int) -> str:
-    """The file name of the library that contains an address, or "" if there is none."""
+    """The file name of the library that contains an address, or "" if no library contains it."""
     symbol = _Symbol()
     found = ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(symbol))
     return os.path.basename(symbol.library.decode()) if found and symbol.library else ""

@@ -1,4 +1,5 @@
-"""Sliding windows over rankings, bottom to top, all queries in parallel. Knows only positions: no text and no model."""
+"""Sliding windows over rankings, bottom to top, all queries in parallel. This module deals with positions, not with
+texts or models."""
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -14,20 +15,26 @@ class Span(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A window to order."""
+    """The passages of one query that are ordered together."""
 
-    query: int  # the index of its query
-    passages: list[int]  # the indices of its passages in the query's list
+    query: int  # the index of the query
+    passages: list[int]  # the indices of the window's passages in the list of the query
     top: int  # how many ranks of the window's new order are needed
 
 
 def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> list[Span]:
     """The windows of one pass over a list of n positions, from bottom to top.
 
-    The last window, at the top, is shorter than `size` if the strides do not end exactly at the top of the list.
+    Args:
+        n: the number of passages in the list.
+        size: number of passages per window. The last window, at the top, is shorter if the strides do not end exactly
+            at the top of the list.
+        stride: number of passages by which the window moves up the list.
+        k: how many ranks of the final order are needed; None is all ranks. If k is given, two kinds of ranks of a
+            window's new order are needed: the ranks that the next window reads, which are all except the last `stride`
+            ranks, and the ranks that are among the final k.
 
-    k: how many ranks of the final order are needed; None is all. With k, two kinds of ranks of a window's new order are
-    needed: the first length - stride ranks, which the next window reads, and the ranks that are among the final k.
+    Raises ValueError if the stride is not between 1 and `size`, or if k is less than 1.
     """
     if not 1 <= stride <= size:
         raise ValueError(f"window_size={size!r} with stride={stride!r}; wanted 1 <= stride <= window_size")
@@ -53,18 +60,21 @@ def slide(
     passes: int = 1,
     k: int | None = None,
 ) -> list[list[int]]:
-    """Order the lists of all queries by sliding windows.
+    """Order the lists of all queries by sliding windows. Returns for each query the indices of its passages, best
+    first.
 
-    Round r orders the r-th window of each query that has at least r windows. Returns for each query the indices of its
-    passages, best first.
+    Round r orders the r-th window of each query that has at least r windows.
 
     Args:
         counts: the number of passages of each query.
-        size: passages per window.
-        stride: how many positions the window moves up between two windows.
-        order_windows: returns for each window of a round a permutation of its positions, best first.
-        passes: how many times the windows slide over each list.
-        k: how many ranks of the final order are needed; None is all. Only the last pass uses k.
+        size: number of passages per window.
+        stride: number of passages by which the window moves up the list.
+        order_windows: a function that is called once per round. It takes the list of windows of this round, and returns
+            for each window a permutation of the positions in the window (from 0), best first.
+        passes: number of times that the windows slide over each list.
+        k: how many ranks of the final order are needed; None is all ranks. Only the last pass uses k.
+
+    Raises ValueError if `passes` is less than 1, and the same errors as `sliding_windows`.
     """
     if passes < 1:
         raise ValueError(f"passes={passes!r}; wanted a positive number")

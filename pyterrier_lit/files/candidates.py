@@ -1,8 +1,8 @@
-"""Reads candidates from files, one query at a time: a re-ranking file, or a run with topics and documents. Knows no
-model.
+"""Reads candidates from files, one query at a time: a re-ranking file, or a run with topics and documents. This module
+does not deal with models.
 
-Memory holds one query with its passages, and the qids of the queries read before. Only a file that is a single JSON
-array is read into memory as a whole.
+Only one query with its passages is in memory at a time, together with the qids of the previous queries. An exception is
+a file with a single JSON array, which is read into memory as a whole.
 """
 
 import json
@@ -27,20 +27,21 @@ class Candidates(NamedTuple):
     texts: list[str]
 
 
-Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> the text of each known id
+Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> dict from id to text, for the known ids
 LISTS = {"candidates", "hits", "ctxs"}  # fields with a query's passages, in the formats of rank_llm, PE-Rank and LiT5
 TEXTS = ("text", "segment", "contents", "content", "body", "passage")  # fields with the text of a document in rank_llm
 ID = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query in a file of JSON lines or one JSON array, in the order of the file.
+    """The first `depth` candidates of each query in a file of JSON lines or with one JSON array. Yields the queries in
+    the order of the file. If `depth` is None, all candidates are read.
 
     In TIRA's format (rerank.jsonl), each line is an object with qid, query, docno and text, and optionally rank and
     score. Other fields, such as original_document, are ignored. qid and docno may be numbers. The lines of a query must
-    be consecutive. If all candidates of a query have a rank (from 0 or from 1), they are ordered by rank, and
-    candidates of equal rank by descending score. If some have no rank, all are ordered by descending score. If some
-    have no score either, they keep the order of the file.
+    be consecutive. If all candidates of a query have a rank (from 0 or from 1), the candidates are ordered by rank, and
+    candidates of equal rank by descending score. If a candidate has no rank and all candidates have a score, the
+    candidates are ordered by descending score. Otherwise the candidates keep the order of the file.
 
     In the formats of the papers' authors, an object is a query with the list of its passages, best first:
 
@@ -49,11 +50,11 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
     - PE-Rank: {query, hits: [{qid, docid, content}]};
     - LiT5: {id, question, ctxs: [{docid, text}]}; a title is put before the text.
 
-    A query without passages is left out.
+    In these formats, a query without passages is left out.
 
-    Raises OSError if the file cannot be read. Raises ValueError, whose message has the line, if a field is missing, if
-    a (qid, docno) is repeated, if the lines of a query are not consecutive, or if the file is empty or a pipe. Also
-    raises the errors of `numbered_lines`.
+    Raises OSError if the file cannot be read. Raises ValueError if a field is missing, if a qid has two queries, if a
+    query has a docno twice, if the lines of a query are not consecutive, or if the file is empty or a pipe. The message
+    names the file and, for a fault in one line, the line. Also raises the errors of `numbered_lines`.
     """
     for rows in _queries(path, _rerank_rows(path)):
         differing = next((row for row in rows if row.query != rows[0].query), None)
@@ -67,7 +68,13 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
 
 def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query in a TREC run[.gz], in the order of the file.
+    """The first `depth` candidates of each query in a TREC run[.gz]. Yields the queries in the order of the file.
+
+    Args:
+        path: the file of the run.
+        topics: a function that returns the queries of given qids, such as the result of `topics`.
+        documents: a function that returns the texts of given docnos, such as the result of `documents`.
+        depth: maximum number of candidates per query; None is all.
 
     The candidates of a query are ordered by rank, and candidates of equal rank by descending score. Raises the same
     errors as `read_rerank_file`, and ValueError if a qid is not in `topics` or a docno is not in `documents`.
@@ -84,7 +91,7 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
 
 def topics(source: str) -> Lookup:
-    """A function that returns the queries of given qids.
+    """Returns a function: iterable of qids -> dict from qid to query, for the known qids.
 
     source: a .jsonl[.gz] file with lines {qid, query}, any other file with lines `qid tab query`, or irds:ID for a data
     set of ir_datasets.
@@ -95,7 +102,7 @@ def topics(source: str) -> Lookup:
 
 
 def documents(source: str) -> Lookup:
-    """A function that returns the texts of given docnos.
+    """Returns a function: iterable of docnos -> dict from docno to text, for the known docnos.
 
     source: a .jsonl[.gz] file with lines {docno, text}, any other file with lines `docno tab text`, or irds:ID for a
     data set of ir_datasets.
@@ -107,9 +114,16 @@ def documents(source: str) -> Lookup:
 
 
 class OnDisk:
-    """Texts by id in a temporary database, which is deleted when the process ends.
+    """Texts by id in a temporary database, which is deleted when the process ends. Calling the object with ids returns
+    a dict from id to text, for the known ids.
 
     The texts are stored as UTF-8. A lone surrogate becomes U+FFFD, as in `frames.rerank`.
+
+    Args:
+        source: the name of the texts' source, for error messages.
+        texts: (id, text) tuples.
+
+    Raises ValueError if an id is repeated, and OSError if the database cannot be written.
     """
 
     def __init__(self, source: str, texts: Iterable[tuple[str, str]]):
@@ -129,9 +143,9 @@ class OnDisk:
 
 
 class Row(NamedTuple):
-    """A line of a file with candidates. `query` and `text` are empty if they are in other files."""
+    """A candidate in a file. `query` and `text` are empty if they are in other files."""
 
-    where: str  # the file and the line, for messages
+    where: str  # the name of the file and the number of the line, for error messages
     qid: str
     docno: str
     rank: float | None
@@ -141,10 +155,11 @@ class Row(NamedTuple):
 
 
 def best_first(path: Path, rows: Iterable[Row], depth: int | None = None) -> Iterator[list[Row]]:
-    """For each query of a file, its first `depth` rows, best first. They are ordered as in `read_rerank_file`.
+    """For each query of a file, the list of its first `depth` rows, best first. The rows are ordered as in
+    `read_rerank_file`.
 
-    Raises ValueError if the file is empty or a pipe, if the rows of a query are not consecutive, or if a query has a
-    docno twice.
+    path: the file, for error messages. rows: the rows of the file. Raises ValueError if the file is empty or a pipe, if
+    the rows of a query are not consecutive, or if a query has a docno twice.
     """
     return (_best_first(group)[:depth] for group in _queries(path, rows))
 
@@ -187,7 +202,7 @@ def _rerank_rows(path: Path) -> Iterator[Row]:
 
 
 def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
-    """The rows of a query whose passages are all in one record, in the list that has the given name."""
+    """The rows of a query whose passages are all in one record, in the list with the given name."""
     passages = record[name]
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
         raise ValueError(f"{where} has no list of passages under {name}; wanted an object for each")
@@ -208,7 +223,8 @@ def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
 
 
 def _composed(passage: dict[str, Any], name: str, where: str) -> str:
-    """The text of a passage, together with its title as in the code of the format's authors."""
+    """The text of a passage. If the passage has a title, the title is added to the text as in the code of the format's
+    authors."""
     doc = passage.get("doc", passage) if name == "candidates" else passage
     if not isinstance(doc, dict):
         return _text(passage, "doc", where)
@@ -232,7 +248,8 @@ def _rerank_row(where: str, record: dict[str, Any]) -> Row:
 
 
 def run_rows(path: Path) -> Iterator[Row]:
-    """The lines of a TREC run[.gz]. Raises ValueError, whose message has the line, if a line is malformed."""
+    """The lines of a TREC run[.gz]. Raises ValueError if a line is malformed; the message names the file and the
+    line."""
     for where, line in numbered_lines(path):
         columns = line.split()
         if len(columns) != 6:
@@ -263,8 +280,8 @@ def _texts(path: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, object) for each object in a file of JSON lines or one JSON array. The place is the file with the
-    number of the line or item, for error messages."""
+    """Yields (place, object) for each object in a file of JSON lines or with one JSON array. The place, for error
+    messages, is a text with the name of the file and the number of the line or array item."""
     lines = numbered_lines(path)
     first = next(lines, None)
     if first is None:
@@ -288,7 +305,10 @@ def _json(where: str, text: str) -> Any:
 
 
 def key(record: dict[str, Any], name: str, where: str) -> str:
-    """The id in a field, as text. Raises ValueError unless it is a string or a whole number."""
+    """The id in the field `name` of a record, as text. Raises ValueError if it is not a string or a whole number.
+
+    where: the place of the record, for the error message.
+    """
     value = record.get(name)
     if value is None or isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"{where} {_given(record, name)}; wanted a string or a whole number")
@@ -296,7 +316,7 @@ def key(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def _id(value: str, name: str, where: str) -> str:
-    """The qid or docno, if a run file can contain it. Raises ValueError otherwise."""
+    """The given qid or docno. Raises ValueError if a run file cannot contain it."""
     if not ID.fullmatch(value):
         raise ValueError(
             f"{where} has {name} {value!r}; it may not be empty or contain white space, control characters or a"
@@ -318,8 +338,11 @@ def _whole(text: str) -> str:
 
 
 def number(record: dict[str, Any], name: str, where: str) -> float | None:
-    """The number in a field, or None if the field is absent or null. Raises ValueError for anything but a finite
-    number."""
+    """The number in the field `name` of a record, or None if the field is absent or null. Raises ValueError if the
+    field has anything else than a finite number.
+
+    where: the place of the record, for the error message.
+    """
     if record.get(name) is None:
         return None
     try:

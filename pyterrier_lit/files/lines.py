@@ -1,5 +1,5 @@
-"""Lines of text files in any common form: gzipped or not, with or without a byte order mark, UTF-8 or UTF-16. Knows no
-fields."""
+"""Lines of text files in any common form: gzipped or not, with or without a byte order mark, UTF-8 or UTF-16. This
+module does not deal with the fields in a line."""
 
 import gzip
 import io
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 GZIP = b"\x1f\x8b"
-OTHERS = {  # first bytes of a file -> its format, which is not text and is not unpacked here
+OTHERS = {  # first bytes of a file -> its format, if this format is neither text nor gzip and is therefore not read
     b"PK\x03\x04": "a zip archive",
     b"BZh": "packed by bzip2",
     b"\xfd7zXZ": "packed by xz",
@@ -26,15 +26,15 @@ UNDECODED = re.compile("[\udc80-\udcff]")  # what Python's "surrogateescape" mak
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yields (place, line) for each line of a text file that is not blank. The place is the file with the number of the
-    line, for error messages.
+    """Yields (place, line) for each line of a text file, except blank lines. The place, for error messages, is a text
+    with the name of the file and the number of the line.
 
-    The format is detected from the content, not from the name of the file. gzip, also with several members, is detected
-    from the first two bytes. UTF-16 and UTF-32 are detected from their byte order mark or from NUL bytes; other files
-    are UTF-8. A byte order mark before a line is removed.
+    The form of the file is detected from its content, not from its name. A gzipped file, which may have several
+    members, is detected from its first two bytes. UTF-16 and UTF-32 are detected from their byte order mark or from NUL
+    bytes; other files are UTF-8. A byte order mark at the start of a line is removed.
 
-    Raises OSError if the file cannot be read. Raises ValueError, whose message has the file and the line, if the file
-    is truncated or damaged, has another encoding or format, or changes while it is read.
+    Raises OSError if the file cannot be read. Raises ValueError if the file is truncated or damaged, has another
+    encoding or format, or changes while it is read; the message names the file and, for a fault in one line, the line.
     """
     number = 0
     try:
@@ -46,7 +46,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
                 if number == 1 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
                     raise ValueError(f"{path} ends its lines with carriage returns alone; save it with line feeds")
                 if line.strip():
-                    # A file that was concatenated from others can have byte order marks inside
+                    # A file that was concatenated from other files can contain byte order marks inside
                     yield f"{path}, line {number}", line.lstrip("\ufeff")
             if _state(file) != before:
                 raise ValueError(f"{path} changed while it was read; run again when it is complete")
@@ -55,7 +55,8 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _damaged(path: Path, number: int, found: str) -> ValueError:
-    """The error for a file that is intact only up to the given line."""
+    """The error for a file that cannot be read beyond the line with the given number. found: a description of the
+    fault."""
     return ValueError(
         f"{path} cannot be read beyond line {number}: it is cut short or damaged; fetch it again ({found})"
     )
@@ -72,7 +73,7 @@ def _not_utf8(path: Path, number: int, line: str, at: int, gzipped: bool) -> Val
 
 
 def _text(path: Path, opened: io.BufferedReader) -> io.TextIOWrapper:
-    """The text of an opened file, unpacked if it is gzipped once or several times."""
+    """The text of an opened file, decompressed if it is gzipped once or several times."""
     while opened.peek(2).startswith(GZIP):
         opened = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=opened, mode="rb")))
     start = opened.peek(32)
@@ -84,6 +85,7 @@ def _text(path: Path, opened: io.BufferedReader) -> io.TextIOWrapper:
 
 
 def _state(file: BinaryIO) -> tuple[int, int] | None:
-    """A value that changes when the file is written to. None for anything but a regular file, such as a pipe."""
+    """A value that changes when the file is written to. It is None if the file is not a regular file but, for example,
+    a pipe."""
     found = os.fstat(file.fileno())
     return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

@@ -1,4 +1,4 @@
-"""A lock that allows one writer per output. Knows no runs."""
+"""A lock that allows one writer per output. This module does not deal with runs."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ from typing import IO
 
 @contextlib.contextmanager
 def only_writer(output: Path) -> Iterator[None]:
-    """A context manager that holds the lock of an output file: the file `.{name}.lock` in the same folder.
+    """A context manager that holds the lock of an output file. The lock is the file `.{name}.lock` in the same folder.
 
     The folder is created if necessary. The operating system releases the lock when the process ends, even by a crash.
-    If the file system has no locks, a warning says so. Raises BlockingIOError if another process or thread holds the
-    lock, and OSError if the folder cannot be written to.
+    If the file system does not support locks, a warning appears and nothing is locked. Raises BlockingIOError if
+    another process or thread holds the lock, and OSError if the folder cannot be written to.
     """
     path = output.with_name(f".{output.name}.lock")
     try:
@@ -43,7 +43,7 @@ def _opened(path: Path) -> IO[str]:
 def _locked(file: IO[str], output: Path) -> bool:
     """Lock an opened file, and write into it which process holds the lock.
 
-    Returns whether the locked file still exists under its name: the previous writer may have removed it. Raises
+    Returns whether the locked file still exists under its name, since the previous writer may have removed it. Raises
     BlockingIOError if another process or thread holds the lock.
     """
     try:

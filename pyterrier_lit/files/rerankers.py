@@ -10,7 +10,8 @@ from pathlib import Path
 from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.reranker import Reranker
 
-# Query-passage pairs that take a few seconds to rerank. On a CPU, this is one query with 100 passages
+# Type of device -> number of query-passage pairs that take a few seconds to rerank. 100 pairs are one query with 100
+# passages
 CHUNKS = {"cpu": 100, "cuda": 1_000}
 READ = ("*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.safetensors", "*.bin")  # the files of a checkpoint
 BLOB = r"[0-9a-f]{40}|[0-9a-f]{64}"  # the name of a file in the hub's cache is a hash of its content
@@ -21,8 +22,10 @@ class _Loads(Exception):
 
 
 def check_values(reranker: Reranker) -> None:
-    """Raise ValueError if an argument of the reranker is invalid, as far as this can be checked without loading the
-    model."""
+    """Raise ValueError if an argument of the reranker is invalid.
+
+    Only errors that can be detected without loading the model are raised.
+    """
     device = choose_device(reranker.device)
     choose_dtype(reranker.dtype, device)
     given = vars(reranker)
@@ -39,11 +42,12 @@ def check_values(reranker: Reranker) -> None:
 
 
 def fingerprint(reranker: Reranker) -> str:
-    """A text that identifies what the scores depend on besides the reranker's arguments: the device, the dtype, and the
-    content of the checkpoint's files.
+    """A text that identifies the device, the dtype and the content of the checkpoint's files.
 
-    A file in the hub's cache need not be read, since its name is a hash of its content. Other files are read, at about
-    1 GB per second.
+    The device, the dtype, these files and the reranker's arguments determine the scores.
+
+    A file in the hub's cache is not read, since its name is a hash of its content. Other files are read, at about 1 GB
+    per second.
     """
     device = choose_device(reranker.device)
     folder = reranker.folder().path
@@ -53,7 +57,8 @@ def fingerprint(reranker: Reranker) -> str:
 
 
 def chunk_for(reranker: Reranker) -> int:
-    """How many query-passage pairs to rerank between two writes: a few seconds of work on the reranker's device."""
+    """The number of query-passage pairs to rerank between two writes of a run. Reranking this number of pairs takes a
+    few seconds on the reranker's device."""
     return CHUNKS.get(choose_device(reranker.device).type, CHUNKS["cpu"])
 
 

@@ -1,4 +1,5 @@
-"""Candidates -> a TREC run, written in chunks of queries as they are finished. Knows no model."""
+"""Candidates -> a TREC run, written in chunks of queries as they are finished. This module does not deal with
+models."""
 
 import contextlib
 import gzip
@@ -22,9 +23,9 @@ from pyterrier_lit.batching import counted_tokens
 from pyterrier_lit.files.candidates import Candidates
 from pyterrier_lit.files.locks import only_writer
 
-CHUNK = 100  # query-passage pairs reranked between two writes: one query with 100 passages
-PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # the end of a part's name, after the name of the output
-HASHED = (  # what differs if the first, second or third hash in the name of a part differs
+CHUNK = 100  # number of query-passage pairs reranked between two writes; they are one query with 100 passages
+PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # the name of a part is the name of the output and then this
+HASHED = (  # for each of the three hashes in the name of a part: what differs if this hash differs
     "another reranker, model, option, chunk or system",
     "other weights or another device",
     "another input, order or depth",
@@ -36,8 +37,8 @@ class Summary(NamedTuple):
 
     queries: int  # queries reranked in this call
     pairs: int  # query-passage pairs reranked in this call
-    found: int  # queries whose ranking was in the resumed run already
-    seconds: float
+    found: int  # queries whose ranking was already in the resumed run
+    seconds: float  # for reranking and writing, including the loading of the model
     real_tokens: int  # tokens in all batches, without padding
     padded_tokens: int  # tokens in all batches, with padding
 
@@ -61,29 +62,30 @@ def write_run(
     resume: bool = False,
     weights: Callable[[], str] | None = None,
 ) -> Summary:
-    """Rerank every query of an input and write a TREC run.
+    """Rerank every query of an input and write a TREC run. Returns a summary of the call.
 
     The queries of the run are in the order of the input. The passages of a query are ordered by rank, from 1, with
-    strictly decreasing scores (see `falling`). Until the run is complete, its file is a part: its name is
-    {output}.{hashes of arguments, weights and input}.part, and a later call can resume it.
+    strictly decreasing scores (see `falling`). Until the run is complete, it is in another file, called a part, which a
+    later call can resume. The name of the part is {output}.{hashes of arguments, weights and input}.part.
 
     Args:
         reranker: a transformer that keeps every row.
-        read: a function that yields the queries from the start. It is called twice. The first time, the whole input is
-            checked before any query is reranked.
+        read: a function that yields the queries from the start of the input. The function is called twice. The first
+            time, the whole input is checked before any query is reranked.
         output: the file of the run, gzipped if its name ends in .gz.
-        system: the last column of the run.
-        chunk: how many query-passage pairs (of whole queries) are reranked together and then written. A larger chunk
-            fills the batches better; with a smaller chunk, less is lost in a crash.
+        system: the name in the last column of the run.
+        chunk: number of query-passage pairs (of whole queries) that are reranked together and then written. A larger
+            chunk fills the batches better; with a smaller chunk, less is lost in a crash.
         resume: resume the part of an interrupted call, without repeating the queries in it. Arguments, weights and
             input must be unchanged.
-        weights: a function that returns a text which identifies the reranker's weights, such as `fingerprint`. It is
-            called after the input is checked.
+        weights: a function that returns a text which identifies the reranker's weights, such as `fingerprint`. The
+            function is called after the input is checked.
 
     Raises FileExistsError if the output exists, or if a part exists and `resume` is False. Raises BlockingIOError if
-    another process writes the output. Raises ValueError if a part has other arguments, weights or input, and if the
-    input changes while it is read. Raises OSError if the run cannot be written. Errors of `read` and of the reranker
-    are not caught. If a part is kept, a note on the error names it.
+    another process writes the output. Raises ValueError if `system` or `chunk` is invalid, if a part has other
+    arguments, weights or input, and if the input changes while it is read. Raises OSError if the run cannot be written.
+    Errors of `read` and of the reranker are not caught. If a part is kept after an error, a note on the error names the
+    part.
     """
     check_settings(system, chunk)
     output = Path(os.path.realpath(output)) if output.is_symlink() else output
@@ -108,7 +110,7 @@ def write_run(
 
 
 def check_settings(system: str, chunk: int) -> None:
-    """Raise ValueError if the last column of a run cannot contain the system name, or if the chunk is below 1."""
+    """Raise ValueError if the last column of a run cannot contain the system name, or if the chunk is less than 1."""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", system):
         raise ValueError(f"system={system!r}; a run file allows letters, digits, '.', '_' and '-' in it")
     if chunk < 1:
@@ -127,11 +129,12 @@ def check_new(output: Path, resume: bool) -> None:
 
 
 def falling(scores: Sequence[float]) -> Iterator[float]:
-    """Make the scores of a ranking strictly decreasing as float32. Only tied scores are changed: the second of two
-    equal scores becomes the next smaller float32 number.
+    """Make the scores of a ranking strictly decreasing as float32 numbers. Yields the scores, best first.
 
-    trec_eval reads scores as float32, orders a run by them and breaks ties by docno. Therefore ties would lose the
-    reranker's order of passages with equal scores, which is their incoming order.
+    scores: the scores of the ranking, best first. Only tied scores are changed: the second of two equal scores becomes
+    the next smaller float32 number. trec_eval reads scores as float32, orders a run by these scores, and breaks ties by
+    docno. With ties, trec_eval would therefore lose the reranker's order of passages with equal scores, which is their
+    incoming order.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
     below, lowest, *given = numbers.unbind()
@@ -141,9 +144,9 @@ def falling(scores: Sequence[float]) -> Iterator[float]:
 
 
 class Part:
-    """The file of an unfinished run, new or resumed.
+    """The file of an unfinished run, which is new or resumed.
 
-    It always ends with a complete chunk, unless the process was killed.
+    The file always ends with a complete chunk, unless the process was killed.
     """
 
     def __init__(self, path: Path):
@@ -152,11 +155,11 @@ class Part:
             self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise OSError(f"{path.parent} cannot be written to ({error}); give another output") from error
-        self.end = path.stat().st_size  # how many bytes of the file to keep
+        self.end = path.stat().st_size  # number of bytes at the start of the file that are kept
 
     def skip(self, queries: list[Candidates], system: str) -> bool:
-        """Skip the rankings of the given queries if they come next in the file and are complete. Returns whether they
-        were skipped."""
+        """Skip the rankings of the given queries if they come next in the file and are complete. Returns whether the
+        rankings were skipped."""
         start = self.file.tell()
         if all(_is_ranking(list(islice(self.file, len(query.docnos))), query, system) for query in queries):
             return True
@@ -164,7 +167,8 @@ class Part:
         return False
 
     def append(self, lines: str) -> None:
-        """Write the next rankings. The rest of an unfinished chunk is removed first."""
+        """Write the next rankings, as lines of a run. If an unfinished chunk follows in the file, it is removed
+        first."""
         try:
             self.file.truncate()
             self.file.write(lines.encode())
@@ -175,7 +179,8 @@ class Part:
         self.end = self.file.tell()
 
     def finish(self, output: Path) -> None:
-        """Flush the run to disk and rename it to the output. The file is gzipped if the output ends in .gz."""
+        """Write the run to disk completely and rename it to `output`. The file is gzipped if the name of the output
+        ends in .gz."""
         try:
             self.file.truncate()
             if output.suffix == ".gz":
@@ -217,7 +222,7 @@ class Part:
 
 
 def _parts(output: Path) -> dict[Path, list[str]]:
-    """The parts of an output that are not empty, with the hashes in their names."""
+    """The parts of an output that are not empty: path of the part -> the hashes in its name."""
     found = {
         part: re.fullmatch(re.escape(output.name) + PARTS, part.name) for part in sorted(output.parent.glob("*.part"))
     }
@@ -225,8 +230,10 @@ def _parts(output: Path) -> dict[Path, list[str]]:
 
 
 def _part_of(output: Path, *made_of: bytes) -> Path:
-    """The path of the part whose name has the hashes of `made_of`: arguments, weights and input. Raises ValueError if
-    a part with other hashes exists."""
+    """The path of the part whose name has the hashes of `made_of`: arguments, weights and input.
+
+    Raises ValueError if a part with other hashes exists.
+    """
     hashes = [f"{zlib.crc32(each):08x}" for each in made_of]
     for other, begun in _parts(output).items():
         differing = [what for what, own, its in zip_longest(HASHED, hashes, begun) if own != its]
@@ -236,7 +243,7 @@ def _part_of(output: Path, *made_of: bytes) -> Path:
 
 
 def _read_through(queries: Iterable[Candidates]) -> tuple[list[bytes], int]:
-    """The digest of each query, and the number of query-passage pairs of all queries."""
+    """Read all queries. Returns the digest of each query, and the number of query-passage pairs of all queries."""
     digests, pairs = [], 0
     for query in queries:
         digests.append(_digest(query))
@@ -250,7 +257,8 @@ def _digest(query: Candidates) -> bytes:
 
 
 def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator[Candidates]:
-    """The queries, each checked against its digest from the first reading. Raises ValueError if the input changed."""
+    """Yield the queries, each after a comparison with its digest from the first reading. Raises ValueError if the input
+    has changed."""
     for number, (query, digest) in enumerate(zip_longest(queries, seen), 1):
         if query is None or digest is None or _digest(query) != digest:
             raise ValueError(
@@ -261,7 +269,7 @@ def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator
 
 
 def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidates]]:
-    """Lists of whole queries with at most `pairs` query-passage pairs. A query with more pairs is a list of its
+    """Split the queries into lists with at most `pairs` query-passage pairs. A query with more pairs is a list of its
     own."""
     together: list[Candidates] = []
     n = 0
@@ -288,6 +296,7 @@ def _is_ranking(lines: list[bytes], query: Candidates, system: str) -> bool:
 
 
 def _ranked(reranker: pt.Transformer, queries: list[Candidates], system: str) -> str:
+    """Rerank some queries. Returns the lines of the run for these queries."""
     rows: list[dict[str, Any]] = [
         {"qid": query.qid, "query": query.query, "docno": docno, "text": text, "rank": rank}
         for query in queries

@@ -1,5 +1,5 @@
-"""Reads public teacher data: queries with the passages that a teacher was shown, and the teacher's order. Knows no
-model."""
+"""Reads public teacher data: queries with the passages that a teacher was shown, and the teacher's order. This module
+does not deal with models."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from pyterrier_lit.order import complete
 SHAPES = {"conversations", "extra_texts", "retrieved_passages"}  # each format is identified by one of these fields
 HEAD = re.compile(r"relevance to (?:the )?(?:search )?query: (.*?)\.?[ \t]*\n\s*(?=\[(?:1|A)\] )", re.DOTALL)
 PE_HEAD = re.compile(r"relevance to the search query: (.*?)\.\n(?=Passage 1: )", re.DOTALL)
-SAID = re.compile(r"([0-9]+) passages")  # the number of passages that a prompt states
+SAID = re.compile(r"([0-9]+) passages")  # the statement in a prompt that says how many passages follow
 TAIL = "Search Query: "
 
 
@@ -29,37 +29,38 @@ class Taught(NamedTuple):
     docnos: list[str]
     texts: list[str]
     order: list[int]  # positions in docnos and texts, best first
-    repaired: bool  # whether the order in the file was incomplete or had repetitions
+    repaired: bool  # whether the order in the file was incomplete, had repetitions or had invalid numbers
 
 
 def is_taught(path: Path) -> bool:
-    """Whether a JSON file is teacher data: whether its first record has one of the fields in SHAPES."""
+    """Whether a JSON file is teacher data. This is the case if its first record has one of the fields in SHAPES."""
     _, first = next(objects(path), ("", {}))
     return bool(SHAPES & first.keys())
 
 
 def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
-    """The ranked lists in a file of public teacher data, in the order of the file.
+    """The ranked lists in a file of public teacher data. Yields the lists in the order of the file.
 
-    The format of a record is recognised by one of its fields:
+    path: a file of JSON lines or with one JSON array. The format of a record is recognised by one of its fields:
 
     - conversations (RankZephyr and other data of rank_llm): the last two turns are rank_llm's prompt and the order,
       such as "[2] > [1]", or "[B] > [A]" in FIRST's data;
-    - extra_texts (PE-Rank's train.jsonl): the texts of 2n passages, of which the teacher was shown the first n. The
-      field `ranking` has the numbers of these n passages, best first, and a turn of messages_wo_content contains the
-      query;
+    - extra_texts (PE-Rank's train.jsonl): the texts of n or 2n passages, of which the teacher was shown the first n.
+      The field `ranking` has the numbers of these n passages, best first, and a turn of messages_wo_content contains
+      the query;
     - retrieved_passages (RankGPT and TWOLAR): `orders` is a file with a JSON array of texts such as "[2] > [1]", whose
       i-th text is the order for the i-th record. If `orders` is None, the passages must already be in the teacher's
       order, as in TWOLAR's data.
 
     The qid is the field `id` or `qid`, else the record's number. If a qid was used before, the record's number is
-    appended to it. A passage without docid gets a hash of its text as docno, so that equal texts are one passage. An
-    order with missing, invalid or repeated numbers is completed as in RankGPT: the first mention of each passage
+    appended to the qid. A passage without docid gets a hash of its text as docno, so that equal texts are one passage.
+    An order with missing, invalid or repeated numbers is completed as in RankGPT: the first mention of each passage
     counts, and passages that are not named follow in the order in which they were shown.
 
-    Raises OSError if a file cannot be read. Raises ValueError, whose message has the file and the line, for any other
-    format, for a prompt that contains two different queries or states a wrong number of passages, and for an order that
-    names no passage.
+    Raises OSError if a file cannot be read. Raises ValueError for any other format, for a prompt that contains two
+    different queries or states a wrong number of passages, and for an order that names no passage; the message names
+    the file and the line. Also raises ValueError if the file has no records, or if `orders` does not have one order for
+    each record.
     """
     given = None if orders is None else _orders(orders)
     seen: set[str] = set()
@@ -89,9 +90,10 @@ Passage = tuple[str, str]  # docno, text
 
 
 def _read(where: str, record: dict[str, Any], order: str | None) -> tuple[str, list[Passage], list[int]]:
-    """The query, the passages as the teacher was shown them, and the positions that the teacher named, unchecked.
+    """The query, the passages in the order in which the teacher was shown them, and the positions that the teacher
+    named.
 
-    order: RankGPT's order for this record, or None.
+    The positions may be invalid, repeated or incomplete. order: RankGPT's order for this record, or None.
     """
     if "conversations" in record:
         return _conversation(where, record)
@@ -133,7 +135,7 @@ def _conversation(where: str, record: dict[str, Any]) -> tuple[str, list[Passage
 
 
 def _parted(text: str, names: Any) -> list[str]:
-    """The passages in the text of a prompt. A passage begins where a line starts with the next of `names` in
+    """The texts of the passages in a prompt. A passage begins at a line that starts with the next of `names` in
     brackets."""
     names, passages = iter(names), list[list[str]]()
     following = f"[{next(names)}] "
@@ -177,8 +179,8 @@ def _passage(where: str, passage: Any) -> Passage:
 
 
 def _once(passages: Sequence[Passage], order: Sequence[int]) -> tuple[list[str], list[str], list[int]]:
-    """The docnos, the texts and the order of the passages, without repeated docnos. The first occurrence of a docno
-    counts."""
+    """The docnos, the texts and the order of the passages, without repeated docnos. Of passages with the same docno,
+    only the first one is kept."""
     docnos = list(dict.fromkeys(docno for docno, _ in passages))
     text_of = dict(reversed(passages))
     place = {docno: position for position, docno in enumerate(docnos)}
@@ -197,7 +199,8 @@ def _orders(path: Path) -> list[str]:
 
 
 def _positions(text: str, name: str) -> list[int]:
-    """The positions (from 0) that the text of an order names, unchecked: "[3] > [1]" or "[C] > [A]" -> [2, 0].
+    """The positions (from 0) that the text of an order names: "[3] > [1]" or "[C] > [A]" -> [2, 0]. They may be invalid
+    or repeated.
 
     name: a regular expression that matches an identifier.
     """

@@ -1,6 +1,7 @@
 """TIRA's conventions: what a system finds in its input directory and writes to its output directory.
 
-Source: tira 0.0.207, which checks the output, and tirex-tracker 0.2.24, which measures the hardware. Knows no model.
+Sources: tira 0.0.207, which checks the output, and tirex-tracker 0.2.24, which measures the hardware. This module does
+not deal with models.
 """
 
 import contextlib
@@ -25,12 +26,13 @@ FORMATS = ("run.txt", "ir_metadata", "run-with-metadata")
 def candidates_in(
     folder: Path, first_stage: Path | None = None, depth: int | None = None
 ) -> Callable[[], Iterator[Candidates]]:
-    """A function that reads the candidates in TIRA's input directory, from rerank.jsonl[.gz] or else from a run.
+    """Returns a function that reads the candidates in TIRA's input directory, from rerank.jsonl[.gz] or else from a
+    run.
 
     Args:
         folder: the input directory.
-        first_stage: a directory with the run.txt[.gz] of a first stage. The input directory must then have
-            queries.jsonl[.gz] and documents.jsonl[.gz].
+        first_stage: a directory with the run.txt[.gz] of a first stage. It is used only if the input directory has no
+            rerank.jsonl[.gz]. The input directory must then have queries.jsonl[.gz] and documents.jsonl[.gz].
         depth: maximum number of candidates per query; None is all.
 
     Raises FileNotFoundError if there is neither a rerank.jsonl[.gz] nor a run with its queries and documents.
@@ -67,20 +69,21 @@ def write_submission(
     compress: bool = False,
     **settings: Any,
 ) -> Summary:
-    """Rerank all candidates into run.txt (or run.txt.gz), write ir-metadata.yml, and check both with TIRA's checker.
+    """Rerank all candidates into run.txt (or run.txt.gz), write ir-metadata.yml, and check both files with TIRA's
+    checker. Returns the summary of `write_run`.
 
     Each file gets its name only when it is complete.
 
     Args:
         reranker: the reranker.
-        read: a function that yields the queries with their candidates.
+        read: a function that yields the queries with their candidates, from the start.
         folder: the output directory, which is created if necessary.
         about: the metadata of the run.
         compress: write run.txt.gz instead of run.txt.
-        settings: further arguments of `write_run`.
+        settings: further keyword arguments of `write_run`.
 
-    Raises the same errors as `write_run`, ImportError if the extra `tirex` is not installed, and ValueError with the
-    checker's message if the output is invalid.
+    Raises the same errors as `write_run`. Raises ImportError if the extra `tirex` of this package is not installed, and
+    ValueError with the checker's message if the output is invalid.
     """
     absent = [name for name in ("tira", "tirex_tracker") if importlib.util.find_spec(name) is None]
     if absent:
@@ -101,7 +104,7 @@ def write_submission(
 
 
 def run_in(folder: Path, compress: bool) -> Path:
-    """The path of the run in an output directory."""
+    """The path of the run in an output directory: run.txt.gz if `compress` is True, else run.txt."""
     return folder / ("run.txt.gz" if compress else "run.txt")
 
 
@@ -140,8 +143,8 @@ def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
 
 
 def check(folder: Path) -> None:
-    """Check the run and the metadata in an output directory. Raises ValueError with the message of TIRA's checker if
-    they are invalid."""
+    """Check the run and the metadata in an output directory with TIRA's checker. Raises ValueError with the checker's
+    message if one of them is invalid."""
     from tira.check_format import check_format
 
     for wanted in FORMATS:
@@ -151,11 +154,11 @@ def check(folder: Path) -> None:
 
 
 def _either(folder: Path, name: str) -> Path | None:
-    """The file with the given name in a folder, gzipped or not; None if there is none."""
+    """The path of the file with the given name in a folder, gzipped or not. None if there is no such file."""
     return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)
 
 
 def _merged(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested mappings. If both have a value, that of `own` is taken."""
+    """Merge two nested mappings. If both mappings have a value for a key, the value of `own` is taken."""
     both = {key: _merged(found[key], own[key]) for key in found.keys() & own.keys() if isinstance(own[key], dict)}
     return found | own | both
