@@ -86,8 +86,8 @@ class CrossEncoder(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists with the values of the passages. Returns a dict with one entry, `score`: Q lists
-        with one score per passage. Identical query-passage pairs are scored only once.
+        columns: column name -> Q lists, one per query, each with the value of every passage. Returns a dict with one
+        entry, `score`: Q lists with one score per passage. Identical query-passage pairs are scored only once.
         """
         self.option("special_tokens", SPECIAL_TOKENS)  # raises ValueError before the checkpoint is loaded
         checkpoint: PairCheckpoint = self.load()

@@ -54,8 +54,8 @@ class ListwiseReranker(Reranker):
         Args:
             queries: a list of Q texts.
             passages: a list with, for each query, the list of its passages' texts. Alternatively a dict of columns:
-                column name -> Q lists with the values of the passages. The dict must have the column `docno` and the
-                input columns of the reranker.
+                column name -> Q lists, one per query, each with the value of every passage. The dict must have the
+                column `docno` and the input columns of the reranker.
 
         Raises TypeError if a passage is not a string, and ValueError if the model returns NaN or an infinity.
         """
@@ -68,8 +68,9 @@ class ListwiseReranker(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists with the values of the passages. Returns a dict with one entry, `score`: Q lists
-        with one score per passage. Of n passages, the best has the score n and the last has the score 1.
+        columns: column name -> Q lists, one per query, each with the value of every passage. Returns a dict with one
+        entry, `score`: Q lists with one score per passage. Of n passages, the best has the score n and the last has the
+        score 1.
         """
         return {"score": [scores(order) for order in self.order_columns(queries, columns)]}
 
@@ -156,8 +157,8 @@ class ListwiseReranker(Reranker):
 
 
 def of_windows(values: Sequence[Sequence[Any]], windows: Sequence[Window]) -> list[list[Any]]:
-    """For each window, the list of its passages' values.
+    """Return a list for each window: the value of each of its passages.
 
-    values: for each query, the list of its passages' values, such as their texts or docnos.
+    values: one list per query, with a value of each passage, such as its text or docno.
     """
     return [[values[window.query][number] for number in window.passages] for window in windows]

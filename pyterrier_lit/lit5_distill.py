@@ -46,8 +46,8 @@ class LiT5Distill(ListwiseReranker):
             None is 150, which the papers used for MS MARCO. For BEIR, the papers used 512. A long query leaves less
             room for the passage. If no room is left, a warning appears.
         top_k: number of ranks to decode; None decodes all ranks. The first `top_k` passages are the same as without
-            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff also sets
-            `top_k`: `((first_stage >> LiT5Distill()) % 10).compile()` sets `top_k` to 10.
+            `top_k`. The other passages follow in the order in which the windows left them. Compiling a rank cutoff also
+            sets `top_k`: `((first_stage >> LiT5Distill()) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding without constraints,
             followed by the original code's clean-up: repeated identifiers are dropped, and passages whose identifier is
@@ -89,8 +89,8 @@ class LiT5Distill(ListwiseReranker):
         """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
         best first.
 
-        columns: column name -> Q lists with the values of the passages; only `docno` and the column with the texts are
-        used.
+        columns: column name -> Q lists, one per query, each with the value of every passage; only `docno` and the
+        column with the texts are used.
         """
         decode = self.option("decoding", DECODINGS)
         checkpoint: T5Checkpoint = self.load()

@@ -99,9 +99,9 @@ class LiT5Score(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists with the values of the passages. Returns a dict. Its entry `score` has Q lists
-        with one score per passage. If the argument `answer_field` is not None, the entry with this name has the
-        generated answers to the Q queries.
+        columns: column name -> Q lists, one per query, each with the value of every passage. Returns a dict. Its entry
+        `score` has Q lists with one score per passage. If the argument `answer_field` is not None, the entry with this
+        name has the generated answers to the Q queries.
         """
         if not isinstance(self.n_passages, int) or self.n_passages < 1:
             raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")

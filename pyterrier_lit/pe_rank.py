@@ -36,8 +36,8 @@ class PERank(ListwiseReranker):
         stride: number of passages by which the window moves up the list.
         passes: number of times that the windows slide over each list.
         top_k: number of ranks to decode; None decodes all ranks. The first `top_k` passages are the same as without
-            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff also sets
-            `top_k`: `((first_stage >> PERank()) % 10).compile()` sets `top_k` to 10.
+            `top_k`. The other passages follow in the order in which the windows left them. Compiling a rank cutoff also
+            sets `top_k`: `((first_stage >> PERank()) % 10).compile()` sets `top_k` to 10.
         vectors: a pyterrier_dr.FlexIndex with the vectors of the passages. The vectors are looked up by `docno`; a
             column `docid` is ignored. If the frame has a column `doc_vec`, the vectors in this column are used instead.
             If there is neither an index nor a column `doc_vec`, the texts of the passages are encoded.
@@ -90,8 +90,8 @@ class PERank(ListwiseReranker):
         """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
         best first.
 
-        columns: column name -> Q lists with the values of the passages. The columns are `docno` and one of the sets
-        that `column_sets` returns.
+        columns: column name -> Q lists, one per query, each with the value of every passage. The columns are `docno`
+        and one of the sets that `column_sets` returns.
         """
         decode, shows_text = self.option("decoding", DECODINGS), self.option("mode", MODES)
         checkpoint: PERankCheckpoint = self.load()

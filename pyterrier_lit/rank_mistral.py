@@ -34,8 +34,8 @@ class RankMistral(ListwiseReranker):
         stride: number of passages by which the window moves up the list.
         passes: number of times that the windows slide over each list.
         top_k: number of ranks to decode; None decodes all ranks. The first `top_k` passages are the same as without
-            `top_k`. The other passages follow; their order is decoded only in part. Compiling a rank cutoff also sets
-            `top_k`: `((first_stage >> RankMistral(...)) % 10).compile()` sets `top_k` to 10.
+            `top_k`. The other passages follow in the order in which the windows left them. Compiling a rank cutoff also
+            sets `top_k`: `((first_stage >> RankMistral(...)) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding of at most 256 tokens
             without constraints, followed by the original code's clean-up: repeated identifiers are dropped, and
@@ -73,8 +73,8 @@ class RankMistral(ListwiseReranker):
         """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
         best first.
 
-        columns: column name -> Q lists with the values of the passages; only `docno` and the column with the texts are
-        used.
+        columns: column name -> Q lists, one per query, each with the value of every passage; only `docno` and the
+        column with the texts are used.
         """
         decode = self.option("decoding", DECODINGS)
         checkpoint: TextCheckpoint = self.load()

@@ -88,8 +88,8 @@ class Reranker(pt.Transformer):
         Args:
             queries: a list of Q texts.
             passages: a list with, for each query, the list of its passages' texts. Alternatively a dict of columns:
-                column name -> Q lists with the values of the passages. The dict must have the column `docno` and the
-                input columns of the reranker.
+                column name -> Q lists, one per query, each with the value of every passage. The dict must have the
+                column `docno` and the input columns of the reranker.
 
         Raises TypeError if `queries` or the passages of a query are a string instead of a list, or if a query or
         passage is not a string. Raises ValueError if the model returns NaN or an infinity.
@@ -129,8 +129,9 @@ class Reranker(pt.Transformer):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists with the values of the passages. Returns a dict. Its entry `score` has Q lists
-        with one score per passage. For each name in `query_columns`, it also has an entry with Q values.
+        columns: column name -> Q lists, one per query, each with the value of every passage. Returns a dict. Its entry
+        `score` has Q lists with one score per passage. For each name in `query_columns`, it also has an entry with Q
+        values.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
@@ -155,7 +156,8 @@ class Reranker(pt.Transformer):
         return []
 
     def columns(self, passages: Passages) -> Columns:
-        """The passages of Q queries as a dict of columns: column name -> Q lists with the values of the passages.
+        """The passages of Q queries as a dict of columns: column name -> Q lists, one per query, each with the value of
+        every passage.
 
         passages: as in `score`. A dict is returned unchanged. If lists of texts are given, the column `docno` contains
         the positions of the passages in their list, as strings. Raises TypeError if the passages of a query are a

@@ -115,7 +115,7 @@ class Distributed(pt.Transformer):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries on the workers. Returns the same dict as the reranker's method `results`.
 
-        columns: column name -> Q lists with the values of the passages.
+        columns: column name -> Q lists, one per query, each with the value of every passage.
         """
         shards = shards_of(costs(queries, columns), self.num_workers)
         calls = [
