@@ -4,8 +4,8 @@ A projector maps the vectors into the space of the model's input embeddings. The
 placeholders in the prompt. The projected vectors of a prompt are also its vocabulary: the logit of a vector is the dot
 product of the projected vector with the last hidden state. This module does not deal with texts or queries. Shapes: B
 is the number of prompts, L their length in tokens, C the number of tokens in the KV cache, N the largest number of
-vectors in one prompt, m the number of vectors per prompt that one forward pass reads, and H the width of the model. Source: PE-Rank (arXiv 2406.14848),
-section 3.
+vectors in one prompt, m the number of vectors per prompt that one forward pass reads, and H the width of the model.
+Source: PE-Rank (arXiv 2406.14848), section 3.
 """
 
 import functools
