@@ -18,7 +18,7 @@ Choices = tuple[list[list[int]], list[float]]
 
 
 class Reader(Protocol):
-    """A model that continues B prompts with tokens. R different tokens may be generated; they are numbered from 0."""
+    """A model that generates tokens after each of B prompts. It may generate R different tokens, numbered from 0."""
 
     @property
     def device(self) -> torch.device:
@@ -264,10 +264,10 @@ class Speller:
         return torch.tensor([row[:length] for row in drafts], device="cpu")
 
 
-def not_finite(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def not_finite(values: torch.Tensor, checked: torch.Tensor) -> torch.Tensor:
     """Whether the values of each row are finite, as a float32 tensor (B,): 0 if all checked values of the row are
     finite, else nan or an infinity.
 
-    values: a tensor (B, N). counts: a mask (B, N) of the values to check.
+    values: a tensor (B, N). checked: a boolean mask (B, N), true for the values to check.
     """
-    return values.float().masked_fill(values.isfinite() | ~counts, 0.0).sum(1)
+    return values.float().masked_fill(values.isfinite() | ~checked, 0.0).sum(1)

@@ -445,10 +445,11 @@ class Held:
 
     Args:
         checkpoint: the checkpoint, or None before it is read.
-        source: the values of the reranker's arguments in `loads_from` with which the checkpoint was read.
+        source: the values that the arguments in `Reranker.loads_from`, such as `model` and `dtype`, had when the
+            checkpoint was read or passed to `hold`.
         given: whether the weights exist in memory only, because the checkpoint was passed to `hold` or changed.
-        changed: how the weights were changed in memory and a unique name, such as "trained in memory: 51c7acb7". It is
-            "" if the weights are unchanged.
+        changed: what was done to the weights in memory, followed by a unique id, such as "trained in memory: 51c7acb7".
+            It is "" if the weights are unchanged.
         saved: the folder or hub repository in which the checkpoint was saved last. It is "" if the checkpoint was not
             saved.
         trainings: facts about each training run, for the model card.

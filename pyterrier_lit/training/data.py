@@ -93,15 +93,15 @@ def check_ranked(ranked: int, n: int) -> None:
 
 
 def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
-    """Return the qrels of the queries in a result frame, in the form that ir_measures takes: a frame with query_id,
-    doc_id and relevance.
+    """Return the validation qrels of the queries in a result frame, in the form that ir_measures takes: a frame with
+    query_id, doc_id and relevance.
 
     Args:
         frame: the result frame.
         qrels: a frame with qid, docno and label.
 
-    Raises ValueError if a label is not a whole number. Also raises ValueError if none of the passages in the frame is
-    judged relevant, since `nDCG@10` would always be 0.
+    Raises ValueError if a label is not a whole number. Also raises ValueError if no passage in the frame is judged
+    relevant, because the `nDCG@10` of the validation would then always be 0.
     """
     with_labels(frame, qrels, "validation passages")
     labels = numbers(qrels, "label").to_numpy()
@@ -414,7 +414,8 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
     Returns a frame with qid, query, docno, text, rank (the rank that the teacher gave the passage, from 0) and shown
     (the position of the passage in the teacher's input, from 0). If the teacher's order of a list does not name each
-    passage exactly once, the order is completed. A warning states the number of completed orders.
+    passage exactly once, the order is repaired: the first mention of each passage counts, and passages that are not
+    named follow in the order of the teacher's input. A warning states how many orders were repaired.
 
     `files.teachers.read_taught` documents the formats and the errors.
     """

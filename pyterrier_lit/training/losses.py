@@ -37,7 +37,7 @@ def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = N
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
     Source: FIRST, arXiv 2406.15657, section 3.2. The formula in the paper is a sum. The paper's code takes the mean
-    over the pairs of passages of each list.
+    over the pairs of passages of each list; this function takes the mean over those of the whole batch.
     """
     inside = _inside(scores, mask)
     rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)
@@ -48,8 +48,7 @@ def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = N
 def margin_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
     """Margin-MSE: the mean of ((s_i - s_j) - (t_i - t_j))^2 over all pairs of passages in the batch with t_i > t_j.
 
-    Source: Hofstätter et al., arXiv 2010.02666. As in lightning-ir, the mean is over all pairs of passages of each
-    query.
+    Source: Hofstätter et al., arXiv 2010.02666, with all pairs of passages of each query, as in lightning-ir.
     """
     differences = _differences(_filled(scores, mask)) - _differences(_filled(targets, mask))
     return _mean(differences.square(), _better(targets, mask))
