@@ -287,26 +287,30 @@ def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> s
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """A bar chart of the newest rows of measured.csv: how many times as fast as each peer this package is, by row and
-    number of threads."""
+    """A chart of the seconds per query: one panel for each row, and one bar for each system. The values are the newest
+    with two threads; bars of this package are blue."""
     import matplotlib.pyplot as plt
 
-    prefix = "times as fast as "
-    rows = rows[rows["measure"].str.startswith(prefix)]
-    rows = measured.latest(rows, "machine", "threads")
-    labels = [
-        f"{row.setting.removeprefix('cross-encoder, ').replace(': ours', '')}, threads={row.threads:.0f}"
-        f" | {row.measure.removeprefix(prefix)}"
-        for row in rows.itertuples()
-    ]
-    figure, axes = plt.subplots(figsize=(9, 0.6 + 0.3 * len(rows)))
-    bars = axes.barh(labels, rows["value"], color=["tab:blue" if value >= 1 else "tab:red" for value in rows["value"]])
-    axes.bar_label(bars, fmt="%.2f x", padding=3, fontsize=10)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.tick_params(labelsize=10)
-    axes.set_xlabel("times as fast as the peer on the right of the label (1: equally fast)")
-    axes.margins(x=0.12, y=0.01)
+    rows = measured.latest(rows[(rows["measure"] == "seconds a query") & (rows["threads"] == 2)])
+    parts = rows["setting"].str.partition(": ")
+    rows = rows.assign(row=parts[0], system=parts[2].replace({"library's T5": "T5 of transformers"}))
+    panels = sorted(rows.groupby("row"), key=lambda panel: list(ROWS).index(panel[0].rpartition(", ")[0]))
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8.5, 0.75 * len(panels) + 0.33 * len(rows)), layout="constrained",
+        height_ratios=[1.5 + len(systems) for _, systems in panels],
+    )  # fmt: skip
+    for place, (name, systems) in zip(axes, panels, strict=True):
+        colours = ["tab:blue" if system.startswith("ours") else "lightgray" for system in systems["system"]]
+        bars = place.barh(systems["system"], systems["value"], color=colours)
+        place.bar_label(bars, fmt="%.2f s", padding=3, fontsize=11)
+        title = name.replace(", float32", "").replace("cross-encoder", "CrossEncoder").replace("pe-rank", "PE-Rank")
+        title = title.replace("lit5-distill", "LiT5-Distill").replace("lit5-score", "LiT5-Score")
+        place.set_title(f"{title}\n{systems['machine'].iloc[-1]}", loc="left", fontsize=11)
+        place.tick_params(axis="y", labelsize=11)
+        place.invert_yaxis()
+        place.margins(x=0.12)
+        place.xaxis.set_visible(False)
+        place.spines[["top", "right", "bottom"]].set_visible(False)
     return figure
 
 

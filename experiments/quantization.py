@@ -68,7 +68,8 @@ def candidates(collection: str, queries: int) -> tuple[pd.DataFrame, pd.DataFram
 
 
 def compare(exact: CrossEncoder, int8: CrossEncoder, frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
-    """A row for each measure: measure, value and p (a paired t-test of nDCG@10 against float32)."""
+    """A row for each measure: measure, value and p (a paired t-test of nDCG@10 against float32). Queries with a single
+    passage count only for nDCG@10."""
     results, seconds = zip(*(timed(reranker, frame) for reranker in (exact, int8)), strict=True)
     topics = frame[["qid", "query"]].drop_duplicates()
     table = pt.Experiment(
@@ -80,7 +81,7 @@ def compare(exact: CrossEncoder, int8: CrossEncoder, frame: pd.DataFrame, qrels:
         baseline=0,
     )
     both = results[0].merge(results[1], on=["qid", "docno"], suffixes=("", " int8"))
-    queries = [ranking for _, ranking in both.groupby("qid")]
+    queries = [ranking for _, ranking in both.groupby("qid") if len(ranking) > 1]
     values = {f"nDCG@{TOP}, {name}": value for name, value in zip(table["name"], table[f"nDCG@{TOP}"], strict=True)}
     values["share of pairs of passages in another order"] = sum(map(swapped, queries)) / len(queries)
     values[f"passages of the first {TOP} that stay"] = sum(map(stay, queries)) / len(queries)
