@@ -131,19 +131,21 @@ class CrossEncoder(Reranker):
         return torch.tensor(scores, dtype=torch.float32).reshape(-1).numpy()
 
     def quantize(self, frame: pd.DataFrame, n_pairs: int = 64) -> "CrossEncoder":
-        """This reranker in int8, for CPUs with VNNI or AMX. It takes 10 to 60 seconds, and needs `pyterrier-lit[int8]`.
+        """Return this reranker in int8, which is faster on a CPU with VNNI or AMX instructions. Needs the extra `int8`.
 
-        Weights and activations are quantised by NNCF (SmoothQuant, static ranges), and OpenVINO computes the scores.
-        The result can be saved and loaded like any CrossEncoder. It cannot be trained.
+        NNCF quantises the weights and the activations of the network, and OpenVINO computes the scores. Quantisation
+        takes 10 to 60 seconds. The scores and the rankings differ slightly from those in float32. The returned reranker
+        runs only on a CPU. It can be saved and loaded like any CrossEncoder, but it cannot be trained.
 
         Args:
-            frame: candidates with the columns `query` and `text_field`. Their activations calibrate the ranges, so they
-                should be of the collection that will be reranked.
-            n_pairs: the number of query-passage pairs that are read, evenly spaced in `frame`.
+            frame: candidates, one row per query-passage pair, with the columns `query` and `text_field`. The ranges of
+                the activations are measured on these pairs, so take candidates from the collection that you will
+                rerank.
+            n_pairs: number of rows of `frame` to use. They are evenly spaced in `frame`.
 
-        Raises ImportError if OpenVINO or NNCF is not installed, and ValueError for a frame without these columns or
-        without rows, for an encoder other than BERT, CamemBERT, ELECTRA, RoBERTa and XLM-R, and for a reranker that is
-        in int8 already.
+        Raises ImportError if OpenVINO or NNCF is not installed. Raises ValueError if `frame` lacks these columns or has
+        no rows, if the encoder is not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this reranker is in int8
+        already.
         """
         columns = ["query", self.text_field]
         if frame.empty or not set(columns) <= set(frame.columns):

@@ -10,7 +10,9 @@ import threading
 
 import pandas as pd
 import pytest
+import tokenizers
 import torch
+import transformers
 from conftest import GOLDEN, TINY
 
 from pyterrier_lit import CrossEncoder
@@ -119,9 +121,24 @@ def test_a_frame_that_cannot_calibrate(exact, given):
         exact.quantize(given)
 
 
-def test_other_architectures_are_refused(tmp_path):
-    import transformers
+def test_a_roberta_which_has_no_token_types(tmp_path):
+    pieces = tokenizers.ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    pieces.train_from_iterator(frame()["text"].unique(), vocab_size=600, special_tokens=special)
+    pieces.save_model(str(tmp_path))
+    transformers.RobertaTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=600, num_labels=1,
+        max_position_embeddings=130, initializer_range=0.3, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    exact = CrossEncoder(str(tmp_path), device="cpu")
+    int8 = exact.quantize(frame())
+    assert pd.Series(scores(int8)).corr(pd.Series(scores(exact)), method="kendall") > 0.8
 
+
+def test_other_architectures_are_refused(tmp_path):
     config = transformers.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=6_000, num_labels=1)
     transformers.DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):

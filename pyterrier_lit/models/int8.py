@@ -25,7 +25,8 @@ GRAPH, WEIGHTS = "int8.xml", "int8.bin"  # the files of a network in OpenVINO's 
 
 
 class Int8Scorer(nn.Module):
-    """A quantised network that OpenVINO computes on the CPU. It has no parameters of torch and cannot be trained.
+    """The network of a cross-encoder in int8, which OpenVINO computes on the CPU. It has no parameters of torch, so it
+    cannot be trained.
 
     Args:
         graph, weights: the contents of GRAPH and WEIGHTS.
@@ -50,7 +51,7 @@ class Int8Scorer(nn.Module):
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         tensors = (input_ids, attention_mask, token_type_ids)
-        found = self._requests.own.infer([tensor.numpy() for tensor in tensors])
+        found = self._requests.own.infer({name: tensor.numpy() for name, tensor in zip(INPUTS, tensors, strict=True)})
         return torch.from_numpy(found[0].copy())
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -64,10 +65,14 @@ class Int8Scorer(nn.Module):
 
 
 def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> Int8Scorer:
-    """A float32 network on the CPU -> the same network in int8. This takes 10 to 60 seconds.
+    """Return a network of a cross-encoder in int8. This takes 10 to 60 seconds.
 
-    batches: the calibration pairs. Each batch has the tensors INPUTS of shape (B, L). Raises ImportError if OpenVINO or
-    NNCF is not installed, and ValueError if the type of the network is not in READ_FIRST.
+    Args:
+        network: the network, in float32 on the CPU.
+        batches: the calibration pairs in batches. A batch has the tensors INPUTS, (B, L) each.
+
+    Raises ImportError if OpenVINO or NNCF is not installed, and ValueError if the type of the network is not in
+    READ_FIRST or if the network is in int8 already.
     """
     ov, nncf = openvino(), _nncf()
     if not isinstance(network, PooledScorer | LabelScorer):
