@@ -86,8 +86,8 @@ class ListwiseReranker(Reranker):
         """Order the passages of each query by sliding windows. Returns for each query the positions of its passages in
         its list (from 0), best first.
 
-        The r-th windows of all queries are computed together. If the model returns NaN or an infinity, ValueError is
-        raised; its message names the query and the docnos.
+        In round r, the r-th windows of all queries are ordered together. If the model returns NaN or an infinity,
+        ValueError is raised; its message names the query and the docnos.
 
         Args:
             queries: the text of each query.

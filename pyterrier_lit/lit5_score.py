@@ -53,16 +53,16 @@ class LiT5Score(Reranker):
             windows, because scores from different windows would not be comparable. The passages below the first
             `n_passages` keep their incoming order and get the scores -1, -2, ...
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
-            the passage is. None takes the maximum that the checkpoint records. If the checkpoint records no maximum,
-            None is 150, as in the paper. A long query leaves less room for the passage. If no room is left, a warning
-            appears.
+            the passage is. None takes the maximum that the checkpoint records. If the checkpoint records none, the
+            maximum is 150, as in the paper. A long query leaves less room for the passage. If no room is left, a
+            warning appears.
         answer_length: maximum length of the generated answer in tokens, including the start token. None takes the
-            maximum that the checkpoint records. If the checkpoint records no maximum, None is 20, as in the paper.
+            maximum that the checkpoint records. If the checkpoint records none, the maximum is 20, as in the paper.
         aggregation: how the attention mass of a passage's tokens becomes the passage's score. "mean", as in the paper,
             sums the mass over tokens, layers and decoding steps, and divides the sum by 256 times the number of layers.
-            "max" is like "mean", but takes the maximum over the tokens of the passage instead of their sum. "late" is
-            like "mean", but layer l of n layers (l from 1) gets the weight 2l/(n+1). "max" and "late" are not from the
-            paper.
+            (256 is a constant of the authors' code; it does not affect the order.) "max" is like "mean", but takes the
+            maximum over the tokens of the passage instead of their sum. "late" is like "mean", but layer l of n layers
+            (l from 1) gets the weight 2l/(n+1). "max" and "late" are not from the paper.
         answer_field: name of a new column with the generated answer, which is the same in all rows of a query. None
             adds no column.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.

@@ -221,8 +221,8 @@ def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.
 
 def slopes(heads: int) -> list[float]:
     """Return the slope of each head in ALiBi. If the number of heads n is a power of two, the slopes are 2^-(8/n),
-    2^-(16/n), ... 2^-8. Otherwise, they are the slopes for the next lower power of two, followed by every second slope
-    for the next higher power of two, as many as there are heads left."""
+    2^-(16/n), ... 2^-8. Otherwise, let m be the largest power of two below n. The first m heads get the slopes for m
+    heads. The other n - m heads get the 1st, 3rd, 5th, ... slope for 2m heads."""
     n = 2 ** math.floor(math.log2(heads))
     own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     return own if n == heads else own + slopes(2 * n)[0::2][: heads - n]

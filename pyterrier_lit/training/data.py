@@ -53,8 +53,8 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
     Args:
         frame: the result frame.
         teacher: a transformer that reranks the frame, or a run. The run is a frame, or a file that `read_run` reads.
-            None is the incoming order of the passages: in each list, the first passage has target 0, the second has
-            target -1, and so on.
+            If None, the targets follow the incoming order of the passages: in each list, the first passage has target
+            0, the second has target -1, and so on.
 
     Raises ValueError if no passage is left, or if a score is not a finite number.
     """
@@ -409,8 +409,8 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
     Args:
         path: the file.
-        orders: RankGPT's second file, a JSON array of the teacher's answers. If `orders` is None, the field
-            `retrieved_passages` must already have the passages in the teacher's order, as in TWOLAR's data.
+        orders: only for RankGPT's data: its second file, a JSON array of the teacher's answers. If `orders` is None, a
+            file with the field `retrieved_passages` must have its passages in the teacher's order, as TWOLAR's data do.
 
     Returns a frame with qid, query, docno, text, rank (the rank that the teacher gave the passage, from 0) and shown
     (the position of the passage in the teacher's input, from 0). If the teacher's order of a list does not name each

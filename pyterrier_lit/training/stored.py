@@ -64,8 +64,8 @@ class StoredRun:
     consecutive, if a query has a passage twice, or if a qid is missing from the topics.
 
     If a passage has no text, `fit` raises ValueError with the qid and the docno. Before the first step, `fit` checks
-    the texts of 100 to 199 queries (all if there are fewer), spread over the run. The texts of the other queries are
-    checked when their passages are sampled.
+    the texts of 100 to 199 queries (all, if the run has fewer than 200), spread over the run. The texts of the other
+    queries are checked when their passages are sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
