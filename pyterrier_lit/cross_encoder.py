@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from pyterrier_lit.batching import encoder_tokens, inference, map_batches
-from pyterrier_lit.frames import Columns
+from pyterrier_lit.frames import Columns, spaced
 from pyterrier_lit.models.export import as_classifier
 from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, in_int8, new_pairs, read_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
@@ -147,15 +147,9 @@ class CrossEncoder(Reranker):
         no rows, if the encoder is not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this reranker is in int8
         already.
         """
-        columns = ["query", self.text_field]
-        if frame.empty or not set(columns) <= set(frame.columns):
-            raise ValueError(
-                f"a frame of {len(frame)} rows with the columns {', '.join(map(str, frame.columns))} cannot calibrate;"
-                f" wanted candidates with {' and '.join(columns)}"
-            )
-        rows = frame[columns].iloc[:: max(1, len(frame) // n_pairs)].head(n_pairs)
+        texts = spaced(frame, ["query", self.text_field], n_pairs)
         exact = self.apply_attributes(device="cpu", dtype=None)
-        _, pairs = exact.pairs(list(rows.itertuples(index=False, name=None)))
+        _, pairs = exact.pairs(texts)
         quantized = copy.copy(exact)
         quantized.hold(in_int8(exact.load(), pairs, exact.lengths()))
         quantized.hold_changed("in int8")

@@ -119,6 +119,20 @@ def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
     return _numbers(frame.reset_index(drop=True), column)
 
 
+def spaced(frame: pd.DataFrame, columns: list[str], n: int) -> list[tuple[Any, ...]]:
+    """Return the values of these columns in n rows that are evenly spaced in a frame, or in all rows if it has fewer.
+
+    Raises ValueError if the frame lacks one of the columns or has no rows.
+    """
+    if frame.empty or not set(columns) <= set(frame.columns):
+        raise ValueError(
+            f"a frame of {len(frame)} rows with the columns {', '.join(map(str, frame.columns))} cannot be used;"
+            f" wanted candidates with {' and '.join(columns)}"
+        )
+    rows = frame[columns].iloc[:: max(1, len(frame) // n)].head(n)
+    return list(rows.itertuples(index=False, name=None))
+
+
 def _read(
     frame: pd.DataFrame, column_sets: ColumnSets
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:

@@ -58,7 +58,10 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "models.lit5": {"models.checkpoints", "models.t5"},
     "models.text_encoder": {"batching", "models.pooling"} | READING,
     "models.pair_networks": {"models.attention", "models.checkpoints", "models.pooling"},
-    "models.pair_encoder": {"models.pair_networks", "models.pairs", "models.sentence_files"} | READING,
+    "models.int8": {"models.checkpoints", "models.errors", "models.pair_networks"},
+    "models.pair_encoder": {"models.devices", "models.int8", "models.pair_networks", "models.pairs"}
+    | {"models.sentence_files"}
+    | READING,
     "models.text_lm": {"models.pe_prompts", "models.vector_lm"} | READING,
     "models.export": {"models.library", "models.pair_encoder", "models.pair_networks"},
     "models.pe_checkpoint": {"models.pe_prompts", "models.text_encoder", "models.vector_lm"} | READING,
@@ -107,6 +110,8 @@ HEAVY = (
     "sentencepiece",
     "scipy",
     "ir_datasets",
+    "openvino",
+    "nncf",
 )
 
 
@@ -137,7 +142,7 @@ def test_pandas_stops_in_frames():
         names = {alias.name for node in nodes for alias in node.names}
         assert module == "frames" or "numpy" not in names, module
         # Targets stand beside frames in training.data and .stored; the others name the frame in a signature alone
-        known = ("frames", "training.data", "training.stored", "reranker", "scale", "training.distil")
+        known = ("frames", "training.data", "training.stored", "reranker", "cross_encoder", "scale", "training.distil")
         assert module in known or "pandas" not in names, module
 
 
