@@ -200,7 +200,7 @@ def train(
         tempfile.TemporaryDirectory() as temporary,
         objective.around(settings.seed),
         _float32_in_training_mode(objective.network, autocast=arguments["bf16"] or arguments["fp16"]),
-        _eager_attention_on_cpu(objective.network),
+        _eager_attention_on_cpu(objective.network) as usual_attention,
     ):
         folder = Path(temporary)
         if settings.folder:
@@ -208,7 +208,7 @@ def train(
             started = {"recipe": repr(recipe), "seed": settings.seed, **(described or {})}
             _claim(folder, started | {WEIGHTS: _starting_weights(objective.network, folder)})
         one_gpu = _one_gpu(TrainingArguments(output_dir=str(folder), **arguments))
-        loop = _loop(objective, examples, one_gpu, validate, settings.patience)
+        loop = _loop(objective, examples, one_gpu, validate and usual_attention(validate), settings.patience)
         if begins is not None:
             begins()
         last = _last_whole(folder)
@@ -598,22 +598,36 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def _eager_attention_on_cpu(network: nn.Module) -> Iterator[None]:
+def _eager_attention_on_cpu(network: nn.Module) -> Iterator[Callable[[Callable[[], float]], Callable[[], float]]]:
     """Return a context manager in which a network on a CPU uses "eager" attention. On a CPU, the gradient of the fused
     kernel ("sdpa") is several times slower than that of "eager" attention.
 
-    At the end, every model of transformers in the network has its former attention implementation.
+    The context manager returns a decorator for functions that use the network's usual attention. At the end, every
+    model of transformers in the network has its usual attention again.
     """
     models: list[Any] = [module for module in network.modules() if hasattr(module, "set_attn_implementation")]
-    before = [model.config._attn_implementation for model in models]
-    try:
-        if device_of(network).type == "cpu":
-            for model in models:
-                model.set_attn_implementation("eager")
-        yield
-    finally:
-        for model, implementation in zip(models, before, strict=True):
+    usual = [model.config._attn_implementation for model in models]
+    in_training = ["eager"] * len(models) if device_of(network).type == "cpu" else usual
+
+    def use(implementations: list[str]) -> None:
+        for model, implementation in zip(models, implementations, strict=True):
             model.set_attn_implementation(implementation)
+
+    def with_usual(call: Callable[[], float]) -> Callable[[], float]:
+        def inner() -> float:
+            use(usual)
+            try:
+                return call()
+            finally:
+                use(in_training)
+
+        return inner
+
+    use(in_training)
+    try:
+        yield with_usual
+    finally:
+        use(usual)
 
 
 # Log
