@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a trial of three minutes: a few rows, with one query of 10 passages and two turns",
+        help="a trial of two minutes: a few rows, with one query of 10 passages and two turns",
     )
     parser.add_argument("--passages", type=int, default=100, help="number of passages of each query")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
