@@ -149,8 +149,13 @@ def test_other_architectures_are_refused(tmp_path):
 
 def test_errors_of_a_saved_one(int8, tmp_path):
     int8.save(tmp_path)
-    with pytest.raises(ValueError, match="cannot use cpu and bfloat16; wanted device='cpu' and dtype=None"):
+    with pytest.raises(ValueError, match="not on device='cpu' with dtype='bfloat16'; wanted device='cpu'"):
         CrossEncoder(str(tmp_path), device="cpu", dtype="bfloat16").load()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 5}))
+    with pytest.raises(ValueError, match="the tokenizer has 6000 tokens and the model 5"):
+        CrossEncoder(str(tmp_path), device="cpu").load()
+    (tmp_path / "config.json").write_text(json.dumps(config))
     whole = (tmp_path / "int8.xml").read_bytes()
     (tmp_path / "int8.xml").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"int8.xml cannot be read: it is cut short or damaged"):
@@ -159,7 +164,7 @@ def test_errors_of_a_saved_one(int8, tmp_path):
     (tmp_path / "int8.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no int8.bin"):
         CrossEncoder(str(tmp_path), device="cpu").load()
-    assert json.loads((tmp_path / "config.json").read_text())["int8"]["types"] == 2
+    assert config["int8"]["types"] == 2
 
 
 @pytest.mark.parametrize("package", ["openvino", "nncf"])

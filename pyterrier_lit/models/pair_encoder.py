@@ -203,13 +203,15 @@ def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
     float32."""
     if device.type != "cpu" or dtype != torch.float32:
         raise ValueError(
-            f"{folder} is in int8, which computes on a CPU and in float32 outside matrix products; it cannot use"
-            f" {device.type} and {dtype_name(dtype)}; wanted device='cpu' and dtype=None"
+            f"{folder} is a checkpoint in int8, which runs only on a CPU, not on device={device.type!r} with"
+            f" dtype={dtype_name(dtype)!r}; wanted device='cpu' and dtype=None"
         )
     fields = dict(folder.config[INT8])
     pad_id = fields.pop("pad_id")
     network, tokenizer = read_int8(folder, pad_id), folder.tokenizer(folder.config.get("backbone_model_type"))
-    return PairCheckpoint(network, tokenizer, folder.config, folder.tokenizer_config, Reading(**fields))
+    checkpoint = PairCheckpoint(network, tokenizer, folder.config, folder.tokenizer_config, Reading(**fields))
+    _check(checkpoint, folder.config["vocab_size"], str(folder))
+    return checkpoint
 
 
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
