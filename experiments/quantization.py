@@ -86,7 +86,7 @@ def compare(exact: CrossEncoder, int8: CrossEncoder, frame: pd.DataFrame, qrels:
     values["share of pairs of passages in another order"] = sum(map(swapped, queries)) / len(queries)
     values[f"passages of the first {TOP} that stay"] = sum(map(stay, queries)) / len(queries)
     values |= {
-        f"seconds a query, {name}": each / len(queries) for name, each in zip(table["name"], seconds, strict=True)
+        f"seconds a query, {name}": each / len(topics) for name, each in zip(table["name"], seconds, strict=True)
     }
     rows = pd.DataFrame({"measure": values.keys(), "value": values.values()})
     rows.loc[rows["measure"] == f"nDCG@{TOP}, int8", "p"] = table[f"nDCG@{TOP} p-value"].iloc[1]

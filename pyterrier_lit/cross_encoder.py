@@ -17,11 +17,12 @@ import pandas as pd
 import torch
 
 from pyterrier_lit.batching import encoder_tokens, inference, map_batches
-from pyterrier_lit.frames import Columns, spaced
+from pyterrier_lit.frames import Columns, sampled
+from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.models.export import as_classifier
 from pyterrier_lit.models.pair_encoder import LENGTHS, PairCheckpoint, in_int8, new_pairs, read_pairs
 from pyterrier_lit.models.pairs import Pair, PairLayout
-from pyterrier_lit.reranker import Reranker
+from pyterrier_lit.reranker import Reranker, texts
 
 # Value of the argument `special_tokens` -> whether a special token inside a text is read as plain characters
 SPECIAL_TOKENS = {"parse": False, "text": True}
@@ -141,17 +142,24 @@ class CrossEncoder(Reranker):
             frame: candidates, one row per query-passage pair, with the columns `query` and `text_field`. The ranges of
                 the activations are measured on these pairs, so take candidates from the collection that you will
                 rerank.
-            n_pairs: number of rows of `frame` to use. They are evenly spaced in `frame`.
+            n_pairs: number of rows of `frame` to use. They are drawn at random with a fixed seed.
 
-        Raises ImportError if OpenVINO or NNCF is not installed. Raises ValueError if `frame` lacks these columns or has
-        no rows, if the encoder is not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this reranker is in int8
-        already.
+        OpenVINO and NNCF send anonymous usage data to their authors, unless you run `opt_in_out --opt_out` once.
+
+        Raises ImportError if OpenVINO or NNCF is not installed, and TypeError if a query or passage is not a string.
+        Raises ValueError if `frame` lacks these columns or has no rows, if `n_pairs` is less than 1, if the encoder is
+        not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this reranker is in int8 already.
         """
-        texts = spaced(frame, ["query", self.text_field], n_pairs)
-        exact = self.apply_attributes(device="cpu", dtype=None)
-        _, pairs = exact.pairs(texts)
+        drawn = sampled(frame, ["query", *self.text_column()], n_pairs)
+        queries, passages = (
+            texts(f"the {name} of the frame", given) for name, given in zip(("query", "text"), drawn, strict=True)
+        )
+        device = choose_device(self.device)
+        as_it_is = device.type == "cpu" and choose_dtype(self.dtype, device) == torch.float32
+        exact = self if as_it_is else self.apply_attributes(device="cpu", dtype=None)
+        _, pairs = exact.pairs(list(zip(queries, passages, strict=True)))
         quantized = copy.copy(exact)
-        quantized.hold(in_int8(exact.load(), pairs, exact.lengths()))
+        quantized.hold(in_int8(exact.load(), pairs))
         quantized.hold_changed("in int8")
         quantized.note_training({"quantised": f"to int8, calibrated on {len(pairs)} query-passage pairs"})
         return quantized

@@ -119,18 +119,21 @@ def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
     return _numbers(frame.reset_index(drop=True), column)
 
 
-def spaced(frame: pd.DataFrame, columns: list[str], n: int) -> list[tuple[Any, ...]]:
-    """Return the values of these columns in n rows that are evenly spaced in a frame, or in all rows if it has fewer.
+def sampled(frame: pd.DataFrame, columns: list[str], n: int) -> list[list[Any]]:
+    """Return a list for each of these columns: its values in n random rows of a frame (all rows, if it has fewer). The
+    rows are the same each time.
 
-    Raises ValueError if the frame lacks one of the columns or has no rows.
+    Raises ValueError if the frame lacks one of the columns or has no rows, or if n is not a positive number.
     """
+    if n < 1:
+        raise ValueError(f"{n} rows of the frame were asked for; wanted at least 1")
     if frame.empty or not set(columns) <= set(frame.columns):
         raise ValueError(
             f"a frame of {len(frame)} rows with the columns {', '.join(map(str, frame.columns))} cannot be used;"
             f" wanted candidates with {' and '.join(columns)}"
         )
-    rows = frame[columns].iloc[:: max(1, len(frame) // n)].head(n)
-    return list(rows.itertuples(index=False, name=None))
+    rows = frame[columns].sample(min(n, len(frame)), random_state=0)
+    return [rows[column].tolist() for column in columns]
 
 
 def _read(

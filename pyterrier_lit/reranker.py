@@ -327,7 +327,11 @@ class Reranker(pt.Transformer):
         about = (inspect.getdoc(type(self)) or "").partition("\n")[0]
         base = base_of(before) if base is None and before is not None else base
         earlier = trainings_of(before or "")
-        return card(name, type(self).__name__, about, base, facts, held.trainings, earlier=earlier, classifier=stock)
+        arguments = getattr(checkpoint, "arguments", "")
+        return card(
+            name, type(self).__name__, about, base, facts, held.trainings, earlier=earlier, classifier=stock,
+            arguments=arguments,
+        )  # fmt: skip
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:

@@ -70,6 +70,41 @@ def test_checkpoints_of_lightning_ir_keep_their_tokens_and_lengths(folder, tmp_p
     assert pd.Series(scores(loaded)).corr(pd.Series(scores(exact)), method="kendall") > 0.6  # random weights
 
 
+def test_a_classifier_keeps_its_texts_in_lower_case_and_its_prompt(tmp_path):
+    """The tokenizer's own settings say otherwise, and transformers would apply them again."""
+    folder = shutil.copytree(TINY / "cross-encoder", tmp_path / "given")
+    exact = CrossEncoder(str(folder), device="cpu")
+    exact.save(folder, layout="transformers")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    files = {
+        "tokenizer_config.json": config,
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}],
+        "config_sentence_transformers.json": {
+            "model_type": "CrossEncoder", "prompts": {"query": "q: "}, "default_prompt_name": "query"
+        },
+        "sentence_bert_config.json": {"do_lower_case": True},
+    }  # fmt: skip
+    for name, fields in files.items():
+        (folder / name).write_text(json.dumps(fields))
+    exact = CrossEncoder(str(folder), device="cpu")
+    texts = [("SORT a List", "Sort it In PLACE")]
+    exact.quantize(frame(), n_pairs=4).save(tmp_path / "saved")
+    loaded = CrossEncoder(str(tmp_path / "saved"), device="cpu")
+    assert loaded.pairs(texts)[1] == exact.pairs(texts)[1]
+    assert exact.pairs(texts)[1] == exact.pairs([(query.lower(), passage.lower()) for query, passage in texts])[1]
+    assert loaded.load().files == exact.load().files != {}
+
+
+def test_arguments_that_do_not_fit_are_refused_and_lengths_are_those_of_the_checkpoint(exact, int8):
+    for changes in ({"device": "meta"}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match="in int8 runs only on a CPU, not on device="):
+            scores(int8, **changes)
+    short = exact.apply_attributes(doc_length=10).quantize(frame(), n_pairs=2)
+    assert short.lengths()["doc_length"] == 10
+    assert short.apply_attributes(doc_length=None).lengths() == exact.lengths()
+
+
 def test_a_score_hardly_depends_on_the_batch(int8):
     """Rounding in float32 can move an activation to the next int8 value."""
     alone, batched = scores(int8, max_tokens=1), scores(int8, max_tokens=20_000)
@@ -85,12 +120,14 @@ def test_saved_pickled_and_copied_it_gives_the_same_scores(int8, tmp_path):
         assert torch.equal(scores(other), wanted)
     assert "calibrated on 64 query-passage pairs" in (tmp_path / "saved" / "README.md").read_text()
     assert "<in int8, saved as " in repr(int8)
+    assert 'CrossEncoder("saved", device="cpu")' in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_float_weights_replace_it_in_the_same_folder(exact, int8, tmp_path):
     int8.save(tmp_path)
+    (tmp_path / "int8.onnx").touch()
     exact.save(tmp_path)
-    assert not list(tmp_path.glob("int8.*"))
+    assert [path.name for path in tmp_path.glob("int8.*")] == ["int8.onnx"]
     assert torch.equal(scores(CrossEncoder(str(tmp_path), device="cpu")), scores(exact))
 
 
@@ -158,7 +195,7 @@ def test_errors_of_a_saved_one(int8, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     whole = (tmp_path / "int8.xml").read_bytes()
     (tmp_path / "int8.xml").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"int8.xml cannot be read: it is cut short or damaged"):
+    with pytest.raises(ValueError, match=r"int8.xml or int8.bin cannot be read: it is cut short or damaged"):
         CrossEncoder(str(tmp_path), device="cpu").load()
     (tmp_path / "int8.xml").write_bytes(whole)
     (tmp_path / "int8.bin").unlink()

@@ -32,7 +32,7 @@ FILES = (
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.*", "adapter_model.*", "int8.*"),
+    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.*", "adapter_model.*", "int8.xml", "int8.bin"),
 )
 
 
@@ -163,6 +163,17 @@ class Folder:
         if not any(found for name in VOCABULARIES for found in self.path.glob(name)):
             raise self.missing("tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
 
+    def saved_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer in tokenizer.json as it is, without the settings of tokenizer_config.json."""
+        file = self.path / "tokenizer.json"
+        if not file.exists():
+            raise self.missing(file.name)
+        try:
+            with no_panic("any text"):
+                return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises a plain Exception
+            raise damaged(file, error) from error
+
     def missing(self, what: str) -> FileNotFoundError:
         """Return the error for a missing file. `what` is the name of the file, for the message."""
         use = f"put its files into {self}"
@@ -216,7 +227,7 @@ def fetch_from_hub(
     """
     from huggingface_hub import snapshot_download
 
-    wanted = [*BESIDE_WEIGHTS, *(["*.safetensors", "int8.*"] if weights else [])]
+    wanted = [*BESIDE_WEIGHTS, *(["*.safetensors", "int8.xml", "int8.bin"] if weights else [])]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):

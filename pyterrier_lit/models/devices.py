@@ -66,9 +66,16 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a copy of a checkpoint in memory, with all parameters on a device and in a dtype.
 
-    Buffers, such as position tables, are moved to the device but keep their dtype.
+    Buffers, such as position tables, are moved to the device but keep their dtype. Raises ValueError for a network in
+    int8, which has no parameters, unless the device is a CPU and the dtype float32.
     """
     networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
+    fixed = any(next(network.parameters(), None) is None for network in networks)
+    if fixed and (device.type, dtype) != ("cpu", torch.float32):
+        raise ValueError(
+            f"a reranker in int8 runs only on a CPU, not on device={device.type!r} with dtype={dtype_name(dtype)!r};"
+            " wanted device='cpu' and dtype=None"
+        )
     copies = {
         id(weight): nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=weight.requires_grad)
         for network in networks

@@ -38,6 +38,7 @@ def card(
     *,
     earlier: str = "",
     classifier: bool = False,
+    arguments: str = "",
 ) -> str:
     """Return the text of a checkpoint's model card.
 
@@ -69,7 +70,7 @@ def card(
 ```python
 from pyterrier_lit import {kind}
 
-pipeline = first_stage % 100 >> {kind}("{name}")  # after any first stage of PyTerrier
+pipeline = first_stage % 100 >> {kind}("{name}"{arguments})  # after any first stage of PyTerrier
 ```
 """
     ]

@@ -31,6 +31,9 @@ class Int8Scorer(nn.Module):
     Args:
         graph, weights: the contents of GRAPH and WEIGHTS.
         pad_id: the id of the padding token.
+
+    Raises ImportError if OpenVINO is not installed, RuntimeError if it cannot read the network, and ValueError if the
+    network has other inputs than INPUTS or another output than the scores.
     """
 
     def __init__(self, graph: bytes, weights: bytes, pad_id: int | None):
@@ -40,8 +43,19 @@ class Int8Scorer(nn.Module):
         self._compiled = core.compile_model(
             core.read_model(graph, weights),
             "CPU",
-            {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"},
+            {
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "INFERENCE_PRECISION_HINT": "f32",
+                "ENABLE_CPU_PINNING": False,  # else two processes may choose the same core
+            },
         )
+        names = sorted(each.any_name for each in self._compiled.inputs)
+        ranks = [each.partial_shape.rank.get_length() for each in self._compiled.outputs]
+        if names != sorted(INPUTS) or ranks != [1]:
+            raise ValueError(
+                f"a network in int8 reads {', '.join(names)} and returns tensors of ranks {ranks}; wanted one that"
+                f" reads {', '.join(INPUTS)} and returns one score for each pair"
+            )
         self._requests = threading.local()  # a request of OpenVINO serves one thread at a time
 
     def forward(
@@ -92,8 +106,8 @@ def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) ->
 
 
 def read_int8(folder: Folder, pad_id: int | None) -> Int8Scorer:
-    """The network in a folder. Raises FileNotFoundError if GRAPH or WEIGHTS is missing, ValueError if they are damaged,
-    and ImportError if OpenVINO is not installed."""
+    """Return the network in a folder. Raises FileNotFoundError if GRAPH or WEIGHTS is missing, ValueError if one of
+    them is damaged or is not of a cross-encoder, and ImportError if OpenVINO is not installed."""
     absent = [name for name in (GRAPH, WEIGHTS) if not (folder.path / name).exists()]
     if absent:
         raise folder.missing(" and ".join(absent))
@@ -101,11 +115,11 @@ def read_int8(folder: Folder, pad_id: int | None) -> Int8Scorer:
     try:
         return Int8Scorer(graph, weights, pad_id)
     except RuntimeError as error:
-        raise damaged(folder.path / GRAPH, error) from error
+        raise damaged(folder.path / f"{GRAPH} or {WEIGHTS}", error) from error
 
 
 def openvino() -> Any:
-    """The module `openvino`. Raises ImportError, which says how to install it."""
+    """Return the module `openvino`. Raises ImportError, which says how to install it."""
     try:
         import openvino
     except ImportError as error:
@@ -114,7 +128,7 @@ def openvino() -> Any:
 
 
 def _nncf() -> Any:
-    """The module `nncf`. Raises ImportError, which says how to install it."""
+    """Return the module `nncf`. Raises ImportError, which says how to install it."""
     try:
         import nncf
     except ImportError as error:
@@ -124,8 +138,8 @@ def _nncf() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A context without the warnings of tracing, which concern branches that are the same for all inputs here, and
-    without the log of NNCF."""
+    """Return a context manager without the log of NNCF and without the warnings of tracing. The warnings are about
+    branches that are the same for all inputs of these networks."""
     log = logging.getLogger("nncf")
     level = log.level
     log.setLevel(logging.ERROR)

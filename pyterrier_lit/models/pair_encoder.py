@@ -87,6 +87,11 @@ class PairCheckpoint:
         return isinstance(self.network, LabelScorer)
 
     @property
+    def arguments(self) -> str:
+        """The arguments that the constructor needs to load the checkpoint, as in a call: ', device="cpu"' in int8."""
+        return ', device="cpu"' if isinstance(self.network, Int8Scorer) else ""
+
+    @property
     def pad_id(self) -> int:
         """The id of the padding token."""
         return max(self.network.pad_id or 0, 0)
@@ -178,14 +183,12 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
     return _classifier(folder, _labelled(folder, weights), beside, device, dtype)
 
 
-def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair], lengths: dict[str, int | None]) -> PairCheckpoint:
-    """Return the checkpoint in int8.
+def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair]) -> PairCheckpoint:
+    """Return a checkpoint in int8.
 
     Args:
         checkpoint: the cross-encoder.
         pairs: the token ids of the query-passage pairs on which the ranges of the activations are calibrated.
-        lengths: the maximum lengths of a query and of a passage in tokens. The new checkpoint records the lengths that
-            are not None.
 
     Raises ImportError and ValueError in the same cases as `int8.quantized`.
     """
@@ -193,7 +196,7 @@ def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair], lengths: dict[str
     by_length = sorted(pairs, key=layout.length)
     batches = [layout.tensors(by_length[i : i + 2], checkpoint.pad_id) for i in range(0, len(by_length), 2)]
     network = quantized(checkpoint.network, batches)
-    recorded = {name: length for name, length in lengths.items() if length is not None}
+    recorded = {name: length for name, length in checkpoint.lengths.items() if length is not None}
     config = checkpoint.config | recorded | {INT8: {"pad_id": network.pad_id, **dataclasses.asdict(checkpoint.reading)}}
     return dataclasses.replace(checkpoint, network=network, config=config, _layouts={})
 
@@ -208,8 +211,14 @@ def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
         )
     fields = dict(folder.config[INT8])
     pad_id = fields.pop("pad_id")
-    network, tokenizer = read_int8(folder, pad_id), folder.tokenizer(folder.config.get("backbone_model_type"))
-    checkpoint = PairCheckpoint(network, tokenizer, folder.config, folder.tokenizer_config, Reading(**fields))
+    checkpoint = PairCheckpoint(
+        read_int8(folder, pad_id),
+        folder.saved_tokenizer(),  # it has the settings of tokenizer_config.json and of sentence-transformers already
+        folder.config,
+        folder.tokenizer_config,
+        Reading(**fields),
+        read_sentence_files(folder).files,
+    )
     _check(checkpoint, folder.config["vocab_size"], str(folder))
     return checkpoint
 
