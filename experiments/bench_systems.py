@@ -112,7 +112,7 @@ def ours(**settings: Any) -> Callable[[Path, dict], Run]:
                 int8 = arguments.pop("int8", False)
                 reranker = pyterrier_lit.CrossEncoder(str(folder), **arguments)
                 if int8:
-                    reranker = reranker.quantize(pairs(work))
+                    reranker = reranker.quantize(pair_frame(work))
             case "lit5-distill":
                 reranker = pyterrier_lit.LiT5Distill(str(folder), window_size=100, **arguments)
             case "lit5-score":
@@ -124,7 +124,7 @@ def ours(**settings: Any) -> Callable[[Path, dict], Run]:
     return prepare
 
 
-def pairs(work: dict) -> pd.DataFrame:
+def pair_frame(work: dict) -> pd.DataFrame:
     """A row for each query and passage: query and text."""
     lists = zip(work["queries"], work["passages"], strict=True)
     return pd.DataFrame([(query, text) for query, texts in lists for text in texts], columns=["query", "text"])

@@ -18,7 +18,6 @@ import encoders
 import measured
 import pandas as pd
 import pyterrier as pt
-import torch
 import towers
 from ir_measures import nDCG
 from papers import SHARED
@@ -83,7 +82,8 @@ def compare(exact: CrossEncoder, int8: CrossEncoder, frame: pd.DataFrame, qrels:
     both = results[0].merge(results[1], on=["qid", "docno"], suffixes=("", " int8"))
     queries = [ranking for _, ranking in both.groupby("qid") if len(ranking) > 1]
     values = {f"nDCG@{TOP}, {name}": value for name, value in zip(table["name"], table[f"nDCG@{TOP}"], strict=True)}
-    values["share of pairs of passages in another order"] = sum(map(swapped, queries)) / len(queries)
+    taus = [ranking["score"].corr(ranking["score int8"], method="kendall") for ranking in queries]
+    values["share of pairs of passages in another order"] = (1 - sum(taus) / len(taus)) / 2
     values[f"passages of the first {TOP} that stay"] = sum(map(stay, queries)) / len(queries)
     values |= {
         f"seconds a query, {name}": each / len(topics) for name, each in zip(table["name"], seconds, strict=True)
@@ -98,14 +98,6 @@ def timed(reranker: CrossEncoder, frame: pd.DataFrame) -> tuple[pd.DataFrame, fl
     reranker(frame.head(20))
     started = time.perf_counter()
     return reranker(frame), time.perf_counter() - started
-
-
-def swapped(ranking: pd.DataFrame) -> float:
-    """The share of pairs of a query's passages whose order differs."""
-    left, right = (torch.tensor(ranking[name].to_numpy()) for name in ("score", "score int8"))
-    first, second = torch.triu_indices(len(ranking), len(ranking), 1)
-    differs = (left[first] - left[second]).sign() != (right[first] - right[second]).sign()
-    return float(differs.double().mean())
 
 
 def stay(ranking: pd.DataFrame) -> int:

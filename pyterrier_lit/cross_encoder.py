@@ -132,11 +132,12 @@ class CrossEncoder(Reranker):
         return torch.tensor(scores, dtype=torch.float32).reshape(-1).numpy()
 
     def quantize(self, frame: pd.DataFrame, n_pairs: int = 64) -> "CrossEncoder":
-        """Return this reranker in int8, which is faster on a CPU with VNNI or AMX instructions. Needs the extra `int8`.
+        """Return this reranker in int8, which is faster on a CPU with VNNI instructions. Needs the extra `int8`.
 
         NNCF quantises the weights and the activations of the network, and OpenVINO computes the scores. Quantisation
-        takes 10 to 60 seconds. The scores and the rankings differ slightly from those in float32. The returned reranker
-        runs only on a CPU. It can be saved and loaded like any CrossEncoder, but it cannot be trained.
+        takes some 10 seconds for a model of MiniLM's size, and longer for a larger one. The scores and the rankings
+        differ slightly from those in float32. The returned reranker runs only on a CPU. It can be saved and loaded like
+        any CrossEncoder, but it cannot be trained.
 
         Args:
             frame: candidates, one row per query-passage pair, with the columns `query` and `text_field`. The ranges of

@@ -8,7 +8,7 @@ is reranked in overlapping windows that slide from the bottom of the list to the
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pyterrier as pt
 
@@ -123,25 +123,11 @@ class ListwiseReranker(Reranker):
         with inference(), self.progress(total, "window") as bar:
             return slide(counts, size, stride, order_windows, passes=self.passes, k=self.top_k)
 
-    def rank(
-        self, query: str, passages: Sequence[str], top_k: int | None = None, return_documents: bool = False
-    ) -> list[dict[str, Any]]:
-        """The passages of one query, best first, in the form that sentence-transformers' CrossEncoder.rank returns.
-        Only the first `top_k` ranks are decoded.
-
-        Args:
-            query: the text of the query.
-            passages: the texts of the passages.
-            top_k: number of passages to return; None returns all passages.
-            return_documents: whether to return the texts, too.
-
-        Returns a list with a dict for each of the `top_k` best passages. In the dict, `corpus_id` is the position of
-        the passage in `passages` (from 0), and `score` is its score. If `return_documents` is True, `text` is its text.
-        Raises the same errors as `score`.
-        """
+    def for_top(self, top_k: int | None) -> Self:
+        """A copy that decodes at most the first `top_k` ranks."""
         shorter = copy.copy(self)
         shorter.top_k = min((k for k in (self.top_k, top_k) if k is not None), default=None)
-        return super(ListwiseReranker, shorter).rank(query, passages, top_k, return_documents)
+        return shorter
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
         """The pipeline that `compile` puts in place of `self >> RankCutoff(k)`. It returns the same k passages in fewer

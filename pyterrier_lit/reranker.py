@@ -117,14 +117,20 @@ class Reranker(pt.Transformer):
 
         Returns a list with a dict for each of the `top_k` best passages. In the dict, `corpus_id` is the position of
         the passage in `passages` (from 0), and `score` is its score. If `return_documents` is True, `text` is its text.
-        Passages with equal scores keep their order. Raises the same errors as `score`.
+        Passages with equal scores keep their order. A listwise reranker decodes only the first `top_k` ranks. Raises
+        the same errors as `score`.
         """
         if not passages:
             return []
-        (scores,) = self.score([query], [passages])
+        (scores,) = self.for_top(top_k).score([query], [passages])
         best = sorted(range(len(scores)), key=lambda number: -scores[number])[:top_k]
         shown = [{"text": passages[number]} if return_documents else {} for number in best]
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
+
+    def for_top(self, top_k: int | None) -> Self:
+        """The reranker that `rank` uses if only the `top_k` best passages are needed (None: all): this reranker, unless
+        a subclass can save work."""
+        return self
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.

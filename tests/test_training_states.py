@@ -166,6 +166,21 @@ def test_dropout_is_on_again_after_a_measurement(encoder, candidates, qrels, mon
 # Validation
 
 
+def test_a_measurement_uses_the_usual_attention_and_training_the_fast_one(encoder, candidates, qrels, monkeypatch):
+    used, student = set(), encoder()
+    network, scores = student.load().network, student.load().scores
+    usual = network.body.config._attn_implementation
+
+    def noted(inputs):
+        used.add((network.training, network.body.config._attn_implementation))
+        return scores(inputs)
+
+    monkeypatch.setattr(student.load(), "scores", noted)
+    learning(student, steps=2, every=1).fit(candidates, qrels, candidates, qrels)
+    assert used == {(True, "eager"), (False, usual)} and usual != "eager"
+    assert network.body.config._attn_implementation == usual
+
+
 def test_the_measured_ndcg_is_that_of_an_experiment_on_the_same_queries(encoder, candidates, qrels):
     judged = pd.concat([qrels, pd.DataFrame({"qid": ["train"], "docno": ["d99"], "label": [1]})])
     valid = candidates[candidates.qid != "q2"]

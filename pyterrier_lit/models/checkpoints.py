@@ -26,13 +26,14 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a checkpoint must hav
 ADAPTER = "adapter_config.json"
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # the other files that are fetched from the hub
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+INT8_FILES = ("int8.xml", "int8.bin")  # a network in OpenVINO's format: its graph and its weights
 # The files in a checkpoint's folder that the package may read. `write` removes outdated files of these names
 FILES = (
     *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.*", "adapter_model.*", "int8.xml", "int8.bin"),
+    *("vocab.txt", "vocab.json", "merges.txt", "chat_template.*", "adapter_model.*", *INT8_FILES),
 )
 
 
@@ -227,7 +228,7 @@ def fetch_from_hub(
     """
     from huggingface_hub import snapshot_download
 
-    wanted = [*BESIDE_WEIGHTS, *(["*.safetensors", "int8.xml", "int8.bin"] if weights else [])]
+    wanted = [*BESIDE_WEIGHTS, *(["*.safetensors", *INT8_FILES] if weights else [])]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
         if weights and not any(folder.glob("*.safetensors")):

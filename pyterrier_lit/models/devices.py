@@ -63,6 +63,16 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     return OTHER_NAMES.get(name, name)
 
 
+def check_int8(what: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the device is a CPU and the dtype float32, the only ones for a network in int8. `what`
+    names the network in the message."""
+    if (device.type, dtype) != ("cpu", torch.float32):
+        raise ValueError(
+            f"{what} is in int8 and runs only on a CPU, not on device={device.type!r} with dtype={dtype_name(dtype)!r};"
+            " wanted device='cpu' and dtype=None"
+        )
+
+
 def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a copy of a checkpoint in memory, with all parameters on a device and in a dtype.
 
@@ -71,11 +81,8 @@ def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """
     networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
     fixed = any(next(network.parameters(), None) is None for network in networks)
-    if fixed and (device.type, dtype) != ("cpu", torch.float32):
-        raise ValueError(
-            f"a reranker in int8 runs only on a CPU, not on device={device.type!r} with dtype={dtype_name(dtype)!r};"
-            " wanted device='cpu' and dtype=None"
-        )
+    if fixed:
+        check_int8("the reranker", device, dtype)
     copies = {
         id(weight): nn.Parameter(weight.detach().to(device, dtype, copy=True), requires_grad=weight.requires_grad)
         for network in networks

@@ -5,6 +5,7 @@ the activations come from calibration pairs. Operations other than matrix produc
 """
 
 import contextlib
+import importlib
 import logging
 import tempfile
 import threading
@@ -16,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyterrier_lit.models.checkpoints import Folder
+from pyterrier_lit.models.checkpoints import INT8_FILES, Folder
 from pyterrier_lit.models.errors import damaged
 from pyterrier_lit.models.pair_networks import READ_FIRST, LabelScorer, PooledScorer
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-GRAPH, WEIGHTS = "int8.xml", "int8.bin"  # the files of a network in OpenVINO's format
+GRAPH, WEIGHTS = INT8_FILES
 
 
 class Int8Scorer(nn.Module):
@@ -39,7 +40,7 @@ class Int8Scorer(nn.Module):
     def __init__(self, graph: bytes, weights: bytes, pad_id: int | None):
         super().__init__()
         self.graph, self.weights, self.pad_id = graph, weights, pad_id
-        core = openvino().Core()
+        core = _module("openvino").Core()
         self._compiled = core.compile_model(
             core.read_model(graph, weights),
             "CPU",
@@ -79,7 +80,7 @@ class Int8Scorer(nn.Module):
 
 
 def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> Int8Scorer:
-    """Return a network of a cross-encoder in int8. This takes 10 to 60 seconds.
+    """Return a network of a cross-encoder in int8. This takes some 10 seconds for one of MiniLM's size.
 
     Args:
         network: the network, in float32 on the CPU.
@@ -88,7 +89,7 @@ def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) ->
     Raises ImportError if OpenVINO or NNCF is not installed, and ValueError if the type of the network is not in
     READ_FIRST or if the network is in int8 already.
     """
-    ov, nncf = openvino(), _nncf()
+    ov, nncf = _module("openvino"), _module("nncf")
     if not isinstance(network, PooledScorer | LabelScorer):
         raise ValueError("the reranker is in int8 already")
     kind = (network.body if isinstance(network, PooledScorer) else network.model).config.model_type
@@ -118,22 +119,12 @@ def read_int8(folder: Folder, pad_id: int | None) -> Int8Scorer:
         raise damaged(folder.path / f"{GRAPH} or {WEIGHTS}", error) from error
 
 
-def openvino() -> Any:
-    """Return the module `openvino`. Raises ImportError, which says how to install it."""
+def _module(name: str) -> Any:
+    """Return a module of OpenVINO or NNCF. Raises ImportError, which says how to install it."""
     try:
-        import openvino
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError("int8 needs OpenVINO: pip install 'pyterrier-lit[int8]'") from error
-    return openvino
-
-
-def _nncf() -> Any:
-    """Return the module `nncf`. Raises ImportError, which says how to install it."""
-    try:
-        import nncf
-    except ImportError as error:
-        raise ImportError("quantisation to int8 needs NNCF: pip install 'pyterrier-lit[int8]'") from error
-    return nncf
+        raise ImportError(f"int8 needs {name}: pip install 'pyterrier-lit[int8]'") from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pyterrier_lit.models.checkpoints import Folder, save_json
-from pyterrier_lit.models.devices import dtype_name
+from pyterrier_lit.models.devices import check_int8
 from pyterrier_lit.models.errors import wrong_weights
 from pyterrier_lit.models.int8 import Int8Scorer, quantized, read_int8
 from pyterrier_lit.models.library import (
@@ -204,11 +204,7 @@ def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair]) -> PairCheckpoint
 def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
     """Load a checkpoint that `in_int8` made. Raises ValueError if the device is not a CPU or the dtype is not
     float32."""
-    if device.type != "cpu" or dtype != torch.float32:
-        raise ValueError(
-            f"{folder} is a checkpoint in int8, which runs only on a CPU, not on device={device.type!r} with"
-            f" dtype={dtype_name(dtype)!r}; wanted device='cpu' and dtype=None"
-        )
+    check_int8(str(folder), device, dtype)
     fields = dict(folder.config[INT8])
     pad_id = fields.pop("pad_id")
     checkpoint = PairCheckpoint(
