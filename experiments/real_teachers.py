@@ -89,18 +89,19 @@ def untrained() -> CrossEncoder:
     return CrossEncoder.from_backbone(encoders.minilm(), query_length=24, doc_length=80)
 
 
-def material(*collections: str, sentences: int) -> Material:
+def material(*collections: str, sentences: int, unasked: str = "", bm25: float = 0.0) -> Material:
     """The training data: the passages and queries of the collections, the queries of WikiQA and TREC QA, and queries
     that are made from sentences of passages.
 
-    sentences: number of passages of which one sentence becomes a query.
+    sentences: number of passages of which one sentence becomes a query. unasked: a collection whose queries are left
+    out. bm25: the weight of BM25's scores in the teacher's scores.
     """
-    docs = pd.concat([shared.docs(name) for name in collections], ignore_index=True)
+    docs = pd.concat([shared.docs(name) for name in collections]).drop_duplicates("docno", ignore_index=True)
     chosen = random.Random(SEED)
     texts = chosen.sample(docs.text.tolist(), sentences)
     drawn = {question(f"\n{text}", chosen, openings=("",)) for text in texts} - {None}
-    asked = [shared.topics(name)["query"] for name in ("wikiqa", "trecqa", *collections)]
-    return Material(Path(encoders.minilm()), docs, [*pd.concat(asked), *sorted(drawn)], bm25=0.0)
+    asked = [shared.topics(name)["query"] for name in ("wikiqa", "trecqa", *collections) if name != unasked]
+    return Material(Path(encoders.minilm()), docs, [*pd.concat(asked), *sorted(drawn)], bm25)
 
 
 def from_cosines(student: CrossEncoder, share: float) -> CrossEncoder:

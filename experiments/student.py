@@ -18,6 +18,7 @@ resumes.
 """
 
 import argparse
+import random
 import re
 import sys
 import tempfile
@@ -38,8 +39,9 @@ from ir_measures import RR, nDCG
 from papers import SHARED
 from real_teachers import DEPTH, similarity, tested
 
-sys.path += [str(SHARED)]
+sys.path += [str(Path(__file__).parent / "tiny"), str(SHARED)]
 import load as shared
+from make import question
 
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.batching import like_lengths, padded
@@ -48,7 +50,9 @@ from pyterrier_lit.training import Distil
 SPLADE = SHARED.parent / "models" / "splade-tiny"
 TIMES = {"dl19": 8, "dl22": 3}  # collection -> how often each of its queries is repeated in the training data
 HELD_OUT = 15  # queries of DL19, for validation
-OF_NFCORPUS = 500  # number of sampled queries; for 396 of them, BM25 finds more than eight passages
+OF_NFCORPUS = 1_000  # number of sampled queries; some are left out, for which BM25 finds few passages
+SENTENCES = 3_000  # number of passages of which one sentence becomes a query
+FUSION = 10  # the constant of reciprocal rank fusion
 LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
 FROZEN = 3  # number of layers, from the first one, that are not trained
 LENGTHS = {"query_length": 24, "doc_length": 72}  # maximum lengths in tokens, in training
@@ -123,23 +127,23 @@ def taught(output: Path) -> pd.DataFrame:
 
 
 def of_language_models() -> pd.DataFrame:
-    """BM25's first 100 passages for the queries of DL19 that are not held out. The score of a passage is the mean of
-    the negative log ranks that the language models gave it."""
-    names = [name for name in shared.files("dl19") if re.search(r"teachers/.*[.]bm25[.]k100", name)]
-    runs = pd.concat([shared.run("dl19", name) for name in names if "zeroshot" not in name])
-    score = -torch.tensor(runs["rank"].to_numpy() + 1.0).log()
-    target = runs.assign(score=score.numpy()).groupby(["qid", "docno"], as_index=False).score.mean()
-    found = shared.res("dl19", "run.bm25.txt", DEPTH).drop(columns="score").merge(target, on=["qid", "docno"])
+    """The queries of DL19 that are not held out, with the passages of five first stages: BM25, BM25 with RM3, SPLADE++,
+    TAS-B and ada2. The score of a passage is the reciprocal rank fusion of 28 runs of large language models."""
+    names = [name for name in shared.files("dl19") if re.search("teachers/(rank|gpt)", name)]
+    runs = pd.concat([shared.run("dl19", name) for name in names])
+    fused = runs.assign(score=1 / (FUSION + 1 + runs["rank"])).groupby(["qid", "docno"], as_index=False).score.sum()
+    found = fused.merge(shared.topics("dl19"), on="qid").merge(shared.docs("dl19"), on="docno")
     return repeated(found[~found.qid.isin(held_out())], TIMES["dl19"])
 
 
 def of_encoders() -> pd.DataFrame:
-    """BM25's first 100 passages for three kinds of queries: those of DL22, questions over the passages of DL19 and
-    DL22, and queries of NFCorpus. The score of a passage is the sum of MiniLM's and splade-tiny's scores, each
+    """BM25's first 100 passages for four kinds of queries: those of DL22, questions and sentences over the passages of
+    DL19 and DL22, and queries of NFCorpus. The score of a passage is the sum of MiniLM's and splade-tiny's scores, each
     standardised within the query. For NFCorpus, LABEL is added to the score of a relevant passage."""
     of_dl22 = shared.res("dl22", "run.bm25.txt", DEPTH)
     passages = pd.concat([shared.docs("dl19"), shared.docs("dl22")]).drop_duplicates("docno").drop_duplicates("text")
-    questions = pd.concat([shared.topics(name) for name in ("wikiqa", "trecqa")]).drop_duplicates("query")
+    asked = [shared.topics(name) for name in ("wikiqa", "trecqa")]
+    questions = pd.concat([*asked, sentences(passages.text.tolist())]).drop_duplicates("query")
     qrels = shared.qrels("nfcorpus", "qrels.train.txt")
     asked = shared.topics("nfcorpus", "queries.all.tsv")
     asked = asked[asked.qid.isin(qrels.qid)].sample(OF_NFCORPUS, random_state=0)
@@ -154,6 +158,13 @@ def of_encoders() -> pd.DataFrame:
     found = found.groupby("qid").filter(lambda rows: len(rows) > 8)
     again = found.qid.isin(of_dl22.qid)
     return pd.concat([repeated(found[again], TIMES["dl22"]), found[~again]])
+
+
+def sentences(passages: list[str]) -> pd.DataFrame:
+    """Queries (qid, query) that are made from sentences of passages, as in `tiny/make.py`."""
+    chosen = random.Random(0)
+    drawn = {question(f"\n{text}", chosen, openings=("",)) for text in chosen.sample(passages, SENTENCES)} - {None}
+    return pd.DataFrame({"query": sorted(drawn)}).assign(qid=lambda made: "sentence" + made.index.astype(str))
 
 
 def retrieved(asked: pd.DataFrame, passages: pd.DataFrame) -> pd.DataFrame:

@@ -11,10 +11,12 @@ Here, the initial weights already make this comparison:
   in the same text, and negative otherwise.
 * A first added layer attends to similar tokens of the other text. Before training, its attention adds nothing to the
   state.
-* A second added layer is the last one. Half of its heads compute the mean u of the query's tokens, and the other half
-  the mean v of the passage's tokens. Its feed-forward network computes the product of u and v from the equation
-  4 u v = (u + v)^2 - (u - v)^2, where z^2 is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the
-  products over all dimensions replaces the mark, and the model's head reads this sum.
+* A second added layer computes, for each token, the mean of all tokens of the same text. Its LayerNorm scales all means
+  to the same length.
+* A third added layer is the last one. Half of its heads read the query's mean u, and the other half the passage's mean
+  v. Its feed-forward network computes the product of u and v from the equation 4 u v = (u + v)^2 - (u - v)^2, where z^2
+  is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products over all dimensions replaces the
+  mark, and the model's head reads this sum.
 
 Training may change all weights, and the checkpoint has BERT's ordinary architecture. The score is only "nearly" the
 cosine because the position ids of the passage begin after the query, and the passage has no [CLS].
@@ -31,7 +33,7 @@ from pyterrier_lit import CrossEncoder
 APART = 8.0  # how much lower the attention logit of a token of the other text is
 TOWARDS = 3.0  # how much higher this logit is in the layer that attends to the other text
 MARK = 0.1  # the size of the marks
-STEP, TOLD = 4.0, 4.0  # how steeply that layer rounds marks; logit by which the last layer tells marks apart
+STEP, TOLD = 4.0, 6.0  # size of the step that rounds marks; logit by which the added layers tell marks apart
 ALIKE = 1.2  # how sharply the added layer prefers similar tokens
 POOLED, SMALL = 30.0, 0.35  # how far means outweigh the state to which they are added; factor of u and v
 READ, SCALE = 3.0, 5.0  # the mark for a cosine of 1; the score for a mark of 1
@@ -82,6 +84,7 @@ def _measured(
     for hook in hooks:
         hook.remove()
     sizes = {name: float(torch.cat(given).std(1, correction=0).median()) for name, given in found.items()}
+    sizes["mean"] = float(torch.stack(vectors).std(1, correction=0).median())
     half = encoder.config.hidden_size // 2
     main = torch.linalg.svd(F.normalize(torch.stack(vectors), dim=1), full_matrices=False)[2][:half]
     return sizes, _rotation(half, seed) @ main
@@ -98,7 +101,7 @@ class _Wide:
         self.signs = _signs(self.heads)
         wide = transformers.BertConfig.from_dict(
             config.to_dict()
-            | {"hidden_size": self.width + 2 * self.heads, "num_hidden_layers": config.num_hidden_layers + 2}
+            | {"hidden_size": self.width + 2 * self.heads, "num_hidden_layers": config.num_hidden_layers + 3}
             | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         )
         torch.manual_seed(seed)
@@ -110,8 +113,9 @@ class _Wide:
             for i, layer in enumerate(encoder.encoder.layer):
                 self.layer(layers[i], layer, f"encoder.layer.{i}", last=i == config.num_hidden_layers - 1)
             last = encoder.encoder.layer[-1].output.LayerNorm
-            self.look(layers[-2])
-            self.compare(layers[-1], last.weight, last.bias)
+            self.look(layers[-3])
+            self.average(layers[-2], last.weight, last.bias)
+            self.compare(layers[-1])
 
     def embeddings(self) -> None:
         ours, theirs = self.model.embeddings, self.encoder.embeddings
@@ -164,20 +168,38 @@ class _Wide:
         first, second = layer.intermediate.dense, layer.output.dense
         for added in (layer.attention.output.dense, second):
             added.weight.zero_(), added.bias.zero_()
-        # gelu(4 S m + S) - gelu(4 S m - S) is 2 S for a mark m of the usual size, 0 for a negative one, and S for 0
-        first.weight[:2] = 0
-        first.weight[:2, self.width : -self.heads] = 4 * STEP / MARK * self.signs / self.heads
-        first.bias[:2] = torch.tensor([STEP, -STEP])
-        second.weight[self.width : -self.heads, :2] = torch.outer(self.signs, torch.tensor([1.0, -1.0])) / STEP
-        second.bias[self.width : -self.heads] = -self.signs
+        # gelu(16 S m + S) - gelu(16 S m - S) is 2 S for a mark m of the usual size, 0 for a negative one, and S for 0.
+        # gelu(m + S) is nearly m + S: it takes the former mark away
+        first.weight[:3] = 0
+        first.weight[:2, self.width : -self.heads] = 16 * STEP / MARK * self.signs / self.heads
+        first.weight[2, self.width : -self.heads] = self.signs / self.heads
+        first.bias[:3] = torch.tensor([STEP, -STEP, STEP])
+        rounded = torch.tensor([1 / STEP, -1 / STEP, -1.0])
+        second.weight[self.width : -self.heads, :3] = torch.outer(self.signs, rounded)
+        second.bias[self.width : -self.heads] = (STEP - 1) * self.signs
         layer.output.LayerNorm.weight[:] = ((self.width + self.heads) / (self.width + 2 * self.heads)) ** 0.5
 
-    def compare(self, layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Set the weights of the last layer. It computes the means of query and passage, and replaces the mark by the
-        sum of the products of the two means over their dimensions.
+    def average(self, layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Set the weights of the second added layer. The state of each token becomes the mean of its text's tokens,
+        scaled to the same length for all texts.
 
         weight, bias: those of the bi-encoder's last LayerNorm (d).
         """
+        own, told = layer.attention.self, TOLD * (self.part + 2) ** 0.5
+        for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
+            to.weight.zero_(), to.bias.zero_()
+        for to, factor in ((own.query, told), (own.key, 1.0)):
+            to.weight[self.part :: self.part + 2, self.width : -self.heads] = factor * self.signs / self.heads
+        self.by_head(own.value.weight)[:, : self.part, : self.width] = torch.diag(weight).view(
+            self.heads, self.part, self.width
+        )
+        own.value.bias.view(self.heads, -1)[:, : self.part] = bias.view(self.heads, self.part)
+        self.add_heads(layer)
+        layer.attention.output.LayerNorm.weight[self.width : -self.heads] = POOLED * self.sizes["mean"]
+
+    def compare(self, layer: torch.nn.Module) -> None:
+        """Set the weights of the last layer. It reads the means of query and passage, and replaces the mark by the
+        sum of the products of the two means over their dimensions."""
         own, half, near = layer.attention.self, self.width // 2, (self.part + 2) ** 0.5
         for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
             to.weight.zero_(), to.bias.zero_()
@@ -186,10 +208,8 @@ class _Wide:
         own.query.bias.view(self.heads, -1)[:, self.part] = torch.where(of_query, near, -near) * TOLD
         own.key.weight[self.part :: self.part + 2, self.width : -self.heads] = self.signs / self.heads
         both = torch.cat([self.directions, self.directions])
-        self.by_head(own.value.weight)[:, : self.part, : self.width] = (both * weight).view(self.heads, self.part, -1)
-        own.value.bias.view(self.heads, -1)[:, : self.part] = (both @ bias).view(self.heads, self.part)
-        out = layer.attention.output.dense.weight.view(-1, self.heads, self.part + 2)
-        out[: self.width, :, : self.part] = POOLED * torch.eye(self.width).view(self.width, self.heads, self.part)
+        self.by_head(own.value.weight)[:, : self.part, : self.width] = both.view(self.heads, self.part, -1)
+        self.add_heads(layer)
         one = torch.eye(half)
         signed = [(1, 1, 1), (-1, -1, 1), (1, -1, -1), (-1, 1, -1)]  # the signs of u, v and the square
         first = torch.cat([torch.cat([u * one, v * one], 1) for u, v, _ in signed]) * SMALL
@@ -200,6 +220,11 @@ class _Wide:
         layer.output.dense.weight[self.width : -self.heads, : len(first)] = (
             READ / (4 * square * half) * torch.outer(self.signs, product)
         )
+
+    def add_heads(self, layer: torch.nn.Module) -> None:
+        """Add the values that the heads have read to the state. They outweigh it."""
+        out = layer.attention.output.dense.weight.view(-1, self.heads, self.part + 2)
+        out[: self.width, :, : self.part] = POOLED * torch.eye(self.width).view(self.width, self.heads, self.part)
 
     def see_mark(self, attention: torch.nn.Module, apart: float, mark: float) -> None:
         """Make all heads attend less to tokens with the other mark: the attention logits of these tokens are lower by

