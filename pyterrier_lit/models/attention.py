@@ -1,10 +1,10 @@
-"""Attention of few queries over many keys: on a CPU, by matrix products instead of the slower fused kernel.
+"""Attention of few queries over many keys: on a CPU, it is computed by matrix products.
 
-In this module, queries, keys and values are vectors of the attention mechanism. The fused kernel
+In this module, queries, keys and values are vectors of the attention mechanism. PyTorch's fused kernel
 (`scaled_dot_product_attention`) is fast if there are about as many queries as keys. A decoding step has only one query
-per new token. With so few queries, the kernel is slower than matrix products on a CPU. Shapes: B is the batch size, H
-the number of heads of the queries, K the number of heads of keys and values (H is a multiple of K), m the number of
-queries, S the number of keys, and d the width of a head.
+per new token. With so few queries, the fused kernel is slower than matrix products on a CPU. Shapes: B is the batch
+size, H the number of heads of the queries, K the number of heads of keys and values (H is a multiple of K), m the
+number of queries, S the number of keys, and d the width of a head.
 """
 
 from typing import Any

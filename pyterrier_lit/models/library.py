@@ -46,8 +46,10 @@ def library_config(config: dict[str, Any], config_class: type) -> Any:
 
 
 def auto_config(config: dict[str, Any], kind: str) -> Any:
-    """Return the configuration of transformers for a model type. Unlike `library_config`, this function also passes
-    fields that have no default in the configuration's class. References to code in the config are ignored.
+    """Return the configuration of transformers for a model type, with the fields of a config.json.
+
+    `library_config` leaves out those fields that the configuration's class does not know. This function passes them to
+    the class, too. References to code in the config are ignored.
 
     Args:
         config: the fields of config.json.
@@ -255,7 +257,8 @@ def position_limit(config: Any) -> float:
 
 def today(weights: Weights) -> Weights:
     """Return weights under their current names. In older checkpoints, the weights of layer norms are named gamma and
-    beta. The table of position ids, which older checkpoints contain, is left out."""
+    beta. Older checkpoints also contain `embeddings.position_ids`, the numbers 0, 1, 2 and so on, which are left out.
+    """
     kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
     return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
 

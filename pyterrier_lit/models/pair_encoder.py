@@ -74,9 +74,9 @@ class PairCheckpoint:
         """The maximum lengths of a query and of a passage in tokens, as {"query_length": ..., "doc_length": ...}. They
         are the lengths that the config records.
 
-        If the config does not record a length, it is that in LENGTHS for a checkpoint in lightning-ir's format. For any
-        other checkpoint, it is None: the text alone has no maximum length, and only the query-passage pair is
-        truncated.
+        If the config does not record a length, the default depends on the format of the checkpoint. In lightning-ir's
+        format, the default is that of LENGTHS. In any other format, it is None: the text alone has no maximum length,
+        and only the query-passage pair is truncated.
         """
         default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
         return {name: self.config.get(name) or length for name, length in default.items()}

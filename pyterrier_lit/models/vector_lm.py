@@ -134,7 +134,8 @@ class VectorLM(nn.Module):
 
 
 class VectorReader:
-    """A `decoding.Reader` for B prompts. Its tokens are the indices of a prompt's vectors.
+    """A `decoding.Reader` for B prompts. The tokens that it generates stand for the vectors of a prompt: token i stands
+    for vector i, counted from 0.
 
     Args:
         network: the language model.

@@ -69,8 +69,8 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
 
 
 def none_relevant(n: int, what: str = "passages") -> ValueError:
-    """Return the error to raise if none of n passages is judged relevant in the qrels. `what` is the word for the
-    passages in its message."""
+    """Return the error to raise if none of n passages is judged relevant in the qrels. In its message, the passages are
+    called `what`, for example "validation passages"."""
     return ValueError(
         f"none of the {n} {what} is judged relevant in the qrels: check that qids and docnos belong to the same"
         " collection"

@@ -124,8 +124,9 @@ class Training(pt.Estimator):
         topics_or_res_va: pd.DataFrame | None = None,
         qrels_va: pd.DataFrame | None = None,
     ) -> None:
-        """Train the student in place on a result frame or a stored run. Afterwards `log` holds the losses and
-        measurements. Training starts from the student's current weights, so a second `fit` continues the first.
+        """Train the student in place on a result frame or a stored run. Afterwards, `log` has the losses and, if
+        there is validation data, the `nDCG@10`. Training starts from the student's current weights, so a second `fit`
+        continues the first.
 
         Args:
             topics_or_res_tr: the training data: a result frame with the columns that the student reads, or a StoredRun,

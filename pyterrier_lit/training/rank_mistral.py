@@ -81,7 +81,8 @@ def objective(student: RankMistral, recipe: TextRankingRecipe) -> Objective:
 def sample_window(
     prompter: TextPrompter, recipe: TextRankingRecipe, text_field: str, size: int, given: Ranking, rng: random.Random
 ) -> Conversation:
-    """Sample a window of passages from a list, and return its prompt with the answer as a training example.
+    """Sample a window of passages from a list. Return a training example: the prompt of the window and, as its answer,
+    the target ranking.
 
     Args:
         prompter: the prompter of the checkpoint.

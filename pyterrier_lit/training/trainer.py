@@ -545,7 +545,7 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> None:
-    """Enable gradient checkpointing in all models of transformers inside a network."""
+    """Enable gradient checkpointing in each part of a network that is a model of the transformers library."""
     for module in network.modules():
         if getattr(module, "supports_gradient_checkpointing", False):
             enable: Any = (
