@@ -55,12 +55,12 @@ SENTENCES = 3_000  # number of passages of which one sentence becomes a query
 FUSION = 10  # the constant of reciprocal rank fusion
 LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
 FROZEN = 3  # number of layers, from the first one, that are not trained
-LENGTHS = {"query_length": 24, "doc_length": 72}  # maximum lengths in tokens, in training
+LENGTHS = {"query_length": 24, "doc_length": 64}  # maximum lengths in tokens, in training
 LEARNING = {
     "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "learning_rate": 5e-5, "warmup": 15,
-    "schedule": "cosine", "clip": 1.0, "precision": "float32", "verbose": False, "every": 100,
+    "schedule": "cosine", "clip": 1.0, "precision": "float32", "verbose": False, "every": 140,
 }  # fmt: skip
-STEPS = 500
+STEPS = 560
 
 
 def main() -> None:
