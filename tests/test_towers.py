@@ -77,4 +77,4 @@ def test_the_score_follows_minilms_cosine_of_long_and_short_passages():
     asked, told = (vectors(list(texts)) for texts in zip(*pairs, strict=True))
     of_query = torch.stack([torch.tensor(student.predict(pairs)), (asked * told).sum(1)]).view(2, 6, 20)
     found = [float(torch.corrcoef(of_query[:, i])[0, 1]) for i in range(6)]
-    assert sum(found) / 6 > 2, found
+    assert sum(found) / 6 > 0.935, found
