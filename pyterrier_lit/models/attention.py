@@ -1,4 +1,4 @@
-"""Attention of few queries over many keys: on a CPU, it is computed by matrix products.
+"""Attention of few queries over many keys: on a CPU, matrix products replace the fused kernel.
 
 In this module, queries, keys and values are vectors of the attention mechanism. PyTorch's fused kernel
 (`scaled_dot_product_attention`) is fast if there are about as many queries as keys. A decoding step has only one query
@@ -27,8 +27,8 @@ def attend(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Compute attention: query (B, H, m, d), keys and values (B, H, S, d) -> output (B, H, m, d). Uses matrix products
-    or the fused kernel, whichever is faster for m queries.
+    """Compute attention: query (B, H, m, d), keys and values (B, H, S, d) -> output (B, H, m, d). For few queries on a
+    CPU, it uses matrix products, else the fused kernel.
 
     Args:
         mask: as in `attention_weights`.

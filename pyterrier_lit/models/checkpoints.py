@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a checkpoint must have one of these files
 ADAPTER = "adapter_config.json"
-BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # the other files that are fetched from the hub
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # fetched from the hub with the weights
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 INT8_FILES = ("int8.xml", "int8.bin")  # a network in OpenVINO's format: its graph and its weights
 # The files in a checkpoint's folder that the package may read. `write` removes outdated files of these names
@@ -155,7 +155,7 @@ class Folder:
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
         if not any((self.path / file).exists() for file in files):
             raise ValueError(f"{type(tokenizer).__name__} reads {' or '.join(sorted(files))}")
-        # An empty vocabulary fails at the first unknown word
+        # A tokenizer with an empty vocabulary fails here
         tokenizer.backend_tokenizer.encode("\u2603")
 
     def check_vocabulary(self) -> None:
@@ -165,14 +165,14 @@ class Folder:
             raise self.missing("tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
 
     def saved_tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer in tokenizer.json as it is, without the settings of tokenizer_config.json."""
+        """Return the tokenizer in tokenizer.json, without the settings of tokenizer_config.json."""
         file = self.path / "tokenizer.json"
         if not file.exists():
             raise self.missing(file.name)
         try:
             with no_panic("any text"):
                 return tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises a plain Exception
+        except Exception as error:  # tokenizers raises bare Exception
             raise damaged(file, error) from error
 
     def missing(self, what: str) -> FileNotFoundError:
@@ -190,8 +190,8 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
         model: a folder or a hub id.
         revision: a branch, tag or commit on the hub. None is the main branch of the repository.
 
-    Raises FileNotFoundError if there is no such folder and no such checkpoint on the hub. The message has advice for a
-    machine without a network. Raises ValueError if `model` is a folder and a revision is given.
+    Raises FileNotFoundError if there is no such folder and no such checkpoint on the hub. Raises ValueError if `model`
+    is a folder and a revision is given, or if the checkpoint is an adapter.
     """
     if revision is not None and not (isinstance(revision, str) and revision):
         raise ValueError(f"revision={revision!r}; wanted the name of a branch, a tag or a commit on the hub")
@@ -316,8 +316,8 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
 
 
 def _weight_files(folder: Folder) -> list[Path]:
-    """Return the paths of the files with the weights. Raises FileNotFoundError if there are none, or if a file that an
-    index lists is missing."""
+    """Return the paths of the files with the weights. Raises FileNotFoundError if there are none, or if a shard is
+    missing."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = f"{whole}.index.json"
         if (folder.path / whole).exists():
@@ -334,8 +334,8 @@ def _weight_files(folder: Folder) -> list[Path]:
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    """Return the names of the files that an index lists. `index` is the name of the index file. Raises ValueError if
-    the index lists a path outside the folder."""
+    """Return the names of the shards of the weights. `index` is the name of the JSON file that lists the shards. Raises
+    ValueError if this file lists a path outside the folder."""
     weight_map = _read_json(folder, index).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:

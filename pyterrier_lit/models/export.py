@@ -21,8 +21,8 @@ NAMED = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) -> PairCheckpoint:
-    """Return the checkpoint as a sequence classifier with one label. The classifier is an ELECTRA if the checkpoint
-    projects its embeddings, else a BERT. A checkpoint that is already a sequence classifier is returned unchanged.
+    """Return the checkpoint as a sequence classifier with one label. The classifier is an ELECTRA if the embedding size
+    differs from the hidden size, else a BERT. A checkpoint that is already a sequence classifier is returned unchanged.
 
     Args:
         checkpoint: the cross-encoder.

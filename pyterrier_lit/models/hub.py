@@ -8,7 +8,7 @@ from pyterrier_lit.models.checkpoints import FILES, HUB_ID
 from pyterrier_lit.models.errors import first_line
 
 CARD = "README.md"
-KEPT = ("license", "language")  # prefixes of the fields of a card's header that the user sets
+KEPT = ("license", "language")  # prefixes of the header fields that the user sets
 MARK = (
     "<!-- Written by `save` of pyterrier_lit, which replaces it when it saves here again, unless this line is gone."
     " Give your license above, as `license: ...` -->"
@@ -51,6 +51,7 @@ def card(
         trainings: facts about each new training run, as name -> text.
         earlier: the training section of an older card, or "". This section is put before the new training runs.
         classifier: whether transformers can load the checkpoint as a sequence classifier.
+        arguments: further arguments of the constructor in the card's example, such as ', device="cpu"'.
     """
     from huggingface_hub import ModelCardData
 
@@ -87,7 +88,7 @@ def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
         old: the name of the checkpoint before.
         new: the new name of the checkpoint.
         classifier: whether transformers can load the renamed checkpoint as a sequence classifier. If so, the new card
-            describes this.
+            shows how other libraries load it.
     """
     from huggingface_hub import ModelCard
 
@@ -101,8 +102,8 @@ def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
 
 
 def in_place_of(text: str, before: str) -> str | None:
-    """Return the text of a new card that replaces an older card and keeps its license and language. Returns None if
-    `save` did not write the older card, since a card of the user must not be replaced.
+    """Return the text of a new card, with the license and language of the older card that it replaces. Returns None if
+    `save` did not write the older card, since a card that a user wrote must not be replaced.
 
     Args:
         text: the text of the new card.

@@ -1,7 +1,9 @@
 """A cross-encoder's network in int8 for CPUs: NNCF quantises weights and activations, and OpenVINO computes scores.
 
-On a CPU with VNNI instructions, a matrix product in int8 takes about a quarter of its time in float32. The ranges of
-the activations come from calibration pairs. Operations other than matrix products are computed in float32.
+On a CPU with VNNI instructions, a matrix product in int8 takes about a quarter of the time that it takes in float32.
+The ranges of the activations are measured on some query-passage pairs, the calibration pairs. Operations other than
+matrix products are computed in float32. Shapes: B is the number of query-passage pairs in a batch, and L their length
+in tokens including padding.
 """
 
 import contextlib
@@ -26,15 +28,16 @@ GRAPH, WEIGHTS = INT8_FILES
 
 
 class Int8Scorer(nn.Module):
-    """The network of a cross-encoder in int8, which OpenVINO computes on the CPU. It has no parameters of torch, so it
+    """The network of a cross-encoder in int8, which OpenVINO runs on the CPU. It has no parameters of torch, so it
     cannot be trained.
 
     Args:
-        graph, weights: the contents of GRAPH and WEIGHTS.
-        pad_id: the id of the padding token.
+        graph: the content of the file GRAPH.
+        weights: the content of the file WEIGHTS.
+        pad_id: the id of the padding token, or None.
 
-    Raises ImportError if OpenVINO is not installed, RuntimeError if it cannot read the network, and ValueError if the
-    network has other inputs than INPUTS or another output than the scores.
+    Raises ImportError if OpenVINO is not installed, and RuntimeError if OpenVINO cannot read the network. Raises
+    ValueError if the inputs of the network are not INPUTS, or if its output is not one score per pair.
     """
 
     def __init__(self, graph: bytes, weights: bytes, pad_id: int | None):
@@ -62,7 +65,8 @@ class Int8Scorer(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
     ) -> torch.Tensor:
-        """input_ids, attention_mask, token_type_ids (B, L) each -> scores (B,)"""
+        """Score B query-passage pairs: input_ids, attention_mask and token_type_ids, each (B, L) -> float32 scores
+        (B,)."""
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         tensors = (input_ids, attention_mask, token_type_ids)
@@ -70,7 +74,7 @@ class Int8Scorer(nn.Module):
         return torch.from_numpy(found[0].copy())
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the network in OpenVINO's format. Returns the fields of config.json."""
+        """Write the network into an existing folder, in OpenVINO's format. Returns `config`, unchanged."""
         (folder / GRAPH).write_bytes(self.graph)
         (folder / WEIGHTS).write_bytes(self.weights)
         return config
@@ -80,14 +84,14 @@ class Int8Scorer(nn.Module):
 
 
 def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> Int8Scorer:
-    """Return a network of a cross-encoder in int8. This takes some 10 seconds for one of MiniLM's size.
+    """Quantise the network of a cross-encoder to int8. A network of MiniLM's size takes some 10 seconds.
 
     Args:
         network: the network, in float32 on the CPU.
-        batches: the calibration pairs in batches. A batch has the tensors INPUTS, (B, L) each.
+        batches: the calibration pairs in batches. A batch has a tensor (B, L) for each name in INPUTS.
 
-    Raises ImportError if OpenVINO or NNCF is not installed, and ValueError if the type of the network is not in
-    READ_FIRST or if the network is in int8 already.
+    Raises ImportError if OpenVINO or NNCF is not installed. Raises ValueError if the type of the network is not in
+    READ_FIRST, or if the network is in int8 already.
     """
     ov, nncf = _module("openvino"), _module("nncf")
     if not isinstance(network, PooledScorer | LabelScorer):
@@ -107,8 +111,11 @@ def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) ->
 
 
 def read_int8(folder: Folder, pad_id: int | None) -> Int8Scorer:
-    """Return the network in a folder. Raises FileNotFoundError if GRAPH or WEIGHTS is missing, ValueError if one of
-    them is damaged or is not of a cross-encoder, and ImportError if OpenVINO is not installed."""
+    """Return the network in a folder. `pad_id` is the id of the padding token, or None.
+
+    Raises FileNotFoundError if GRAPH or WEIGHTS is missing. Raises ValueError if one of these files is damaged, or if
+    the network is not a cross-encoder. Raises ImportError if OpenVINO is not installed.
+    """
     absent = [name for name in (GRAPH, WEIGHTS) if not (folder.path / name).exists()]
     if absent:
         raise folder.missing(" and ".join(absent))
@@ -120,7 +127,7 @@ def read_int8(folder: Folder, pad_id: int | None) -> Int8Scorer:
 
 
 def _module(name: str) -> Any:
-    """Return a module of OpenVINO or NNCF. Raises ImportError, which says how to install it."""
+    """Return the Python module `name`, of OpenVINO or NNCF. Raises ImportError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -129,8 +136,8 @@ def _module(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Return a context manager without the log of NNCF and without the warnings of tracing. The warnings are about
-    branches that are the same for all inputs of these networks."""
+    """Return a context manager that silences NNCF's log, except for errors, and the warnings of tracing. These warnings
+    concern branches in the code. All inputs of these networks take the same branches."""
     log = logging.getLogger("nncf")
     level = log.level
     log.setLevel(logging.ERROR)

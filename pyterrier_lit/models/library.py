@@ -65,8 +65,7 @@ def auto_config(config: dict[str, Any], kind: str) -> Any:
 
 
 def handed_on(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json that are passed to transformers. Configs that are nested in it are filtered,
-    too."""
+    """Return the fields of a config.json that are passed to transformers. Nested configs are filtered, too."""
     return {
         key: handed_on(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -85,7 +84,7 @@ def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights,
         source: the name of the checkpoint, for error messages.
 
     Raises ValueError, before any memory is allocated, if the network would have more layers than the checkpoint has
-    weights, or more than twice as many parameters as the weights have numbers.
+    weight tensors, or more than twice as many parameters as the checkpoint.
     """
     check_size(make, config, weights, source)
     with torch.device("cpu"):
@@ -103,8 +102,8 @@ def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: W
 
 
 def check_layers(config: dict[str, Any], weights: Weights, source: str) -> None:
-    """Raise ValueError if the config has more layers than the checkpoint has weights. The arguments are those of
-    `build`.
+    """Raise ValueError if the config has more layers than the checkpoint has weight tensors. The arguments are those
+    of `build`.
 
     `check_size` calls this function before it builds the network. Building a million layers would take hours, even
     without memory for their weights.

@@ -1,4 +1,4 @@
-"""Identifies LiT5 checkpoints: by what `save` recorded in the config, else by their names.
+"""Tells LiT5 checkpoints apart: by what a reranker's `save` recorded in the config, else by their names.
 
 This module does not deal with networks.
 """
@@ -75,8 +75,8 @@ def named_kind(place: str) -> str | None:
 
 
 def came_from(config: dict[str, Any]) -> str:
-    """Return the path or hub id from which transformers had loaded a checkpoint when it saved the checkpoint. Returns
-    "" if the config does not record this."""
+    """Return the path or hub id that transformers recorded as the origin of a checkpoint, or "" if the config records
+    none."""
     return str(config.get("_name_or_path", ""))
 
 
@@ -84,9 +84,8 @@ def family(places: Iterable[str]) -> str | None:
     """Return the family of a LiT5-Distill checkpoint, "v1" or "v2". The family is derived from the first of the given
     paths and hub ids that shows a family. Returns None if none of them shows a family.
 
-    A path with "LiT5-Distill" shows "v2" if "v2" follows this name (also in the hub's cache, .../snapshots/HASH), else
-    "v1". A path without "LiT5-Distill" shows "v2" if "v2" is in its last part. Otherwise, a path without "LiT5-Distill"
-    shows no family.
+    A path with "LiT5-Distill" shows "v2" if "v2" follows this name anywhere in the path, else "v1". A path without
+    "LiT5-Distill" shows "v2" if "v2" is in its last part, else no family.
     """
     for place in places:
         *_, named = [None, *NAME.finditer(place)]
@@ -107,11 +106,11 @@ def warn_of_full_prompts(checkpoint: T5Checkpoint, queries: Sequence[str], heads
         heads: for each query, the text of its prompt before the passage.
         length: the maximum length of a prompt in tokens.
     """
-    # A text has at most one token more than characters
+    # A text of n characters has at most n + 1 tokens
     characters = [len(unicodedata.normalize("NFKC", head)) for head in heads]
     long = [i for i, number in enumerate(characters) if number >= length - 2]
     taken = map(len, checkpoint.pieces([heads[i] for i in long]))
-    full = [(queries[i], tokens) for i, tokens in zip(long, taken, strict=True) if tokens >= length - 1]  # and </s>
+    full = [(queries[i], tokens) for i, tokens in zip(long, taken, strict=True) if tokens >= length - 1]  # 1 for </s>
     if full:
         query, tokens = full[0]
         others = f", and {len(full) - 1} more queries" if len(full) > 1 else ""

@@ -1,9 +1,8 @@
-"""Checkpoints of cross-encoders in all published formats: networks that read two texts as one input and return one
-score.
+"""Cross-encoders and their checkpoints: networks that read two texts as one input and return one score.
 
-Two kinds of checkpoints are supported: those of lightning-ir since 2024 (such as Rank-DistiLLM's monoELECTRA), and
-sequence classifiers of transformers with one or two labels. This module deals with token ids and tensors, not with
-rankings.
+Two published formats are supported: that of lightning-ir since 2024 (such as Rank-DistiLLM's monoELECTRA), and sequence
+classifiers of transformers with one or two labels. Checkpoints in int8 have a format of this package. This module deals
+with token ids and tensors, not with rankings.
 """
 
 import copy
@@ -88,7 +87,8 @@ class PairCheckpoint:
 
     @property
     def arguments(self) -> str:
-        """The arguments that the constructor needs to load the checkpoint, as in a call: ', device="cpu"' in int8."""
+        """The further arguments that a reranker's constructor needs for the checkpoint, as text: ', device="cpu"' for
+        int8, else ""."""
         return ', device="cpu"' if isinstance(self.network, Int8Scorer) else ""
 
     @property
@@ -148,8 +148,8 @@ class PairCheckpoint:
 
 
 def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """Load a trained cross-encoder in any supported format. The format is recognised first by the names of the weights,
-    and then by the config.
+    """Load a trained cross-encoder in any supported format. The format is recognised by the config and by the names of
+    the weights.
 
     Args:
         folder: the folder of the checkpoint.
@@ -184,11 +184,11 @@ def read_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 
 
 def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair]) -> PairCheckpoint:
-    """Return a checkpoint in int8.
+    """Return a copy of a checkpoint with its network quantised to int8.
 
     Args:
         checkpoint: the cross-encoder.
-        pairs: the token ids of the query-passage pairs on which the ranges of the activations are calibrated.
+        pairs: the token ids of the calibration pairs (see the module `int8`).
 
     Raises ImportError and ValueError in the same cases as `int8.quantized`.
     """
@@ -326,7 +326,7 @@ def _classifier(
 
 def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
     """Raise ValueError if the tokenizer does not match the model, or if the tokenizer puts no special token between two
-    texts.
+    texts. A decoder needs no special token between the texts.
 
     Args:
         checkpoint: the cross-encoder.
@@ -446,7 +446,7 @@ def _bare(weights: Weights, backbone: str) -> Weights:
 
 def _cleans_up(folder: Folder) -> bool:
     """Return the tokenizer's setting clean_up_tokenization_spaces. If the tokenizer's config does not contain this
-    setting, it is true if a version of transformers before 4.45 wrote the checkpoint or if the config does not state
-    the version, and false otherwise."""
+    setting, return the default of the version of transformers that wrote the checkpoint: true before 4.45, else false.
+    An unknown version counts as one before 4.45."""
     written_by = [int(part) for part in str(folder.config.get("transformers_version", "4.41")).split(".")[:2]]
     return bool(folder.tokenizer_config.get("clean_up_tokenization_spaces", written_by < [4, 45]))

@@ -163,8 +163,9 @@ def end_at_first_token(body: Any) -> None:
     """Let the last layer of a BERT-like encoder return the state of the first token only: (B, 1, H) instead of (B, L,
     H). `body` is the encoder, which is changed in place.
 
-    Keys and values are still computed for all tokens. Query, feed-forward network and norms are computed for the first
-    token only. In training mode, the layer returns the states of all tokens.
+    The keys and values of the attention are still computed for all tokens. The query of the attention, the feed-forward
+    network and the norms are computed for the first token only. In training mode, the layer returns the states of all
+    tokens.
     """
     layer = body.encoder.layer[-1]
     layer.forward = functools.partial(_first_state, layer)

@@ -31,7 +31,8 @@ class Reading:
         types: the number of token types of the model. Higher token types of the tokenizer are replaced by the highest
             type of the model. None keeps all types.
         prompt: a text that is put before each query.
-        clean_up: whether to truncate as lightning-ir does, via decoded text: `do n't` becomes `don't` after truncation.
+        clean_up: whether a separate n't is joined to the word before it, as by lightning-ir's truncation: `do n't`
+            becomes `don't`.
         truncation_side: "left" or "right", the side on which tokens are removed.
         padding_side: "left" or "right", the side on which padding is added.
     """
@@ -142,8 +143,8 @@ class PairLayout:
         return ids[:count] if self.reading.truncation_side == "right" else ids[len(ids) - count :]
 
     def _cleaned(self, ids: list[int]) -> list[int]:
-        """Decode the ids and encode the text again, as lightning-ir's truncation does. The result has a separate n't
-        joined to the word before it."""
+        """Decode the ids and encode the text again, as lightning-ir's truncation does. A separate n't is then joined
+        to the word before it."""
         if not (self.reading.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
             return ids
         from transformers import PreTrainedTokenizerFast

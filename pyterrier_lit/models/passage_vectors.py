@@ -11,14 +11,14 @@ from torch.nn import functional as F
 def distinct(
     keys: Sequence[Sequence[Any]], docnos: Sequence[Sequence[Any]]
 ) -> tuple[list[Any], list[Any], list[list[int]]]:
-    """Find the distinct keys in Q lists of passages. A key identifies a passage, such as its docno or its text.
+    """Find the distinct keys in Q lists of passages. A key identifies a passage: its docno or its text, for example.
 
     Args:
         keys: for each list, the keys of its passages.
         docnos: for each list, the docnos of its passages.
 
-    Returns the distinct keys, a docno for each distinct key, and, for each list, the indices of its passages' keys
-    among the distinct keys.
+    Returns the distinct keys, a docno for each distinct key, and, for each list, an index per passage. The index is the
+    position of the passage's key in the distinct keys.
     """
     docno_of = {
         key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)

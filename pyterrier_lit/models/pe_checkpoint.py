@@ -1,6 +1,6 @@
-"""Reads and writes PE-Rank's checkpoints in the reference's format: language model, prompts and passage encoder.
+"""Reads and writes PE-Rank's checkpoints: language model, prompts and passage encoder.
 
-The reference is the code of PE-Rank's authors, liuqi6777/pe_rank.
+The format is that of the code of PE-Rank's authors, liuqi6777/pe_rank.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from pyterrier_lit.models.vector_lm import VectorLM, projector
 
 ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # prefixes of the names of weights
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
-KIND = "embed_"  # prefix of the language model's model_type
+KIND = "embed_"  # a PE-Rank's model_type is this prefix and the model_type of its language model
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,9 +104,9 @@ class PERankCheckpoint:
         return self.encoder
 
     def head(self) -> torch.Tensor:
-        """Return the weight (V, H) of the language model's output layer. This layer is not used for ranking. If the
-        output layer is tied to the input embedding, its weight is that of the input embedding. Otherwise, it is read
-        from the checkpoint's weights.
+        """Return the weight (vocabulary size, width) of the language model's output layer. This layer is not used for
+        ranking. If the output layer is tied to the input embedding, its weight is that of the input embedding.
+        Otherwise, its weight is read from the checkpoint.
 
         Raises ValueError if the checkpoint has no output layer.
         """

@@ -307,7 +307,7 @@ def _read_tokenizer(folder: Folder) -> Any:
             _check_sentencepieces(folder.path / "tokenizer.model")
         with no_panic("any text"):
             return known.from_pretrained(folder.path, trust_remote_code=False)
-    except Exception as error:  # the library tokenizers raises bare Exception
+    except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{folder} has no tokenizer that can be read ({first_line(error)})") from error
 
 

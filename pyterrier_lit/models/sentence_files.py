@@ -8,7 +8,8 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-# KNOWN has the supported settings in the file READING. TEXT_KNOWN has those under "text" in its field PROCESSING
+# KNOWN has the supported settings of the file READING. This file also has a field PROCESSING, and TEXT_KNOWN has the
+# supported settings under "text" in this field
 KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
 PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
 
@@ -21,8 +22,7 @@ class SentenceFiles:
         prompt: a text that is put before each query.
         max_length: the maximum input length in tokens. None means that these files set no maximum.
         lower_case: whether texts are lower-cased.
-        chat: whether sentence-transformers would join two texts by the tokenizer's chat template if the template has
-            placeholders for two texts.
+        chat: whether sentence-transformers would use a chat template of the tokenizer that joins two texts.
         files: the files themselves, as name -> content.
     """
 
@@ -59,13 +59,13 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
         raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is not among {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
     longest = texts.get("max_length") or reading.get("max_seq_length")
-    chat = not reading.get("modality_config")  # a modality_config lists all ways of reading texts
+    chat = not reading.get("modality_config")  # a modality_config would list a chat template, as "message"
     return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), chat, files)
 
 
 def _check_modules(folder: Folder, modules: Any) -> None:
-    """Raise ValueError if a cross-encoder is put together from several modules. Only a cross-encoder with a sequence
-    classifier as its single module is supported.
+    """Raise ValueError if a cross-encoder consists of several modules of sentence-transformers. Only a sequence
+    classifier as the single module is supported.
 
     Args:
         folder: the folder, for the message.

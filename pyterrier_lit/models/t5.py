@@ -139,7 +139,7 @@ class Memory:
     keys: list[torch.Tensor]  # of the passages' tokens, per layer (B, H, S, d)
     values: list[torch.Tensor]  # of the passages' tokens, per layer (B, H, S, d)
     mask: torch.Tensor | None  # (B, 1, 1, S), added to the logits: -inf on padding, else 0. None if there is no padding
-    norms: list[torch.Tensor] | None  # norms of the values, per layer (B, H, S) float32; None without attention mass
+    norms: list[torch.Tensor] | None  # norms of the values, per layer (B, H, S) float32; None: `read` returns no mass
     own_keys: torch.Tensor  # of the decoder's tokens, (layers, B, H, steps, d)
     own_values: torch.Tensor  # of the decoder's tokens, (layers, B, H, steps, d)
     distance_bias: torch.Tensor  # (H, steps), added to the logits; the index is the distance to an earlier token
@@ -245,7 +245,7 @@ class FiD:
 
         Returns the hidden states (B, m, D) after the final norm, and a list. The list is empty if `memory.norms` is
         None. Otherwise, the list holds, for each layer, a tensor (B, m, S) with the attention mass of each token of the
-        passages. The attention mass is the mean over heads of attention weight times norm of the value.
+        passages. The attention mass is the attention weight times the norm of the value, averaged over heads.
         """
         decoder, mass = self.network.decoder, []
         places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)

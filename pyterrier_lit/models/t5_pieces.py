@@ -1,5 +1,5 @@
-"""T5's tokenizer: texts -> token ids and back, from spiece.model or from a tokenizer.json that was converted from
-one."""
+"""T5's tokenizer: texts -> token ids and back. It is read from spiece.model, or from a tokenizer.json that was made
+from a spiece.model."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""PE-Rank's passage encoder: texts -> vectors, with an encoder of transformers or Jina v2. This module does not deal
+"""PE-Rank's passage encoder: texts -> vectors, with Jina v2 or an encoder of transformers. This module does not deal
 with queries.
 
 Shapes: B is the number of texts in a batch, L their length in tokens including padding, H the width of the encoder, and
@@ -142,7 +142,7 @@ class JinaBert(nn.Module):
     Source: Günther et al., Jina Embeddings 2 (arXiv 2310.19923).
     """
 
-    embeddings: Any  # nested modules, beyond torch's types
+    embeddings: Any  # nested ModuleDicts, for which torch has no types
     encoder: Any
 
     def __init__(self, config: dict[str, Any]):

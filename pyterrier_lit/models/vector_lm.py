@@ -4,7 +4,8 @@ A projector maps the vectors into the space of the model's input embeddings. The
 placeholders in the prompt. The projected vectors of a prompt are also its vocabulary: the logit of a vector is the dot
 product of the projected vector with the last hidden state. This module does not deal with texts or queries. Shapes: B
 is the number of prompts, L their length in tokens, C the number of tokens in the KV cache, N the largest number of
-vectors in one prompt, m the number of vectors per prompt that one forward pass reads, and H the width of the model.
+vectors in one prompt, m the number of vectors per prompt that one forward pass reads, d the dimension of the vectors,
+and H the width of the model.
 Source: PE-Rank (arXiv 2406.14848), section 3.
 """
 
@@ -218,8 +219,8 @@ def _minds_no_gaps(body: Any) -> bool:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Return whether tokens can be removed from a cache of transformers. Tokens can be removed if the cache contains
-    only keys and values per token after the prompt was processed."""
+    """Return whether tokens can be removed from a cache of transformers. This requires that the prompt was processed,
+    and that the cache contains nothing but keys and values for each token."""
     from transformers.cache_utils import DynamicLayer
 
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
