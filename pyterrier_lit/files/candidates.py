@@ -1,8 +1,7 @@
-"""Reads candidates from files, one query at a time: a re-ranking file, or a run with topics and documents. This module
-does not deal with models.
+"""Reads candidates one query at a time, from a re-ranking file or from a run with topics and documents.
 
-Only one query with its passages is in memory at a time, together with the qids of the previous queries. An exception is
-a file with a single JSON array, which is read into memory as a whole.
+This module does not deal with models. Only one query with its passages is in memory at a time, together with the qids
+of the previous queries. An exception is a file with a single JSON array, which is read into memory as a whole.
 """
 
 import json
@@ -34,8 +33,8 @@ ID = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query in a file of JSON lines or with one JSON array. Yields the queries in
-    the order of the file. If `depth` is None, all candidates are read.
+    """Yield each query of a file with its first `depth` candidates, in the order of the file. The file has JSON lines
+    or one JSON array. If `depth` is None, all candidates are read.
 
     In TIRA's format (rerank.jsonl), each line is an object with qid, query, docno and text, and optionally rank and
     score. Other fields, such as original_document, are ignored. qid and docno may be numbers. The lines of a query must
@@ -68,12 +67,12 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
 
 def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = None) -> Iterator[Candidates]:
-    """The first `depth` candidates of each query in a TREC run[.gz]. Yields the queries in the order of the file.
+    """Yield each query of a TREC run[.gz] with its first `depth` candidates, in the order of the file.
 
     Args:
         path: the file of the run.
-        topics: a function that returns the queries of given qids, such as the result of `topics`.
-        documents: a function that returns the texts of given docnos, such as the result of `documents`.
+        topics: a function: qids -> dict from qid to query, for the known qids. The function `topics` returns one.
+        documents: a function: docnos -> dict from docno to text, for the known docnos. `documents` returns one.
         depth: maximum number of candidates per query; None is all.
 
     The candidates of a query are ordered by rank, and candidates of equal rank by descending score. Raises the same
@@ -155,8 +154,7 @@ class Row(NamedTuple):
 
 
 def best_first(path: Path, rows: Iterable[Row], depth: int | None = None) -> Iterator[list[Row]]:
-    """For each query of a file, the list of its first `depth` rows, best first. The rows are ordered as in
-    `read_rerank_file`.
+    """Yield the first `depth` rows of each query of a file, best first. The rows are ordered as in `read_rerank_file`.
 
     path: the file, for error messages. rows: the rows of the file. Raises ValueError if the file is empty or a pipe, if
     the rows of a query are not consecutive, or if a query has a docno twice.
@@ -165,7 +163,7 @@ def best_first(path: Path, rows: Iterable[Row], depth: int | None = None) -> Ite
 
 
 def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """For each query, the list of its rows. Raises the same errors as `best_first`."""
+    """Yield the rows of each query. Raises the same errors as `best_first`."""
     if path.is_fifo() or path.is_char_device():
         raise ValueError(f"{path} is a pipe or a terminal; candidates are read twice, so write them into a file")
     finished: set[str] = set()

@@ -1,5 +1,7 @@
-"""Lines of text files in any common form: gzipped or not, with or without a byte order mark, UTF-8 or UTF-16. This
-module does not deal with the fields in a line."""
+"""Reads the lines of text files: gzipped or not, with or without a byte order mark, in UTF-8, UTF-16 or UTF-32.
+
+This module does not deal with the fields in a line.
+"""
 
 import gzip
 import io
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 GZIP = b"\x1f\x8b"
-OTHERS = {  # first bytes of a file -> its format, if this format is neither text nor gzip and is therefore not read
+OTHERS = {  # first bytes of a file in a format that is not read -> a description of this format
     b"PK\x03\x04": "a zip archive",
     b"BZh": "packed by bzip2",
     b"\xfd7zXZ": "packed by xz",

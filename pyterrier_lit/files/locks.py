@@ -43,8 +43,8 @@ def _opened(path: Path) -> IO[str]:
 def _locked(file: IO[str], output: Path) -> bool:
     """Lock an opened file, and write into it which process holds the lock.
 
-    Returns whether the locked file still exists under its name, since the previous writer may have removed it. Raises
-    BlockingIOError if another process or thread holds the lock.
+    Returns False if the previous writer has removed the file in the meantime, else True. Raises BlockingIOError if
+    another process or thread holds the lock.
     """
     try:
         import fcntl

@@ -44,7 +44,7 @@ def check_values(reranker: Reranker) -> None:
 def fingerprint(reranker: Reranker) -> str:
     """A text that identifies the device, the dtype and the content of the checkpoint's files.
 
-    The device, the dtype, these files and the reranker's arguments determine the scores.
+    This text and the reranker's arguments determine the scores.
 
     A file in the hub's cache is not read, since its name is a hash of its content. Other files are read, at about 1 GB
     per second.

@@ -1,5 +1,4 @@
-"""Candidates -> a TREC run, written in chunks of queries as they are finished. This module does not deal with
-models."""
+"""Reranks candidates and writes a TREC run, in chunks of queries. This module does not deal with models."""
 
 import contextlib
 import gzip
@@ -23,8 +22,8 @@ from pyterrier_lit.batching import counted_tokens
 from pyterrier_lit.files.candidates import Candidates
 from pyterrier_lit.files.locks import only_writer
 
-CHUNK = 100  # number of query-passage pairs reranked between two writes; they are one query with 100 passages
-PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # the name of a part is the name of the output and then this
+CHUNK = 100  # number of query-passage pairs reranked between two writes, such as one query with 100 passages
+PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # a part (an unfinished run) is named {output}{this}
 HASHED = (  # for each of the three hashes in the name of a part: what differs if this hash differs
     "another reranker, model, option, chunk or system",
     "other weights or another device",
@@ -133,8 +132,7 @@ def falling(scores: Sequence[float]) -> Iterator[float]:
 
     scores: the scores of the ranking, best first. Only tied scores are changed: the second of two equal scores becomes
     the next smaller float32 number. trec_eval reads scores as float32, orders a run by these scores, and breaks ties by
-    docno. With ties, trec_eval would therefore lose the reranker's order of passages with equal scores, which is their
-    incoming order.
+    docno. Passages with equal scores are in their incoming order, which trec_eval would therefore lose.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
     below, lowest, *given = numbers.unbind()
@@ -209,7 +207,7 @@ class Part:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        with contextlib.suppress(OSError):  # on a full disk, closing fails again to write what is buffered
+        with contextlib.suppress(OSError):  # on a full disk, closing cannot write the buffer either
             self.file.close()
         if error is None or not self.path.exists():
             return

@@ -17,7 +17,7 @@ from pyterrier_lit.order import complete
 SHAPES = {"conversations", "extra_texts", "retrieved_passages"}  # each format is identified by one of these fields
 HEAD = re.compile(r"relevance to (?:the )?(?:search )?query: (.*?)\.?[ \t]*\n\s*(?=\[(?:1|A)\] )", re.DOTALL)
 PE_HEAD = re.compile(r"relevance to the search query: (.*?)\.\n(?=Passage 1: )", re.DOTALL)
-SAID = re.compile(r"([0-9]+) passages")  # the statement in a prompt that says how many passages follow
+SAID = re.compile(r"([0-9]+) passages")  # the place in a prompt that says how many passages follow
 TAIL = "Search Query: "
 
 
@@ -33,13 +33,13 @@ class Taught(NamedTuple):
 
 
 def is_taught(path: Path) -> bool:
-    """Whether a JSON file is teacher data. This is the case if its first record has one of the fields in SHAPES."""
+    """Return whether a JSON file is teacher data: its first record then has one of the fields in SHAPES."""
     _, first = next(objects(path), ("", {}))
     return bool(SHAPES & first.keys())
 
 
 def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
-    """The ranked lists in a file of public teacher data. Yields the lists in the order of the file.
+    """Yield the ranked lists in a file of public teacher data, in the order of the file.
 
     path: a file of JSON lines or with one JSON array. The format of a record is recognised by one of its fields:
 

@@ -76,7 +76,7 @@ def write_submission(
 
     Args:
         reranker: the reranker.
-        read: a function that yields the queries with their candidates, from the start.
+        read: a function that yields the queries with their candidates, from the start of the input.
         folder: the output directory, which is created if necessary.
         about: the metadata of the run.
         compress: write run.txt.gz instead of run.txt.

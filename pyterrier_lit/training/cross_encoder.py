@@ -1,6 +1,6 @@
-"""Training of CrossEncoder: its scores learn the order of a query's passages, from labels or from a teacher.
+"""Training of CrossEncoder: it learns to order a query's passages, from labels or from a teacher.
 
-A training example is a query with some passages of its list. The network scores each query-passage pair, and a loss
+A training example is a query with some of its passages. The network scores each query-passage pair, and a loss
 compares the scores with the targets of the passages. Rank-DistiLLM (arXiv 2405.07920) trains in two stages. Stage 1
 learns from labels, with one relevant passage and several non-relevant passages of the first stage per query (the loss
 "lce"). Stage 2 learns from the rankings of a large language model, with all pairs of passages in a ranking (the loss
@@ -62,7 +62,7 @@ class PairRecipe(Recipe):
 
     def objective(self, student: CrossEncoder) -> Objective:
         """Return the training objective: the recipe's loss over the scores of a query's passages. Raises ValueError if
-        the loss is unknown."""
+        the loss is unknown, or if the student is in int8."""
         return objective(student, self)
 
 

@@ -1,4 +1,4 @@
-"""Training data: targets for result frames, sampling from their lists, and files of runs and questions.
+"""Training data: adds targets to result frames, samples passages, and reads runs, questions and qrels from files.
 
 A list is a query with its passages, in the order of the first stage. The target of a passage is a number that states
 how relevant the passage is to its query (higher is better). The target is the passage's label in the qrels, or its
@@ -69,8 +69,8 @@ def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
 
 
 def none_relevant(n: int, what: str = "passages") -> ValueError:
-    """Return the error to raise if none of n passages is judged relevant in the qrels. In its message, the passages are
-    called `what`, for example "validation passages"."""
+    """Return the error to raise if none of n passages is judged relevant in the qrels. The error message calls the
+    passages `what`, for example "validation passages"."""
     return ValueError(
         f"none of the {n} {what} is judged relevant in the qrels: check that qids and docnos belong to the same"
         " collection"
@@ -126,8 +126,8 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _content(value: Any) -> Any:
-    """Convert a value that JSON cannot hold. A vector becomes a digest, and a number of another library becomes a
-    number of Python. Any other value becomes its `repr`."""
+    """Convert a value that JSON cannot hold. A vector, or a number of NumPy or torch, becomes a digest. An array of
+    objects becomes a list. Any other value becomes its `repr`."""
     if hasattr(value, "numpy"):  # a torch tensor
         value = value.numpy()
     is_vector = hasattr(value, "tobytes") and value.dtype != object
@@ -136,7 +136,7 @@ def _content(value: Any) -> Any:
 
 def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
     """Sample n passages of a list. Return their positions in the list (from 0). If the list has at most n passages or
-    if n is None, all positions are returned.
+    if n is None, all positions are returned, except by the sampling "single_relevant".
 
     Args:
         targets: the targets of the passages, in the order of the first stage.
@@ -194,10 +194,10 @@ def window(
         shuffle: the probability that the window is shuffled.
         rng: the random generator.
 
-    Returns two lists. The first list has the positions of the passages in the list of the query (from 0), in the order
-    in which the student sees the passages. This order is that of the query's list or, with probability `shuffle`, a
-    random order. The second list has the positions of the passages in the window (from 0), from the highest target to
-    the lowest. Passages with equal targets keep the order in which the student sees them.
+    Returns the positions of the window's passages in the list (from 0), in the order in which the student sees the
+    passages. This is the order of the list or, with probability `shuffle`, a random order. Also returns the positions
+    of the passages in the window (from 0), from the highest target to the lowest. Passages with equal targets keep the
+    order in which the student sees them.
     """
     size = min(rng.randint(smallest, largest), len(targets))
     shown = sorted(rng.sample(range(len(targets)), size))

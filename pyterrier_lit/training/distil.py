@@ -1,9 +1,9 @@
 """FineTune and Distil: train a student inside a pipeline, from labels or from a teacher's ranking.
 
-A student is a reranker that is trained. FineTune and Distil read from the training frame the columns that the student
-needs. They add a target (a number, higher is better) for each passage, and call `trainer.train` with the recipe. The
-recipes of a student are in the module of this folder that has the same name as the module of the student's class. For
-example, the recipes of `pyterrier_lit.cross_encoder.CrossEncoder` are in `pyterrier_lit.training.cross_encoder`.
+A student is a reranker that is trained. FineTune and Distil read the columns that the student needs from the
+training frame. They add a target (a number, higher is better) for each passage, and call `trainer.train` with the
+recipe. The recipes of `pyterrier_lit.cross_encoder.CrossEncoder` are in `pyterrier_lit.training.cross_encoder`. The
+recipes of the other students are in modules that are named in the same way.
 """
 
 import copy
@@ -97,7 +97,7 @@ class Training(pt.Estimator):
 
     def chosen_recipe(self) -> Recipe:
         """Return the recipe that `fit` uses. It is the argument `recipe` or, if `recipe` is None, the student's default
-        recipe. The fields that the constructor's `settings` name have the values of `settings`.
+        recipe. The constructor's `settings` override fields of this recipe.
 
         Raises TypeError if the student cannot be trained or if a setting is unknown. Raises ValueError if the recipe is
         unknown.
@@ -113,7 +113,7 @@ class Training(pt.Estimator):
         return recipe.replace(**{name: self.settings[name] for name in self.settings if name not in FOR_EVERY_RECIPE})
 
     def chosen_settings(self) -> Settings:
-        """Return, as `trainer.Settings`, those of the constructor's `settings` that are not fields of the recipe."""
+        """Return a `trainer.Settings` with the values that the constructor's `settings` give to its fields."""
         chosen = {name: self.settings[name] for name in self.settings if name in FOR_EVERY_RECIPE}
         return Settings(verbose=self.verbose, **chosen)
 
@@ -130,7 +130,7 @@ class Training(pt.Estimator):
 
         Args:
             topics_or_res_tr: the training data: a result frame with the columns that the student reads, or a StoredRun,
-                which reads the same lists from files.
+                which leaves the texts in their source.
             qrels_tr: the labels of the training queries, a frame with qid, docno and label. FineTune needs them if the
                 recipe learns from labels. Distil ignores them.
             topics_or_res_va: a result frame with the validation queries and their passages, or None.
@@ -227,7 +227,7 @@ class Training(pt.Estimator):
 
     def described(self, given: Iterable[Any], measured_on: tuple[pd.DataFrame, pd.DataFrame] | None) -> dict[str, str]:
         """Return a description of the student and the data, as name -> text. Training resumes from a checkpoint in the
-        folder only if this description is unchanged.
+        training folder only if this description is unchanged.
 
         Args:
             given: the training lists, and the texts that were looked up in a stored run.

@@ -1,5 +1,6 @@
-"""Training of Fusion-in-Decoder (arXiv 2007.01282), which both LiT5 rerankers share: a T5 learns to generate a text
-from many passages.
+"""Training of Fusion-in-Decoder, which both LiT5 rerankers share: a T5 learns to generate a text from many passages.
+
+Source: arXiv 2007.01282.
 
 The encoder of the T5 reads each passage alone, in a prompt with the query. The decoder attends to the tokens of all
 passages and learns to generate the answer. The loss is the cross-entropy of the answer. The encoder's activations for a
@@ -20,7 +21,7 @@ from pyterrier_lit.models.t5 import EOS, START, FiD, T5Checkpoint
 from pyterrier_lit.training.losses import decayed_cross_entropy
 from pyterrier_lit.training.trainer import Recipe
 
-# The token ids of the prompts of a query's passages, and the token ids of the answer with EOS
+# For one query: the token ids of each passage's prompt, and the token ids of the answer with EOS
 PromptsAndAnswer = tuple[list[list[int]], list[int]]
 
 

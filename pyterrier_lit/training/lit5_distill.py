@@ -39,7 +39,7 @@ class WindowRecipe(FiDRecipe):
         largest: the largest number of passages in a window. None is the student's window size.
         shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
             stage.
-        decay: the weight of each token of the answer in the loss, divided by the weight of the token before it.
+        decay: the weight of a token of the answer in the loss, divided by the weight of the token before it.
         first_weight: the weight of the loss on the first decoding step, for decoding="first". 0 omits this loss.
         dropout: the dropout rate of the T5.
         max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and
@@ -65,7 +65,7 @@ class WindowRecipe(FiDRecipe):
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
-    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first". The weight is that in FIRST's code
+    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first". FIRST's code has this weight
 }
 FINE_TUNE = DISTIL = "lit5-distill-v2"  # the default recipe for labels and for a teacher's ranking
 

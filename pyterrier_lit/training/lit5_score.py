@@ -47,7 +47,7 @@ RECIPES: dict[str, Recipe] = {
         5e-5, batch_size=64, steps=15_000, warmup=1_000, schedule="linear", weight_decay=0.01, clip=1.0
     ),
 }
-# The default recipes for labels and for a teacher's ranking. DISTIL is None, since a teacher's ranking has no answers
+# The default recipes for FineTune and Distil. DISTIL is None, since a teacher's ranking has no answers
 FINE_TUNE, DISTIL = "fid-reader", None
 
 

@@ -13,15 +13,15 @@ from torch import nn
 
 @contextlib.contextmanager
 def adapted(network: Any, rank: int, seed: int) -> Iterator[None]:
-    """Return a context manager for training LoRA adapters. Inside it, a model of transformers is frozen, and LoRA
-    adapters on all of its linear layers are trained. At the end, the adapters are merged into the weights of the model.
-    After an error, they are removed instead.
+    """Return a context manager for training LoRA adapters. Inside it, the weights of `network` are frozen, and LoRA
+    adapters on all of its linear layers are trained. At the end, the adapters are merged into the weights. After an
+    error, the adapters are removed instead.
 
     An adapter replaces W x by W x + 2 B A x, with A (rank, in) and B (out, rank) in float32. B starts at zero, and A is
     initialised at random.
 
     Args:
-        network: the model, which is changed in place.
+        network: a model of transformers, which is changed in place.
         rank: the rank of the adapters.
         seed: the random seed for A.
 
@@ -47,7 +47,7 @@ def adapted(network: Any, rank: int, seed: int) -> Iterator[None]:
 
 
 def _remove(network: nn.Module, merge: bool) -> None:
-    """Remove all adapters from a network. If `merge` is true, they are merged into its weights first."""
+    """Remove all adapters from a network. If `merge` is true, the adapters are merged into its weights first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parent in list(network.modules()):

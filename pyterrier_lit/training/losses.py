@@ -37,7 +37,7 @@ def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = N
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
 
     Source: FIRST, arXiv 2406.15657, section 3.2. The formula in the paper is a sum. The paper's code takes the mean
-    over the pairs of passages of each list; this function takes the mean over those of the whole batch.
+    over the pairs of passages of each list; this function takes the mean over the pairs of the batch.
     """
     inside = _inside(scores, mask)
     rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)
@@ -59,8 +59,8 @@ def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch
     themselves.
 
     Unlike the other losses of scores and targets, this loss changes if a constant is added to all scores of a query.
-    Source: Hinton et al., arXiv 1503.02531, section 2.1. That section shows that matching the logits is the limit of
-    high temperatures.
+    Source: Hinton et al., arXiv 1503.02531, section 2.1. That section shows that distillation at high temperatures
+    approaches matching the logits.
     """
     inside = _inside(scores, mask)
     return _mean((_filled(scores, mask) - _filled(targets, mask)).square(), inside)

@@ -50,9 +50,8 @@ class AlignmentRecipe(Recipe):
     def objective(self, student: PERank) -> Objective:
         """Return the training objective: the cross-entropy of a passage's text given its vector.
 
-        Raises ValueError for a PERank that `save` wrote, since `save` leaves out the output layer for words. There is
-        no error if the language model's output layer is tied to its input embeddings, because the input embeddings are
-        saved.
+        Raises ValueError for a PERank that `save` wrote, since `save` leaves out the language model's output layer.
+        There is no error if the output layer is tied to the input embeddings, because the input embeddings are saved.
         """
         return alignment(student, self)
 
@@ -196,8 +195,8 @@ class AlignmentBatch(NamedTuple):
 
 
 def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
-    """Return the training objective of a PERank in stage 1. Raises ValueError if the student has no output layer for
-    words."""
+    """Return the training objective of a PERank in stage 1. Raises ValueError if the student's language model has no
+    output layer."""
     checkpoint: PERankCheckpoint = student.load()
     head = output_layer(checkpoint)
     checkpoint.network.body.requires_grad_(False)

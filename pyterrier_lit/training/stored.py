@@ -1,9 +1,9 @@
 """Training from a run in a file, without a frame: memory holds a few bytes per row, and each batch looks up its texts.
 
-A result frame with all texts can be too large for memory. For each row of a stored run, memory holds the docno and the
-target. For each query of a stored run, memory holds the qid, the text of the query and the index of the query's first
-row. The lists of a stored run equal the lists of a result frame with the same rows. Training on the stored run
-therefore gives the same student as training on the frame.
+A result frame with all texts can be too large for memory. A StoredRun therefore leaves the texts in their source. For
+each row, memory holds the docno and the target. For each query, memory holds the qid, the text of the query and the
+index of the query's first row. The lists of a StoredRun equal the lists of a result frame with the same rows. Training
+on the StoredRun therefore gives the same student as training on the frame.
 """
 
 import math
@@ -50,8 +50,8 @@ class StoredRun:
     Args:
         path: a TREC run or JSON lines, both optionally gzipped, or a parquet file. The rows of a query must be
             consecutive. The passages of a query are ordered by rank, and passages with equal ranks by descending score.
-            If a passage of the query has no rank, they are ordered by descending score. If a passage has no score
-            either, they keep the order of the file.
+            If a passage has no rank, all passages of its query are ordered by descending score. If its query also has a
+            passage without a score, they keep the order of the file.
         topics: the text of each query: a frame with qid and query, a mapping qid -> text, or a file (`qid tab query`,
             or .jsonl[.gz] with lines {qid, query}).
         texts: the text of each docno: a text loader, an object that has one (a dataset, an index), a document store of
@@ -64,8 +64,8 @@ class StoredRun:
     consecutive, if a query has a passage twice, or if a qid is missing from the topics.
 
     If a passage has no text, `fit` raises ValueError with the qid and the docno. Before the first step, `fit` checks
-    the texts of 100 to 199 queries (all, if the run has fewer than 200), spread over the run. The texts of the other
-    queries are checked when their passages are sampled.
+    the texts of at least 100 queries (all, if the run has fewer), spread over the run. The texts of the other queries
+    are checked when their passages are sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
@@ -196,9 +196,9 @@ class StoredRun:
 class StoredLists(Sequence[Ranking]):
     """The lists of a stored run. Each list is built anew on each access.
 
-    The lists have the same order as the lists of a frame. If the run has targets, the queries are sorted by the rank of
-    their first passage that has a target. Queries with equal ranks keep the order of the run. A query without a passage
-    that has a target has no list.
+    The lists are ordered as in a frame with the same rows. If the run has targets, the queries are sorted by the rank
+    of their first passage that has a target. Queries with equal ranks keep the order of the run. If no passage of a
+    query has a target, the query has no list.
 
     Args:
         run: the stored run.

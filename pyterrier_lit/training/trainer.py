@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer with a network, and with functions for its examples and their loss.
+"""The training loop: trains a network with the Trainer of transformers.
 
 A list is a query with its passages. Each step takes `batch_size` training lists, samples an example from each list, and
 updates the weights once with the mean loss of these examples. Gradients are accumulated over micro-batches that fit
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 MEASURE = "nDCG@10"  # the name of the result of `validate` in the log
 STARTED_WITH = "training.json"  # in the training folder: the recipe, seed, data and weights that training started with
-WHOLE = "whole.json"  # in each checkpoint: the sizes of its other files in bytes. It is written last
+WHOLE = "whole.json"  # in each checkpoint, written last: the sizes of its other files in bytes
 WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
-# Each network that was trained with a folder -> the folder, and the digest of the network's initial weights. If
-# training resumes in the same process, the network no longer has its initial weights
+# Each network that was trained with a folder -> the folder, and the digest of the network's initial weights. Resuming
+# in the same process needs this digest, since the network no longer has its initial weights
 _began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
 # Log entries in the order of the steps. Each has `step`, and either loss, learning_rate and grad_norm, or nDCG@10
@@ -69,9 +69,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of training. Each reranker has a subclass of Recipe with more fields. The hyperparameters of
-    a paper are an instance of the subclass of the paper's reranker. In this description, a list is a query with its
-    passages.
+    """The hyperparameters of training. Each reranker has a subclass with more fields. An instance holds, for example,
+    the hyperparameters of a paper. A list is a query with its passages.
 
     Args:
         learning_rate: the peak learning rate of AdamW, the same for all parameters.
@@ -132,8 +131,8 @@ def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
 class Objective(NamedTuple):
     """What a student learns: its network, and the functions that lead from training lists to a loss.
 
-    If the recipe's `workers` is above 0, these functions are pickled for other processes. They must therefore be
-    module-level functions, or `functools.partial` objects of such functions.
+    If the recipe's `workers` is above 0, `sample` and `collate` run in other processes and may be pickled. They must
+    therefore be module-level functions, or `functools.partial` objects of such functions.
     """
 
     network: nn.Module
@@ -143,7 +142,7 @@ class Objective(NamedTuple):
     `frames.rankings`, the first set whose columns are all in the frame is read. A set with the column "target" requires
     labels or a teacher."""
     prepare: Callable[[Sequence[Any]], Sequence[Any]]
-    """A function: all lists -> the lists that can be trained on, as a sequence whose items `sample` reads."""
+    """A function: all lists -> the lists to train on. `sample` reads one of them at a time."""
     sample: Callable[[Any, random.Random], Any]
     """A function: one of the prepared lists, a random generator -> a training example. The function takes all its
     random numbers from this generator."""
@@ -360,11 +359,11 @@ def _last_whole(folder: Path) -> str | None:
 
 
 def _find_best(state: Path) -> None:
-    """Correct the path of the best checkpoint that is recorded in another checkpoint. This path is wrong if the
-    training folder was moved.
+    """Correct the path of the best checkpoint in a checkpoint's trainer_state.json. The path is wrong if the training
+    folder was moved.
 
     Args:
-        state: the folder of the checkpoint that records the path.
+        state: the folder of the checkpoint that has this file.
     """
     file, whole = state / "trainer_state.json", state / WHOLE
     held = json.loads(file.read_text(encoding="utf-8"))
@@ -602,8 +601,8 @@ def _eager_attention_on_cpu(network: nn.Module) -> Iterator[Callable[[Callable[[
     """Return a context manager in which a network on a CPU uses "eager" attention. On a CPU, the gradient of the fused
     kernel ("sdpa") is several times slower than that of "eager" attention.
 
-    The context manager returns a decorator for functions that use the network's usual attention. At the end, every
-    model of transformers in the network has its usual attention again.
+    The context manager yields a decorator. A decorated function runs with the network's usual attention. At the end,
+    every model of transformers in the network has its usual attention again.
     """
     models: list[Any] = [module for module in network.modules() if hasattr(module, "set_attn_implementation")]
     usual = [model.config._attn_implementation for model in models]
