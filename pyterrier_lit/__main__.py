@@ -161,7 +161,7 @@ def candidates(
 
 
 def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
-    """Add the options of all commands: the reranker, its model and its arguments.
+    """Add the options that every command has: the reranker, its model and its arguments.
 
     named: the reranker on the command line, whose options the help then shows. None shows the options of all rerankers.
     """

@@ -131,8 +131,8 @@ def map_batches(
             progress bar.
 
     Returns a list of answers in the order of the items. Answers in a tensor become numbers or nested lists. If a batch
-    does not fit into memory, it is computed again in batches of at most half its tokens, and so are all following
-    items; one warning appears. Raises MemoryError if a single item does not fit into memory.
+    does not fit into memory, its items are computed again in batches of at most half its tokens. This maximum holds
+    for all later batches, too. One warning appears. Raises MemoryError if a single item does not fit into memory.
     """
     budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
     answers: list[Any] = [None] * len(items)

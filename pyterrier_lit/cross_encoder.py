@@ -140,16 +140,16 @@ class CrossEncoder(Reranker):
         any CrossEncoder, but it cannot be trained.
 
         Args:
-            frame: candidates, one row per query-passage pair, with the columns `query` and `text_field`. The ranges of
-                the activations are measured on these pairs, so take candidates from the collection that you will
-                rerank.
-            n_pairs: number of rows of `frame` to use. They are drawn at random with a fixed seed.
+            frame: candidates, one row per query-passage pair, with a column `query` and with the column of the texts
+                that `text_field` names. The ranges of the activations are measured on these pairs, so take candidates
+                from the collection that you will rerank.
+            n_pairs: number of rows of `frame` to use. The rows are drawn at random with a fixed seed.
 
         OpenVINO and NNCF send anonymous usage data to their authors, unless you run `opt_in_out --opt_out` once.
 
         Raises ImportError if OpenVINO or NNCF is not installed, and TypeError if a query or passage is not a string.
-        Raises ValueError if `frame` lacks these columns or has no rows, if `n_pairs` is less than 1, if the encoder is
-        not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this reranker is in int8 already.
+        Raises ValueError if `frame` lacks one of the two columns or has no rows, if `n_pairs` is less than 1, if the
+        encoder is not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this reranker is in int8 already.
         """
         drawn = sampled(frame, ["query", *self.text_column()], n_pairs)
         queries, passages = (

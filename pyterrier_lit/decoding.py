@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-# For each row, the chosen candidates, best first. For each row, 0 if the logits of all choices were finite, else nan or
-# an infinity
+# Two lists with one entry per row. The first has the chosen candidates, best first. The second has 0 if the logits of
+# all choices were finite, else nan or an infinity
 Choices = tuple[list[list[int]], list[float]]
 
 
@@ -75,7 +75,7 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
     chosen, pace = [candidates], Pace(reader.costs)
     while speller.going.any():
         most = int(speller.left.max()) * speller.depth  # upper bound on the number of tokens still to choose
-        draft = speller.draft(1 + pace.length(most - 1))  # the last token is compared, not processed
+        draft = speller.draft(1 + pace.length(most - 1))  # the pass does not process the last token
         read = reader.read(torch.cat([last[:, None], draft[:, :-1]], 1).to(reader.device)).cpu()
         agreeing, kept, agreed = speller.going, torch.zeros_like(last), 0
         for logits, drafted in zip(read.unbind(1), draft.unbind(1), strict=True):
@@ -99,8 +99,8 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
 class Pace:
     """Chooses the length of the next draft: the length that maximises the expected number of tokens per unit of cost.
 
-    The acceptance rate of drafted tokens is estimated from recent passes. Drafted tokens that were compared but not
-    processed count for this estimate, too.
+    The acceptance rate of drafted tokens is estimated from recent passes. `in_turn` drafts one token more than a pass
+    processes. This token is compared with the token that greedy decoding chooses, so it counts for the estimate, too.
     """
 
     # Prior of the acceptance rate. With this prior, the first pass drafts only if longer passes cost little
@@ -241,8 +241,8 @@ class Speller:
 
     def draft(self, length: int) -> torch.Tensor:
         """A draft of the next `length` tokens of each row, (B, length): the tokens of the unused candidates, in the
-        order of their probability by the latest logits. If a row has begun a candidate, the draft completes a candidate
-        with this beginning first.
+        order of their probability by the latest logits. If a row has begun a candidate, the draft first completes the
+        most probable candidate with this beginning.
 
         The probability of a candidate is the product of the probabilities of its tokens. If there are no logits yet for
         a position in the candidates, all tokens at this position count as equally likely. Equally likely candidates

@@ -10,7 +10,7 @@ import pandas as pd
 import pyterrier as pt
 
 Columns = dict[str, list[list[Any]]]  # column name -> per query, a list of its passages' values, best first
-ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns; a set is: column name -> str or object
+ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns, each a mapping: column name -> str or object
 
 
 def rerank(
@@ -27,11 +27,11 @@ def rerank(
             rows may have any order and any index. The frame is not modified.
         results: a function that is called once with two arguments. The first argument is the list of all queries. The
             second argument is a dict of columns: column name -> one list per query, with the value of each of its
-            passages. Its columns are `docno` and those of the column set. The passages of a query are in the order of
-            their `rank`. Without a column `rank`, they are in the order of descending `score`. Without both columns,
-            they are in the order of their rows. The function returns a dict. Its entry `score` has one list
-            per query, with the score of each of its passages (higher is better). For each of `query_columns`, the dict
-            also has an entry with one value for each query.
+            passages. Its columns are `docno` and those of the chosen set in `column_sets`. The passages of a query are
+            in the order of their `rank`. Without a column `rank`, they are in the order of descending `score`. Without
+            both columns, they are in the order of their rows. The function returns a dict. Its entry `score` has one
+            list per query, with the score of each of its passages (higher is better). For each of `query_columns`, the
+            dict also has an entry with one value for each query.
         column_sets: alternative sets of columns. Each set maps a column name to the type of its values: str, or object
             for any type. The first set whose columns are all in the frame is used.
         query_columns: names of columns that are added to the frame besides `score` and `rank`.

@@ -128,8 +128,8 @@ class Reranker(pt.Transformer):
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def for_top(self, top_k: int | None) -> Self:
-        """The reranker that `rank` uses if only the `top_k` best passages are needed (None: all): this reranker, unless
-        a subclass can save work."""
+        """The reranker that `rank` uses if only the `top_k` best passages are needed: this reranker, unless a subclass
+        can save work. top_k: number of passages; None is all passages."""
         return self
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
@@ -318,8 +318,8 @@ class Reranker(pt.Transformer):
         return {}
 
     def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
-        """The text of the model card for saving the loaded checkpoint. If the weights are unchanged and their folder
-        had a card, it is this card. Otherwise it is a new card."""
+        """The text of the model card that is saved with the checkpoint. If the weights are unchanged and `model` is a
+        folder with a card, returns that card under the new name. Otherwise returns a new card."""
         held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
         before = held.card
         if before is not None and not held.given and model.is_dir():
@@ -436,8 +436,8 @@ class Reranker(pt.Transformer):
         return held.source is not None and held.source[:2] == (self.model, self.revision)
 
     def call(self) -> str:
-        """The constructor call of this reranker with its arguments, as text. The text does not show if the weights were
-        trained afterwards."""
+        """The constructor call of this reranker with its arguments, as text. The text does not show whether the weights
+        were trained afterwards."""
         return representation(self, last=[field.name for field in dataclasses.fields(Reranker) if field.kw_only])
 
     def __repr__(self) -> str:
@@ -502,7 +502,7 @@ class Held:
 
 @functools.cache
 def _mind_forks() -> None:
-    """Register `Held.after_fork` once in this process. This function is called when a checkpoint is loaded."""
+    """Register `Held.after_fork`, once per process. `_mind_forks` is called when a checkpoint is loaded."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=Held.after_fork)
 

@@ -25,7 +25,8 @@ READ = 2_048  # maximum number of characters of a passage that count towards its
 # into memory
 SMALLEST, LARGEST = 32_768, 1_000_000
 IN_FLIGHT = 2  # number of shards that a worker has at a time: it computes one of them, and the other one waits
-# An error is raised if this number of workers die over one shard, or this number per worker while they load the model
+# An error is raised if ATTEMPTS workers die over one shard, or if ATTEMPTS times the number of workers die while they
+# load the model
 ATTEMPTS = 3
 PATIENCE = 30  # maximum number of seconds to wait for resources that are in use
 
