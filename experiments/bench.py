@@ -35,7 +35,7 @@ import torch
 from pyterrier_lit.models.devices import choose_dtype
 
 SYSTEMS = Path(__file__).with_name("bench_systems.py")
-TOP = 10  # two orders are compared on pairs with one of our first 10 passages
+TOP = 10  # two orders are compared on those pairs of passages that contain one of our first 10
 QUESTION = "How fast is each reranker beside what else does its work?"
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         "rows",
         nargs="*",
         metavar="ROW",
-        help=f"one of {'; '.join(ROWS)}; default: all but those of 43 queries, and of bfloat16 if the CPU lacks it",
+        help=f"one of {'; '.join(ROWS)}; default: those with fewer than 43 queries and a dtype that the CPU supports",
     )
     parser.add_argument("--data", default="python-docs", help="a collection that corpora.py loads")
     parser.add_argument(
@@ -135,7 +135,7 @@ def main() -> None:
 
 def quick(row: Row) -> Row:
     """The row with one query, as --quick runs it. Systems with `top_k=10` are left out, since the query has only 10
-    passages, and systems in int8, since quantisation takes longer than the rest."""
+    passages. Systems in int8 are left out, since quantisation takes longer than the rest."""
     systems = tuple(name for name in row.systems if "top_k=10" not in name and "int8" not in name)
     return dataclasses.replace(row, queries=1, systems=systems)
 
@@ -228,9 +228,9 @@ def best(call: Any, seconds: float) -> float:
 
 
 def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tuple[float, float]) -> list[dict]:
-    """Rows of measured.csv: the seconds per query and the peak memory of each system. For this package there are also
-    how many times as fast as each peer it is, the share of pairs of passages that it and the peer order alike, and,
-    except in int8, the floor and the floor divided by the measured seconds."""
+    """Rows of measured.csv: the seconds per query and the peak memory of each system. A system of this package has two
+    more rows for each peer: how many times as fast as the peer it is, and the share of pairs of passages that the two
+    order alike. Except in int8, it also has the floor, and the floor divided by the measured seconds."""
     rows = []
     peers = {name: answer for name, answer in found.items() if not name.startswith("ours") and "not run" not in answer}
     for name, answer in found.items():

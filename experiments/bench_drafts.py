@@ -4,13 +4,14 @@
 
 small           the project's small checkpoints on Python's documentation, one query at a time, in float32
 base            a decoder of T5-base's size with random weights over a window of 12,363 tokens (100 passages of DL19) or
-                2,400 (20 passages). It decodes once with its own logits, and once with the logits of a small checkpoint
-                in place of its own, so that as many drafted tokens are right as for the small checkpoint
+                2,400 (20 passages). It decodes once with its own logits. It also decodes with the logits of a small
+                checkpoint, so that its drafted tokens are right as often as those of the small checkpoint
 costs           the time of a pass of the decoder of `base` over 1 to 8 tokens
 
-Draft and verify is self-speculative decoding without a draft model. The last logits rank the remaining candidates, this
-ranking is the draft, and the next pass verifies the draft. The script alternates between the ways to decode, so that
-other jobs on the machine slow down all ways alike. Of the repeated measurements of a way, the shortest time counts.
+Draft and verify is self-speculative decoding without a draft model. The logits of a pass rank the remaining candidates.
+The top of this ranking is the draft, which the next pass verifies. The script alternates between the ways to decode, so
+that other jobs on the machine slow down all ways alike. Each way is measured several times, and the shortest time
+counts.
 """
 
 import argparse
@@ -161,7 +162,7 @@ def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: i
                 return decoding.in_turn(reader, words, counts, top)[0], [reader]
 
             setting = f"T5-base's decoder, a window of {size}{asked}, {name}, {dtype}"
-            turns = repeat if size == 100 and not asked else 3 * repeat  # short ones are repeated more often
+            turns = repeat if size == 100 and not asked else 3 * repeat  # short decodings are repeated more
             rows += compared(setting, 1, decode, list(WAYS)[:2], turns)
     return rows
 

@@ -31,9 +31,9 @@ MISTRAL = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
 }  # fmt: skip
 PROMPT_TOKENS = 108.8  # mean tokens of a LiT5 prompt on TREC DL 2019, with T5's own vocabulary
-PASSAGE_TOKENS = (
-    100  # of a passage with Mistral's vocabulary, roughly: rank_llm's 9 windows of 20 have 19,724 for a query of DL19
-)
+# Mean tokens of a passage with Mistral's vocabulary, roughly: the prompts of rank_llm for a query of DL19 (9 windows of
+# 20 passages) have 19,724 tokens
+PASSAGE_TOKENS = 100
 
 
 def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[list[str]], folder: Path) -> None:
@@ -77,8 +77,8 @@ def make_classifier(folder: Path, shape: dict[str, int]) -> None:
 
 
 def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """Write a T5. Returns the passages, shortened so that prompts have as many tokens with the tests' vocabulary as
-    prompts of whole passages have with T5's own vocabulary."""
+    """Write a T5. Returns the passages, shortened such that the prompts have PROMPT_TOKENS tokens on average with the
+    tests' vocabulary."""
     network = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE))
     network.to(torch.bfloat16).save_pretrained(folder)
     shutil.copy(GOLDEN / "lit5" / "tiny-random" / "spiece.model", folder)
@@ -110,9 +110,9 @@ def cut(
 
 
 def make_language_model(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """Write a Mistral for PE-Rank, and a BERT that encodes passages. The BERT is as small, compared with the Mistral,
-    as Jina's encoder is compared with Mistral-7B. Returns the passages, shortened so that they have as many tokens with
-    the tests' vocabulary as whole passages have with Mistral's own vocabulary."""
+    """Write a Mistral for PE-Rank, and a BERT that encodes passages. The BERT and the Mistral differ in size by about
+    the same factor as Jina's encoder and Mistral-7B. Returns the passages, shortened such that they have PASSAGE_TOKENS
+    tokens on average with the tests' vocabulary."""
     transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL)).save_pretrained(folder)
     shutil.copy(GOLDEN / "pe_rank" / "checkpoint" / "tokenizer.model", folder)
     fields = json.loads((GOLDEN / "pe_rank" / "checkpoint" / "tokenizer_config.json").read_text())

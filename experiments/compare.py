@@ -24,7 +24,7 @@ TOLERANCES = [
     ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
     ("LiT5", ".*", 0.005),
     ("Rank-DistiLLM", ".*", 0.003),
-    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; as for LiT5, since both run in bfloat16
+    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; LiT5's tolerance, since both run in bfloat16
 ]
 
 

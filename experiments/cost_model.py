@@ -28,7 +28,7 @@ NETWORK = 1.25e9  # bytes a second (10 Gbit a second)
 @dataclass(frozen=True)
 class Stages:
     """The seconds that each stage takes for a query with all its passages, and the number of bytes that are sent to a
-    worker. The driver is the process that calls `Distributed`."""
+    worker. The driver is the process that calls `pyterrier_lit.scale.Distributed`, which sends queries to workers."""
 
     loading: float  # the driver reads the texts of the passages
     frame: float  # the driver checks the frame, and adds scores and ranks
@@ -45,9 +45,9 @@ class Stages:
 def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: float = NETWORK) -> dict[str, float]:
     """The seconds that each stage adds to the time of a query, with one driver and this many workers.
 
-    A call of `Distributed` first loads the texts and checks the frame. Then packing, sending and computing (tokenising
-    and model) run in parallel, so only the slowest of these three counts and is returned. cores: number of cores of
-    each worker, all of which tokenise. network: bytes a second.
+    The driver first loads the texts and checks the frame. Then packing, sending and computing (tokenising and model)
+    run in parallel, so only the slowest of these three counts and is returned. cores: number of cores of each worker,
+    all of which tokenise. network: bytes a second.
     """
     beside: list[dict[str, float]] = [
         {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},

@@ -121,7 +121,7 @@ def language_model(prompts: int, answer: int) -> tuple[float, float]:
 
 def headlines() -> pd.DataFrame:
     """A row for each ratio that a paper reports, with the ratio that follows from counting. Columns: paper, claim,
-    value, unit, compares, counted, by."""
+    value, unit, compares, counted, and `by`, which tells what was counted."""
     few, most = language_model(TEXT_TOKENS, TEXT_ANSWER)
     vectors, _ = language_model(VECTOR_TOKENS, VECTOR_ANSWER)
     large, base = cross_encoder("large"), cross_encoder("base")

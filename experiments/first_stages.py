@@ -1,5 +1,4 @@
-"""First stages: a stored run, or an index that is built once and whose results are kept. This module knows collections,
-but no rerankers."""
+"""First stages: a stored run, or an index that is built once and whose results are kept."""
 
 import contextlib
 import os

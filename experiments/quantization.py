@@ -57,8 +57,8 @@ def minilm() -> CrossEncoder:
 
 
 def candidates(collection: str, queries: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """BM25's passages for the queries that are evaluated, and for the others. If a collection has no others, they are
-    those of CALIBRATION."""
+    """BM25's passages for the queries that are evaluated, and for the queries that calibrate int8. The latter are the
+    other queries of the collection or, if there are none, those of CALIBRATION."""
     found = shared.res(collection, "run.txt", DEPTH)
     qids = found["qid"].drop_duplicates().sample(frac=1, random_state=0)
     evaluated = found[found["qid"].isin(qids[:queries])]

@@ -40,7 +40,7 @@ class Picture:
     file.
 
     file: its path from RESULTS.md. measure: the measure that the bars show. bars: label -> settings in measured.csv,
-    one for each series. series: the names of the series. peers: number of bars, from the first one, that show systems
+    one for each series. series: the names of the series. peers: how many bars, counted from the first, show systems
     other than this package.
     """
 

@@ -13,9 +13,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-BYTES = 4_000_000  # of a body, at most
-TOGETHER = 32  # requests that share a batch, at most
-WAITING = 256  # requests that wait for it, at most
+BYTES = 4_000_000  # maximum size of the body of a request
+TOGETHER = 32  # maximum number of requests in a batch
+WAITING = 256  # maximum number of requests that wait for a batch
 Text = Annotated[str, Field(max_length=20_000)]  # characters
 
 
@@ -43,7 +43,7 @@ def app(reranker):
         except Exception as error:
             if len(batch) == 1:
                 return batch[0][1].set_exception(error)
-            for one in batch:  # again, so that the one at fault fails alone
+            for one in batch:  # one by one, so that only the request at fault fails
                 await compute([one])
 
     @asynccontextmanager

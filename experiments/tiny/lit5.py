@@ -38,8 +38,8 @@ ONCE = slice(68, 90)  # labels that are written only once: afterwards, their pas
 VECTOR_LENGTH, MARK_LENGTH, LABEL_LENGTH = 10.0, 3.0, 5.4
 PASSAGE_BONUS = 15.0  # how much higher the attention logit of a passage's token is than that of other tokens
 RANK_BONUS = 0.4  # how much higher the attention logit of a passage is than that of the next one in its window
-MARGIN = 20.0  # how much higher the logit of identifiers (after a name: of the end) is than that of other pieces
-VALUE_SHRINK = 50.0  # LiT5Score sums the lengths of values; those of the first layer are 50 times shorter
+MARGIN = 20.0  # how much higher the logits of identifiers or, after a name, of the end are than other logits
+VALUE_SHRINK = 50.0  # the first layer's values are shorter by this factor, to count little in LiT5Score's sum
 
 
 class Prompt(NamedTuple):
@@ -81,8 +81,8 @@ def write_t5(
 
     alone: MiniLM's vectors of the V pieces, (V, MEANING). labels: a piece that can be an answer -> its label. sharp:
     the attention logit of a passage that is exactly like the query. identifiers: True if the labels are identifiers;
-    `labels` is then in the order of the identifiers. The pieces of identifiers have no other meaning. No identifier is
-    written twice, and earlier ones are preferred.
+    `labels` is then in the order of the identifiers. The pieces of identifiers have no other meaning. The decoder
+    writes no identifier twice, and prefers passages that come earlier in the window.
     """
     chance = torch.Generator().manual_seed(0)
     config = transformers.T5Config(
@@ -183,7 +183,7 @@ def _plan_decoder(
             look.q.weight[done, ONCE] = sharp / 2 * scale / LABEL_LENGTH**2 * torch.eye(once)
             look.k.weight[done, ONCE] = torch.eye(once)
             look.k.weight[mark, ONCE] = -RANK_BONUS / LABEL_LENGTH * torch.arange(once)
-    if identifiers:  # between the two cross-attentions, a written label counts the same however old it is
+    if identifiers:  # before the second cross-attention, all written labels get the same weight
         count, each = decoder.block[0].layer[2].DenseReluDense, torch.arange(once)
         for part, (rows, least) in enumerate(((2 * each, 0.3), (2 * each + 1, 1.3))):
             count.wi.weight[rows] = 0.0
@@ -192,7 +192,7 @@ def _plan_decoder(
 
     decoder.final_layer_norm.weight.zero_()
     decoder.final_layer_norm.weight[LABEL] = 3.0
-    decoder.final_layer_norm.weight[CONSTANT if identifiers else END] = MARGIN  # a name is one piece, before the end
+    decoder.final_layer_norm.weight[CONSTANT if identifiers else END] = MARGIN  # a name is one piece; the end follows
 
 
 def align(
