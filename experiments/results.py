@@ -25,9 +25,10 @@ QUESTIONS = HERE / "questions.toml"
 PAGE = HERE / "RESULTS.md"
 HEAD = """# Results
 
-Each question has its finding, a command that measures it again, and notes on how it was measured. All values are in
-[measured.csv](measured.csv), one per row, with machine, threads, commit and date. Results that did not turn out as
-hoped are kept. `python experiments/results.py --write` writes this page from [questions.toml](questions.toml).
+Each question has its finding, a command that measures it again, and notes on how it was measured. The values of the
+pictures and most other values are in [measured.csv](measured.csv), one per row, with machine, threads, commit and date.
+Results that did not turn out as hoped are kept. `python experiments/results.py --write` writes this page from
+[questions.toml](questions.toml).
 
 The small checkpoints are the project's own, of 2 to 6 million parameters ([tiny](tiny/README.md)). The published ones
 have not been run.

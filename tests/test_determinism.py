@@ -2,7 +2,7 @@
 batches and shards. And bfloat16.
 
 What pads a batch changes how a matrix product is cut into blocks, and with it the last bits: equal to the last bit are
-calls of equal batches, and the scores of listwise rerankers, which are ranks. Measured here: experiments/README.md.
+calls of equal batches, and the scores of listwise rerankers, which are ranks.
 """
 
 import json

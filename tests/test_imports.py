@@ -22,10 +22,12 @@ def files():
 
 
 MODULES = files()
-FACES = [node.module.split(".")[-1] for node in ast.parse(source("__init__")).body if isinstance(node, ast.ImportFrom)]
+RERANKERS = [
+    node.module.split(".")[-1] for node in ast.parse(source("__init__")).body if isinstance(node, ast.ImportFrom)
+]
 MODELS = {module for module in MODULES if module.startswith("models.")}
 READING = {f"models.{module}" for module in ("checkpoints", "errors", "library", "tokenization")}
-MAP = {  # module: the modules that it may import; the faces and their training modules all have the same
+MAP = {  # module: the modules that it may import; the rerankers and their training modules all have the same
     # Ground floor: one idea each
     "frames": set(),
     "order": set(),
@@ -73,8 +75,11 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     # First floor: what every reranker is
     "reranker": {"frames", "models.checkpoints", "models.devices", "models.hub"},
     "listwise": {"batching", "decoding", "frames", "order", "reranker", "windows"},
-    # Second floor: the faces
-    **{face: {"batching", "decoding", "frames", "listwise", "order", "reranker", "windows"} | MODELS for face in FACES},
+    # Second floor: the rerankers
+    **{
+        name: {"batching", "decoding", "frames", "listwise", "order", "reranker", "windows"} | MODELS
+        for name in RERANKERS
+    },
     "rank_mistral": {"decoding", "frames", "listwise", "models.text_lm", "order", "windows"},  # PE-Rank's baseline
     # Third floor: what works with a reranker
     "files.rerankers": {"models.devices", "reranker"},
@@ -83,10 +88,10 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "training.distil": {"frames", "reranker", "training.data", "training.stored", "training.trainer"},
     "training.fid": {"batching", "models.t5", "training.losses", "training.trainer"},
     **{
-        f"training.{face}": {face, "batching", "decoding", "frames", "training.data", "training.fid", "training.losses"}
+        f"training.{name}": {name, "batching", "decoding", "frames", "training.data", "training.fid", "training.losses"}
         | {"training.lora", "training.trainer"}
         | MODELS
-        for face in FACES
+        for name in RERANKERS
     },
     "training.rank_mistral": {"batching", "frames", "models.pe_prompts", "models.text_lm", "rank_mistral"}
     | {"training.data", "training.trainer"},
@@ -94,7 +99,7 @@ MAP = {  # module: the modules that it may import; the faces and their training 
     "scale": {"frames", "reranker", "signals"},
     "__main__": {"pyterrier_lit", "files.candidates", "files.rerankers", "files.runs", "files.tirex", "reranker"}
     | {"files.teachers", "training", "training.data"},
-    "__init__": set(FACES),
+    "__init__": set(RERANKERS),
 }
 HEAVY = (
     "transformers",

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 NAME = "few_queries"  # the name under which transformers finds `_library_attention`
-# The largest numbers of queries for which matrix products were not slower than the fused kernel. bench.py measured them
-# on CPUs with and without AVX512-BF16. FEW_WITH_SHARED_KEYS applies if several heads share keys: the fused kernel then
+# The largest numbers of queries for which matrix products were not slower than the fused kernel, measured on CPUs with
+# and without AVX512-BF16. FEW_WITH_SHARED_KEYS applies if several heads share keys: the fused kernel then
 # reads the keys again for each head
 FEW, FEW_WITH_SHARED_KEYS = 4, 16
 DTYPES = (torch.bfloat16, torch.float32)

@@ -44,7 +44,8 @@ class PairRecipe(Recipe):
     Args:
         loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse", "mse" or "list_mle"; see `training.losses`.
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
-        n_passages: how many passages of a list are sampled for an example. None takes all passages of the list.
+        n_passages: how many passages of a list are sampled for an example. None takes all passages of the list (with
+            "single_relevant": one passage with a positive target, and all passages without one).
         sampling: how the passages are sampled. "top" takes the first passages of the list. "random" samples uniformly.
             "top_and_random" takes the first n_passages / 2 passages and samples the other passages uniformly.
             "log_random" samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r). "single_relevant" samples
