@@ -193,8 +193,8 @@ def first(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
 
 
 def free(checkpoint: T5Checkpoint, batch: list[Prompt]) -> Choices:
-    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. All
-    ranks are generated, even if `top` of a prompt is smaller than its number of passages."""
+    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. The
+    text is generated to its end, even if only the first ranks of the window are needed (`Prompt.top`)."""
     sequences, broken = greedy(checkpoint, batch, ANSWER_LENGTH)
     texts = map(checkpoint.pieces.decode, sequences)
     return [parse(text, prompt.n) for text, prompt in zip(texts, batch, strict=True)], broken

@@ -103,8 +103,8 @@ def constrained(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
 
 
 def free(checkpoint: TextCheckpoint, batch: list[Prompt]) -> Choices:
-    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. All
-    ranks are generated, even if `top` of a prompt is smaller than its number of passages."""
+    """The original code's decoding: greedy decoding without constraints, then a clean-up of the generated text. The
+    text is generated to its end, even if only the first ranks of the window are needed (`Prompt.top`)."""
     reader = checkpoint.network.begin([prompt.content for prompt in batch])
     ends = torch.tensor(checkpoint.ends(), device=reader.device)
     logits, written = reader.start(), []

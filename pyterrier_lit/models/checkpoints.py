@@ -215,8 +215,8 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
 def fetch_from_hub(
     model: str, *, revision: str | None = None, weights: bool = True, use: str = "pass its path as model="
 ) -> Folder:
-    """Download the files of a checkpoint from the hub if they are not in the local cache, and return their folder. A
-    local folder with the same name is ignored.
+    """Download the files of a checkpoint from the hub if they are not in the local cache, and return their folder
+    there. If a local folder has the hub id as its path, it is ignored.
 
     Args:
         model: a hub id.

@@ -471,7 +471,7 @@ def _key_or(record: dict[str, Any], names: Sequence[str], default: str, where: s
 
 def read_qrels(path: Path | None) -> pd.DataFrame | None:
     """Read qrels in TREC's format. Returns a frame with qid, docno and label, or None if `path` is None. Raises
-    ValueError, with the line, if a line is malformed."""
+    ValueError with the number of the line if a line is malformed."""
     if path is None:
         return None
     rows = []

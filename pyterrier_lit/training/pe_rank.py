@@ -36,7 +36,9 @@ from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_o
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentRecipe(Recipe):
-    """A recipe for stage 1 of PERank. Only the projector is trained, and each passage is a training example.
+    """A recipe for alignment, the first stage of PERank's training. Only the projector is trained, and each passage is
+    a training example.
+
 
     Args:
         max_length: maximum tokens of the prompt and its answer together. The answer is the text of the passage. If the
