@@ -151,8 +151,8 @@ def push(
     folder: Path, repo_id: str, *, private: bool | None, revision: str | None, message: str, token: str | None
 ) -> str:
     """Upload the files of a checkpoint's folder to a repository on the hub, and return the id of the commit. If the
-    repository has a model card that `save` did not write, this card is kept. Files in the repository that do not belong to a checkpoint are
-    kept, too.
+    repository has a model card that `save` did not write, this card is kept. Files in the repository that do not belong
+    to a checkpoint are kept, too.
 
     Args:
         folder: the checkpoint's folder.

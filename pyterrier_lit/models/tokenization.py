@@ -44,8 +44,8 @@ def pieces_known(tokenizer: tokenizers.Tokenizer) -> int:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether an error is a panic, a crash in the Rust code of the `tokenizers` package. A panic is a BaseException but not an Exception,
-    so `except Exception` does not catch it."""
+    """Return whether an error is a panic, a crash in the Rust code of the `tokenizers` package. A panic is a
+    BaseException but not an Exception, so `except Exception` does not catch it."""
     return type(error).__name__ == "PanicException"
 
 
