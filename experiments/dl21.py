@@ -6,7 +6,8 @@ but not its queries.
 The encoder of the PE-Rank is all-MiniLM-L6-v2 itself. Its language model, and all of the LiT5-Distill, begin with the
 weights that `tiny/mistral.py` and `tiny/lit5.py` plan. The passages are those of DL19, DL21 and DL22. The training
 queries are those of DL19, DL22, WikiQA and TREC QA, and sentences from the passages. BM25 retrieves the candidates. The
-teacher ranks them as in `tiny/`: by MiniLM's cosine, to which a small share of BM25's score is added. The students are
+teacher ranks them as in `tiny/`: by MiniLM's cosine, to which a small share of BM25's score is added. In training,
+passages are cut at 98 tokens. The students are
 tested on the queries of DL21 with BM25's first 100 passages. The script needs ../shared/data.
 """
 
@@ -20,12 +21,14 @@ from pathlib import Path
 import measured
 import transformers
 from ir_measures import RR, nDCG
-from real_teachers import material, shared, tested
+from papers import SHARED
+from real_teachers import PIECES, SENTENCES, material, tested
 
-sys.path += [str(Path(__file__).parent / "tiny")]
+sys.path += [str(Path(__file__).parent / "tiny"), str(SHARED)]
+import load as shared
 import mistral
 from make import (
-    BM25,
+    BM25_SHARE,
     SEED,
     Material,
     centred,
@@ -39,9 +42,6 @@ from make import (
 
 from pyterrier_lit import LiT5Distill, PERank
 
-PIECES = 10_000  # size of both vocabularies
-SENTENCES = 30_000  # number of passages of which one sentence becomes a query
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,14 +51,13 @@ def main() -> None:
     measured.add_option(parser)
     arguments = parser.parse_args()
     names = arguments.names or [*STUDENTS]
-    read = functools.cache(lambda: material("dl19", "dl22", "dl21", unasked="dl21", sentences=SENTENCES, bm25=BM25))
     for name in names:
         place = arguments.output / name
         if not place.exists():
             started = time.monotonic()
             transformers.set_seed(SEED)
             with tempfile.TemporaryDirectory() as folder:
-                STUDENTS[name](read(), Path(folder), arguments.share).save(place)
+                STUDENTS[name](training_data(), Path(folder), arguments.share).save(place)
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     students = {name: KINDS[name](str(arguments.output / name), device="cpu", verbose=True) for name in names}
     table = tested(students, "dl21")
@@ -68,19 +67,27 @@ def main() -> None:
         measured.record("How good are small listwise rerankers that have read the passages of DL21?", found)
 
 
-def pe_rank(read: Material, folder: Path, share: float) -> PERank:
+@functools.cache
+def training_data() -> Material:
+    passages = ("dl19", "dl22", "dl21")
+    return material(*passages, asked=("dl19", "dl22"), n_sentences=SENTENCES, bm25=BM25_SHARE)
+
+
+def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     """A PE-Rank over MiniLM's vectors, whose language model has two layers."""
-    words, _ = vocabulary(read, PIECES, mistral.PROMPT_WORDS)
+    words, _ = vocabulary(material, PIECES, mistral.PROMPT_WORDS)
     write_tokenizer(words, folder)
-    alone, vectors, middle, directions = centred(read, [word.removeprefix("##") for word in words], mistral.WIDTH)
-    added = word_vectors(folder, read.texts, vectors, alone, int(5_000 * share))
+    of_minilm = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
+    added = word_vectors(folder, material.texts, of_minilm.texts, of_minilm.words, int(5_000 * share))
     write_language_model(folder / "lm", words, added)
-    centre = {"middle": middle, "directions": directions}
-    return taught_pe_rank(read, folder / "lm", read.minilm, vectors, int(2_000 * share), **centre)
+    return taught_pe_rank(
+        material, folder / "lm", material.minilm, of_minilm.texts, int(2_000 * share),
+        middle=of_minilm.middle, directions=of_minilm.directions,
+    )  # fmt: skip
 
 
 STUDENTS = {"pe-rank": pe_rank, "lit5-distill": functools.partial(lit5_distill, size=PIECES)}
-KINDS = {"pe-rank": PERank, "lit5-distill": functools.partial(LiT5Distill, window_size=20)}
+KINDS = {"pe-rank": PERank, "lit5-distill": LiT5Distill}
 
 if __name__ == "__main__":
     main()

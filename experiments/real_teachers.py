@@ -21,7 +21,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import encoders
@@ -47,6 +47,7 @@ LEARNING = {"batch_size": 8, "micro_batch": 8, "schedule": "cosine", "precision"
 COSINES = {"loss": "kl", "loss_options": {"temperature": 0.05}, "n_passages": 8, "learning_rate": 1e-4, "warmup": 50}
 RANKINGS = {"n_passages": 16, "sampling": "log_random", "warmup": 20}
 PIECES = 10_000  # size of LiT5Distill's vocabulary
+SENTENCES = 30_000  # number of passages of which one sentence becomes a query, for LiT5Distill
 KINDS = {"CrossEncoder": functools.partial(CrossEncoder, dtype="bfloat16"), "LiT5Distill": LiT5Distill}
 
 
@@ -89,23 +90,30 @@ def untrained() -> CrossEncoder:
     return CrossEncoder.from_backbone(encoders.minilm(), query_length=24, doc_length=80)
 
 
-def material(*collections: str, sentences: int, unasked: str = "", bm25: float = 0.0) -> Material:
+def material(*collections: str, n_sentences: int, asked: Sequence[str] | None = None, bm25: float = 0.0) -> Material:
     """The training data: the passages and queries of the collections, the queries of WikiQA and TREC QA, and queries
     that are made from sentences of passages.
 
-    sentences: number of passages of which one sentence becomes a query. unasked: a collection whose queries are left
-    out. bm25: the weight of BM25's scores in the teacher's scores.
+    n_sentences: as in `sentences`. asked: the collections whose queries are used; by default, all. bm25: the weight of
+    BM25's scores in the teacher's scores.
     """
     docs = pd.concat([shared.docs(name) for name in collections]).drop_duplicates("docno", ignore_index=True)
-    chosen = random.Random(SEED)
-    texts = chosen.sample(docs.text.tolist(), sentences)
-    drawn = {question(f"\n{text}", chosen, openings=("",)) for text in texts} - {None}
-    asked = [shared.topics(name)["query"] for name in ("wikiqa", "trecqa", *collections) if name != unasked]
-    return Material(Path(encoders.minilm()), docs, [*pd.concat(asked), *sorted(drawn)], bm25)
+    names = ("wikiqa", "trecqa", *(collections if asked is None else asked))
+    queries = pd.concat([shared.topics(name)["query"] for name in names])
+    drawn = sentences(docs.text.tolist(), n_sentences)
+    return Material(Path(encoders.minilm()), docs, [*queries, *drawn], bm25)
+
+
+def sentences(passages: list[str], n: int, seed: int = SEED) -> list[str]:
+    """Queries that are made from sentences of n of the passages. Passages without a sentence of 4 to 20 words give no
+    query."""
+    chosen = random.Random(seed)
+    drawn = {question(f"\n{text}", chosen, openings=("",)) for text in chosen.sample(passages, n)}
+    return sorted(drawn - {None})
 
 
 def from_cosines(student: CrossEncoder, share: float) -> CrossEncoder:
-    candidates = material("dl22", sentences=6_000).candidates
+    candidates = material("dl22", n_sentences=6_000).candidates
     near = candidates[candidates["rank"] < 30].groupby("qid").filter(lambda rows: len(rows) > 7)
     near = near.assign(score=near.teacher)
     Distil(student, near, steps=int(600 * share), **COSINES, **LEARNING).fit(near)
@@ -126,7 +134,7 @@ def from_labels(student: CrossEncoder, share: float) -> CrossEncoder:
 
 def lit5_from_cosines(share: float) -> LiT5Distill:
     with tempfile.TemporaryDirectory() as folder:
-        return lit5_distill(material("dl22", "dl19", sentences=30_000), Path(folder), share, PIECES)
+        return lit5_distill(material("dl22", "dl19", n_sentences=SENTENCES), Path(folder), share, PIECES)
 
 
 def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:

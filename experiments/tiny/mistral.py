@@ -127,20 +127,15 @@ def _plan(body: Any) -> None:
 
 
 @torch.no_grad()
-def plan_projector(
-    projector: torch.nn.Linear, middle: torch.Tensor | None = None, directions: torch.Tensor | None = None
-) -> None:
+def plan_projector(projector: torch.nn.Linear, middle: torch.Tensor, directions: torch.Tensor) -> None:
     """Set the weights of the projector. It keeps the main directions of the passages' vectors, and marks them as
     passages.
 
-    middle, directions: the mean of the passages' vectors (d), and their main directions (d, WIDTH). None if the
-    vectors are centred, and their dimensions are the main directions.
+    middle, directions: the mean of the passages' vectors (d), and the directions of their main dimensions (d, WIDTH).
     """
     projector.weight.zero_(), projector.bias.zero_()
-    main = torch.eye(WIDTH) if directions is None else directions
-    projector.weight[:MEANING] = PASSAGE_LENGTH * main.T[:MEANING]
-    if middle is not None:
-        projector.bias[:MEANING] = -(projector.weight[:MEANING] @ middle)
+    projector.weight[:MEANING] = PASSAGE_LENGTH * directions.T[:MEANING]
+    projector.bias[:MEANING] -= projector.weight[:MEANING] @ middle
     projector.bias[CONSTANT] = projector.bias[PASSAGE] = MARK
 
 
