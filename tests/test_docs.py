@@ -44,7 +44,12 @@ from pyterrier_lit.scale import Distributed
 from pyterrier_lit.training import Distil, FineTune, distil
 
 PT_DOCS = ROOT / "pyterrier_lit" / "pt_docs"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "experiments").glob("**/README.md")), *sorted(PT_DOCS.glob("*.rst"))]
+CARDS = ROOT / "experiments" / "results"  # of checkpoints that a script has trained; they are not pages
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "experiments").glob("**/README.md") if CARDS not in page.parents),
+    *sorted(PT_DOCS.glob("*.rst")),
+]
 PIPELINES = ROOT / "experiments" / "pipelines.ipynb"  # its text has a block for Terrier
 CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in its place
     **dict.fromkeys(("webis/monoelectra-base", "me/my-monoelectra"), CHECKPOINTS["cross-encoder"]),
