@@ -7,8 +7,8 @@ The encoder of the PE-Rank is all-MiniLM-L6-v2 itself. Its language model, and a
 weights that `tiny/mistral.py` and `tiny/lit5.py` plan. The passages are those of DL19, DL21 and DL22. The training
 queries are those of DL19, DL22, WikiQA and TREC QA, and sentences from the passages. BM25 retrieves the candidates. The
 teacher ranks them as in `tiny/`: by MiniLM's cosine, to which a small share of BM25's score is added. In training,
-passages are cut at 98 tokens. The students are
-tested on the queries of DL21 with BM25's first 100 passages. The script needs ../shared/data.
+passages are cut at 98 tokens. The students are tested on the queries of DL21 with BM25's first 100 passages. The script
+needs ../shared/data.
 """
 
 import argparse
@@ -20,12 +20,9 @@ from pathlib import Path
 
 import measured
 import transformers
-from ir_measures import RR, nDCG
-from papers import SHARED
-from real_teachers import PIECES, SENTENCES, material, tested
+from real_teachers import PIECES, SENTENCES, material, report, tested
 
-sys.path += [str(Path(__file__).parent / "tiny"), str(SHARED)]
-import load as shared
+sys.path += [str(Path(__file__).parent / "tiny")]
 import mistral
 from make import (
     BM25_SHARE,
@@ -60,11 +57,8 @@ def main() -> None:
                 STUDENTS[name](training_data(), Path(folder), arguments.share).save(place)
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     students = {name: KINDS[name](str(arguments.output / name), device="cpu", verbose=True) for name in names}
-    table = tested(students, "dl21")
-    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
-    if arguments.record:
-        found = measured.from_experiment(table, len(shared.topics("dl21")), [nDCG @ 10, RR @ 10])
-        measured.record("How good are small listwise rerankers that have read the passages of DL21?", found)
+    question = "How good are small listwise rerankers that have read the passages of DL21?"
+    report(tested(students, "dl21"), question, arguments.record)
 
 
 @functools.cache

@@ -42,6 +42,7 @@ from pyterrier_lit.training import Distil, FineTune
 
 SEED = 42
 DEPTH = 100
+MEASURES = [nDCG @ 10, RR @ 10]
 TEACHER = str(SHARED / "dl19" / "teachers" / "rankvicuna7b.bm25.k100.r1.txt.gz")
 LEARNING = {"batch_size": 8, "micro_batch": 8, "schedule": "cosine", "precision": "bfloat16", "seed": SEED}
 COSINES = {"loss": "kl", "loss_options": {"temperature": 0.05}, "n_passages": 8, "learning_rate": 1e-4, "warmup": 50}
@@ -77,13 +78,11 @@ def main() -> None:
     kept("LiT5Distill, cosines, RankVicuna", lambda: lit5_from_rankings(LiT5Distill(orders), share))
 
     students = {name: KINDS[name.partition(",")[0]](place, verbose=True) for name, place in places.items()}
-    table = pd.concat([tested(students, collection) for collection in ("dl21", "vaswani")])
-    table.to_csv(arguments.output / "table.csv", index=False, float_format="%.4f")
-    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""))
-    if arguments.record:
-        for collection, rows in table.groupby("collection", sort=False):
-            found = measured.from_experiment(rows, len(shared.topics(collection)), [nDCG @ 10, RR @ 10])
-            measured.record(f"What do 43 rankings of a large language model teach, on {collection}?", found)
+    tables = {collection: tested(students, collection) for collection in ("dl21", "vaswani")}
+    pd.concat(tables.values()).to_csv(arguments.output / "table.csv", index=False, float_format="%.4f")
+    for collection, table in tables.items():
+        question = f"What do 43 rankings of a large language model teach, on {collection}?"
+        report(table, question, arguments.record)
 
 
 def untrained() -> CrossEncoder:
@@ -157,7 +156,7 @@ def tested(students: dict[str, Reranker], collection: str, folder: Path | None =
         [first, first >> bi_encoder(), *(first >> student for student in students.values())],
         shared.topics(collection),
         shared.qrels(collection),
-        [nDCG @ 10, RR @ 10],
+        MEASURES,
         names=["BM25", "MiniLM, bi-encoder", *students],
         baseline=0,
         correction="holm",
@@ -166,6 +165,15 @@ def tested(students: dict[str, Reranker], collection: str, folder: Path | None =
     )
     table.insert(0, "collection", collection)
     return table[["collection", "name", "nDCG@10", "RR@10", "nDCG@10 p-value corrected"]]
+
+
+def report(table: pd.DataFrame, question: str, record: bool) -> None:
+    """Print the table that `tested` returned for one collection. record: also write its values to measured.csv, under
+    this question."""
+    print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""), flush=True)
+    if record:
+        n = len(shared.topics(table["collection"].iloc[0]))
+        measured.record(question, measured.from_experiment(table, n, MEASURES))
 
 
 def bi_encoder() -> pt.Transformer:

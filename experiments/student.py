@@ -37,9 +37,8 @@ import torch.nn.functional as F
 import towers
 import transformers
 from first_stages import silence
-from ir_measures import RR, nDCG
 from papers import SHARED
-from real_teachers import DEPTH, sentences, similarity, tested
+from real_teachers import DEPTH, report, sentences, similarity, tested
 
 sys.path += [str(SHARED)]
 import load as shared
@@ -87,11 +86,8 @@ def main() -> None:
     name = f"mean of the seeds {', '.join(map(str, arguments.seeds))}"
     student = mean([CrossEncoder(str(place), query_length=32, doc_length=128) for place in places])
     for collection in arguments.test:
-        table = tested({name: student}, collection, output / collection)
-        print(table.to_string(index=False, float_format="{:.3f}".format, na_rep=""), flush=True)
-        if arguments.record:
-            found = measured.from_experiment(table, len(shared.topics(collection)), [nDCG @ 10, RR @ 10])
-            measured.record(f"Does a cross-encoder that begins as a bi-encoder become better, on {collection}?", found)
+        question = f"Does a cross-encoder that begins as a bi-encoder become better, on {collection}?"
+        report(tested({name: student}, collection, output / collection), question, arguments.record)
 
 
 def learned(student: CrossEncoder, lists: pd.DataFrame, seed: int, share: float, output: Path) -> CrossEncoder:

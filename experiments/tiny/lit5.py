@@ -23,7 +23,7 @@ import transformers
 
 from pyterrier_lit.models.devices import choose_dtype
 
-BFLOAT16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # is it native, and so faster?
+BFLOAT16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # whether this CPU computes in it natively
 WIDTH, HEADS, HEAD, INNER, LENGTH = 160, 3, 88, 320, 96
 # Dimensions of the encoder's states
 MEANING = 64  # the first 64 hold the vector of the query or of the passage

@@ -332,7 +332,7 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     reduced to 128 dimensions. The language model is trained to find the query's vector in the prompt, and to rank by
     this vector."""
     words, _ = vocabulary(material, 5_000, mistral.PROMPT_WORDS)
-    alone, vectors, *_ = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
+    of_minilm = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
     encoder = transformers.BertModel(
         transformers.BertConfig(
             vocab_size=len(words),
@@ -348,16 +348,18 @@ def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     )
     write_bert(encoder, words, folder / "encoder")
     some = len(material.docs) + QUERIES
-    texts = material.texts[:some], vectors[:some]
-    added = word_vectors(folder / "encoder", *texts, alone, int(3_000 * share))
+    texts = material.texts[:some], of_minilm.texts[:some]
+    added = word_vectors(folder / "encoder", *texts, of_minilm.words, int(3_000 * share))
     with torch.no_grad():
         encoder.embeddings.word_embeddings.weight.copy_(F.normalize(added, dim=1) * mistral.WIDTH**0.5 / 2)
         encoder.embeddings.position_embeddings.weight.mul_(0.1)
     write_bert(encoder, words, folder / "encoder")
     align(folder / "encoder", *texts, int(3_000 * share), batch=128, learning_rate=1e-3, first=len(material.docs))
     write_language_model(folder / "lm", words, added)
-    as_they_are = torch.zeros(mistral.WIDTH), torch.eye(mistral.WIDTH)
-    student = taught_pe_rank(material, folder / "lm", folder / "encoder", vectors, int(2_000 * share), *as_they_are)
+    student = taught_pe_rank(
+        material, folder / "lm", folder / "encoder", of_minilm.texts, int(2_000 * share),
+        middle=torch.zeros(mistral.WIDTH), directions=torch.eye(mistral.WIDTH),
+    )  # fmt: skip
     ranker = student.load()
     ranker.text_encoder().network.half()
     ranker.encoder_weights = {name: tensor.half() for name, tensor in ranker.encoder_weights.items()}
@@ -513,7 +515,8 @@ def begin_lit5(
         [*docs, *material.queries[:15_000], *prompts, *["question: context:"] * 500], folder, size
     )
     words = [pieces.id_to_piece(i).replace("\u2581", "") or "." for i in range(pieces.get_piece_size())]
-    return pieces, *centred(material, words, lit5.MEANING)[:2]
+    of_minilm = centred(material, words, lit5.MEANING)
+    return pieces, of_minilm.words, of_minilm.texts
 
 
 class Centred(NamedTuple):
