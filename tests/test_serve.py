@@ -169,11 +169,10 @@ def test_the_page_shows_the_code_of_the_file_and_its_answer(client):
 
 
 def test_the_seconds_of_the_page_are_those_that_were_measured():
-    page, measured = (
-        (PT_DOCS / "serve.rst").read_text(encoding="utf-8"),
-        (ROOT / "experiments" / "RESULTS.md").read_text(),
-    )
+    page = (PT_DOCS / "serve.rst").read_text(encoding="utf-8")
+    # Some are values of measured.csv, and some stand only in the notes of RESULTS.md
+    written = [(ROOT / "experiments" / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "measured.csv")]
     rows = re.search(r"csv-table:: Seconds per query\n(?:   :.*\n)+\n((?:   .+\n)+)", page)[1].splitlines()
     seconds = [cell.strip() for row in rows for cell in row.split(",")[-2:] if cell.strip()]
     assert len(rows) == 9 and len(seconds) == 12
-    assert [number for number in seconds if not re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", measured)] == []
+    assert [n for n in seconds if not re.search(rf"(?<![\d.]){re.escape(n)}(?![\d.])", "\n".join(written))] == []
