@@ -1,4 +1,4 @@
-"""Batches of inputs with similar lengths, within a token budget; answers are in input order. This module does not deal
+"""Batches of inputs with similar lengths, within a token budget; results are in input order. This module does not deal
 with texts or models."""
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-Batch = tuple[list[int], Any]  # the indices of the items in the batch, and the answers for these items
+Batch = tuple[list[int], Any]  # the indices of the items in the batch, and the results for these items
 
 
 class Budget:
@@ -19,7 +19,7 @@ class Budget:
 
     If a batch does not fit into memory, the budget becomes half the number of tokens in this batch. Several calls of
     `map_batches` can share a budget. The size that fits into memory is then found only once, with one warning. Raises
-    ValueError if `tokens` is not a positive whole number.
+    ValueError if the initial maximum, `tokens`, is not a positive whole number.
     """
 
     def __init__(self, tokens: int):
@@ -60,7 +60,7 @@ def counted_tokens() -> Iterator[Tokens]:
     manager yields a `Tokens`, which is updated after each batch.
 
     If the function that computes a batch calls `map_batches` itself, only the batches of this inner call are counted.
-    For example, the functions of the LiT5 rerankers call `map_batches` to encode the prompts.
+    For example, when a LiT5 reranker computes a batch of windows, it calls `map_batches` to encode their prompts.
     """
     tokens = Tokens()
     before = _counting.set(tokens)
@@ -93,7 +93,7 @@ def like_lengths(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]
     items come first.
 
     lengths: the number of tokens of each item. max_tokens: the maximum number of tokens in a batch, including padding.
-    An item with more tokens is a batch of its own.
+    An item with more tokens than `max_tokens` is a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
@@ -120,17 +120,17 @@ def map_batches(
     """Apply `function` to all items in batches of similar lengths, the longest items first.
 
     Args:
-        function: a function that takes a list of items and returns one answer per item, in a list or in a tensor whose
+        function: a function that takes a list of items and returns one result per item, in a list or in a tensor whose
             first dimension is the batch. A returned tensor is read only after the next batch has started, so that a GPU
             never waits.
         items: the inputs of `function`.
         lengths: the number of tokens of each item.
         max_tokens: the maximum number of tokens in a batch, including padding, or a `Budget` that several calls share.
-            An item with more tokens is a batch of its own.
+            An item with more tokens than the maximum is a batch of its own.
         progress: a function that is called after each batch with the number of its items, such as the `update` of a
             progress bar.
 
-    Returns a list of answers in the order of the items. Answers in a tensor become numbers or nested lists. If a batch
+    Returns a list of results in the order of the items. Results in a tensor become numbers or nested lists. If a batch
     does not fit into memory, its items are computed again in batches of at most half its tokens. This maximum holds
     for all later batches, too. One warning appears. Raises MemoryError if a single item does not fit into memory.
     """
@@ -165,7 +165,7 @@ def _computed(
 
 
 def _attempt(function: Callable[[list[Any]], Any], batch: list[Any], longest: int) -> Any:
-    """The answers of `function` for a batch, or None if the batch did not fit into memory. The memory of a failed batch
+    """The results of `function` for a batch, or None if the batch did not fit into memory. The memory of a failed batch
     is free again when `_attempt` has returned.
 
     Raises MemoryError if a batch of a single item does not fit into memory.

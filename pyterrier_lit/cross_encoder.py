@@ -87,8 +87,8 @@ class CrossEncoder(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists, one per query, each with the value of every passage. Returns a dict with one
-        entry, `score`: Q lists with one score per passage. Identical query-passage pairs are scored only once.
+        columns: column name -> Q lists, one per query, each with one value per passage of the query. Returns a dict
+        with one entry, `score`: Q lists with one score per passage. Identical query-passage pairs are scored only once.
         """
         self.option("special_tokens", SPECIAL_TOKENS)  # raises ValueError before the checkpoint is loaded
         checkpoint: PairCheckpoint = self.load()
@@ -132,7 +132,7 @@ class CrossEncoder(Reranker):
         return torch.tensor(scores, dtype=torch.float32).reshape(-1).numpy()
 
     def quantize(self, frame: pd.DataFrame, n_pairs: int = 64) -> "CrossEncoder":
-        """Return this reranker in int8, which is faster on a CPU with VNNI instructions. Needs the extra `int8`.
+        """Return this reranker in int8, which is faster on a CPU with VNNI instructions.
 
         NNCF quantises the weights and the activations of the network, and OpenVINO computes the scores. Quantisation
         takes some 10 seconds for a model of MiniLM's size, and longer for a larger one. The scores and the rankings
@@ -147,9 +147,10 @@ class CrossEncoder(Reranker):
 
         OpenVINO and NNCF send anonymous usage data to their authors, unless you run `opt_in_out --opt_out` once.
 
-        Raises ImportError if OpenVINO or NNCF is not installed, and TypeError if a query or passage is not a string.
-        Raises ValueError if `frame` lacks one of the two columns or has no rows, if `n_pairs` is less than 1, if the
-        encoder is not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this reranker is in int8 already.
+        Raises ImportError if OpenVINO or NNCF (the package's extra `int8`) is not installed, and TypeError if a query
+        or passage is not a string. Raises ValueError if `frame` lacks one of the two columns or has no rows, if
+        `n_pairs` is less than 1, if the encoder is not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this
+        reranker is in int8 already.
         """
         drawn = sampled(frame, ["query", *self.text_column()], n_pairs)
         queries, passages = (
@@ -190,9 +191,9 @@ class CrossEncoder(Reranker):
         """The maximum length of a query and of a passage in tokens, in a dict with the keys `query_length` and
         `doc_length`.
 
-        A length is the reranker's argument of the same name. If this argument is None, the length comes from the
-        checkpoint. None in the result means that there is no maximum. Raises ValueError if a length is not a positive
-        whole number.
+        Each value is the reranker's argument with the name of the key. If the argument is None, the maximum comes
+        from the checkpoint. None in the result means that there is no maximum. Raises ValueError if a length is not a
+        positive whole number.
         """
         checkpoint: PairCheckpoint = self.load()
         lengths: dict[str, int | None] = {}

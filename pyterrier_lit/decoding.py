@@ -1,5 +1,5 @@
-"""Decoding of an order: each candidate is chosen once, best first. This module does not deal with texts, and it
-accesses a model only through a `Reader`.
+"""Decoding of an order of passages: each passage is chosen once, best first. This module does not deal with texts, and
+it accesses a model only through a `Reader`.
 
 A `Reader` returns logits over the tokens that may be generated, and processes the tokens that were chosen. A candidate
 stands for a passage and consists of one or more tokens. In LiT5, a candidate is an identifier of one or two tokens. In
@@ -33,7 +33,7 @@ class Reader(Protocol):
 
 
 class Drafting(Reader, Protocol):
-    """A reader that can process several tokens in one pass and remove rejected tokens from its cache."""
+    """A reader that can remove the last processed tokens from its cache, as draft and verify (`in_turn`) requires."""
 
     @property
     def costs(self) -> tuple[float, ...]:
@@ -75,7 +75,7 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
     chosen, pace = [candidates], Pace(reader.costs)
     while speller.going.any():
         most = int(speller.left.max()) * speller.depth  # upper bound on the number of tokens still to choose
-        draft = speller.draft(1 + pace.length(most - 1))  # the pass does not process the last token
+        draft = speller.draft(1 + pace.length(most - 1))  # the pass does not process the draft's last token
         read = reader.read(torch.cat([last[:, None], draft[:, :-1]], 1).to(reader.device)).cpu()
         agreeing, kept, agreed = speller.going, torch.zeros_like(last), 0
         for logits, drafted in zip(read.unbind(1), draft.unbind(1), strict=True):
@@ -99,8 +99,9 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
 class Pace:
     """Chooses the length of the next draft: the length that maximises the expected number of tokens per unit of cost.
 
-    The acceptance rate of drafted tokens is estimated from recent passes. `in_turn` drafts one token more than a pass
-    processes. This token is compared with the token that greedy decoding chooses, so it counts for the estimate, too.
+    The acceptance rate of drafted tokens is estimated from recent passes. A pass processes all drafted tokens except
+    the last. The last drafted token is also compared with the token that greedy decoding chooses, so it counts for the
+    estimate, too.
     """
 
     # Prior of the acceptance rate. With this prior, the first pass drafts only if longer passes cost little
@@ -164,7 +165,7 @@ def first_scores(
         two = torch.tensor([len(word) > 1 for word in words], device=device) & usable
         begin = torch.full((len(counts), 1), begins.pop(), device=device)
         second = reader.read(begin)[:, 0].float()[:, torch.tensor([word[-1] for word in words], device=device)]
-        # A finite number instead of -inf, which has no gradient in rows without candidates of two tokens
+        # A finite number: with -inf, the gradients would be NaN in rows without candidates of two tokens
         least = torch.finfo(second.dtype).min
         likelihood = likelihood + second.masked_fill(~two, least).log_softmax(1).where(two, 0.0)
     return likelihood, usable
@@ -240,9 +241,9 @@ class Speller:
         return token, candidate
 
     def draft(self, length: int) -> torch.Tensor:
-        """A draft of the next `length` tokens of each row, (B, length): the tokens of the unused candidates, in the
-        order of their probability by the latest logits. If a row has begun a candidate, the draft first completes the
-        most probable candidate with this beginning.
+        """A draft of the next `length` tokens of each row, (B, length): the tokens of the unused candidates, from the
+        most to the least probable candidate by the latest logits. If a row has begun a candidate, the draft first
+        completes the most probable candidate with this beginning.
 
         The probability of a candidate is the product of the probabilities of its tokens. If there are no logits yet for
         a position in the candidates, all tokens at this position count as equally likely. Equally likely candidates

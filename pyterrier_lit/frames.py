@@ -1,5 +1,5 @@
-"""Result frame -> queries and columns of passages -> result frame. Rerankers use pandas only in this module. The module
-does not deal with models."""
+"""Converts a result frame into a reranker's input, and new scores into a result frame. Rerankers use pandas only in
+this module. The module does not deal with models."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,20 +26,20 @@ def rerank(
         frame: a frame with the columns `qid`, `query` and `docno`, and with the columns of one of `column_sets`. Its
             rows may have any order and any index. The frame is not modified.
         results: a function that is called once with two arguments. The first argument is the list of all queries. The
-            second argument is a dict of columns: column name -> one list per query, with the value of each of its
-            passages. Its columns are `docno` and those of the chosen set in `column_sets`. The passages of a query are
-            in the order of their `rank`. Without a column `rank`, they are in the order of descending `score`. Without
-            both columns, they are in the order of their rows. The function returns a dict. Its entry `score` has one
-            list per query, with the score of each of its passages (higher is better). For each of `query_columns`, the
-            dict also has an entry with one value for each query.
+            second argument is a dict of columns: column name -> one list per query, with one value per passage of the
+            query. The columns are `docno` and the columns of the set in `column_sets` that is used. The passages of a
+            query are in the order of their `rank`. Without a column `rank`, they are in the order of descending
+            `score`. Without both columns, they are in the order of their rows. The function returns a dict. Its entry
+            `score` has one list per query, with one score per passage of the query (higher is better). For each of
+            `query_columns`, the dict also has an entry with one value for each query.
         column_sets: alternative sets of columns. Each set maps a column name to the type of its values: str, or object
             for any type. The first set whose columns are all in the frame is used.
         query_columns: names of columns that are added to the frame besides `score` and `rank`.
         context: the transformer that PyTerrier names in its error message if a column is missing.
 
-    Returns a frame with the same rows in the same order. The columns `score` (float64) and `rank` (from 0) are new, and
-    all other columns are kept. If pt.model.STRICT_SORT is set, the rows are sorted by qid and rank. Passages with equal
-    scores keep their incoming order.
+    Returns a frame with the same rows in the same order. The columns `score` (float64) and `rank` (from 0) have new
+    values, and all other columns are kept. If pt.model.STRICT_SORT is set, the rows are sorted by qid and rank.
+    Passages with equal scores keep their incoming order.
 
     If a text contains half of a surrogate pair, which no tokenizer accepts, the model reads U+FFFD instead; the text in
     the frame is unchanged. A row without a query, which PyTerrier's operator `+` can produce, takes the query of the
@@ -120,8 +120,8 @@ def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
 
 
 def sampled(frame: pd.DataFrame, columns: list[str], n: int) -> list[list[Any]]:
-    """Return a list for each of these columns: its values in n random rows of a frame (all rows, if it has fewer). The
-    rows are the same each time.
+    """Draw n random rows of a frame, or all rows if the frame has fewer than n. Returns for each column in `columns` a
+    list with the values of the column in these rows. The random seed is fixed, so each call draws the same rows.
 
     Raises ValueError if the frame lacks one of the columns or has no rows, or if n is not a positive number.
     """
@@ -142,7 +142,7 @@ def _read(
     """Check a frame and split it into queries and passages.
 
     Returns four things: the rows with a new index from 0; for each query, its row numbers, best first; the queries; and
-    the columns of their passages, which are `docno` and the first column set that the frame has.
+    the columns of the passages, which are `docno` and the first column set whose columns are all in the frame.
     """
     column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
@@ -187,10 +187,10 @@ def _with_queries(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _of_each(queries: list[str], rows: pd.DataFrame, lists: list[np.ndarray]) -> list[str]:
-    """The query of each list.
+    """The query of each list of passages.
 
-    queries: the query of each row. lists: the row numbers of each list. Raises ValueError if the rows of a list have
-    different queries.
+    queries: the query of each row of the frame. lists: for each list, the numbers of its rows. Raises ValueError if the
+    rows of a list have different queries.
     """
     for ranking in lists:
         differing = next((queries[row] for row in ranking if queries[row] != queries[ranking[0]]), None)
@@ -241,7 +241,7 @@ def _strings(rows: pd.DataFrame, column: str) -> list[str]:
 
 
 def whole(text: str) -> str:
-    """The text in valid UTF-8: a lone surrogate becomes U+FFFD, and two halves of a pair become their character."""
+    """The text in valid UTF-8: a lone surrogate becomes U+FFFD, and a surrogate pair becomes its character."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,5 +1,5 @@
-"""What listwise rerankers share: windows -> orders -> scores, and the fusion with `% k`. This module does not deal with
-the texts of prompts or with models.
+"""What listwise rerankers share: sliding windows, scores from orders, and the fusion with `% k`. This module does not
+deal with the texts of prompts or with models.
 
 A listwise reranker reads the passages of a window together and returns their order. A list that is longer than a window
 is reranked in overlapping windows that slide from the bottom of the list to the top (RankGPT, arXiv 2304.09542).
@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
     """The prompt for one window."""
 
     content: Any  # the prompt in the form that the model takes
-    tokens: int  # length of the prompt in tokens, which determines its batch
+    tokens: int  # length of the prompt in tokens; prompts of similar length share a batch
     n: int  # number of passages in the window
     top: int  # how many ranks must be decoded; the other passages follow in their incoming order
 
@@ -48,14 +48,14 @@ class ListwiseReranker(Reranker):
     max_tokens: int = 16_384
 
     def order(self, queries: list[str], passages: Passages) -> list[list[int]]:
-        """Rank the passages of Q queries. Returns Q permutations: for each query, the positions of its passages in its
-        list (from 0), best first.
+        """Rank the passages of Q queries. Returns Q permutations: for each query, the positions of its passages in
+        the given list (from 0), best first.
 
         Args:
             queries: a list of Q texts.
             passages: a list with, for each query, the list of its passages' texts. Alternatively a dict of columns:
-                column name -> Q lists, one per query, each with the value of every passage. The dict must have the
-                column `docno` and the input columns of the reranker.
+                column name -> Q lists, one per query, each with one value per passage of the query. The dict must have
+                the column `docno` and the input columns of the reranker.
 
         Raises TypeError if a passage is not a string, and ValueError if the model returns NaN or an infinity.
         """
@@ -68,9 +68,9 @@ class ListwiseReranker(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists, one per query, each with the value of every passage. Returns a dict with one
-        entry, `score`: Q lists with one score per passage. Of n passages, the best has the score n and the last has the
-        score 1.
+        columns: column name -> Q lists, one per query, each with one value per passage of the query. Returns a dict
+        with one entry, `score`: Q lists with one score per passage. Of n passages, the best has the score n and the
+        last has the score 1.
         """
         return {"score": [scores(order) for order in self.order_columns(queries, columns)]}
 
@@ -84,7 +84,7 @@ class ListwiseReranker(Reranker):
         budget: Budget | None = None,
     ) -> list[list[int]]:
         """Order the passages of each query by sliding windows. Returns for each query the positions of its passages in
-        its list (from 0), best first.
+        the given list (from 0), best first.
 
         In round r, the r-th windows of all queries are ordered together. If the model returns NaN or an infinity,
         ValueError is raised; its message names the query and the docnos.
@@ -94,7 +94,7 @@ class ListwiseReranker(Reranker):
             columns: the columns of the passages; only `docno` is used.
             shape: window size and stride, in passages.
             prompts: a function that takes a list of windows and returns a list with their prompts.
-            decode: a function that takes a batch of prompts and returns the choices for these prompts.
+            decode: a function that takes a batch of prompts and decodes the order of each prompt's passages.
             budget: the maximum number of tokens in a batch; None is a budget of `max_tokens`.
         """
         size, stride = shape
@@ -143,8 +143,8 @@ class ListwiseReranker(Reranker):
 
 
 def of_windows(values: Sequence[Sequence[Any]], windows: Sequence[Window]) -> list[list[Any]]:
-    """Return a list for each window: the value of each of its passages.
+    """Return a list for each window, with the values of the window's passages.
 
-    values: one list per query, with a value of each passage, such as its text or docno.
+    values: one list per query, with one value per passage, such as its text or docno.
     """
     return [[values[window.query][number] for number in window.passages] for window in windows]

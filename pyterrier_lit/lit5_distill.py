@@ -35,9 +35,9 @@ class LiT5Distill(ListwiseReranker):
             (v1) were trained with windows of 20 passages. The checkpoints `castorini/LiT5-Distill-{base,large,xl}-v2`
             (v2) were trained with one window of 100 passages. A folder that `save` wrote can be given, too.
         window_size: number of passages per window, at most 100. None takes the size that the checkpoint records. If the
-            checkpoint records no size, the size follows from its name or path: 100 for v2 and 20 for v1. If neither the
-            name nor the path says v1 or v2, the size is 20, with a warning. A list shorter than the window is read in
-            one window.
+            checkpoint records no size, the size follows from its hub id or path, else from the origin in its config:
+            100 if this name contains "v2", and 20 if it contains "LiT5-Distill" without "v2". If no name contains
+            either, the size is 20, with a warning. A list shorter than the window is read in one window.
         stride: number of passages by which the window moves up the list. None takes half of the window size, with one
             exception: if `window_size` is None, too, and the checkpoint records a stride, this stride is taken.
         passes: number of times that the windows slide over each list.
@@ -54,7 +54,7 @@ class LiT5Distill(ListwiseReranker):
             missing are appended in their incoming order. If the freely generated text is a permutation, "constrained"
             and "free" give the same order. "first" sorts the passages by the probability of their identifiers at the
             first decoding step (FIRST, arXiv 2406.15657). A window then takes one decoding step, or two steps if it has
-            more than 56 passages. The published checkpoints were not trained for "first"; the recipe
+            more than 56 passages. The published checkpoints were not trained for "first"; the training recipe
             `lit5-distill-first` trains a checkpoint for "first".
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages.
@@ -86,11 +86,11 @@ class LiT5Distill(ListwiseReranker):
     begin = staticmethod(read_t5)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
-        best first.
+        """Rank the passages of Q queries. Returns for each query the positions of its passages in the given list (from
+        0), best first.
 
-        columns: column name -> Q lists, one per query, each with the value of every passage; only `docno` and the
-        column with the texts are used.
+        columns: column name -> Q lists, one per query, each with one value per passage of the query; only `docno` and
+        the column with the texts are used.
         """
         decode = self.option("decoding", DECODINGS)
         checkpoint: T5Checkpoint = self.load()
@@ -141,9 +141,9 @@ class LiT5Distill(ListwiseReranker):
     def family(self) -> str:
         """The family of the checkpoint, "v1" or "v2".
 
-        The family follows from the checkpoint's name, else from the name of the checkpoint that it was saved from. If
-        no name shows a family, the family is "v1". For a trained checkpoint, a warning then says that "v1" is an
-        assumption; it appears once.
+        The family follows from the checkpoint's hub id or path, else from the hub id or path that its config records as
+        its origin. If none of them shows a family, the family is "v1". For a trained checkpoint, a warning then says
+        once that "v1" is an assumption.
         """
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
@@ -219,8 +219,8 @@ DECODINGS = {"constrained": constrained, "free": free, "first": first}
 def identifiers(checkpoint: T5Checkpoint, n: int) -> tuple[list[list[int]], list[int]]:
     """The tokens of the identifiers 1 to n.
 
-    The tokens are numbered from 0. Returns two lists: the token numbers of each identifier, and the vocabulary id of
-    each token number.
+    The distinct tokens of these identifiers are numbered from 0. Returns two lists: the token numbers of each
+    identifier, and the vocabulary id of each token number.
     """
     spelt = checkpoint.pieces([str(i) for i in range(1, n + 1)])
     pieces = sorted(set(chain.from_iterable(spelt)))

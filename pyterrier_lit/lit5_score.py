@@ -20,7 +20,7 @@ from pyterrier_lit.reranker import Reranker
 
 
 class Aggregation(NamedTuple):
-    """How the attention mass of a passage's tokens becomes the score of the passage."""
+    """How the attention mass of a passage's tokens, as defined in `LiT5Score`, becomes the score of the passage."""
 
     layers: Callable[[int], list[float]]  # number of decoder layers -> a weight for each layer; the mean weight is 1
     tokens: str  # how the masses of a passage's tokens are combined: "sum" or "amax" (their maximum)
@@ -38,7 +38,7 @@ class LiT5Score(Reranker):
     """Rerank by LiT5-Score: T5 Fusion-in-Decoder answers the query, and its cross-attention scores the passages::
 
         score(d) = sum over t, l, s of  a[l, t, s] / (256 * layers)
-        a[l, t, s] = mean over heads of  attention weight * length of value vector
+        a[l, t, s] = mean over heads of  attention weight * norm of value vector
 
     a[l, t, s] is the attention mass of token s in decoder layer l at decoding step t. l runs over all decoder layers. t
     runs from the start token to the position that predicts the end of the answer. s runs over the tokens in the prompt
@@ -99,9 +99,9 @@ class LiT5Score(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists, one per query, each with the value of every passage. Returns a dict. Its entry
-        `score` has Q lists with one score per passage. If the argument `answer_field` is not None, the entry with this
-        name has the generated answers to the Q queries.
+        columns: column name -> Q lists, one per query, each with one value per passage of the query. Returns a dict.
+        Its entry `score` has Q lists with one score per passage. If the argument `answer_field` is not None, the entry
+        with the name `answer_field` has the generated answers to the Q queries.
         """
         if not isinstance(self.n_passages, int) or self.n_passages < 1:
             raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")
@@ -129,8 +129,8 @@ class LiT5Score(Reranker):
         return added
 
     def query_columns(self) -> list[str]:
-        """A list with the name of the column for the generated answers. It is empty if the argument `answer_field` is
-        None."""
+        """A list with the name of the column for the generated answers. The list is empty if the argument
+        `answer_field` is None."""
         return [] if self.answer_field is None else [self.answer_field]
 
     def saved_settings(self) -> dict[str, Any]:
@@ -142,8 +142,9 @@ class LiT5Score(Reranker):
         """The maximum lengths of a prompt and of an answer in tokens, in a dict with the keys `max_length` and
         `answer_length`.
 
-        A length is the reranker's argument of the same name, else the length that the checkpoint records, else the
-        paper's (150 and 20).
+        Each value is the reranker's argument with the name of the key. If the argument is None, the maximum is the
+        one that the checkpoint records. If the checkpoint records none, the maximum is the paper's: 150 tokens for a
+        prompt and 20 for an answer.
         """
         checkpoint: T5Checkpoint = self.load()
         return {

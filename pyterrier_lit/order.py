@@ -1,5 +1,5 @@
-"""Permutations of positions: parsed from text, completed, converted to scores. This module does not deal with passages
-or models."""
+"""Permutations of the positions in a list: parsed from text, completed, converted to scores. This module does not deal
+with passages or models."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ def parse(text: str, n: int) -> list[int]:
     """Parse a text of identifiers, which count from 1, into a permutation of 0..n-1.
 
     With n = 4, both "3 1 3" and "[3] > [1]" become [2, 0, 1, 3]. Each sequence of the digits 0-9 is an identifier, and
-    all other characters separate identifiers, as in LiT5's clean-up. Repeated, invalid and missing identifiers are
+    all other characters separate identifiers, as in LiT5's original code. Repeated, invalid and missing identifiers are
     treated as in `complete`.
     """
     numbers = [
@@ -27,8 +27,8 @@ def parse(text: str, n: int) -> list[int]:
 
 
 def scores(order: list[int]) -> list[float]:
-    """The scores of n positions in a list. The first position in `order` has the score n, the second has n - 1, and the
-    last has 1.
+    """The scores of the positions 0, 1, ... n-1. The first position in `order` has the score n, the second has n - 1,
+    and the last has 1.
 
     order: a permutation of 0..n-1, best first.
     """

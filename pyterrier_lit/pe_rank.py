@@ -22,7 +22,7 @@ from pyterrier_lit.models.pe_checkpoint import PERankCheckpoint, new_pe_rank, re
 from pyterrier_lit.models.vector_lm import VectorReader
 from pyterrier_lit.windows import Window
 
-MODES = {"embedding": False, "text+embedding": True}  # whether the prompt also contains the texts of the passages
+MODES = {"embedding": False, "text+embedding": True}  # mode -> whether the prompt contains the texts of the passages
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -87,11 +87,11 @@ class PERank(ListwiseReranker):
     begin = staticmethod(new_pe_rank)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
-        best first.
+        """Rank the passages of Q queries. Returns for each query the positions of its passages in the given list (from
+        0), best first.
 
-        columns: column name -> Q lists, one per query, each with the value of every passage. The columns are `docno`
-        and one of the sets that `column_sets` returns.
+        columns: column name -> Q lists, one per query, each with one value per passage of the query. The columns are
+        `docno` and one of the sets that `column_sets` returns.
         """
         decode, shows_text = self.option("decoding", DECODINGS), self.option("mode", MODES)
         checkpoint: PERankCheckpoint = self.load()
@@ -147,7 +147,7 @@ class PERank(ListwiseReranker):
         return normalised(vectors, names, checkpoint.embedding_size, checkpoint.trained_on), rows
 
     def subtransformers(self) -> dict[str, Any]:
-        """An empty dict, because the index and the encoder of the vectors are not stages of the pipeline."""
+        """An empty dict, so that PyTerrier does not show `vectors` and `encoder` as stages of the pipeline."""
         return {}
 
     def _encode(self, checkpoint: PERankCheckpoint, texts: list[str], budget: Budget) -> torch.Tensor:

@@ -70,11 +70,11 @@ class RankMistral(ListwiseReranker):
     begin = staticmethod(read_text_lm)
 
     def order_columns(self, queries: list[str], columns: Columns) -> list[list[int]]:
-        """Rank the passages of Q queries. Returns for each query the positions of its passages in its list (from 0),
-        best first.
+        """Rank the passages of Q queries. Returns for each query the positions of its passages in the given list (from
+        0), best first.
 
-        columns: column name -> Q lists, one per query, each with the value of every passage; only `docno` and the
-        column with the texts are used.
+        columns: column name -> Q lists, one per query, each with one value per passage of the query; only `docno` and
+        the column with the texts are used.
         """
         decode = self.option("decoding", DECODINGS)
         checkpoint: TextCheckpoint = self.load()

@@ -35,10 +35,10 @@ class Reranker(pt.Transformer):
 
     A subclass is a dataclass whose fields are the arguments of its constructor. The subclass sets two functions: `read`
     loads a checkpoint, and `begin` creates an untrained checkpoint from a pre-trained model. The subclass also
-    implements `results`.
+    implements the method `results`, which scores passages.
 
-    Copies of a reranker share its checkpoint in memory. A pickle of a reranker contains the checkpoint if it was
-    loaded. Several threads may use one reranker.
+    Copies of a reranker share its checkpoint in memory. A pickle of a reranker contains the checkpoint if the
+    checkpoint is in memory. Several threads may use one reranker.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Reranker(pt.Transformer):
         "dtype",
     )  # the arguments that `read` depends on
     read: ClassVar[Callable[..., Any]]  # (folder, device, dtype) -> a checkpoint
-    # (folder of a pre-trained model, device, dtype) -> an untrained checkpoint. It may have further keyword arguments
+    # (folder of a pre-trained model, device, dtype) -> an untrained checkpoint. `begin` may have keyword arguments, too
     begin: ClassVar[Callable[..., Any]]
 
     def __new__(cls, *_: Any, **arguments: Any) -> Self:
@@ -76,9 +76,9 @@ class Reranker(pt.Transformer):
     def transform(self, inp: pd.DataFrame) -> pd.DataFrame:
         """Rerank a result frame.
 
-        inp: a frame with the columns `qid`, `query` and `docno`, and with the passages' texts or the other input
-        columns of the reranker. Returns a frame with the same rows in the same order and with new values in the columns
-        `score` and `rank` (from 0). Raises the same errors as `frames.rerank`.
+        inp: a frame with the columns `qid`, `query` and `docno`, and with the input columns of the reranker, such as
+        the texts of the passages. Returns a frame with the same rows in the same order and with new values in the
+        columns `score` and `rank` (from 0). Raises the same errors as `frames.rerank`.
         """
         return rerank(inp, self.results, self.column_sets(), self.query_columns(), context=self)
 
@@ -88,8 +88,8 @@ class Reranker(pt.Transformer):
         Args:
             queries: a list of Q texts.
             passages: a list with, for each query, the list of its passages' texts. Alternatively a dict of columns:
-                column name -> Q lists, one per query, each with the value of every passage. The dict must have the
-                column `docno` and the input columns of the reranker.
+                column name -> Q lists, one per query, each with one value per passage of the query. The dict must have
+                the column `docno` and the input columns of the reranker.
 
         Raises TypeError if `queries` or the passages of a query are a string instead of a list, or if a query or
         passage is not a string. Raises ValueError if the model returns NaN or an infinity.
@@ -116,9 +116,9 @@ class Reranker(pt.Transformer):
             return_documents: whether to return the texts, too.
 
         Returns a list with a dict for each of the `top_k` best passages. In the dict, `corpus_id` is the position of
-        the passage in `passages` (from 0), and `score` is its score. If `return_documents` is True, `text` is its text.
-        Passages with equal scores keep their order. A listwise reranker decodes only the first `top_k` ranks. Raises
-        the same errors as `score`.
+        the passage in `passages` (from 0), and `score` is the passage's score. If `return_documents` is True, `text` is
+        the passage's text. Passages with equal scores keep their order. A listwise reranker decodes only the first
+        `top_k` ranks. Raises the same errors as `score`.
         """
         if not passages:
             return []
@@ -128,16 +128,16 @@ class Reranker(pt.Transformer):
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def for_top(self, top_k: int | None) -> Self:
-        """The reranker that `rank` uses if only the `top_k` best passages are needed: this reranker, unless a subclass
-        can save work. top_k: number of passages; None is all passages."""
+        """The reranker that `rank` uses to find the `top_k` best passages. It is this reranker; a listwise reranker
+        returns a copy that decodes only `top_k` ranks. top_k: number of passages; None is all passages."""
         return self
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists, one per query, each with the value of every passage. Returns a dict. Its entry
-        `score` has Q lists with one score per passage. For each name in `query_columns`, it also has an entry with Q
-        values.
+        columns: column name -> Q lists, one per query, each with one value per passage of the query. Returns a dict.
+        Its entry `score` has Q lists with one score per passage. For each column name that `query_columns` returns, the
+        dict also has an entry with Q values, one per query.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
@@ -157,13 +157,13 @@ class Reranker(pt.Transformer):
         return {self.text_field: str}
 
     def query_columns(self) -> list[str]:
-        """The names of the columns that the reranker adds to a frame besides `score` and `rank`. Each has one value per
-        query."""
+        """The names of the columns that the reranker adds to a frame besides `score` and `rank`. All rows of a query
+        have the same value in such a column."""
         return []
 
     def columns(self, passages: Passages) -> Columns:
-        """The passages of Q queries as a dict of columns: column name -> Q lists, one per query, each with the value of
-        every passage.
+        """The passages of Q queries as a dict of columns: column name -> Q lists, one per query, each with one value
+        per passage of the query.
 
         passages: as in `score`. A dict is returned unchanged. If lists of texts are given, the column `docno` contains
         the positions of the passages in their list, as strings. Raises TypeError if the passages of a query are a
@@ -196,7 +196,7 @@ class Reranker(pt.Transformer):
                     _mind_forks()
                 if held.source == source:
                     return held.checkpoint
-                if self._held is held:  # copies of this reranker keep the old `Held`
+                if self._held is held:  # other copies of this reranker keep the old `Held`
                     self._held = self._converted(held) if held.given and self._is_of(held) else Held()
 
     def hold(self, checkpoint: Any) -> None:
@@ -206,7 +206,7 @@ class Reranker(pt.Transformer):
         _mind_forks()
 
     def hold_changed(self, how: str = "trained in memory") -> None:
-        """Mark the weights in memory as changed, so that they are no longer regarded as the weights of `model`.
+        """Mark the weights in memory as changed: they are no longer the weights that `model` names.
 
         how: a description of the change, which `repr` shows.
         """
@@ -221,7 +221,7 @@ class Reranker(pt.Transformer):
         """This reranker if its weights have the dtype that its argument `dtype` sets, else a copy with converted
         weights.
 
-        During training, the weights may have another dtype.
+        During training, the weights may have another dtype than the argument sets.
         """
         checkpoint, device = self.load(), choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
@@ -237,7 +237,8 @@ class Reranker(pt.Transformer):
         return held.checkpoint if held.source == self._source() else None
 
     def once(self, build: Callable[[], Loaded]) -> Loaded:
-        """The result of `build`, a function that reads a part of the checkpoint that `load` did not read.
+        """The result of `build`, a function that reads a part of the checkpoint that `load` did not read, such as
+        PERank's passage encoder.
 
         Only one thread at a time runs `build` or loads the checkpoint. Raises the same errors as `load`.
         """
@@ -319,7 +320,7 @@ class Reranker(pt.Transformer):
 
     def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
         """The text of the model card that is saved with the checkpoint. If the weights are unchanged and `model` is a
-        folder with a card, returns that card under the new name. Otherwise returns a new card."""
+        folder with a card, the text is this card with the checkpoint renamed to `name`. Otherwise it is a new card."""
         held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
         before = held.card
         if before is not None and not held.given and model.is_dir():
@@ -341,8 +342,8 @@ class Reranker(pt.Transformer):
 
     @classmethod
     def from_backbone(cls, name: str, **arguments: Any) -> Self:
-        """Create an untrained reranker from a pre-trained model. Weights that the pre-trained model does not have are
-        random; call `torch.manual_seed` first to make them reproducible.
+        """Create an untrained reranker from a pre-trained model. Weights that the pre-trained model does not have, such
+        as those of a scoring head, are random; call `torch.manual_seed` first to make them reproducible.
 
         Args:
             name: hub id or folder of the pre-trained model.
@@ -380,14 +381,14 @@ class Reranker(pt.Transformer):
 
     def folder(self) -> Folder:
         """The folder with the checkpoint's files, which are downloaded from the hub if necessary. Raises the same
-        errors as `fetch`."""
+        errors as `models.checkpoints.fetch`."""
         return fetch(self.model, revision=self.revision)
 
     def option(self, argument: str, known: Mapping[str, Named]) -> Named:
-        """The entry of `known` for the value of one of the reranker's arguments.
+        """Look up the value of one of the reranker's arguments in the dict `known`.
 
-        argument: the name of the argument. known: each valid value -> its entry. Raises ValueError for an invalid
-        value; the message lists the valid values.
+        argument: the name of the argument. known: each valid value of the argument -> what to return for this value.
+        Raises ValueError for an invalid value; the message lists the valid values.
         """
         name = getattr(self, argument)
         if name not in known:
@@ -400,7 +401,8 @@ class Reranker(pt.Transformer):
         return bar
 
     def _read(self) -> tuple[Any, str | None]:
-        """The checkpoint, and the text of the model card in its folder, or None if there is no card."""
+        """A tuple of the checkpoint and the text of the model card in its folder. The text is None if there is no
+        card."""
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         folder = self.folder()
@@ -456,8 +458,8 @@ class Held:
     Args:
         checkpoint: the checkpoint, or None before it is read.
         source: the values that the arguments in `Reranker.loads_from`, such as `model` and `dtype`, had when the
-            checkpoint was read or passed to `hold`.
-        given: whether the weights exist in memory only, because the checkpoint was passed to `hold` or changed.
+            checkpoint was read or passed to `Reranker.hold`.
+        given: whether the weights exist in memory only, because they were changed or passed to `Reranker.hold`.
         changed: what was done to the weights in memory, followed by a unique id, such as "trained in memory: 51c7acb7".
             It is "" if the weights are unchanged.
         saved: the folder or hub repository in which the checkpoint was saved last. It is "" if the checkpoint was not
@@ -492,8 +494,8 @@ class Held:
     def after_fork(cls) -> None:
         """Prepare a new forked process, which has a single thread.
 
-        Locks that other threads held are replaced. torch uses one thread, since it would otherwise wait for threads
-        that do not exist in the new process.
+        All locks are replaced, since a thread that does not exist in the new process may hold one. torch is set to one
+        thread, since it would otherwise wait for threads that do not exist in the new process.
         """
         torch.set_num_threads(1)
         for held in cls._all:

@@ -1,8 +1,8 @@
-"""Restores the signal handlers of a JVM after another library replaced them. This module does not deal with Terrier or
-Ray.
+"""Restores the signal handlers of a JVM after another library replaced them.
 
 A JVM raises SIGSEGV, SIGBUS, SIGFPE and SIGILL in normal operation and handles them itself. If another library has
-replaced the JVM's handlers of these signals, the process soon dies.
+replaced the JVM's handlers of these signals, the process soon dies. One such library is Ray, which enables Python's
+faulthandler.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import signal
 import sys
 
 JAVAS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL")
-# In bytes: larger than struct sigaction on any system. The first field of sigaction is the address of the handler
+# Size of a buffer in bytes, larger than struct sigaction on any system. The struct begins with the handler's address
 SIZE = 512
 
 
@@ -24,7 +24,7 @@ class _Symbol(ctypes.Structure):
 
 
 def jvm() -> bool:
-    """Whether a JVM runs in this process, such as the one that PyTerrier starts."""
+    """Whether this process has a JVM, such as the JVM that PyTerrier starts."""
     return "jnius" in sys.modules
 
 
@@ -42,7 +42,7 @@ def _are_javas() -> bool:
 
 
 def handler(number: int) -> int:
-    """The address of the handler of the signal with this number. 0 is the system's default handler."""
+    """The address of a signal's handler; 0 is the system's default handler. number: the number of the signal."""
     action = ctypes.create_string_buffer(SIZE)
     ctypes.CDLL(None).sigaction(number, None, action)
     return ctypes.c_void_p.from_buffer(action).value or 0
