@@ -23,7 +23,8 @@ RERANKERS: dict[str, type[Reranker]] = {  # name on the command line -> class
     kind.__module__.rpartition(".")[2].replace("_", "-"): kind
     for kind in (getattr(pyterrier_lit, name) for name in pyterrier_lit.__all__)
 }
-SET_HERE = ("model", "text_field", "answer_field", "verbose")  # constructor arguments without a generated option
+# Constructor arguments for which `add_reranker` does not generate an option from the constructor's signature
+SET_HERE = ("model", "text_field", "answer_field", "verbose")
 
 Parameters = dict[str, dict[str, inspect.Parameter]]  # argument name -> reranker -> parameter of its constructor
 
@@ -163,7 +164,8 @@ def candidates(
 def add_reranker(parser: argparse.ArgumentParser, named: str | None) -> None:
     """Add the options that every command has: the reranker, its model and its arguments.
 
-    named: the reranker on the command line, whose options the help then shows. None shows the options of all rerankers.
+    named: the reranker that the command line names. The help shows only the options of this reranker. If `named` is
+    None, the help shows the options of all rerankers.
     """
     parser.add_argument("--reranker", choices=RERANKERS, required=True)
     meaning = "hub id or folder of a checkpoint; default: a published checkpoint of the reranker"
@@ -211,7 +213,7 @@ def documented(kind: Callable[..., Any]) -> dict[str, str]:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the options of those commands that write a run."""
+    """Add the options that the commands `rerank` and `tirex` share, since both write a run."""
     parser.add_argument("--depth", type=positive, help="maximum number of candidates to rerank per query; default: all")
     meaning = "name in the last column of the run; default: the names of the reranker and of its model"
     parser.add_argument("--system", help=meaning)
@@ -370,8 +372,8 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def value_types(parameter: inspect.Parameter) -> list[type]:
-    """The types among int, float and str that a parameter accepts, the preferred type first. The list is empty if the
-    parameter accepts only other objects, such as an index."""
+    """Those of the types int, float and str that a parameter accepts, in this order. The list is empty if the parameter
+    accepts only objects of other types."""
     kinds = get_args(parameter.annotation) or (parameter.annotation,)
     return [kind for kind in (int, float, str) if kind in kinds]
 

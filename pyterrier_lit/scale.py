@@ -1,5 +1,5 @@
-"""One reranker on several processes, GPUs or machines, with Ray. This module deals with queries and columns of
-passages, not with models."""
+"""One reranker in several processes, on several GPUs or machines, with Ray. This module does not deal with prompts or
+tokenizers."""
 
 import copy
 import gc
@@ -20,18 +20,19 @@ from pyterrier_lit.frames import Columns, rerank
 from pyterrier_lit.reranker import Reranker
 
 CHARACTERS = 4  # characters per token, on average
-READ = 2_048  # maximum number of characters of a passage that count towards its cost: models truncate the rest
-# Smallest and largest size of a shard in tokens. SMALLEST is a few full batches. Several shards of size LARGEST fit
-# into memory
+READ = 2_048  # maximum number of characters of a text that count in the estimate of its tokens: models truncate texts
+# A shard is a list of queries that a worker scores in one call. Its size in tokens should be between SMALLEST, which is
+# a few full batches, and LARGEST. Several shards of size LARGEST fit into memory
 SMALLEST, LARGEST = 32_768, 1_000_000
 IN_FLIGHT = 2  # number of shards that a worker has at a time: it computes one of them, and the other one waits
-# An error is raised if ATTEMPTS workers die over one shard, or if ATTEMPTS times the number of workers die while they
-# load the model
+# An error is raised after ATTEMPTS deaths of workers over the same shard or, with n workers, after ATTEMPTS * n deaths
+# of workers while they load the model
 ATTEMPTS = 3
-PATIENCE = 30  # maximum number of seconds to wait for resources that are in use
+PATIENCE = 30  # maximum number of seconds to wait for GPUs and CPU cores that are in use
 
-# Ray reads RAY_DISABLE_FAILURE_SIGNAL_HANDLER when it is imported. If it is not set, ray.shutdown() replaces the signal
-# handlers of a JVM in this process. TAKES_SIGNALS: whether Ray was imported before this module, without the variable
+# Ray reads the variable RAY_DISABLE_FAILURE_SIGNAL_HANDLER when Ray is imported. If the variable is not set then,
+# ray.shutdown() replaces the signal handlers of a JVM in this process. TAKES_SIGNALS: whether Ray was imported before
+# this module and without the variable
 TAKES_SIGNALS = "ray" in sys.modules and "RAY_DISABLE_FAILURE_SIGNAL_HANDLER" not in os.environ
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
@@ -46,13 +47,14 @@ class Distributed(pt.Transformer):
         num_workers: number of worker processes, each with a copy of the model.
         num_gpus: number of GPUs per worker. Leave the reranker's argument `device` at None, so that each worker uses
             its own GPU.
-        num_cpus: number of CPU cores per worker. A worker has as many threads as CPU cores.
+        num_cpus: number of CPU cores per worker. A worker computes with `num_cpus` threads.
         verbose: show a progress bar.
 
     Ray must be installed (`pip install 'pyterrier-lit[ray]'`). Ray is started on this machine, unless `ray.init` was
-    called before or the environment variable RAY_ADDRESS names a cluster. The queries are split into shards by their
-    estimated number of tokens. The largest shards are sent first, and a worker has at most two shards at a time. If a
-    worker dies, a new worker replaces it, and the shards of the dead worker are computed again.
+    called before or the environment variable RAY_ADDRESS names a cluster. The queries are split into shards. A shard is
+    one or more queries with their passages, and its size is its estimated number of tokens. The largest shards are sent
+    first, and a worker has at most two shards at a time. If a worker dies, a new worker replaces it, and the unfinished
+    shards of the dead worker are computed again.
 
     The workers only compute scores: this process reads and checks the frame, and computes the ranks. The result is
     therefore the same as with the reranker alone, except that scores may differ in the last bits of a float, since the
@@ -89,9 +91,9 @@ class Distributed(pt.Transformer):
         """Rerank a result frame on the workers. Returns the same frame as `transform` of the reranker, and raises the
         same errors.
 
-        In addition, raises ImportError if Ray is not installed, and ValueError if no machine has the resources for a
-        worker. Raises RuntimeError if the resources for a worker stay in use, if workers die repeatedly, or if `close`
-        is called during the reranking.
+        In addition, raises ImportError if Ray is not installed, and ValueError if no machine has the GPUs and CPU cores
+        for a worker. Raises RuntimeError if these resources are still in use after 30 seconds, if workers die
+        repeatedly, or if `close` is called during the reranking.
         """
         reranker = self.reranker
         return rerank(inp, self.results, reranker.column_sets(), reranker.query_columns(), context=reranker)
@@ -116,7 +118,8 @@ class Distributed(pt.Transformer):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries on the workers. Returns the same dict as the reranker's method `results`.
 
-        columns: column name -> Q lists, one per query, each with the value of every passage.
+        columns: column name -> Q lists, one per query. The list of a query has the value of the column for each of its
+        passages.
         """
         shards = shards_of(costs(queries, columns), self.num_workers)
         calls = [
@@ -135,8 +138,8 @@ class Distributed(pt.Transformer):
         return results
 
     def started(self) -> tuple["Pool", "Wanted"]:
-        """The workers for the current reranker, and the `Wanted` with which they were started. The workers are started
-        first if necessary."""
+        """Return the pool with the workers for the current reranker, and the description (`Wanted`) with which the
+        workers were started. The workers are started if necessary."""
         job = _ray_started().get_runtime_context().get_job_id()
         wanted = Wanted(self.reranker, self.num_workers, self.num_gpus, self.num_cpus, job)
         while True:
@@ -147,7 +150,7 @@ class Distributed(pt.Transformer):
                 if pool.wanted == wanted:
                     return pool, pool.wanted
                 if self.pool is pool:
-                    self.pool = Pool()  # copies keep the old `Pool`
+                    self.pool = Pool()  # copies of this object keep the old pool
 
     def __repr__(self) -> str:
         reranker, *others = pt.inspect.transformer_attributes(self)
@@ -156,8 +159,7 @@ class Distributed(pt.Transformer):
 
 
 def costs(queries: Sequence[str], columns: Columns) -> list[int]:
-    """For each query, the estimated number of tokens that a model reads for its passages. The estimate follows from the
-    number of characters."""
+    """For each query, the number of tokens of its query-passage pairs, estimated from their number of characters."""
     return [
         sum(
             1 + (len(query) + sum(min(len(value), READ) for value in cells if isinstance(value, str))) // CHARACTERS
@@ -168,13 +170,13 @@ def costs(queries: Sequence[str], columns: Columns) -> list[int]:
 
 
 def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
-    """Split queries into shards. A shard is a list of positions in `costs`.
+    """Split queries into shards. A shard is a list of queries, given by their indices in `costs`.
 
     costs: the cost of each query in tokens. workers: the number of workers.
 
-    The most expensive queries come first. Each shard costs about half of a worker's share of the remaining cost, so the
-    last shards are small and all workers end at about the same time. A shard costs at most LARGEST tokens, unless it is
-    a single query that costs more.
+    The most expensive queries come first. If the queries that are not yet in a shard cost C tokens in total, the next
+    shard costs about C / (2 * workers) tokens. The last shards are therefore small, and all workers end at about the
+    same time. A shard costs at most LARGEST tokens, unless it is a single query that costs more.
     """
     order = deque(sorted(range(len(costs)), key=lambda i: -costs[i]))
     left = sum(costs)
@@ -201,17 +203,17 @@ class Worker:
         self.reranker.load()
 
     def call(self, arguments: dict[str, Any], queries: list[str], columns: Columns) -> dict[str, list[Any]]:
-        """Set the given arguments of the reranker, and return what its method `results` returns."""
+        """Set the given arguments of the reranker, and return the result of the reranker's method `results`."""
         vars(self.reranker).update(arguments)
         return self.reranker.results(queries, columns)
 
 
 class Wanted:
-    """What a set of workers is started with: a reranker with its weights, the number of workers, the GPUs and CPU cores
-    of each worker, and the Ray job.
+    """The description of a set of workers: a reranker with its weights, the number of workers, the number of GPUs and
+    of CPU cores per worker, and the id of the Ray job.
 
-    Two objects are equal if they differ only in those arguments of the reranker that are sent to the workers with each
-    call.
+    Some arguments of the reranker (see `_is_light`) are sent to the workers with each call. Two descriptions that
+    differ only in such arguments are equal.
     """
 
     def __init__(self, reranker: Reranker, workers: int, num_gpus: float, num_cpus: float, job: str):
@@ -235,7 +237,7 @@ class Pool:
         self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Pool, ()  # an unpickled pool starts workers of its own
+        return Pool, ()  # an unpickled pool has no workers yet
 
     def start(self, wanted: Wanted) -> None:
         """Start the workers that `wanted` describes, or as many of them as the resources allow. Raises ValueError or
@@ -250,14 +252,17 @@ class Pool:
         self.workers, self.wanted = [self._make() for _ in range(n)], wanted
 
     def run(self, asked: Sequence[Callable[[], tuple[Any, ...]]], wanted: Wanted) -> Iterator[tuple[int, Any]]:
-        """Let the workers that were started for `wanted` compute several calls of `Worker.call`. Yields (index of the
-        call in `asked`, its result) as soon as a call has finished.
+        """Let the workers compute several calls of `Worker.call`. Yields (index in `asked`, result) for each call, as
+        soon as the call has finished.
 
-        asked: for each call, a function that returns its arguments. The function is called when a worker is free.
+        asked: one function per call. The function takes no arguments and returns the arguments with which `Worker.call`
+        is called. It is called when a worker is free.
+        wanted: the description with which the workers were started.
         """
         ray = _ray()
         waiting = deque(range(len(asked)))
-        # Ray's reference of a call -> its worker and the index in `asked`, or None while the worker loads the model
+        # Ray's reference to an unfinished call -> the worker and the index of the call in `asked`. For a call of
+        # `Worker.load`, the index is None
         pending: dict[Any, tuple[Any, int | None]] = {}
         deaths: Counter[int | None] = Counter()
         known: list[Any] = []
@@ -277,7 +282,7 @@ class Pool:
                     answer = ray.get(done)
                 except ray.exceptions.RayTaskError as error:
                     if number is None:
-                        self.stop()  # free the resources: no worker has a model
+                        self.stop()  # free the GPUs and CPU cores: the model cannot be loaded
                     raise error.cause from error
                 except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                     deaths[number] += 1
@@ -310,7 +315,7 @@ class Pool:
             _ray().kill(worker)
 
     def _living(self, wanted: Wanted) -> list[Any]:
-        """The workers that were started for `wanted`. Raises RuntimeError if they have been stopped."""
+        """Return the workers that were started with `wanted`. Raises RuntimeError if they have been stopped."""
         with self.lock:
             if self.wanted is not wanted:
                 raise RuntimeError("the workers were closed while they ranked; call again")
@@ -346,10 +351,10 @@ def _ray_started() -> Any:
 
 
 def _placeable(ray: Any, wanted: Wanted) -> int:
-    """The number of wanted workers that the resources allow. Waits up to PATIENCE seconds for resources that are in
-    use.
+    """Return how many of the wanted workers the GPUs and CPU cores of Ray's machines allow.
 
-    Raises ValueError if no machine has the resources for a worker, and RuntimeError if these resources stay in use.
+    Waits up to PATIENCE seconds for GPUs and CPU cores that are in use. Raises ValueError if no machine has the GPUs
+    and CPU cores for a worker, and RuntimeError if they are still in use after PATIENCE seconds.
     """
     machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
     each = _words(wanted.each)
@@ -382,7 +387,8 @@ def _words(resources: dict[str, float]) -> str:
 
 
 def _weights(reranker: Reranker) -> tuple[Any, int]:
-    """The checkpoint in memory, or None; and a number that grows each time that training changes its weights."""
+    """Return (checkpoint, n). The checkpoint is None if it is not in memory. The number n grows each time that training
+    changes the weights of the checkpoint."""
     checkpoint = reranker.in_memory()
     network = getattr(checkpoint, "__dict__", {}).get("network")
     tensors = [] if network is None else network.parameters()
@@ -402,8 +408,8 @@ def _arguments(reranker: Reranker) -> dict[str, Any]:
 
 
 def _is_light(reranker: Reranker, name: str, value: Any) -> bool:
-    """Whether an argument can be sent with each call. This is the case for a plain value that does not affect which
-    weights are loaded."""
+    """Whether an argument of the reranker can be sent to the workers with each call. Its value must be a text,
+    a number or None, and must not affect which weights are loaded."""
     return name not in reranker.loads_from and isinstance(value, str | int | float | None)
 
 

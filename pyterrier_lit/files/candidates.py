@@ -26,15 +26,16 @@ class Candidates(NamedTuple):
     texts: list[str]
 
 
-Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> dict from id to text, for the known ids
+Lookup = Callable[[Iterable[str]], dict[str, str]]  # ids -> dict from id to text, without unknown ids
 LISTS = {"candidates", "hits", "ctxs"}  # fields with a query's passages, in the formats of rank_llm, PE-Rank and LiT5
 TEXTS = ("text", "segment", "contents", "content", "body", "passage")  # fields with the text of a document in rank_llm
 ID = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidates]:
-    """Yield each query of a file with its first `depth` candidates, in the order of the file. The file has JSON lines
-    or one JSON array. If `depth` is None, all candidates are read.
+    """Yield each query of a file with its `depth` best candidates. If `depth` is None, all candidates are read.
+
+    The file has JSON lines or one JSON array. The queries are in the order of the file.
 
     In TIRA's format (rerank.jsonl), each line is an object with qid, query, docno and text, and optionally rank and
     score. Other fields, such as original_document, are ignored. qid and docno may be numbers. The lines of a query must
@@ -42,14 +43,14 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
     candidates of equal rank by descending score. If a candidate has no rank and all candidates have a score, the
     candidates are ordered by descending score. Otherwise the candidates keep the order of the file.
 
-    In the formats of the papers' authors, an object is a query with the list of its passages, best first:
+    In the three other formats, an object is a query with the list of its passages, best first:
 
     - rank_llm: {query: {qid, text}, candidates: [{docid, doc}]}; a doc with a title is read as "Title: ... Content:
       ...";
     - PE-Rank: {query, hits: [{qid, docid, content}]};
     - LiT5: {id, question, ctxs: [{docid, text}]}; a title is put before the text.
 
-    In these formats, a query without passages is left out.
+    In these three formats, a query without passages is left out.
 
     Raises OSError if the file cannot be read. Raises ValueError if a field is missing, if a qid has two queries, if a
     query has a docno twice, if the lines of a query are not consecutive, or if the file is empty or a pipe. The message
@@ -67,16 +68,18 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
 
 def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = None) -> Iterator[Candidates]:
-    """Yield each query of a TREC run[.gz] with its first `depth` candidates, in the order of the file.
+    """Yield each query of a TREC run[.gz] with its `depth` best candidates. The queries are in the order of the run.
 
     Args:
         path: the file of the run.
-        topics: a function: qids -> dict from qid to query, for the known qids. The function `topics` returns one.
-        documents: a function: docnos -> dict from docno to text, for the known docnos. `documents` returns one.
+        topics: a function that maps qids to a dict from qid to query, without unknown qids. This module's function
+            `topics` returns such a function.
+        documents: a function that maps docnos to a dict from docno to text, without unknown docnos. This module's
+            function `documents` returns such a function.
         depth: maximum number of candidates per query; None is all.
 
     The candidates of a query are ordered by rank, and candidates of equal rank by descending score. Raises the same
-    errors as `read_rerank_file`, and ValueError if a qid is not in `topics` or a docno is not in `documents`.
+    errors as `read_rerank_file`, and ValueError if `topics` does not know a qid or `documents` does not know a docno.
     """
     for best in best_first(path, run_rows(path), depth):
         queries, texts = topics([best[0].qid]), documents([row.docno for row in best])
@@ -90,7 +93,7 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
 
 def topics(source: str) -> Lookup:
-    """Returns a function: iterable of qids -> dict from qid to query, for the known qids.
+    """Returns a function that maps an iterable of qids to a dict from qid to query, without unknown qids.
 
     source: a .jsonl[.gz] file with lines {qid, query}, any other file with lines `qid tab query`, or irds:ID for a data
     set of ir_datasets.
@@ -101,7 +104,7 @@ def topics(source: str) -> Lookup:
 
 
 def documents(source: str) -> Lookup:
-    """Returns a function: iterable of docnos -> dict from docno to text, for the known docnos.
+    """Returns a function that maps an iterable of docnos to a dict from docno to text, without unknown docnos.
 
     source: a .jsonl[.gz] file with lines {docno, text}, any other file with lines `docno tab text`, or irds:ID for a
     data set of ir_datasets.
@@ -113,8 +116,8 @@ def documents(source: str) -> Lookup:
 
 
 class OnDisk:
-    """Texts by id in a temporary database, which is deleted when the process ends. Calling the object with ids returns
-    a dict from id to text, for the known ids.
+    """Texts and their ids in a temporary database, which is deleted when the process ends. Calling the object with ids
+    returns a dict from id to text, without unknown ids.
 
     The texts are stored as UTF-8. A lone surrogate becomes U+FFFD, as in `frames.rerank`.
 
@@ -200,7 +203,7 @@ def _rerank_rows(path: Path) -> Iterator[Row]:
 
 
 def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
-    """The rows of a query whose passages are all in one record, in the list with the given name."""
+    """The rows of a query whose passages are all in one record, in the list in its field `name`."""
     passages = record[name]
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
         raise ValueError(f"{where} has no list of passages under {name}; wanted an object for each")
@@ -246,8 +249,8 @@ def _rerank_row(where: str, record: dict[str, Any]) -> Row:
 
 
 def run_rows(path: Path) -> Iterator[Row]:
-    """The lines of a TREC run[.gz]. Raises ValueError if a line is malformed; the message names the file and the
-    line."""
+    """Yield a `Row` for each line of a TREC run[.gz]. Raises ValueError if a line is malformed; the message names the
+    file and the line."""
     for where, line in numbered_lines(path):
         columns = line.split()
         if len(columns) != 6:
@@ -278,7 +281,7 @@ def _texts(path: Path, name: str, field: str) -> Iterator[tuple[str, str]]:
 
 
 def objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place, object) for each object in a file of JSON lines or with one JSON array. The place, for error
+    """Yields (place, object) for each object in a file that has JSON lines or one JSON array. The place, for error
     messages, is a text with the name of the file and the number of the line or array item."""
     lines = numbered_lines(path)
     first = next(lines, None)
@@ -331,13 +334,14 @@ def _text(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def _whole(text: str) -> str:
-    """The text in valid UTF-8: a lone surrogate becomes U+FFFD, and two halves of a pair become their character."""
+    """The text without surrogates: a surrogate pair becomes the character that it encodes, and a lone surrogate becomes
+    U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def number(record: dict[str, Any], name: str, where: str) -> float | None:
     """The number in the field `name` of a record, or None if the field is absent or null. Raises ValueError if the
-    field has anything else than a finite number.
+    field contains anything other than a finite number.
 
     where: the place of the record, for the error message.
     """

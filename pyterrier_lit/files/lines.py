@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 GZIP = b"\x1f\x8b"
-OTHERS = {  # first bytes of a file in a format that is not read -> a description of this format
+OTHERS = {  # first bytes of a file in an unsupported format -> a description of the format
     b"PK\x03\x04": "a zip archive",
     b"BZh": "packed by bzip2",
     b"\xfd7zXZ": "packed by xz",
@@ -31,9 +31,9 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yields (place, line) for each line of a text file, except blank lines. The place, for error messages, is a text
     with the name of the file and the number of the line.
 
-    The form of the file is detected from its content, not from its name. A gzipped file, which may have several
-    members, is detected from its first two bytes. UTF-16 and UTF-32 are detected from their byte order mark or from NUL
-    bytes; other files are UTF-8. A byte order mark at the start of a line is removed.
+    Compression and encoding are detected from the content of the file, not from its name. A gzipped file, which may
+    have several members, is detected from its first two bytes. UTF-16 and UTF-32 are detected from their byte order
+    mark or from NUL bytes; other files are UTF-8. A byte order mark at the start of a line is removed.
 
     Raises OSError if the file cannot be read. Raises ValueError if the file is truncated or damaged, has another
     encoding or format, or changes while it is read; the message names the file and, for a fault in one line, the line.
@@ -48,7 +48,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
                 if number == 1 and not line.endswith("\n") and "\r" in line.rstrip("\r"):
                     raise ValueError(f"{path} ends its lines with carriage returns alone; save it with line feeds")
                 if line.strip():
-                    # A file that was concatenated from other files can contain byte order marks inside
+                    # If files with byte order marks were concatenated, a later line can start with such a mark
                     yield f"{path}, line {number}", line.lstrip("\ufeff")
             if _state(file) != before:
                 raise ValueError(f"{path} changed while it was read; run again when it is complete")
@@ -65,7 +65,7 @@ def _damaged(path: Path, number: int, found: str) -> ValueError:
 
 
 def _not_utf8(path: Path, number: int, line: str, at: int, gzipped: bool) -> ValueError:
-    """The error for a line that is not valid UTF-8. at: the position of the first invalid byte in the line."""
+    """The error for a line that is not valid UTF-8. at: the index of the first invalid byte in `line`."""
     found = f"byte {ord(line[at]) - 0xDC00:#x} at character {at + 1}"
     if not line.endswith("\n") and at >= len(line) - 3:
         return _damaged(path, number - 1, f"the last line ends within a character: {found}")

@@ -1,4 +1,4 @@
-"""A lock that allows one writer per output. This module does not deal with runs."""
+"""A lock that allows one writer per output file. This module does not deal with runs."""
 
 import contextlib
 import os
@@ -11,17 +11,18 @@ from typing import IO
 
 @contextlib.contextmanager
 def only_writer(output: Path) -> Iterator[None]:
-    """A context manager that holds the lock of an output file. The lock is the file `.{name}.lock` in the same folder.
+    """A context manager that holds the lock of an output file.
 
-    The folder is created if necessary. The operating system releases the lock when the process ends, even by a crash.
-    If the file system does not support locks, a warning appears and nothing is locked. Raises BlockingIOError if
-    another process or thread holds the lock, and OSError if the folder cannot be written to.
+    The lock is a file in the folder of the output, with the name `.{name of the output}.lock`. The folder is created
+    if necessary. The operating system releases the lock when the process ends, even by a crash. If the file system does
+    not support locks, a warning appears and nothing is locked. Raises BlockingIOError if another process or thread
+    holds the lock, and OSError if the folder cannot be written to.
     """
     path = output.with_name(f".{output.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held = _opened(path)
-        while not _locked(held, output):  # the previous writer has just removed the locked file
+        while not _locked(held, output):  # the previous writer removed the lock file after it was opened here
             held.close()
             held = _opened(path)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""What a run needs from its reranker: checked arguments, a fingerprint of the weights, and the chunk size."""
+"""Checks a reranker's arguments, identifies its weights, and chooses how many pairs to rerank between two writes."""
 
 import contextlib
 import dataclasses
@@ -10,15 +10,14 @@ from pathlib import Path
 from pyterrier_lit.models.devices import choose_device, choose_dtype
 from pyterrier_lit.reranker import Reranker
 
-# Type of device -> number of query-passage pairs that take a few seconds to rerank. 100 pairs are one query with 100
-# passages
+# Type of device -> number of query-passage pairs that take a few seconds to rerank
 CHUNKS = {"cpu": 100, "cuda": 1_000}
 READ = ("*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "*.safetensors", "*.bin")  # the files of a checkpoint
 BLOB = r"[0-9a-f]{40}|[0-9a-f]{64}"  # the name of a file in the hub's cache is a hash of its content
 
 
 class _Loads(Exception):
-    """Raised at the point where the model would be loaded."""
+    """Raised by `check_values` where the reranker would load its model."""
 
 
 def check_values(reranker: Reranker) -> None:

@@ -23,7 +23,7 @@ from pyterrier_lit.files.candidates import Candidates
 from pyterrier_lit.files.locks import only_writer
 
 CHUNK = 100  # number of query-passage pairs reranked between two writes, such as one query with 100 passages
-PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # a part (an unfinished run) is named {output}{this}
+PARTS = r"\.([0-9a-f]{8}(?:-[0-9a-f]{8}){,2})\.part"  # the end of the name of a part (an unfinished run)
 HASHED = (  # for each of the three hashes in the name of a part: what differs if this hash differs
     "another reranker, model, option, chunk or system",
     "other weights or another device",
@@ -73,12 +73,13 @@ def write_run(
             time, the whole input is checked before any query is reranked.
         output: the file of the run, gzipped if its name ends in .gz.
         system: the name in the last column of the run.
-        chunk: number of query-passage pairs (of whole queries) that are reranked together and then written. A larger
-            chunk fills the batches better; with a smaller chunk, less is lost in a crash.
+        chunk: maximum number of query-passage pairs that are reranked together and then written. A query is not split:
+            if it has more pairs, it is reranked alone. A larger chunk fills the batches better; with a smaller chunk,
+            less is lost in a crash.
         resume: resume the part of an interrupted call, without repeating the queries in it. Arguments, weights and
             input must be unchanged.
-        weights: a function that returns a text which identifies the reranker's weights, such as `fingerprint`. The
-            function is called after the input is checked.
+        weights: a function without arguments that returns a text which identifies the reranker's weights, such as
+            `partial(fingerprint, reranker)`. The function is called after the input is checked.
 
     Raises FileExistsError if the output exists, or if a part exists and `resume` is False. Raises BlockingIOError if
     another process writes the output. Raises ValueError if `system` or `chunk` is invalid, if a part has other
@@ -130,9 +131,10 @@ def check_new(output: Path, resume: bool) -> None:
 def falling(scores: Sequence[float]) -> Iterator[float]:
     """Make the scores of a ranking strictly decreasing as float32 numbers. Yields the scores, best first.
 
-    scores: the scores of the ranking, best first. Only tied scores are changed: the second of two equal scores becomes
-    the next smaller float32 number. trec_eval reads scores as float32, orders a run by these scores, and breaks ties by
-    docno. Passages with equal scores are in their incoming order, which trec_eval would therefore lose.
+    scores: the scores of the ranking, best first. A score that is not smaller than the score yielded before it becomes
+    the next float32 number below that score. Other scores are only rounded to float32. The reason is that trec_eval
+    reads scores as float32, orders a run by these scores, and breaks ties by docno. It would therefore lose the order
+    in which the reranker ranked passages with equal scores.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
     below, lowest, *given = numbers.unbind()
@@ -153,7 +155,7 @@ class Part:
             self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise OSError(f"{path.parent} cannot be written to ({error}); give another output") from error
-        self.end = path.stat().st_size  # number of bytes at the start of the file that are kept
+        self.end = path.stat().st_size  # after an error, the file is cut to this number of bytes
 
     def skip(self, queries: list[Candidates], system: str) -> bool:
         """Skip the rankings of the given queries if they come next in the file and are complete. Returns whether the
@@ -212,7 +214,7 @@ class Part:
         if error is None or not self.path.exists():
             return
         if self.end:
-            with contextlib.suppress(OSError):  # if truncating fails, resuming removes the rest
+            with contextlib.suppress(OSError):  # if truncating fails, resuming removes the unfinished chunk
                 os.truncate(self.path, self.end)
             error.add_note(f"what was finished is in {self.path}, a run file; resume continues it")
         else:
@@ -228,7 +230,9 @@ def _parts(output: Path) -> dict[Path, list[str]]:
 
 
 def _part_of(output: Path, *made_of: bytes) -> Path:
-    """The path of the part whose name has the hashes of `made_of`: arguments, weights and input.
+    """The path of the part of an output. The name of the part has a hash of each element of `made_of`.
+
+    made_of: the arguments, the weights and the input of the run, in this order.
 
     Raises ValueError if a part with other hashes exists.
     """

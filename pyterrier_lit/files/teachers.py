@@ -41,10 +41,10 @@ def is_taught(path: Path) -> bool:
 def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
     """Yield the ranked lists in a file of public teacher data, in the order of the file.
 
-    path: a file of JSON lines or with one JSON array. The format of a record is recognised by one of its fields:
+    path: a file that has JSON lines or one JSON array. The format of a record is recognised by one of its fields:
 
-    - conversations (RankZephyr and other data of rank_llm): the last two turns are rank_llm's prompt and the order,
-      such as "[2] > [1]", or "[B] > [A]" in FIRST's data;
+    - conversations (RankZephyr and other data of rank_llm): the last two turns are rank_llm's prompt and the
+      teacher's order, such as "[2] > [1]", or "[B] > [A]" in FIRST's data;
     - extra_texts (PE-Rank's train.jsonl): the texts of n or 2n passages, of which the teacher was shown the first n.
       The field `ranking` has the numbers of these n passages, best first, and a turn of messages_wo_content contains
       the query;
@@ -90,10 +90,11 @@ Passage = tuple[str, str]  # docno, text
 
 
 def _read(where: str, record: dict[str, Any], order: str | None) -> tuple[str, list[Passage], list[int]]:
-    """The query, the passages in the order in which the teacher was shown them, and the positions that the teacher
-    named.
+    """Return the query, the passages in the order in which the teacher was shown them, and the teacher's order.
 
-    The positions may be invalid, repeated or incomplete. order: RankGPT's order for this record, or None.
+    The teacher's order is a list of positions of passages, from 0. Positions may be invalid, repeated or missing.
+
+    order: the text of RankGPT's order for this record, or None.
     """
     if "conversations" in record:
         return _conversation(where, record)
@@ -135,8 +136,11 @@ def _conversation(where: str, record: dict[str, Any]) -> tuple[str, list[Passage
 
 
 def _parted(text: str, names: Any) -> list[str]:
-    """The texts of the passages in a prompt. A passage begins at a line that starts with the next of `names` in
-    brackets."""
+    """Split the passages of a prompt into one text per passage.
+
+    names: the identifiers of the passages, such as "1", "2". A passage begins at the line that starts with its
+    identifier in brackets.
+    """
     names, passages = iter(names), list[list[str]]()
     following = f"[{next(names)}] "
     for line in text.split("\n"):

@@ -72,7 +72,7 @@ def write_submission(
     """Rerank all candidates into run.txt (or run.txt.gz), write ir-metadata.yml, and check both files with TIRA's
     checker. Returns the summary of `write_run`.
 
-    Each file gets its name only when it is complete.
+    Each file is written under another name, and renamed when it is complete.
 
     Args:
         reranker: the reranker.
@@ -123,8 +123,8 @@ def describe(reranker: Reranker, depth: int | None) -> str:
 
 @contextlib.contextmanager
 def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
-    """A context manager that records hardware, energy and versions during its block. At the end of the block, this
-    record and the given metadata of the run are written to `path`."""
+    """A context manager that records the hardware, the software versions and the energy use while its `with` block
+    runs. At the end of the block, this record and the given metadata of the run are written to `path`."""
     import yaml
     from tirex_tracker import ALL_MEASURES, Measure, tracking
 
