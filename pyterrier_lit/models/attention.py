@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-NAME = "few_queries"  # the name under which transformers finds `_library_attention`
+NAME = "few_queries"  # the name under which the attention function of this module is registered in transformers
 # The largest numbers of queries for which matrix products were not slower than the fused kernel, measured on CPUs with
-# and without AVX512-BF16. FEW_WITH_SHARED_KEYS applies if several heads share keys: the fused kernel then
-# reads the keys again for each head
+# and without AVX512-BF16. FEW applies if each head has its own keys. FEW_WITH_SHARED_KEYS applies if several heads
+# share keys. It is larger than FEW, because the fused kernel reads shared keys again for each head
 FEW, FEW_WITH_SHARED_KEYS = 4, 16
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -27,8 +27,10 @@ def attend(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Compute attention: query (B, H, m, d), keys and values (B, H, S, d) -> output (B, H, m, d). For few queries on a
-    CPU, it uses matrix products, else the fused kernel.
+    """Compute attention: query (B, H, m, d), keys and values (B, H, S, d) -> output (B, H, m, d).
+
+    On a CPU, the function uses matrix products for up to FEW queries in a dtype of DTYPES. Otherwise, it uses the fused
+    kernel.
 
     Args:
         mask: as in `attention_weights`.

@@ -27,7 +27,8 @@ ADAPTER = "adapter_config.json"
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # fetched from the hub with the weights
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 INT8_FILES = ("int8.xml", "int8.bin")  # a network in OpenVINO's format: its graph and its weights
-# The files in a checkpoint's folder that the package may read. `write` removes outdated files of these names
+# The files in a checkpoint's folder that the package may read. If a checkpoint is saved over an older one, files of the
+# older checkpoint with these names are removed or replaced
 FILES = (
     *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -70,9 +71,9 @@ class Folder:
         """Read all weights. Returns a dict name -> tensor. The tensors are on the CPU in their stored dtype. They are
         read from safetensors files if the folder has such files, else from pytorch_model*.bin.
 
-        The tensors are copies. Without a copy, safetensors would map its file into memory, and overwriting the file
-        would change a loaded model. Reading a file of 1 GB takes 0.7 seconds (0.5 seconds without the copy), and up to
-        2 GB of memory.
+        Tensors from a safetensors file are copied. Without the copy, a tensor would be a memory map of the file, and
+        overwriting the file would change a loaded model. Reading a file of 1 GB takes 0.7 seconds (0.5 seconds without
+        the copy), and up to 2 GB of memory.
         """
         weights: Weights = {}
         for file in _weight_files(self):
@@ -98,8 +99,8 @@ class Folder:
         return None
 
     def tokenizer(self, kind: str | None = None) -> tokenizers.Tokenizer:
-        """Return the tokenizer of `library_tokenizer` as an object of the `tokenizers` package, without truncation or
-        padding. `kind` is as in `library_tokenizer`."""
+        """Return the tokenizer of the folder as an object of the `tokenizers` package, without truncation or padding.
+        `kind` is as in `library_tokenizer`."""
         return bare_tokenizer(self.library_tokenizer(kind))
 
     def library_tokenizer(self, kind: str | None = None) -> "PreTrainedTokenizerFast":
@@ -110,8 +111,8 @@ class Folder:
             kind: a model type, such as "bert", or None. The tokenizer class of this model type is used if
                 tokenizer_config.json names no class of transformers and there is no tokenizer.json.
 
-        Raises ValueError if the tokenizer class needs code in the checkpoint, or if it does not run in the `tokenizers`
-        package.
+        Raises ValueError if the tokenizer class needs code in the checkpoint, or if the class is not implemented in the
+        `tokenizers` package.
         """
         import transformers
 
@@ -159,8 +160,8 @@ class Folder:
         tokenizer.backend_tokenizer.encode("\u2603")
 
     def check_vocabulary(self) -> None:
-        """Raise FileNotFoundError if the folder has no vocabulary. From such a folder, transformers would build an
-        empty tokenizer."""
+        """Raise FileNotFoundError if the folder has no vocabulary file. Without a vocabulary file, transformers would
+        build an empty tokenizer."""
         if not any(found for name in VOCABULARIES for found in self.path.glob(name)):
             raise self.missing("tokenizer.json, vocab.txt or tokenizer.model, its vocabulary")
 
@@ -176,7 +177,7 @@ class Folder:
             raise damaged(file, error) from error
 
     def missing(self, what: str) -> FileNotFoundError:
-        """Return the error for a missing file. `what` is the name of the file, for the message."""
+        """Return the error for a missing file. `what` describes the file in the message."""
         use = f"put its files into {self}"
         return FileNotFoundError(
             f"{self} holds no {what}. Fetch the checkpoint whole; without a network, {how_to_fetch(use=use)}"
@@ -190,8 +191,8 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
         model: a folder or a hub id.
         revision: a branch, tag or commit on the hub. None is the main branch of the repository.
 
-    Raises FileNotFoundError if there is no such folder and no such checkpoint on the hub. Raises ValueError if `model`
-    is a folder and a revision is given, or if the checkpoint is an adapter.
+    Raises FileNotFoundError if `model` is neither a folder nor the id of a checkpoint that the hub provides. Raises
+    ValueError if `model` is a folder and a revision is given, or if the checkpoint is an adapter.
     """
     if revision is not None and not (isinstance(revision, str) and revision):
         raise ValueError(f"revision={revision!r}; wanted the name of a branch, a tag or a commit on the hub")
@@ -215,16 +216,16 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
 def fetch_from_hub(
     model: str, *, revision: str | None = None, weights: bool = True, use: str = "pass its path as model="
 ) -> Folder:
-    """Download the files of a checkpoint from the hub if they are not in the local cache, and return their folder
-    there. If a local folder has the hub id as its path, it is ignored.
+    """Return a folder in the local cache with the files of a checkpoint on the hub. Files that are not in the cache are
+    downloaded. A local folder whose path equals the hub id is ignored.
 
     Args:
         model: a hub id.
         revision: as in `fetch`.
         weights: whether to fetch the weights, too.
-        use: how to use a copy of the files on a machine without a network, for the error message.
+        use: for the error message, what to do with a copy of the files on a machine without a network.
 
-    Raises FileNotFoundError if the hub does not provide the checkpoint.
+    Raises FileNotFoundError if the hub does not provide the checkpoint, and ValueError if the checkpoint is an adapter.
     """
     from huggingface_hub import snapshot_download
 
@@ -244,8 +245,8 @@ def fetch_from_hub(
 
 
 def _whole(folder: Folder) -> Folder:
-    """Return the folder, unchanged. Raises ValueError if it contains an adapter. An adapter is not a model on its own,
-    and this package never applies adapters."""
+    """Return the folder, unchanged. Raises ValueError if the folder contains an adapter, such as LoRA weights without
+    their base model. This package cannot load adapters."""
     if (folder.path / ADAPTER).exists():
         raise ValueError(
             f"{folder} holds an adapter ({ADAPTER}), which is not applied. Merge it into its base model, by peft's"
@@ -260,7 +261,7 @@ def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=", revis
 
     Args:
         name: the hub id of the checkpoint.
-        use: how to use the folder on that machine.
+        use: what to do with the checkpoint's folder on the machine without a network.
         revision: as in `fetch`.
     """
     which = f"{name} --revision {revision}" if revision else name
@@ -291,11 +292,11 @@ def save_json(file: Path, fields: dict[str, Any]) -> None:
 
 
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
-    """Save a checkpoint into a folder. `fill` is called with the path of a new temporary folder, and writes the files
-    of the checkpoint into this folder. They are moved to `path` only when all files are complete.
+    """Save a checkpoint into the folder `path`. `fill` is called with the path of a new temporary folder, and writes
+    the files of the checkpoint into the temporary folder. When all files are complete, they are moved to `path`.
 
-    Until then, an older checkpoint at `path` is unchanged. Afterwards, files of the older checkpoint that the new
-    checkpoint does not have are removed, since they would be loaded together with the new files. Files that are not
+    Before the move, an older checkpoint at `path` is unchanged. After the move, files of the older checkpoint that the
+    new checkpoint does not have are removed, since they would be loaded together with the new files. Files that are not
     part of a checkpoint are kept.
 
     Raises OSError if the checkpoint cannot be written, for example on a full disk.
@@ -334,8 +335,8 @@ def _weight_files(folder: Folder) -> list[Path]:
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    """Return the names of the shards of the weights. `index` is the name of the JSON file that lists the shards. Raises
-    ValueError if this file lists a path outside the folder."""
+    """Return the names of the files in which the weights are stored. `index` is the name of the JSON file that lists
+    them. Raises ValueError if the JSON file lists anything but plain file names, such as a path to another folder."""
     weight_map = _read_json(folder, index).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:

@@ -64,8 +64,8 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
 
 def check_int8(what: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError unless the device is a CPU and the dtype is float32. A network in int8 runs with nothing else.
-    `what` names the network in the message."""
+    """Raise ValueError unless the device is a CPU and the dtype is float32. A network in int8 runs only on a CPU, and
+    computes all operations except matrix products in float32. `what` names the network in the message."""
     if (device.type, dtype) != ("cpu", torch.float32):
         raise ValueError(
             f"{what} is in int8 and runs only on a CPU, not on device={device.type!r} with dtype={dtype_name(dtype)!r};"
@@ -74,10 +74,10 @@ def check_int8(what: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a copy of a checkpoint in memory, with all parameters on the given device and in the given dtype.
+    """Return a copy of a loaded checkpoint, with all parameters on the given device and in the given dtype.
 
     Buffers, such as position tables, are moved to the device but keep their dtype. A network in int8 has no parameters.
-    For such a network, this function raises the same error as `check_int8`.
+    For a network in int8, this function raises ValueError in the same cases as `check_int8`.
     """
     networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
     fixed = any(next(network.parameters(), None) is None for network in networks)

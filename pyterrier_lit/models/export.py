@@ -1,9 +1,10 @@
 """Converts a cross-encoder of lightning-ir to a sequence classifier of transformers with the same scores.
 
-Let h be the hidden state of the first token. The score of lightning-ir is w . h + b. The sequence classifiers of
-transformers apply two linear layers to h, with a nonlinear function between these layers. The conversion sets the
-weights of both layers so that together they compute w . h + b. For ELECTRA, it uses GELU(x) - GELU(-x) = x. For BERT,
-it uses tanh(e x) / e = x - e^2 x^3 / 3 + ... with a small e.
+Let h be the hidden state of the first token. The score of lightning-ir is w . h + b, with a weight vector w and a bias
+b. The sequence classifiers of transformers apply two linear layers to h, with a nonlinear function between these
+layers. The conversion sets the weights of both layers so that together they compute w . h + b. ELECTRA's nonlinear
+function is GELU, and the conversion uses GELU(x) - GELU(-x) = x. BERT's nonlinear function is tanh, and the conversion
+uses tanh(e x) / e = x - e^2 x^3 / 3 + ... with a small e.
 """
 
 import dataclasses
@@ -15,19 +16,21 @@ from pyterrier_lit.models.library import NO_SHAPE, Weights, library_model
 from pyterrier_lit.models.pair_encoder import IDENTITY, PairCheckpoint
 from pyterrier_lit.models.pair_networks import LabelScorer, PooledScorer
 
-SCALE = 2.0**-13  # e for BERT. The tanh changes a score of 20 by 4e-5. Multiplying a weight by a power of two is exact
+# The factor e for BERT. The tanh changes a score of 20 by 4e-5. Multiplying a weight by a power of two is exact
+SCALE = 2.0**-13
 READS = ["input_ids", "token_type_ids", "attention_mask"]
 NAMED = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 
 
 def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) -> PairCheckpoint:
-    """Return the checkpoint as a sequence classifier with one label. The classifier is an ELECTRA if the embedding size
-    differs from the hidden size, else a BERT. A checkpoint that is already a sequence classifier is returned unchanged.
+    """Return the checkpoint as a sequence classifier with one label. If the encoder's embedding size differs from its
+    hidden size, the classifier is an ELECTRA, else a BERT. A checkpoint that is already a sequence classifier is
+    returned unchanged.
 
     Args:
         checkpoint: the cross-encoder.
-        lengths: the maximum lengths of a query and of a passage in tokens. The maximum length of a query-passage pair
-            in the classifier is at most the sum of these lengths and the number of special tokens.
+        lengths: the maximum lengths of a query and of a passage in tokens. If neither is None, the classifier's
+            maximum input length is at most the sum of both lengths and the number of special tokens.
 
     Raises ValueError if the checkpoint is in int8, or if the score is not a linear function of the first token's hidden
     state.
@@ -63,7 +66,7 @@ def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) ->
 
 
 def _classifier(network: PooledScorer) -> Any:
-    """Return the sequence classifier of transformers that computes the same scores as a network."""
+    """Return the sequence classifier of transformers that computes the same scores as `network`."""
     import transformers
 
     own = network.body.config.to_dict()
@@ -77,11 +80,12 @@ def _classifier(network: PooledScorer) -> Any:
 
 
 def _head(kind: str, row: torch.Tensor, bias: torch.Tensor | None) -> Weights:
-    """Return the weights of the classifier's two layers, as name -> tensor. Together these layers compute w . h + b.
+    """Return the weights of the classifier's two linear layers, as name -> tensor. Together these layers compute
+    w . h + b.
 
     Args:
         kind: "bert" or "electra".
-        row: w, of shape (1, H).
+        row: w, of shape (1, H), where H is the hidden size.
         bias: b, of shape (1,), or None for 0.
     """
     size = row.shape[1]

@@ -1,4 +1,7 @@
-"""Model cards, and uploads of a checkpoint's folder to the hub. This module does not deal with networks."""
+"""Model cards, and uploads of a checkpoint's folder to the hub. This module does not deal with networks.
+
+In this module, `save` is the method of a reranker that writes its checkpoint and a model card into a folder.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +11,7 @@ from pyterrier_lit.models.checkpoints import FILES, HUB_ID
 from pyterrier_lit.models.errors import first_line
 
 CARD = "README.md"
-KEPT = ("license", "language")  # prefixes of the header fields that the user sets
+KEPT = ("license", "language")  # the user sets the fields of a card's header whose names start with one of these words
 MARK = (
     "<!-- Written by `save` of pyterrier_lit, which replaces it when it saves here again, unless this line is gone."
     " Give your license above, as `license: ...` -->"
@@ -45,13 +48,13 @@ def card(
     Args:
         name: the name of the checkpoint's folder.
         kind: the name of the reranker's class in this package.
-        about: a sentence about this class.
+        about: a sentence about the reranker's class.
         base_model: the hub id of the base model, or None.
         facts: the settings to record, as name -> value.
-        trainings: facts about each new training run, as name -> text.
+        trainings: for each new training run, facts about the run as name -> text.
         earlier: the training section of an older card, or "". This section is put before the new training runs.
         classifier: whether transformers can load the checkpoint as a sequence classifier.
-        arguments: further arguments of the constructor in the card's example, such as ', device="cpu"'.
+        arguments: the constructor's arguments after the model in the card's example, such as ', device="cpu"'.
     """
     from huggingface_hub import ModelCardData
 
@@ -80,12 +83,12 @@ pipeline = first_stage % 100 >> {kind}("{name}"{arguments})  # after any first s
 
 
 def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
-    """Return the text of a card after its checkpoint is renamed. A card that `save` did not write is returned
+    """Return the text of a card with a new name for its checkpoint. A card that `save` did not write is returned
     unchanged.
 
     Args:
         text: the text of the card.
-        old: the name of the checkpoint before.
+        old: the checkpoint's name in `text`.
         new: the new name of the checkpoint.
         classifier: whether transformers can load the renamed checkpoint as a sequence classifier. If so, the new card
             shows how other libraries load it.
@@ -160,7 +163,7 @@ def push(
         private: whether a new repository is private. None is the default of the account.
         revision: the branch, which is created if necessary. None is main.
         message: the message of the commit.
-        token: an access token of the hub. None uses the token that the hub's client finds.
+        token: an access token of the hub. None uses the environment variable HF_TOKEN or the token of `hf auth login`.
 
     Raises OSError, with the message of the hub's client, if the upload fails.
     """

@@ -32,12 +32,13 @@ class Int8Scorer(nn.Module):
     cannot be trained.
 
     Args:
-        graph: the content of the file GRAPH.
-        weights: the content of the file WEIGHTS.
+        graph: the content of int8.xml, the network's graph in OpenVINO's format.
+        weights: the content of int8.bin, the network's weights in OpenVINO's format.
         pad_id: the id of the padding token, or None.
 
     Raises ImportError if OpenVINO is not installed, and RuntimeError if OpenVINO cannot read the network. Raises
-    ValueError if the inputs of the network are not INPUTS, or if its output is not one score per pair.
+    ValueError if the inputs of the network are not input_ids, attention_mask and token_type_ids, or if its output is
+    not one score per pair.
     """
 
     def __init__(self, graph: bytes, weights: bytes, pad_id: int | None):
@@ -84,14 +85,14 @@ class Int8Scorer(nn.Module):
 
 
 def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> Int8Scorer:
-    """Quantise the network of a cross-encoder to int8. A network of MiniLM's size takes some 10 seconds.
+    """Quantise the network of a cross-encoder to int8. For a network of MiniLM's size, this takes about 10 seconds.
 
     Args:
         network: the network, in float32 on the CPU.
         batches: the calibration pairs in batches. A batch has a tensor (B, L) for each name in INPUTS.
 
-    Raises ImportError if OpenVINO or NNCF is not installed. Raises ValueError if the type of the network is not in
-    READ_FIRST, or if the network is in int8 already.
+    Raises ImportError if OpenVINO or NNCF is not installed. Raises ValueError if the encoder's model type is not in
+    `pair_networks.READ_FIRST`, or if the network is in int8 already.
     """
     ov, nncf = _module("openvino"), _module("nncf")
     if not isinstance(network, PooledScorer | LabelScorer):
@@ -111,10 +112,10 @@ def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) ->
 
 
 def read_int8(folder: Folder, pad_id: int | None) -> Int8Scorer:
-    """Return the network in a folder. `pad_id` is the id of the padding token, or None.
+    """Load the int8 network in a folder. `pad_id` is the id of the padding token, or None.
 
-    Raises FileNotFoundError if GRAPH or WEIGHTS is missing. Raises ValueError if one of these files is damaged, or if
-    the network is not a cross-encoder. Raises ImportError if OpenVINO is not installed.
+    Raises FileNotFoundError if int8.xml or int8.bin is missing. Raises ValueError if one of these files is damaged, or
+    if the network is not a cross-encoder. Raises ImportError if OpenVINO is not installed.
     """
     absent = [name for name in (GRAPH, WEIGHTS) if not (folder.path / name).exists()]
     if absent:
@@ -127,7 +128,7 @@ def read_int8(folder: Folder, pad_id: int | None) -> Int8Scorer:
 
 
 def _module(name: str) -> Any:
-    """Return the Python module `name`, of OpenVINO or NNCF. Raises ImportError if it is not installed."""
+    """Import and return a module, "openvino" or "nncf". Raises ImportError if the module is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -136,8 +137,9 @@ def _module(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Return a context manager that silences NNCF's log, except for errors, and the warnings of tracing. These warnings
-    concern branches in the code. All inputs of these networks take the same branches."""
+    """Return a context manager that disables gradients, hides Python's warnings, and hides all messages of NNCF's log
+    except errors. OpenVINO traces a network with one example input. Torch then warns that other inputs may take other
+    branches in the code, but in these networks, all inputs take the same branches."""
     log = logging.getLogger("nncf")
     level = log.level
     log.setLevel(logging.ERROR)

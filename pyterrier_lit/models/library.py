@@ -18,8 +18,8 @@ NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # layer norm wei
 _OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that do not affect the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-# Fields of a config.json that are ignored. They would let a checkpoint choose the code, kernels, quantisation,
-# distribution and outputs with which transformers runs. Fields whose names begin with _ are ignored, too
+# Fields of a config.json that are ignored. They would let a checkpoint choose the code, the kernels, the quantisation
+# and the devices that transformers uses, and what its models return. Fields whose names begin with _ are ignored, too
 NOT_HANDED_ON = (
     *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
     *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
@@ -33,7 +33,7 @@ LAYERS = (
 
 
 def library_config(config: dict[str, Any], config_class: type) -> Any:
-    """Return a configuration of transformers with those fields of a config.json that describe the network.
+    """Return a configuration object of transformers with those fields of a config.json that describe the network.
 
     Args:
         config: the fields of config.json.
@@ -46,10 +46,10 @@ def library_config(config: dict[str, Any], config_class: type) -> Any:
 
 
 def auto_config(config: dict[str, Any], kind: str) -> Any:
-    """Return the configuration of transformers for a model type, with the fields of a config.json.
+    """Return the configuration object of transformers for a model type, with the fields of a config.json.
 
-    `library_config` leaves out those fields that the configuration's class does not know. This function passes them to
-    the class, too. References to code in the config are ignored.
+    `library_config` leaves out fields that the configuration class does not know. `auto_config` passes these fields to
+    the class. References to code in config.json are ignored.
 
     Args:
         config: the fields of config.json.
@@ -65,7 +65,8 @@ def auto_config(config: dict[str, Any], kind: str) -> Any:
 
 
 def handed_on(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json that are passed to transformers. Nested configs are filtered, too."""
+    """Return a config.json without the fields in NOT_HANDED_ON and the fields whose names begin with _. In nested
+    configs, these fields are left out, too."""
     return {
         key: handed_on(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -123,7 +124,7 @@ def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
         weights: the weights.
         source: the name of the checkpoint, for the error message.
 
-    Raises ValueError, with the name of each wrong weight, if a weight is missing, unexpected or of another shape.
+    Raises ValueError if a weight is missing, unexpected or of another shape. The message names up to ten such weights.
     """
     own = module.state_dict()
     problems = [f"missing {name}" for name in own.keys() - weights.keys()]
@@ -141,18 +142,18 @@ def load_strictly(module: nn.Module, weights: Weights, source: str) -> None:
 def library_model(
     mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
 ) -> "PreTrainedModel":
-    """Return the transformers model for a config.json, with the given weights.
+    """Return the model of the transformers library that a config.json describes, with the given weights.
 
     Args:
-        mapping: a mapping of transformers from configurations to models, such as transformers.MODEL_MAPPING.
+        mapping: a mapping from configuration classes to model classes, such as transformers.MODEL_MAPPING.
         config: the fields of config.json.
         kind: the model type, such as "bert".
         weights: the weights of the checkpoint.
         source: the name of the checkpoint, for error messages.
         dtype: the dtype of the weights in the model.
 
-    Raises KeyError if transformers has no such model. Raises ValueError if a weight is missing, unexpected or of
-    another shape, and in the same cases as `build`.
+    Raises KeyError if transformers has no model of this type in `mapping`. Raises ValueError if a weight is missing,
+    unexpected or of another shape, and in the same cases as `build`.
     """
     model, found = _library_model(mapping, config, kind, weights, source, dtype)
     _refuse(found, ("missing", "unexpected", "mismatched"), source)
@@ -160,10 +161,10 @@ def library_model(
 
 
 def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """Return the body of a transformers model, without a head. The weights may include those of a head. The arguments
-    are those of `library_model`.
+    """Return the body of a model of the transformers library (the model without its head). `weights` may include the
+    weights of a head, which are ignored. The arguments are those of `library_model`.
 
-    Raises the same errors as `library_model`, except for unexpected weights.
+    Raises the same errors as `library_model`, but no error for unexpected weights.
     """
     from transformers import MODEL_MAPPING
 
@@ -173,10 +174,12 @@ def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: t
 
 
 def library_student(config: dict[str, Any], weights: Weights, source: str) -> "PreTrainedModel":
-    """Return a sequence classifier of transformers on a pre-trained body, in float32. Weights of the head that are
-    missing or of another shape are initialised at random. The arguments are those of `library_model`.
+    """Return a sequence classifier of the transformers library with a pre-trained body (the model without its head), in
+    float32. Weights of the head that are missing in `weights` or have another shape are initialised at random. The
+    arguments are those of `library_model`.
 
-    For the weights of the body, it raises the same errors as `library_model`.
+    Raises KeyError if transformers has no such classifier. Raises ValueError if a weight of the body is missing or of
+    another shape, and in the same cases as `build`.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -196,8 +199,11 @@ def library_student(config: dict[str, Any], weights: Weights, source: str) -> "P
 def _library_model(
     mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
 ) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """Return the transformers model, and a report about its weights: problem ("missing_keys", "unexpected_keys" or
-    "mismatched_keys") -> the names of the weights. The arguments are those of `library_model`."""
+    """Return the model, and a report about its weights. The arguments are those of `library_model`.
+
+    The report is a dict problem -> weights. The problems are "missing_keys", "unexpected_keys" and "mismatched_keys". A
+    weight is given as its name, or as a tuple that starts with its name.
+    """
     check_layers(config, weights, source)
     shape = auto_config(config, kind)
     make = mapping[type(shape)]
@@ -210,7 +216,7 @@ def _library_model(
 
 
 def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> None:
-    """Raise ValueError if transformers found weights with one of the given problems.
+    """Raise ValueError if a report lists weights with one of the given problems.
 
     Args:
         found: the report that `_library_model` returned.
@@ -228,8 +234,8 @@ def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> No
 
 
 def positions(network: nn.Module) -> int | None:
-    """Return the maximum input length in tokens that a network's position table allows, or None if the network has no
-    position table."""
+    """Return the maximum input length in tokens that a network's table of position embeddings allows, or None if the
+    network has no such table."""
     counts = [
         # In RoBERTa, the first position is the one after the padding index
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)

@@ -1,6 +1,7 @@
-"""Tells LiT5 checkpoints apart: by what a reranker's `save` recorded in the config, else by their names.
+"""Tells LiT5-Distill from LiT5-Score checkpoints: by what `save` recorded in the config, else by their names.
 
-This module does not deal with networks.
+In this module, `save` is the method of a reranker that writes its checkpoint and its settings. This module does not
+deal with networks.
 """
 
 import os.path
@@ -24,8 +25,8 @@ V2 = re.compile(r"(?<![a-z0-9])v2(?![a-z0-9])", re.IGNORECASE)
 def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpoint]:
     """Return the function that loads trained checkpoints of one reranker: folder, device, dtype -> checkpoint.
 
-    The returned function raises ValueError if `save` recorded that the checkpoint belongs to the other LiT5 reranker.
-    It warns if `save` recorded nothing, but the name of the checkpoint is that of the other LiT5 reranker.
+    The returned function raises ValueError if `save` recorded that the checkpoint belongs to another reranker. If
+    `save` recorded no reranker, the function warns if the checkpoint's path or hub id names the other LiT5 reranker.
 
     Args:
         kind: "LiT5Distill" or "LiT5Score".
@@ -54,7 +55,7 @@ def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpo
 
 def recorded_kind(config: dict[str, Any]) -> str | None:
     """Return the name of the reranker that `save` recorded, or None. Earlier versions of `save` recorded only the
-    reranker's settings. In this case, the name is derived from the settings.
+    reranker's settings. For a checkpoint from such a version, the name is derived from the settings.
 
     Args:
         config: the fields of config.json.
@@ -68,7 +69,7 @@ def recorded_kind(config: dict[str, Any]) -> str | None:
 
 
 def named_kind(place: str) -> str | None:
-    """Return the reranker that a path or hub id names: "LiT5Distill", "LiT5Score" or None. If it names several
+    """Return the reranker that a path or hub id names: "LiT5Distill", "LiT5Score" or None. If a path names several
     rerankers, the last name counts."""
     found = NAME.findall(place)
     return f"LiT5{found[-1].capitalize()}" if found else None
@@ -81,11 +82,11 @@ def came_from(config: dict[str, Any]) -> str:
 
 
 def family(places: Iterable[str]) -> str | None:
-    """Return the family of a LiT5-Distill checkpoint, "v1" or "v2". The family is derived from the first of the given
-    paths and hub ids that shows a family. Returns None if none of them shows a family.
+    """Return the family of a LiT5-Distill checkpoint, "v1" or "v2". `places` are paths and hub ids. The first of them
+    that shows a family decides. Returns None if none of them shows a family.
 
-    A path with "LiT5-Distill" shows "v2" if "v2" follows this name anywhere in the path, else "v1". A path without
-    "LiT5-Distill" shows "v2" if "v2" is in its last part, else no family.
+    A path that contains "LiT5-Distill" shows "v2" if "v2" occurs anywhere after "LiT5-Distill", else "v1". A path
+    without "LiT5-Distill" shows "v2" if "v2" is in the name of its last file or folder, else no family.
     """
     for place in places:
         *_, named = [None, *NAME.finditer(place)]
@@ -97,11 +98,11 @@ def family(places: Iterable[str]) -> str | None:
 
 
 def warn_of_full_prompts(checkpoint: T5Checkpoint, queries: Sequence[str], heads: Sequence[str], length: int) -> None:
-    """Warn if a query leaves no room for passages, because the text before the passage fills the prompt. There is one
-    warning for all queries together.
+    """Warn if a query leaves no room for passages, because the text before the passage fills the prompt. All such
+    queries together cause a single warning.
 
     Args:
-        checkpoint: the T5.
+        checkpoint: the checkpoint, whose tokenizer counts the tokens.
         queries: the queries.
         heads: for each query, the text of its prompt before the passage.
         length: the maximum length of a prompt in tokens.

@@ -1,8 +1,9 @@
-"""Cross-encoders and their checkpoints: networks that read two texts as one input and return one score.
+"""Cross-encoders, which read two texts as one input and return one score, and their checkpoints.
 
-Two published formats are supported: that of lightning-ir since 2024 (such as Rank-DistiLLM's monoELECTRA), and sequence
-classifiers of transformers with one or two labels. Checkpoints in int8 have a format of this package. This module deals
-with token ids and tensors, not with rankings.
+Two published checkpoint formats are supported. The first is lightning-ir's format since 2024, which Rank-DistiLLM's
+monoELECTRA has. The second is that of sequence classifiers of transformers with one or two labels. A checkpoint in int8
+has a third format, which only this package uses. The inputs and outputs of a cross-encoder are tensors. This module
+does not deal with rankings.
 """
 
 import copy
@@ -46,12 +47,13 @@ if TYPE_CHECKING:
 # Values of model_type in lightning-ir's cross-encoders. The first two are from 2024-05, the third is from 2024-06, and
 # "mono" has been written since 2025-08
 LIGHTNING_IR = ("mono-electra", "mono-bert", "cross-encoder", "mono")
-BODIES = {"electra": "Electra", "bert": "Bert"}  # body of a cross-encoder -> prefix of its classes in transformers
+# Model type of a cross-encoder's body (the encoder without its head) -> prefix of the body's classes in transformers
+BODIES = {"electra": "Electra", "bert": "Bert"}
 # Without these fields, sentence-transformers would apply a sigmoid to the score of a classifier with a single label.
 # High scores would then tie
 IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
-INT8 = "int8"  # the field of config.json that marks a checkpoint in int8, and states how it reads query-passage pairs
-POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names
+INT8 = "int8"  # only a checkpoint in int8 has this field in config.json. It states how query-passage pairs are read
+POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names for how hidden states are pooled
 UNLIMITED = 10**9  # for a tokenizer without a maximum length, transformers writes a number above 10**9
 LENGTHS = {"query_length": 32, "doc_length": 256}  # maximum tokens of a query and of a passage in Rank-DistiLLM
 
@@ -74,8 +76,8 @@ class PairCheckpoint:
         are the lengths that the config records.
 
         If the config does not record a length, the default depends on the format of the checkpoint. In lightning-ir's
-        format, the default is that of LENGTHS. In any other format, it is None: the text alone has no maximum length,
-        and only the query-passage pair is truncated.
+        format, the default is query_length=32 and doc_length=256, as in Rank-DistiLLM. In any other format, the default
+        is None: the query or passage itself has no maximum length, and only the query-passage pair is truncated.
         """
         default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
         return {name: self.config.get(name) or length for name, length in default.items()}
@@ -87,13 +89,13 @@ class PairCheckpoint:
 
     @property
     def arguments(self) -> str:
-        """The further arguments that a reranker's constructor needs for the checkpoint, as text: ', device="cpu"' for
-        int8, else ""."""
+        """The arguments that a reranker's constructor needs in addition to the checkpoint, as text: ', device="cpu"'
+        for a checkpoint in int8, else ""."""
         return ', device="cpu"' if isinstance(self.network, Int8Scorer) else ""
 
     @property
     def pad_id(self) -> int:
-        """The id of the padding token."""
+        """The id of the padding token, or 0 if the network has no padding token."""
         return max(self.network.pad_id or 0, 0)
 
     @property
@@ -102,7 +104,7 @@ class PairCheckpoint:
         return next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
 
     def layout(self, *, special_tokens_as_text: bool = False) -> PairLayout:
-        """Return the layout of two texts as one input.
+        """Return the object that joins the token ids of two texts into one input.
 
         Args:
             special_tokens_as_text: whether special tokens inside a text are read as plain characters instead of as
@@ -132,8 +134,8 @@ class PairCheckpoint:
         return scores.float()
 
     def save(self, folder: Path, **lengths: int | None) -> None:
-        """Write config, weights and tokenizer into an existing folder. `lengths` are the maximum lengths in tokens to
-        record. A length that is None is not recorded."""
+        """Write config, weights and tokenizer into an existing folder. `lengths` are the maximum lengths in tokens that
+        are recorded, such as query_length=32. A length that is None is not recorded."""
         recorded = {name: length for name, length in lengths.items() if length is not None}
         save_json(folder / "config.json", self.network.save(folder, self.config) | recorded)
         settings = {name: value for name, value in self.tokenizer_config.items() if name != CHAT_TEMPLATE}
@@ -223,8 +225,9 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
     """Return an untrained cross-encoder with a new head on a pre-trained encoder.
 
     If the folder has an ELECTRA or a BERT, or a cross-encoder with an ELECTRA or a BERT as its body, the new
-    cross-encoder is in lightning-ir's format. The new head is then a vector w ~ N(0, initializer_range) from torch's
-    random generator, without bias.
+    cross-encoder is in lightning-ir's format. Its head is then a random vector w without bias. Torch's random generator
+    draws each number in w from a normal distribution with mean 0 and standard deviation `initializer_range`, a field of
+    config.json.
 
     Any other encoder becomes a sequence classifier of transformers with one label. The weights that the checkpoint has
     for the classifier's head are used. The other weights of the head are random.
@@ -248,8 +251,9 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
 
 
 def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """Return a sequence classifier of transformers with a new head and the maximum lengths of Rank-DistiLLM. Raises
-    ValueError if transformers has no sequence classifier for the encoder."""
+    """Return a cross-encoder that is a sequence classifier of transformers with one label, on the encoder in a folder.
+    Its maximum lengths are those of Rank-DistiLLM. Raises ValueError if transformers has no sequence classifier for the
+    encoder."""
     kept = {name: value for name, value in folder.config.items() if name not in ("id2label", "label2id")}
     config = kept | {"num_labels": 1} | IDENTITY | LENGTHS
     try:
@@ -266,10 +270,10 @@ def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) ->
 def _lightning_ir(
     folder: Folder, network: PooledScorer, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """Return a checkpoint in lightning-ir's format. Such a checkpoint always uses token types.
+    """Return a cross-encoder in lightning-ir's format. This format always uses token types.
 
     Args:
-        folder: the folder, with the tokenizer.
+        folder: the folder with the tokenizer.
         network: the network with its weights.
         config: the fields of config.json.
         device: the device of the network.
@@ -288,13 +292,13 @@ def _lightning_ir(
 def _classifier(
     folder: Folder, network: LabelScorer, beside: SentenceFiles, device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """Return a sequence classifier of transformers, with the tokenizer, token types and maximum length that
-    sentence-transformers would use.
+    """Return a cross-encoder that is a sequence classifier of transformers. It has the tokenizer, the token types and
+    the maximum length that sentence-transformers would use.
 
     Args:
-        folder: the folder, with the config and the tokenizer.
+        folder: the folder with the config and the tokenizer.
         network: the network with its weights.
-        beside: the settings of sentence-transformers.
+        beside: the settings of sentence-transformers for the checkpoint.
         device: the device of the network.
         dtype: the dtype of the weights.
     """
@@ -347,9 +351,9 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
     """Return the checkpoint with a padding for which the score of a query-passage pair does not depend on the other
     pairs in the batch.
 
-    Padding on the right is tried first, and then padding on the left. If the score depends on the batch with both, as
-    in networks that ignore the attention mask, each forward pass gets only inputs of equal lengths, without padding.
-    Raises ValueError if the score then still depends on the batch.
+    Padding on the right is tried first, then padding on the left. In networks that ignore the attention mask, the score
+    depends on the other pairs in the batch with padding on either side. For these networks, each forward pass gets only
+    inputs of equal length, without padding. Raises ValueError if the score depends on the other pairs even then.
     """
     for side, reads_padding in (("right", False), ("left", False), ("right", True)):
         network.reads_padding = reads_padding
@@ -373,8 +377,8 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
 
 
 def _limit(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", max_length: int | None = None) -> int | None:
-    """Return the maximum input length in tokens, as in sentence-transformers, or None if there is no maximum.
-    `max_length` is the maximum that sentence-transformers' files state, or None."""
+    """Return the maximum input length in tokens that sentence-transformers would use, or None if there is no maximum.
+    `max_length` is the maximum in the checkpoint's settings of sentence-transformers, or None."""
     config: Any = model.config
     limits = [max_length or tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     limit = min(limit for limit in [*limits, positions(model)] if limit and limit > 0)
@@ -420,13 +424,13 @@ def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
 
 
 def _backbone(config: dict[str, Any]) -> str:
-    """Return the model type of the body, such as "electra" or "bert"."""
+    """Return the model type of a cross-encoder's body (the encoder without its head), such as "electra" or "bert"."""
     return config.get("backbone_model_type") or str(config.get("model_type")).removeprefix("mono-")
 
 
 def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrainedModel":
-    """Return an ELECTRA or BERT without pooler, in the shape that a config describes, with random weights. Raises
-    ValueError if the config describes another encoder."""
+    """Return an ELECTRA or BERT without pooler and with random weights. `config` describes its layers. Raises
+    ValueError if `config` describes another encoder."""
     import transformers
 
     backbone = config["backbone_model_type"]
@@ -440,13 +444,13 @@ def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrain
 
 
 def _bare(weights: Weights, backbone: str) -> Weights:
-    """Return the weights under the names of the bare body, without a prefix such as "electra."."""
+    """Return the weights under their current names, without the prefix of the body, such as "electra."."""
     return {name.removeprefix(f"{backbone}."): tensor for name, tensor in today(weights).items()}
 
 
 def _cleans_up(folder: Folder) -> bool:
     """Return the tokenizer's setting clean_up_tokenization_spaces. If the tokenizer's config does not contain this
-    setting, return the default of the version of transformers that wrote the checkpoint: true before 4.45, else false.
-    An unknown version counts as one before 4.45."""
+    setting, the default depends on the version of transformers that wrote the checkpoint: true before version 4.45,
+    else false. If the version is unknown, the default is true."""
     written_by = [int(part) for part in str(folder.config.get("transformers_version", "4.41")).split(".")[:2]]
     return bool(folder.tokenizer_config.get("clean_up_tokenization_spaces", written_by < [4, 45]))

@@ -21,17 +21,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Model types of transformers whose classifier uses the state of the first token and whose layers have BERT's modules
+# Model types of transformers whose classifier uses only the hidden state of the first token, and whose layers have the
+# same modules as BERT's
 READ_FIRST = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 class PooledScorer(nn.Module):
-    """A bare encoder with hidden states h and the score w . pool(h) + b. If w has two rows, w . pool(h) + b gives the
-    logits of two classes, and the score is the log-probability of the second class.
+    """An encoder with a linear head. The score is w . pool(h) + b, where h are the encoder's hidden states. If w has
+    two rows, w . pool(h) + b gives the logits of two classes, and the score is the log-probability of the second class.
 
     Args:
         body: the encoder.
-        pooling: how the hidden states of a pair are pooled into a vector, one of the names in POOLING.
+        pooling: how the hidden states of a pair are pooled into a vector, one of the names in `pooling.POOLING`.
         rows: the number of rows of w, 1 or 2.
         bias: whether the network has b.
     """
@@ -90,7 +91,8 @@ class LabelScorer(nn.Module):
 
     Args:
         model: the classifier.
-        reads_types: whether the network may use token types. They are used only if the model accepts them.
+        reads_types: whether token types are passed to the classifier. A classifier that does not accept token types
+            never gets them.
     """
 
     reads_padding = False
@@ -142,8 +144,8 @@ class LabelScorer(nn.Module):
             logits: torch.Tensor = self.model(**inputs).logits
             return logits
         lengths = inputs["attention_mask"].sum(1)
-        # Encoder-decoders predict the class at the last end token, and require that all inputs of a batch have the same
-        # number of end tokens. This number varies, because a text may contain end tokens
+        # Encoder-decoders predict the class at the last end token. All inputs of a batch must have the same number of
+        # end tokens, but a text may contain end tokens. Their inputs are therefore grouped by the number of end tokens
         alike = lengths if self.reads_padding else (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
         groups = [(alike == value).nonzero()[:, 0] for value in alike.unique()]
         parts = [
@@ -153,8 +155,8 @@ class LabelScorer(nn.Module):
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def save(self, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-        """Write the weights into an existing folder, in the format of transformers. Returns the fields of the new
-        config.json. `config` is not used."""
+        """Write weights and config.json into an existing folder, in the format of transformers. Returns the fields of
+        the new config.json. `config` is not used."""
         self.model.save_pretrained(folder)
         return Folder(folder).config
 

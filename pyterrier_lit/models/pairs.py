@@ -24,15 +24,16 @@ class Pieces(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a checkpoint reads two texts, in addition to the special tokens of its tokenizer.
+    """The settings with which a checkpoint reads two texts as one input. The special tokens around the texts are not
+    among these settings, since the tokenizer adds them.
 
     Args:
         limit: the maximum input length in tokens. None is unlimited.
         types: the number of token types of the model. Higher token types of the tokenizer are replaced by the highest
             type of the model. None keeps all types.
         prompt: a text that is put before each query.
-        clean_up: whether a separate n't is joined to the word before it, as by lightning-ir's truncation: `do n't`
-            becomes `don't`.
+        clean_up: whether a separate n't is joined to the word before it, so that `do n't` becomes `don't`.
+            lightning-ir does this when it truncates a text.
         truncation_side: "left" or "right", the side on which tokens are removed.
         padding_side: "left" or "right", the side on which padding is added.
     """
@@ -46,8 +47,9 @@ class Reading:
 
 
 class PairLayout:
-    """A tokenizer's layout of two texts as one input: prefix, query, middle, passage, suffix. Each of these five parts
-    has its token types.
+    """A tokenizer's layout of two texts as one input: prefix, query, middle, passage, suffix. Prefix, middle and suffix
+    are the special tokens around the texts. All tokens of a query have the same token type, and all tokens of a passage
+    have the same token type.
 
     Args:
         tokenizer: the tokenizer.
@@ -83,12 +85,13 @@ class PairLayout:
         self._ts = {id for piece, id in vocabulary.items() if piece.startswith("t")}
 
     def queries(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """Tokenise queries, each with the checkpoint's prompt before it. Each query is truncated to `length` tokens. If
-        `length` is None, all tokens are kept."""
+        """Tokenise queries, each with the checkpoint's prompt before it. Prompt and query together are truncated to
+        `length` tokens. If `length` is None, they are truncated only to the maximum input length."""
         return self.pieces([self.reading.prompt + text for text in texts], length)
 
     def pieces(self, texts: Sequence[str], length: int | None = None) -> list[Pieces]:
-        """Tokenise texts, and truncate each text to `length` tokens. If `length` is None, all tokens are kept."""
+        """Tokenise texts, and truncate each text to `length` tokens. If `length` is None, a text is truncated only to
+        the maximum input length."""
         return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: Pieces, passage: Pieces) -> Pair:
@@ -97,8 +100,8 @@ class PairLayout:
         of the available tokens is kept whole, and the other text gets the rest. If both texts need more than half, each
         text gets half.
 
-        If the number of available tokens is odd, the longer text gets one token more than the other text. If both texts
-        are equally long, the passage gets one token more.
+        If both texts need more than half and the number of available tokens is odd, the longer text gets one token more
+        than the other text. If both texts are equally long, the passage gets one token more.
         """
         if self.reading.limit is None:
             return query.ids, passage.ids
@@ -114,7 +117,7 @@ class PairLayout:
 
     def tensors(self, pairs: Sequence[Pair], pad_id: int) -> dict[str, torch.Tensor]:
         """Build the inputs for a batch of P query-passage pairs. Returns input_ids, attention_mask and token_type_ids,
-        each an int64 tensor (P, L). `pad_id` is the id of the padding token."""
+        each an int64 tensor (P, L). L is the length of the longest input. `pad_id` is the id of the padding token."""
         inputs = [[*self.prefix, *query, *self.middle, *passage, *self.suffix] for query, passage in pairs]
         ids, mask = self._padded(inputs, pad_id)
         counts = torch.ones(len(pairs), len(self._types), dtype=torch.long, device="cpu")
@@ -143,8 +146,8 @@ class PairLayout:
         return ids[:count] if self.reading.truncation_side == "right" else ids[len(ids) - count :]
 
     def _cleaned(self, ids: list[int]) -> list[int]:
-        """Decode the ids and encode the text again, as lightning-ir's truncation does. A separate n't is then joined
-        to the word before it."""
+        """Return the ids after a separate n't is joined to the word before it. For this, the ids are decoded and the
+        text is encoded again, as lightning-ir's truncation does. Without `Reading.clean_up`, the ids are unchanged."""
         if not (self.reading.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
             return ids
         from transformers import PreTrainedTokenizerFast
