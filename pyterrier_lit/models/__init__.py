@@ -1,1 +1,1 @@
-"""Networks and checkpoints: token ids and tensors in, tensors out. No module here deals with queries or rankings."""
+"""Networks and checkpoints: code that reads, runs and writes them. No module in this folder reads a result frame."""

@@ -1,5 +1,5 @@
-"""Vectors of passages from a column, a dense index or an encoder. Error messages name the docno. This module does not
-deal with language models."""
+"""Vectors of passages from the column `doc_vec`, a dense index or an encoder. If the vector of a passage is missing or
+invalid, the error message names the passage's docno. This module does not deal with language models."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +17,8 @@ def distinct(
         keys: for each list, the keys of its passages.
         docnos: for each list, the docnos of its passages.
 
-    Returns the distinct keys, a docno for each distinct key, and, for each list, an index per passage. The index is the
-    position of the passage's key in the distinct keys.
+    Returns three lists: the distinct keys; for each distinct key, the docno of a passage with this key; and, for each
+    of the Q lists, one index per passage. The index is the position of the passage's key in the distinct keys.
     """
     docno_of = {
         key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)
@@ -28,11 +28,11 @@ def distinct(
 
 
 def from_column(values: Sequence[Any], docnos: Sequence[Any]) -> torch.Tensor:
-    """Return N vectors of a result frame as a float32 tensor (N, d).
+    """Return N values of the column `doc_vec` as a float32 tensor (N, d).
 
     Args:
         values: the N vectors (arrays, tensors or lists of numbers).
-        docnos: the docnos of their passages, for error messages.
+        docnos: the docnos of the N passages, for error messages.
 
     Raises TypeError if a value is not a vector, and ValueError if two vectors have different lengths.
     """
@@ -62,12 +62,13 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
         index: a pyterrier_dr.FlexIndex.
         docnos: the docnos.
 
-    Raises ValueError if the index does not hold all docnos. The message has the names of some missing docnos. Raises
-    TypeError if `index` is not a dense index.
+    Raises ValueError if the index has no vector for one of the docnos. The message lists up to five of the missing
+    docnos. Raises TypeError if `index` is not a dense index.
 
-    To find missing docnos, each position that the index returns is mapped back to a docno. For an unknown docno, some
-    indexes return -1, which would be the position of the last vector. Some indexes return the position of another docno
-    ("d01" for "d1"). Some indexes raise an error.
+    The index is asked for the position of each docno's vector. To find missing docnos, each position is mapped back to
+    a docno and compared with the docno that was asked for. For a missing docno, some indexes return the position of
+    another docno's vector: for "d1", that of "d01". Some indexes return -1, which PyTorch and NumPy would take as the
+    position of the last vector. Some indexes raise ValueError.
     """
     if not hasattr(index, "payload"):
         raise TypeError(
@@ -110,8 +111,8 @@ def normalised(vectors: torch.Tensor, docnos: Sequence[Any], wanted: int, traine
 
     Args:
         vectors: the vectors.
-        docnos: the docnos of their passages, for error messages.
-        wanted: the dimension d that the checkpoint requires.
+        docnos: for each vector, the docno of its passage, for error messages.
+        wanted: the dimension d that the PE-Rank checkpoint requires.
         trained_on: a description of the encoder that the checkpoint was trained with, for error messages.
 
     Raises ValueError if the vectors do not have `wanted` dimensions, or if a number in them is not finite.
@@ -137,7 +138,12 @@ def _tensor(values: Any) -> torch.Tensor:
 
 
 def _number(held: Any, name: str) -> int:
-    """Return the position that an index gives for a docno, or -1 if the index raises ValueError."""
+    """Return the position of a docno's vector in a dense index, or -1 if the index raises ValueError.
+
+    Args:
+        held: the index's mapping between docnos and positions.
+        name: the docno.
+    """
     try:
         return int(held.inv[[name]][0])
     except ValueError:  # the docno does not have the form of this index's docnos

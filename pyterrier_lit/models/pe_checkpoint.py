@@ -1,6 +1,6 @@
 """Reads and writes PE-Rank's checkpoints: language model, prompts and passage encoder.
 
-The format is that of the code of PE-Rank's authors, liuqi6777/pe_rank.
+The checkpoints have the same format as those of liuqi6777/pe_rank, the code of PE-Rank's authors.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from pyterrier_lit.models.vector_lm import VectorLM, projector
 
 ENCODER, PROJECTOR = "model.encoder.encoder.", "model.projector."  # prefixes of the names of weights
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
-KIND = "embed_"  # a PE-Rank's model_type is this prefix and the model_type of its language model
+KIND = "embed_"  # the prefix of the model_type of a PE-Rank: "embed_mistral" if its language model is a "mistral"
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,7 +41,7 @@ class PERankCheckpoint:
     prompter: Prompter
     config: dict[str, Any]  # config.json
     folder: Folder
-    encoder_weights: Weights  # the weights of the encoder inside the checkpoint, or {} if it has no encoder
+    encoder_weights: Weights  # the weights of the passage encoder, or {} if the checkpoint has no encoder
     encoder: TextEncoder | None = None  # None until the encoder is built on first use
 
     @property
@@ -61,9 +61,9 @@ class PERankCheckpoint:
         )
 
     def warn_of_other_encoders(self) -> None:
-        """Warn that given vectors must come from the encoder that the checkpoint was trained with. With vectors of
-        another encoder, the order of the passages is meaningless. There is no warning if the checkpoint does not name
-        its encoder."""
+        """Warn that the vectors in a column or a dense index must come from the encoder that the checkpoint was trained
+        with. With vectors of another encoder, the order of the passages is meaningless. There is no warning if the
+        config of the checkpoint does not name an encoder."""
         if self.config.get("encoder_name"):
             warnings.warn(
                 "neither a 'doc_vec' column nor an index says which encoder made its vectors; this checkpoint reads"
@@ -77,9 +77,9 @@ class PERankCheckpoint:
         Args:
             queries: the queries.
             texts: for each query, the texts of its passages, or an empty list for a prompt without texts.
-            counts: for each query, n.
+            counts: for each query, the number n of its passages.
 
-        Raises ValueError if a prompt is too long for the model.
+        Raises ValueError if a prompt together with its answer of n tokens is longer than `limit()`.
         """
         prompts = self.prompter.ids(queries, texts, counts)
         limit = self.limit()
@@ -92,7 +92,7 @@ class PERankCheckpoint:
         return prompts
 
     def limit(self) -> float:
-        """Return the maximum length of a prompt and its answer together, in tokens."""
+        """Return the maximum length in tokens of a prompt together with its answer, which has one token per passage."""
         return position_limit(self.network.body.config)
 
     def text_encoder(self) -> TextEncoder:
@@ -104,9 +104,9 @@ class PERankCheckpoint:
         return self.encoder
 
     def head(self) -> torch.Tensor:
-        """Return the weight (vocabulary size, width) of the language model's output layer. This layer is not used for
-        ranking. If the output layer is tied to the input embedding, its weight is that of the input embedding.
-        Otherwise, its weight is read from the checkpoint.
+        """Return the weight matrix (vocabulary size, width) of the language model's output layer. The output layer is
+        not used for ranking. If it is tied to the input embedding, the returned matrix is that of the input embedding.
+        Otherwise, the matrix is read from the checkpoint.
 
         Raises ValueError if the checkpoint has no output layer.
         """
@@ -121,11 +121,11 @@ class PERankCheckpoint:
         return weight
 
     def save(self, folder: Path) -> None:
-        """Write config, weights and tokenizer into an existing folder, together with the weights, config and tokenizer
+        """Write the checkpoint into an existing folder: config, weights and tokenizer of the language model, and those
         of the passage encoder.
 
         If the config or the tokenizer of the encoder is not available, there is a warning. The folder then has the
-        weights of the encoder and its name, but neither its config nor its tokenizer.
+        weights and the name of the encoder, but neither the encoder's config nor the encoder's tokenizer.
         """
         if self.encoder_weights:
             try:
@@ -190,7 +190,7 @@ def new_pe_rank(
     embedding_size: int | None = None,
     projector_type: str = "mlp2x_gelu",
 ) -> PERankCheckpoint:
-    """Return a PE-Rank on a causal language model, with an untrained projector.
+    """Return a new PE-Rank: a pre-trained causal language model with an untrained projector.
 
     Args:
         folder: the folder of the language model.
@@ -202,7 +202,7 @@ def new_pe_rank(
         projector_type: "linear", "mlp2x_gelu" (with any digit from 1 to 9 in place of 2) or "identity".
 
     Raises ValueError if neither `encoder_name` nor `embedding_size` is given, or if transformers does not have the
-    language model.
+    model type of the language model.
     """
     encoder, encoder_weights = None, {}
     if encoder_name:
@@ -234,10 +234,11 @@ def new_pe_rank(
 
 
 def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
-    """Build the passage encoder inside a checkpoint from the weights in the checkpoint.
+    """Build the passage encoder of a checkpoint with the encoder weights in the checkpoint.
 
-    If `save` wrote the encoder's config and tokenizer into the checkpoint, these are used. Otherwise, the config and
-    the tokenizer come from the encoder that the checkpoint names. Raises ValueError if the checkpoint has no encoder.
+    If `save` wrote the encoder's config and tokenizer into the checkpoint, they are read from the checkpoint. If not,
+    they are read from the hub id or folder that the checkpoint's config gives as `encoder_name`. Raises ValueError if
+    the checkpoint has no weights of an encoder.
     """
     folder, name = checkpoint.folder, checkpoint.config.get("encoder_name")
     if not checkpoint.encoder_weights:
@@ -266,10 +267,10 @@ def _encoder_folder(folder: Folder, name: Any) -> Folder:
 
     Args:
         folder: the folder of the checkpoint.
-        name: the name of the encoder in the checkpoint. It must be a hub id, or a folder inside or next to the
-            checkpoint's folder.
+        name: the field `encoder_name` of the checkpoint's config. It must be a hub id, or a folder inside or next to
+            the checkpoint's folder.
 
-    Raises ValueError for any other name, because a checkpoint must not open other local files.
+    Raises ValueError for any other name, because a checkpoint must not cause other local files to be read.
     """
     home = Path(os.path.abspath(folder.path))
     if isinstance(name, str) and not Path(name).is_absolute():
@@ -287,8 +288,8 @@ def _encoder_folder(folder: Folder, name: Any) -> Folder:
 
 
 def _check_kind(folder: Folder, kind: str) -> None:
-    """Raise ValueError if transformers does not have a model type. A model of this type would need code inside the
-    checkpoint, and this code is never run."""
+    """Raise ValueError if transformers does not have the model type `kind`. A model of such a type needs code inside
+    the checkpoint, and code inside a checkpoint is never run."""
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:

@@ -1,8 +1,9 @@
 """PE-Rank's prompts: a query and its passages in a checkpoint's chat template, tokenised. This module does not deal
 with models.
 
-A prompt represents each passage in one of three ways: by a placeholder for its vector, by a placeholder and its text,
-or by its text only. Prompts with texts only are those of RankMistral, the baseline of the paper.
+A prompt represents each passage in one of three ways: by a placeholder for the passage's vector, by this placeholder
+and the passage's text, or by the passage's text only. Prompts with texts only are used by RankMistral, a baseline in
+the PE-Rank paper (arXiv 2406.14848).
 """
 
 import re
@@ -15,7 +16,8 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import first_line
 from pyterrier_lit.models.tokenization import check_pieces, no_panic
 
-# The token for a passage's vector, and the token for a rank in the answers of training examples
+# PLACEHOLDER stands for the vector of a passage in a prompt. RANK stands for the vector of a passage in the answer of a
+# training example, which has one RANK per passage, best passage first
 PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"
 
 PROMPT = (
@@ -39,8 +41,10 @@ TEXT_PROMPT = (
 
 
 class ChatPrompter:
-    """The base class of all prompters. A prompter has a tokenizer with a chat template. Each prompt is a single user
-    turn. The query and the texts in it are cleaned.
+    """The base class of all prompters. A prompter builds prompts with a tokenizer and its chat template.
+
+    Each prompt is a single user turn. In the query and in the texts of the passages, a space inside each special token
+    turns the token into plain text. In the texts of the passages, `[12]` becomes `(12)`.
 
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
@@ -57,7 +61,7 @@ class ChatPrompter:
         return 1 + int(max(self.tokenizer.get_vocab().values()))
 
     def render(self, query: str, texts: Sequence[Any]) -> str:
-        """Return the prompt for a query and its passages in the chat template, as text.
+        """Return the prompt for a query and its passages as text, formatted by the chat template.
 
         Args:
             query: the query.
@@ -99,7 +103,8 @@ class ChatPrompter:
             messages: the prompt, as `messages` returns it.
             answer: the answer, as text.
 
-        Returns the token ids of the prompt with its answer, and the position of the answer's first token (from 0).
+        Returns the token ids of the prompt followed by the answer, and the length of the prompt in tokens, which is the
+        position of the answer's first token (from 0).
         """
         turns = [*messages, {"role": "assistant", "content": answer}]
         asked, whole = (
@@ -140,7 +145,7 @@ class Prompter(ChatPrompter):
         Args:
             queries: the queries.
             texts: for each query, the texts of its n passages, or an empty list for a prompt without texts.
-            counts: for each query, n.
+            counts: for each query, the number n of its passages.
 
         Raises ValueError if a prompt does not have exactly one placeholder per passage.
         """
@@ -154,8 +159,8 @@ class Prompter(ChatPrompter):
         return prompts
 
     def messages(self, query: str, texts: Sequence[str | None]) -> list[dict[str, str]]:
-        """Return the prompt for a query and its n passages as one user turn. Each passage is a placeholder, followed by
-        the passage's text unless the text is None.
+        """Return the prompt for a query and its n passages as one user turn. Each passage is represented by a
+        placeholder. If the passage's text is not None, the text follows the placeholder.
 
         Args:
             query: the query.
@@ -169,8 +174,9 @@ class Prompter(ChatPrompter):
         return [{"role": "user", "content": content}]
 
     def alignment(self, text: str) -> tuple[list[dict[str, str]], str]:
-        """Return a prompt for alignment (training stage 1), and its answer. The prompt contains a placeholder for the
-        passage. The answer is the passage's text. The wording of the prompt is not the paper's."""
+        """Return a prompt and its answer for alignment, the first training stage of PE-Rank. The prompt contains a
+        placeholder for one passage. The answer is the text of this passage. The prompt in the paper is worded
+        differently."""
         content = f"Given the passage: {PLACEHOLDER}, reconstruct the original text."
         return [{"role": "user", "content": content}], self._neutral(text.strip())
 
@@ -191,16 +197,16 @@ class TextPrompter(ChatPrompter):
 
     @staticmethod
     def answer(order: Sequence[int]) -> str:
-        """Return the target ranking string for an order of passages. `order` has the positions of the passages in the
-        prompt (from 0), best first."""
+        """Return the answer that ranks the passages of a prompt in a given order. `order` has the positions of the
+        passages in the prompt (from 0), best first. For [3, 1, 0, 2], the answer is "[4] > [2] > [1] > [3]"."""
         return " > ".join(f"[{position + 1}]" for position in order)
 
     def identifiers(self, n: int) -> tuple[list[int], list[list[int]]]:
-        """Return the token ids of an answer in parts. The first part is the token ids of the start of an answer, "[".
-        The second part is a list with the token ids of each of n identifiers. The token ids of an identifier go up to
-        the start of the next identifier: "1] > [", "2] > [", ...
+        """Return the token ids of the parts of an answer for n passages. The first item has the token ids of "[", with
+        which each answer starts. The second item has, for each of the n identifiers, the token ids from its number up
+        to the "[" of the next identifier: "1] > [", "2] > [", ...
 
-        Raises ValueError if the tokenizer splits an answer into other tokens than these parts.
+        Raises ValueError if the tokenizer does not split a whole answer into the tokens of these parts.
         """
         numbers = range(1, n + 1)
         with no_panic("identifiers"):
@@ -230,10 +236,11 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
 
     Args:
         folder: the folder of the checkpoint.
-        vocab_size: the number of embeddings of the model.
-        add: whether to add the two special tokens of PE-Rank to the tokenizer.
+        vocab_size: the number of embeddings of the model. It is ignored if `add` is true.
+        add: whether to add the special tokens PLACEHOLDER and RANK to the tokenizer.
 
-    Raises ValueError if the tokenizer and the chat template do not belong to a PE-Rank model.
+    Raises ValueError if there is no usable chat template, if the tokenizer has no token PLACEHOLDER, or if it has more
+    tokens than the model has embeddings.
     """
     tokenizer = _read_tokenizer(folder)
     if add:
@@ -249,8 +256,8 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
 
 
 def read_text_prompter(folder: Folder, vocab_size: int) -> TextPrompter:
-    """Return the prompter for texts only, with the tokenizer and the chat template of a folder. The model may be any
-    model with a chat template.
+    """Return the prompter for prompts with texts only, with the tokenizer and the chat template of a folder. The folder
+    may be that of any language model with a chat template.
 
     Args:
         folder: the folder of the checkpoint.
@@ -276,7 +283,7 @@ def _check_template(folder: Folder, tokenizer: Any) -> None:
 
 
 def _try(folder: Folder, render: Callable[[], str]) -> None:
-    """Call `render`. Raises ValueError if the chat template cannot be used."""
+    """Test the chat template of a folder by a call of `render`. Raises ValueError if `render` raises an error."""
     try:
         render()
     except Exception as error:  # an error of Jinja, or one that the template raises
@@ -289,8 +296,8 @@ def _read_tokenizer(folder: Folder) -> Any:
     """Return the tokenizer of a folder as an object of transformers. It is read from tokenizer.json if that file
     exists.
 
-    AutoTokenizer of transformers 5 would rebuild the tokenizer. It would use the class that tokenizer_config.json
-    names, or, for Mistral, another class. The rebuilt tokenizer would give other token ids.
+    In transformers 5, AutoTokenizer would not read tokenizer.json as it is. It would build a new tokenizer of the class
+    that tokenizer_config.json names or, for Mistral, of another class. The new tokenizer would give other token ids.
     """
     import transformers
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-# Name -> a function: hidden states (B, L, H), mask (B, L), which is 0 on padding -> vectors (B, H)
+# Name of a pooling -> its function. The function maps hidden states (B, L, H) and a mask (B, L) to vectors (B, H). The
+# mask is 1 for each token and 0 on padding. B is the batch size, L the length in tokens, and H the width of the network
 POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "first": lambda states, mask: states[:, 0],
     "cls": lambda states, mask: states[:, 0],
@@ -16,7 +17,7 @@ POOLING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def check_pooling(name: str, names: tuple[str, ...], source: str) -> None:
-    """Raise ValueError if `name` is not one of the given names of poolings. `source` states where the pooling is set,
-    for the message."""
+    """Raise ValueError if `name` is not in `names`, the supported poolings. `source` is the name of the setting, with
+    which the error message begins."""
     if name not in names:
         raise ValueError(f"{source}={name!r}; wanted one of {', '.join(map(repr, names))}")

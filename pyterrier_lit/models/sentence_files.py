@@ -8,8 +8,8 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-# KNOWN has the supported settings of the file READING. This file also has a field PROCESSING, and TEXT_KNOWN has the
-# supported settings under "text" in this field
+# KNOWN lists the supported settings in sentence_bert_config.json. TEXT_KNOWN lists the supported settings in the field
+# "text" of the setting processing_kwargs in the same file
 KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
 PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
 
@@ -22,7 +22,8 @@ class SentenceFiles:
         prompt: a text that is put before each query.
         max_length: the maximum input length in tokens. None means that these files set no maximum.
         lower_case: whether texts are lower-cased.
-        chat: whether sentence-transformers would use a chat template of the tokenizer that joins two texts.
+        chat: whether sentence-transformers would build its inputs with the tokenizer's chat template if this template
+            has placeholders for a query and a document.
         files: the files themselves, as name -> content.
     """
 
@@ -34,10 +35,10 @@ class SentenceFiles:
 
 
 def read_sentence_files(folder: Folder) -> SentenceFiles:
-    """Read the settings of sentence-transformers in a folder. If the folder has no such files of a cross-encoder,
-    return `SentenceFiles()`.
+    """Read the settings of sentence-transformers in a folder. If modules.json is missing, or if
+    config_sentence_transformers.json does not say that the model is a cross-encoder, return `SentenceFiles()`.
 
-    Raises ValueError, with the setting and its file, if a setting is not supported.
+    Raises ValueError if a setting is not supported. The message names the setting and its file.
     """
     files = {name: _read(folder, name) for name in (MODULES, SETTINGS, READING) if (folder.path / name).exists()}
     settings, reading = files.get(SETTINGS, {}), files.get(READING, {})
@@ -59,7 +60,7 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
         raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is not among {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
     longest = texts.get("max_length") or reading.get("max_seq_length")
-    chat = not reading.get("modality_config")  # a modality_config would list a chat template, as "message"
+    chat = not reading.get("modality_config")  # a modality_config lists a chat template as "message" or not at all
     return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), chat, files)
 
 

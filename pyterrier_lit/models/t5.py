@@ -1,12 +1,12 @@
-"""T5 with Fusion-in-Decoder: each passage is encoded alone, and one decoder reads the states of all of them.
+"""T5 with Fusion-in-Decoder: each passage is encoded alone, and one decoder reads the states of all passages.
 
-The cost of the encoder therefore grows linearly with the number of passages, and the decoder can still attend to every
-passage. This module deals with token ids and tensors, not with prompts as text, identifiers or rankings.
+The cost of the encoder therefore grows linearly with the number of passages. The decoder attends to the tokens of all
+passages of a window. This module does not deal with texts, identifiers or rankings.
 
-Sources: Izacard and Grave, arXiv 2007.01282; for LiT5, arXiv 2312.16098. Shapes: B is the number of windows, P the
-number of passages per window, L the number of tokens of a prompt, S the number of tokens in all passages of a window, m
-the number of tokens in a decoder pass, D the width of the model, H the number of its heads, d the width of a head, V
-the number of tokens in the vocabulary, and R the number of tokens that may be generated.
+Sources: Izacard and Grave (arXiv 2007.01282) for Fusion-in-Decoder, and arXiv 2312.16098 for LiT5. Shapes: B is the
+number of windows, L the number of tokens of a prompt, S the number of tokens in all prompts of a window, m the number
+of tokens per window that the decoder processes in one pass, D the width of the model, H the number of its heads, d the
+width of a head, V the number of tokens in the vocabulary, and R the number of different tokens that may be generated.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
 # The time of a decoder pass over 1, 2, 3 and 4 tokens, divided by the time of a pass over one token. bench_drafts.py
-# measured these times for a T5-base on two cores. A pass over five tokens would use another kernel (`attention.FEW`)
+# measured these times for a T5-base on two cores. Passes have at most four tokens, because for more than
+# `attention.FEW` tokens, attention would use another kernel
 COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 START, EOS = 0, 1  # the decoder's first input (T5's pad token), and the end of sequence
 
@@ -41,19 +42,19 @@ class T5Checkpoint:
     pieces: SentencePieces
     config: dict[str, Any]  # config.json
     path: str = ""  # the folder of a trained checkpoint
-    warned: bool = False  # whether there was a warning that the family (v1 or v2) of the checkpoint is unknown
+    warned: bool = False  # whether the user was warned that the family (v1 or v2) of the checkpoint is unknown
 
     def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
-        """Return a length in tokens. It is `own` if `own` is given. Otherwise, it is the length that `save` recorded
-        under this name or, if `save` recorded none, `default`.
+        """Return a maximum length in tokens: `own` if it is not None, else the length that `save` recorded in the
+        checkpoint's config under `name`, else `default`.
 
         Args:
             name: the name of the length, such as "answer_length".
             own: the length that the user gave, or None.
-            default: the default length.
+            default: the length if the user gave none and the config has none.
             least: the smallest valid length.
 
-        Raises ValueError if the length is not a whole number of at least `least`.
+        Raises ValueError if the length is not a whole number, or if it is smaller than `least`.
         """
         recorded = self.config.get("lengths", {})
         number = own if own is not None else recorded.get(name, default) if isinstance(recorded, dict) else recorded
@@ -133,16 +134,16 @@ def _read_network(folder: Folder) -> Any:
 
 @dataclasses.dataclass
 class Memory:
-    """The decoder's cache for B windows: keys and values of the tokens of the passages, and of the tokens that the
-    decoder has processed."""
+    """The decoder's cache for B windows. It has the keys and values of the passages' tokens, and those of the tokens
+    that the decoder has processed. `steps` is the number of decoder tokens per window for which the cache has room."""
 
     keys: list[torch.Tensor]  # of the passages' tokens, per layer (B, H, S, d)
     values: list[torch.Tensor]  # of the passages' tokens, per layer (B, H, S, d)
-    mask: torch.Tensor | None  # (B, 1, 1, S), added to the logits: -inf on padding, else 0. None if there is no padding
-    norms: list[torch.Tensor] | None  # norms of the values, per layer (B, H, S) float32; None: `read` returns no mass
+    mask: torch.Tensor | None  # (B, 1, 1, S), for cross-attention: -inf on padding, else 0. None if there is no padding
+    norms: list[torch.Tensor] | None  # of `values`, per layer (B, H, S) float32. None: `read` returns no attention mass
     own_keys: torch.Tensor  # of the decoder's tokens, (layers, B, H, steps, d)
     own_values: torch.Tensor  # of the decoder's tokens, (layers, B, H, steps, d)
-    distance_bias: torch.Tensor  # (H, steps), added to the logits; the index is the distance to an earlier token
+    distance_bias: torch.Tensor  # (H, steps), for self-attention: entry i is the bias for a token i positions back
     read: list[int]  # for each window, the number of tokens that the decoder has processed
 
 
@@ -196,7 +197,8 @@ class FiD:
         Args:
             windows: for each window, the token ids of its prompts.
             steps: the number of decoder tokens per window for which the cache has room.
-            mass: whether `read` should also return attention mass.
+            mass: whether `read` should also return the attention mass of each token, which the docstring of `read`
+                defines.
         """
         prompts = list(dict.fromkeys(tuple(prompt) for window in windows for prompt in window))
         lengths = [len(prompt) for prompt in prompts]
@@ -207,8 +209,8 @@ class FiD:
     def memory(self, windows: Sequence[Sequence[torch.Tensor]], steps: int, mass: bool = False) -> Memory:
         """Return a decoder cache for B windows of encoded passages, with room for `steps` tokens per window.
 
-        The keys and values of the passages are computed once. Cross-attention in T5 has no positions, so the states of
-        a window's passages are concatenated without padding between them.
+        The keys and values of the passages are computed once. Cross-attention in T5 does not depend on positions,
+        so the states of a window's passages are concatenated without padding between them.
 
         Args:
             windows: for each window, the encoder states of its passages, each (L, D).
@@ -244,8 +246,9 @@ class FiD:
             ids: the token ids (B, m).
 
         Returns the hidden states (B, m, D) after the final norm, and a list. The list is empty if `memory.norms` is
-        None. Otherwise, the list holds, for each layer, a tensor (B, m, S) with the attention mass of each token of the
-        passages. The attention mass is the attention weight times the norm of the value, averaged over heads.
+        None. Otherwise, the list has one tensor (B, m, S) per layer: for each of the m tokens, the attention mass of
+        each token of the passages. The attention mass is the weight that cross-attention gives to the passage's token,
+        times the norm of this token's value vector, averaged over heads.
         """
         decoder, mass = self.network.decoder, []
         places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -280,7 +283,7 @@ class FiD:
 
     def logits(self, states: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Compute logits from hidden states: (..., D) -> (..., V). If `rows` has the vocabulary ids of R tokens, only
-        their logits (..., R) are computed."""
+        the logits (..., R) of these R tokens are computed."""
         scaled = states * self.network.config.d_model**-0.5 if self.tied else states
         weight = self.network.lm_head.weight
         return F.linear(scaled, weight if rows is None else weight[rows])
@@ -312,8 +315,8 @@ class FiD:
                 return
 
     def _projected(self, attention: Any, states: torch.Tensor, names: str) -> list[torch.Tensor]:
-        """Project states (B, m, D) with some of the layers "q", "k" and "v" of an attention. Returns one tensor (B, H,
-        m, d) per letter in `names`."""
+        """Project states (B, m, D) with some of the linear layers "q", "k" and "v" of an attention layer. Returns one
+        tensor (B, H, m, d) per letter in `names`."""
         return [_heads(getattr(attention, name)(states), self.network.config) for name in names]
 
     def _distance_bias(self, steps: int) -> torch.Tensor:
@@ -331,14 +334,15 @@ class FiD:
 
 
 class PieceReader:
-    """A `decoding.Reader` for B windows of prompts. Its token i has the id pieces[i] in the vocabulary of the T5.
+    """A `decoding.Reader` for B windows of prompts. It numbers the tokens that may be generated from 0: token i has the
+    id pieces[i] in the vocabulary of the T5.
 
     Args:
         fid: the T5.
         windows: for each window, the token ids of its prompts.
         pieces: the vocabulary ids of the R tokens that may be generated.
-        steps: the largest number of tokens that a window keeps. The cache has room for more than `steps` tokens, since
-            some tokens are removed again.
+        steps: the maximum number of tokens to generate per window. The cache has room for some more tokens, since a
+            pass may also process tokens that `keep` then removes.
     """
 
     def __init__(self, fid: FiD, windows: Sequence[Sequence[Sequence[int]]], pieces: Sequence[int], steps: int):
@@ -372,7 +376,8 @@ class PieceReader:
         self.memory.read = [read - self.last + count for read, count in zip(self.memory.read, counts, strict=True)]
 
     def _after(self, ids: torch.Tensor) -> torch.Tensor:
-        """Process token ids (B, m) of the T5. Returns the logits (B, m, R) after each of these tokens."""
+        """Process the next m tokens of each window, given as ids (B, m) in the vocabulary of the T5. Returns the logits
+        (B, m, R) after each of these tokens."""
         return self.fid.logits(self.fid.read(self.memory, ids)[0], self.pieces)
 
 

@@ -33,14 +33,14 @@ class SentencePieces:
         self._guard = len(self.processor.encode("<unk>"))
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text, without </s>. Internally an <unk> is put before each text, so that a
-        leading space is not normalised away."""
+        """Return the token ids of each text, without </s>. The tokenizer would remove a leading space. An <unk> is put
+        before each text to prevent this, and the token ids of this <unk> are removed from the result."""
         guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
         return [ids[self._guard :] for ids in self.processor.encode(guarded)]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of a list of token ids. Ids that the tokenizer does not have, such as that of <extra_id_0>,
-        become spaces."""
+        are left out. The texts before and after such ids are joined by a space."""
         known = [list(group) for known, group in groupby(ids, lambda id: id < self.processor.get_piece_size()) if known]
         return " ".join(self.processor.decode(group) for group in known)
 
@@ -63,8 +63,8 @@ def read_pieces(folder: Folder) -> SentencePieces:
 
 
 def sentencepiece_model(fields: dict[str, Any]) -> bytes:
-    """Return the spiece.model that a tokenizer.json was converted from, as bytes. It has the same tokens, scores and
-    character normalisation.
+    """Return the bytes of a spiece.model that has the tokens, the scores and the character normalisation of a
+    tokenizer.json.
 
     Args:
         fields: the content of tokenizer.json.
@@ -91,7 +91,7 @@ def sentencepiece_model(fields: dict[str, Any]) -> bytes:
 
 
 def _field(number: int, content: bytes) -> bytes:
-    """Return a protobuf field of bytes: the key, the length in groups of seven bits, and the content."""
+    """Return the encoding of a protobuf field: its key, the length of its content as a varint, and its content."""
     size, rest = b"", len(content)
     while rest > 127:
         size, rest = size + bytes([128 | rest & 127]), rest >> 7

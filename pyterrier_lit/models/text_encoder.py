@@ -33,7 +33,7 @@ class TextEncoder:
     Args:
         network: the encoder.
         tokenizer: its tokenizer. Truncation is enabled in place.
-        config: the fields of the encoder's own config.json.
+        config: the fields of the encoder's config.json.
         pooling: "mean", "cls" or "last_token".
     """
 
@@ -48,8 +48,9 @@ class TextEncoder:
         self.tokenizer.encode_special_tokens = True  # "[SEP]" in a passage is plain text
 
     def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, including special tokens. A text has at most LENGTH tokens, and fewer if
-        the encoder's maximum input length is smaller. White space in a text is collapsed to single spaces."""
+        """Return the token ids of each text, including special tokens. White space in a text is collapsed to
+        single spaces. A text is truncated to LENGTH tokens or to the encoder's maximum input length, whichever is
+        smaller."""
         return list(encode(self.tokenizer, [" ".join(text.split()) for text in texts], special_tokens=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,7 +82,7 @@ def read_text_encoder(folder: Folder, pooling: str) -> TextEncoder:
 def text_encoder(
     config: dict[str, Any], weights: Weights, tokenizer: tokenizers.Tokenizer, pooling: str, source: str
 ) -> TextEncoder:
-    """Return an encoder, built from its parts.
+    """Return the encoder with the given config, weights and tokenizer.
 
     Args:
         config: the fields of config.json.
@@ -102,10 +103,10 @@ def text_encoder(
 
 
 def empty_encoder(config: dict[str, Any]) -> nn.Module:
-    """Return an encoder in the shape that a config.json describes, without pooler. Its weights are not loaded yet.
+    """Return the encoder that a config.json describes, without pooler. No weights are loaded into the encoder.
 
-    Raises ValueError if the encoder needs code in the checkpoint. A similar model without this code would give wrong
-    vectors.
+    Raises ValueError if the encoder needs code inside the checkpoint. This code is not run, and a similar encoder of
+    transformers would give wrong vectors.
     """
     import transformers
 
@@ -125,16 +126,16 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
 
 
 def bare(weights: Weights) -> Weights:
-    """Return weights under the names that `empty_encoder` uses. The weights of pooler and heads are left out, and the
-    prefix of the body is removed."""
+    """Return weights under the names that `empty_encoder` uses. The weights of pooler and heads are left out. If
+    the encoder's weights have a common prefix, such as "bert.", this prefix is removed."""
     names = [name for name in weights if name.endswith(WORDS)]
     body = below(today(weights), names[0].removesuffix(WORDS)) if names else today(weights)
     return {name: tensor for name, tensor in body.items() if not name.startswith("pooler.")}
 
 
 class JinaBert(nn.Module):
-    """The body of jinaai/jina-embeddings-v2-*. Its modules have the same names as in these checkpoints, so that all
-    weights can be loaded strictly.
+    """The encoder in the checkpoints jinaai/jina-embeddings-v2-*, without pooler. Its weights have the same names as in
+    these checkpoints, so that all weights can be loaded strictly.
 
     Args:
         config: the fields of the checkpoint's config.json.
@@ -173,8 +174,9 @@ class JinaBert(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer of JinaBert: attention with a bias, then the gated feed-forward network GELU(a) * b. A residual
-    connection and a layer norm follow the attention, and also follow the feed-forward network.
+    """A layer of JinaBert: attention with a bias, then a gated feed-forward network. The feed-forward network computes
+    GELU(a) * b, where a and b are two linear projections of its input, and projects the product to H dimensions. A
+    residual connection and a layer norm follow the attention, and also follow the feed-forward network.
 
     Args:
         hidden: the width H of the encoder.

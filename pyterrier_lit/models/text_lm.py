@@ -1,8 +1,8 @@
 """A causal language model of transformers that continues text prompts, and its checkpoint.
 
 The prompts are processed as in `vector_lm`, but contain no vectors. They are padded on the left, and a common prefix of
-all prompts is processed once. Shapes: B is the number of prompts, R the number of tokens that may be generated, and H
-the width of the model.
+all prompts is processed once. Shapes: B is the number of prompts, R the number of different tokens that may be
+generated, and H the width of the model.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from pyterrier_lit.models.vector_lm import VectorLM, VectorReader
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NO_PLACEHOLDER = -1  # no token has this id, since these prompts have no placeholders for vectors
-LONGEST_IDENTIFIER = 6  # tokens of "100] > [" if each character, with the space before it, is one token
+NO_PLACEHOLDER = -1  # the placeholder's id in `VectorLM`. No token has this id, so no token is replaced by a vector
+LONGEST_IDENTIFIER = 6  # number of tokens of "100] > [" if each character and the space before it are one token
 
 
 class TextLM(VectorLM):
@@ -40,7 +40,7 @@ class TextLM(VectorLM):
         self.model = model
 
     def begin(self, prompts: list[list[int]], pieces: Sequence[int] | None = None) -> "TextReader":
-        """Return a reader for B prompts.
+        """Return a `TextReader` for B prompts.
 
         Args:
             prompts: the token ids of each prompt.
@@ -54,8 +54,8 @@ class TextLM(VectorLM):
 
 
 class TextReader(VectorReader):
-    """A `decoding.Reader` for B prompts that generates text tokens. Its token i has the id ids[i] in the vocabulary of
-    the model.
+    """A `decoding.Reader` for B prompts that generates text tokens. It numbers the tokens that may be generated from
+    0: token i has the id ids[i] in the vocabulary of the model.
 
     Args:
         network: the language model.
@@ -82,8 +82,9 @@ class TextReader(VectorReader):
         self.bias = None if getattr(head, "bias", None) is None else head.bias[ids]
 
     def _logits(self, last: int) -> torch.Tensor:
-        """Return float32 logits (B, last, R) after each of the last tokens. Transformations that do not change the
-        order of the logits, such as scaling, are left out."""
+        """Process the current inputs. Returns float32 logits (B, last, R) after each of the last `last` inputs. Some
+        models scale or cap the logits after the output layer. This step is left out, since it does not change their
+        order."""
         states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
         return F.linear(states[:, -last:], self.weight, self.bias).float()
 
@@ -103,7 +104,8 @@ class TextCheckpoint:
             queries: the queries.
             texts: for each query, the texts of its passages.
 
-        Raises ValueError if a prompt leaves no room for the answer.
+        Raises ValueError if a prompt and its longest possible answer together are longer than the model's maximum
+        input length.
         """
         prompts, limit = self.prompter.tokenized(queries, texts), position_limit(self.network.body.config)
         for ids, query, shown in zip(prompts, queries, texts, strict=True):

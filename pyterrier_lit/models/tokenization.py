@@ -70,7 +70,7 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tok
         texts: the texts.
         special_tokens: whether to put the tokenizer's special tokens around each text.
 
-    Raises ValueError, with the text, if the tokenizer fails for a text.
+    Raises ValueError if the tokenizer fails for a text. The message quotes the start of this text.
     """
     for start in range(0, len(texts), CHUNK):
         chunk = list(texts[start : start + CHUNK])
@@ -84,14 +84,13 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tok
 
 
 def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bool) -> tokenizers.Encoding:
-    """Tokenise a single text. Raises ValueError, with the text, if the tokenizer fails."""
+    """Tokenise a single text. Raises ValueError if the tokenizer fails. The message quotes the start of the text."""
     with no_panic(f"the text {text[:60] + '...' if len(text) > 60 else text!r}"):
         return tokenizer.encode(text, add_special_tokens=special_tokens)
 
 
 def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
-    """Give the settings of tokenizer_config.json precedence over BERT's settings in tokenizer.json, as transformers
-    does.
+    """Let BERT's settings for characters in tokenizer_config.json override those in tokenizer.json, as in transformers.
 
     Args:
         tokenizer: the tokenizer, which is changed in place.
@@ -114,8 +113,8 @@ def bare_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> tokenizers.Tokenizer
 
 
 def chats_about_pairs(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Return whether a tokenizer's chat template has placeholders for a query and a document. With such a template,
-    sentence-transformers would build the inputs for query-passage pairs."""
+    """Return whether a tokenizer's chat template has placeholders for a query and a document. sentence-transformers
+    would use such a template to build the model's input for each query-passage pair."""
 
     def written(query: Any, document: Any) -> str:
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]

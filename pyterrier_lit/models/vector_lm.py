@@ -1,11 +1,14 @@
 """A causal language model whose prompts contain vectors, and whose next token is one of these vectors.
 
-A projector maps the vectors into the space of the model's input embeddings. There, the projected vectors replace
-placeholders in the prompt. The projected vectors of a prompt are also its vocabulary: the logit of a vector is the dot
-product of the projected vector with the last hidden state. This module does not deal with texts or queries. Shapes: B
-is the number of prompts, L their length in tokens, C the number of tokens in the KV cache, N the largest number of
-vectors in one prompt, m the number of vectors per prompt that one forward pass reads, d the dimension of the vectors,
-and H the width of the model.
+A projector maps the vectors into the space of the model's input embeddings. Each projected vector replaces the
+embedding of a placeholder in the prompt. After a prompt, the model generates only vectors of this prompt. The logit of
+a vector is the dot product of the projected vector with the last hidden state. This module does not deal with texts or
+queries.
+
+Shapes: B is the number of prompts, L their length in tokens, C the number of tokens in the KV cache, N the largest
+number of vectors in one prompt, m the number of vectors per prompt that one forward pass reads, d the dimension of the
+vectors, and H the width of the model.
+
 Source: PE-Rank (arXiv 2406.14848), section 3.
 """
 
@@ -33,7 +36,7 @@ COSTS = {torch.float32: (1.0, 1.3, 1.45, 1.6), torch.bfloat16: (1.0, 1.1, 1.2, 1
 
 
 class VectorLM(nn.Module):
-    """The body of a causal language model, and the projector that maps vectors into its input space.
+    """The body of a causal language model, and the projector that maps vectors into the model's input space.
 
     Args:
         body: the body of the language model.
@@ -64,8 +67,8 @@ class VectorLM(nn.Module):
             positions: (B, L), the positions of the inputs.
             cache: the cache of transformers with the C earlier tokens, or None.
 
-        Returns hidden states (B, L, H) and the extended cache. Raises RuntimeError if this version of transformers
-        ignores the given cache.
+        Returns hidden states (B, L, H) and the extended cache. Raises RuntimeError if the installed version of
+        transformers ignores `cache`.
         """
         body: Any = type(self.body)
         name = _cache_argument(body)
@@ -82,7 +85,7 @@ class VectorLM(nn.Module):
         return states, grown
 
     def read(self, prompts: list[list[int]], vectors: list[torch.Tensor]) -> "VectorReader":
-        """Return a reader for B prompts.
+        """Return a `VectorReader` for B prompts.
 
         Args:
             prompts: the token ids of each prompt. A prompt has one placeholder for each of its vectors.
@@ -110,8 +113,8 @@ class VectorLM(nn.Module):
         return VectorReader(self, inputs, F.pad(mask, (len(common), 0), value=1), passages, cache)
 
     def _common(self, prompts: list[list[int]]) -> list[int]:
-        """Return the common prefix of several prompts, as token ids. It ends before the first vector, and is shorter
-        than the shortest prompt. For a single prompt, it is empty."""
+        """Return the common prefix of several prompts, as token ids. The prefix ends before the first placeholder. It
+        is shorter than the shortest prompt. For a single prompt, the prefix is empty."""
         if len(prompts) < 2:
             return []
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
@@ -163,9 +166,9 @@ class VectorReader:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The time of a pass over 1, 2, ... vectors, divided by the time of a pass over one vector. If padding inside a
-        prompt would change the result, or if tokens cannot be removed from the cache, this tuple has a single entry, so
-        that each pass has one vector."""
+        """The time of a pass over 1, 2, ... vectors, divided by the time of a pass over one vector. If padding between
+        the tokens of a prompt would change the result, or if tokens cannot be removed from the cache, the tuple has a
+        single entry. Each pass then processes one vector."""
         if not _minds_no_gaps(self.network.body) or not _can_be_cut(self.cache):
             return COSTS[torch.float32][:1]
         return COSTS.get(self.network.body.dtype, COSTS[torch.bfloat16])
@@ -187,8 +190,9 @@ class VectorReader:
     def keep(self, counts: Sequence[int]) -> None:
         """Keep the first counts[b] tokens of the last pass for prompt b, and remove the other tokens of this pass.
 
-        Tokens that no prompt keeps are removed from the cache. Tokens that only some prompts keep stay in the cache.
-        For the other prompts, these tokens are masked, and the positions continue as if these tokens did not exist.
+        The cache has equally many tokens for each prompt, so it is cut to the largest of the counts. If prompt b has a
+        smaller count, the cache still contains tokens that prompt b does not keep. These tokens are masked, and the
+        next token of prompt b gets the position after the last token that prompt b keeps.
         """
         kept, most = torch.tensor(counts, device=self.device)[:, None], max(counts)
         read = self.inputs.shape[1]
@@ -200,17 +204,17 @@ class VectorReader:
         self.positions = self.positions[:, :1] + kept - 1
 
     def _logits(self, last: int) -> torch.Tensor:
-        """Process the current inputs. Returns float32 logits (B, last, N) after each of the last inputs."""
+        """Process the current inputs. Returns float32 logits (B, last, N) after each of the last `last` inputs."""
         states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
         return torch.einsum("bmh,bnh->bmn", states[:, -last:].float(), self.passages.float())
 
 
 def _minds_no_gaps(body: Any) -> bool:
-    """Return whether padding inside a prompt leaves the result of a model unchanged if the mask and the positions
-    account for the padding.
+    """Return whether padding between the tokens of a prompt leaves the result of a model unchanged, provided that the
+    padding is masked and the positions do not count it.
 
-    This is false for sliding-window and chunked attention, which count padding as tokens, and for transformers models
-    that accept no positions.
+    The result is False for sliding-window and chunked attention, because they count padding as tokens. It is also False
+    for models of transformers that have no argument `position_ids`.
     """
     kinds = getattr(body.config, "layer_types", None)
     limits = [getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
@@ -219,8 +223,8 @@ def _minds_no_gaps(body: Any) -> bool:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Return whether tokens can be removed from a cache of transformers. This requires that the prompt was processed,
-    and that the cache contains nothing but keys and values for each token."""
+    """Return whether tokens can be removed from a cache of transformers. The result is False before the first
+    forward pass, and if a layer of the cache stores anything other than the keys and values of all tokens."""
     from transformers.cache_utils import DynamicLayer
 
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -241,7 +245,7 @@ def projector(kind: str, width: int, hidden: int) -> nn.Module:
     """Return a projector from `width` to `hidden` dimensions.
 
     Args:
-        kind: `linear`, `mlp{k}x_gelu` (k linear layers with GELU between them) or `identity`.
+        kind: `linear`, `mlp{k}x_gelu` (k linear layers with GELU between them, k from 1 to 9) or `identity`.
         width: the dimension of the vectors.
         hidden: the width of the language model.
 
