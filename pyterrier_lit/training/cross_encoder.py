@@ -1,10 +1,10 @@
 """Training of CrossEncoder: it learns to order a query's passages, from labels or from a teacher.
 
-A training example is a query with some of its passages. The network scores each query-passage pair, and a loss
-compares the scores with the targets of the passages. Rank-DistiLLM (arXiv 2405.07920) trains in two stages. Stage 1
-learns from labels, with one relevant passage and several non-relevant passages of the first stage per query (the loss
-"lce"). Stage 2 learns from the rankings of a large language model, with all pairs of passages in a ranking (the loss
-"ranknet").
+A training example is a query with some of its passages. Each passage has a target: its label in the qrels, or its score
+from a teacher. The network scores each query-passage pair, and a loss compares the scores with the targets.
+Rank-DistiLLM (arXiv 2405.07920) trains in two stages. Stage 1 learns from labels, with one relevant passage and several
+non-relevant passages of the first stage per query (the loss "lce"). Stage 2 learns from the rankings of a large
+language model, with all pairs of passages in a ranking (the loss "ranknet").
 """
 
 import dataclasses
@@ -44,8 +44,9 @@ class PairRecipe(Recipe):
     Args:
         loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse", "mse" or "list_mle"; see `training.losses`.
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
-        n_passages: how many passages of a list are sampled for an example. None takes all passages of the list (with
-            "single_relevant": one passage with a positive target, and all passages without one).
+        n_passages: how many passages of a query's list are sampled for a training example. None takes all passages of
+            the list. With the sampling "single_relevant", None takes one passage with a positive target and all
+            passages without a positive target.
         sampling: how the passages are sampled. "top" takes the first passages of the list. "random" samples uniformly.
             "top_and_random" takes the first n_passages / 2 passages and samples the other passages uniformly.
             "log_random" samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r). "single_relevant" samples
@@ -68,8 +69,8 @@ class PairRecipe(Recipe):
 
 
 RECIPES: dict[str, Recipe] = {
-    # Source: Rank-DistiLLM, appendix C, and the authors' configurations. They use AdamW with learning rate 1e-5, weight
-    # decay 0.01 on all parameters, no warm-up, and no learning rate schedule
+    # Source: Rank-DistiLLM, appendix C, and its authors' configurations. The authors use AdamW with learning rate 1e-5,
+    # weight decay 0.01 on all parameters, no warm-up, and no learning rate schedule
     "rank-distillm-labels": PairRecipe(
         1e-5, steps=20_000, loss="lce", n_passages=8, sampling="single_relevant", micro_batch=8
     ),
@@ -153,7 +154,7 @@ def score(checkpoint: PairCheckpoint, layout: PairLayout, pairs: list[Pair], max
 
     Args:
         checkpoint: the cross-encoder.
-        layout: the layout of its inputs.
+        layout: the layout of the cross-encoder's inputs.
         pairs: the token ids of the pairs.
         max_tokens: maximum tokens, including padding, in one batch. None is 1,024 on a CPU and 16,384 on a GPU.
     """

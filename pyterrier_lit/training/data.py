@@ -93,15 +93,15 @@ def check_ranked(ranked: int, n: int) -> None:
 
 
 def judgements(frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
-    """Return the validation qrels of the queries in a result frame, in the form that ir_measures takes: a frame with
-    query_id, doc_id and relevance.
+    """Return the qrels of the validation queries, in the form that ir_measures takes: a frame with query_id, doc_id and
+    relevance.
 
     Args:
-        frame: the result frame.
+        frame: a result frame with the validation queries and their passages.
         qrels: a frame with qid, docno and label.
 
     Raises ValueError if a label is not a whole number. Also raises ValueError if no passage in the frame is judged
-    relevant, because the `nDCG@10` of the validation would then always be 0.
+    relevant, because the `nDCG@10` on the validation queries would then always be 0.
     """
     with_labels(frame, qrels, "validation passages")
     labels = numbers(qrels, "label").to_numpy()
@@ -126,7 +126,7 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _content(value: Any) -> Any:
-    """Convert a value that JSON cannot hold. A vector, or a number of NumPy or torch, becomes a digest. An array of
+    """Convert a value that JSON cannot hold. A vector or scalar of NumPy or torch becomes a digest. An array of
     objects becomes a list. Any other value becomes its `repr`."""
     if hasattr(value, "numpy"):  # a torch tensor
         value = value.numpy()
@@ -136,7 +136,8 @@ def _content(value: Any) -> Any:
 
 def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
     """Sample n passages of a list. Return their positions in the list (from 0). If the list has at most n passages or
-    if n is None, all positions are returned, except by the sampling "single_relevant".
+    if n is None, all positions are returned. The sampling "single_relevant" is an exception: it always samples exactly
+    one passage with a positive target.
 
     Args:
         targets: the targets of the passages, in the order of the first stage.
@@ -207,7 +208,7 @@ def window(
 
 
 class Lists(Sequence[Ranking]):
-    """A view of some lists. It contains the lists at the given positions, in the order of the positions."""
+    """A view of a sequence of lists. It contains the lists at the indices `positions`, in the order of `positions`."""
 
     def __init__(self, lists: Sequence[Ranking], positions: Iterable[int]):
         self.lists, self.positions = lists, array("q", positions)
@@ -259,13 +260,13 @@ def take(column: Sequence[Any], positions: Sequence[int]) -> list[Any]:
 
 
 def some_of(given: Ranking, positions: Sequence[int]) -> Ranking:
-    """Return a list reduced to the passages at the given positions, in the order of the positions."""
+    """Return a list reduced to the passages at the given positions, in the order of `positions`."""
     return given._replace(columns={name: take(column, positions) for name, column in given.columns.items()})
 
 
 class Passages(Sequence[Ranking]):
-    """The passages of some lists. Each item is a passage, as a list of one passage. Empty texts are left out, and each
-    distinct text occurs only once.
+    """The passages of some lists. Each item is a passage, as a list of one passage. Passages with empty texts are left
+    out. Of several passages with equal texts, only the first is kept.
 
     Args:
         lists: the lists.
@@ -299,8 +300,9 @@ def read_run(path: str | Path) -> pd.DataFrame:
     computed from the scores. If at least one row of the file has no score, the score of each row is its negative rank.
     If a query has a passage twice, the first of the two rows is kept.
 
-    Raises ValueError, with the place in the file, if a row has no qid or docno, if a number is invalid, or if at least
-    one row has no score and at least one row has no rank. Also raises ValueError if the file has no rows.
+    Raises ValueError, with the place in the file, if a row has no qid or docno, if a score or a rank is invalid,
+    or if at least one row has no score and at least one row has no rank. Also raises ValueError if the file has no
+    rows.
     """
     path = Path(path).expanduser()
     rows = list(run_records(path))
@@ -409,8 +411,9 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
     Args:
         path: the file.
-        orders: only for RankGPT's data: its second file, a JSON array of the teacher's answers. If `orders` is None, a
-            file with the field `retrieved_passages` must have its passages in the teacher's order, as TWOLAR's data do.
+        orders: only for RankGPT's data, which consist of two files: the second file, a JSON array of the teacher's
+            answers. If `orders` is None, the passages in each field `retrieved_passages` must already be in the
+            teacher's order, as in TWOLAR's data.
 
     Returns a frame with qid, query, docno, text, rank (the rank that the teacher gave the passage, from 0) and shown
     (the position of the passage in the teacher's input, from 0). If the teacher's order of a list does not name each
@@ -497,8 +500,8 @@ def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
 
 
 def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]:
-    """Return the labels of qrels, each as (qid, docno, label). Raises ValueError if there are no qrels. Also raises the
-    same errors as `_values`."""
+    """Return the labels of qrels, each as (qid, docno, label). Raises ValueError if there are no qrels, if a column is
+    missing, if a row has no qid or docno, or if a label is not a finite number."""
     if qrels is None:
         raise ValueError(
             "there are no labels to learn from: call fit(topics, qrels), or use Distil for a teacher's ranking"
@@ -508,7 +511,8 @@ def label_values(qrels: pd.DataFrame | None) -> Iterator[tuple[str, str, float]]
 
 def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
     """Return the scores of a teacher's run, each as (qid, docno, score). If the run has ranks but no scores, the scores
-    are the negative ranks. Raises the same errors as `_values`."""
+    are the negative ranks. Raises ValueError if a column is missing, if a row has no qid or docno, or if a score is not
+    a finite number."""
     if "score" not in run and "rank" in run:
         run = run.assign(score=-numbers(run, "rank").to_numpy())
     return _values(run, "score", "the teacher's ranking")

@@ -2,8 +2,8 @@
 
 A student is a reranker that is trained. FineTune and Distil read the columns that the student needs from the
 training frame. They add a target (a number, higher is better) for each passage, and call `trainer.train` with the
-recipe. The recipes of `pyterrier_lit.cross_encoder.CrossEncoder` are in `pyterrier_lit.training.cross_encoder`. The
-recipes of the other students are in modules that are named in the same way.
+recipe. The recipes of a student are in its training module, which has the same name as the module of the student: the
+training module of `pyterrier_lit.cross_encoder.CrossEncoder` is `pyterrier_lit.training.cross_encoder`.
 """
 
 import copy
@@ -44,7 +44,7 @@ class Training(pt.Estimator):
         self.recipe = recipe
         self.verbose = verbose
         self.settings = settings
-        self._logs: list[pd.DataFrame] = []  # the log of each `fit`; compiled copies share this list
+        self._logs: list[pd.DataFrame] = []  # the log of each `fit`; copies by `fuse_rank_cutoff` share this list
 
     @property
     def log(self) -> pd.DataFrame:
@@ -113,7 +113,8 @@ class Training(pt.Estimator):
         return recipe.replace(**{name: self.settings[name] for name in self.settings if name not in FOR_EVERY_RECIPE})
 
     def chosen_settings(self) -> Settings:
-        """Return a `trainer.Settings` with the values that the constructor's `settings` give to its fields."""
+        """Return the `trainer.Settings` that `fit` uses. A field that the constructor's arguments do not set has its
+        default."""
         chosen = {name: self.settings[name] for name in self.settings if name in FOR_EVERY_RECIPE}
         return Settings(verbose=self.verbose, **chosen)
 
@@ -130,15 +131,16 @@ class Training(pt.Estimator):
 
         Args:
             topics_or_res_tr: the training data: a result frame with the columns that the student reads, or a StoredRun,
-                which leaves the texts in their source.
+                which does not hold the texts in memory.
             qrels_tr: the labels of the training queries, a frame with qid, docno and label. FineTune needs them if the
                 recipe learns from labels. Distil ignores them.
             topics_or_res_va: a result frame with the validation queries and their passages, or None.
             qrels_va: the labels of the validation queries, or None.
 
         If the two validation arguments are given, the `nDCG@10` of the student on the validation queries is measured
-        every `every` steps. The measured value equals the `nDCG@10` that `pt.Experiment` would return. At the end, the
-        student has the weights with the highest `nDCG@10`.
+        several times during training. The setting `every` is the number of steps between two measurements. The measured
+        value equals the `nDCG@10` that `pt.Experiment` would return. At the end, the student has the weights with the
+        highest `nDCG@10`.
 
         If the student cannot read a frame, `fit` raises the same errors as the student's `transform`. It also raises
         the errors of StoredRun and of `trainer.train`. `fit` raises TypeError if the student cannot be trained or if a
@@ -181,7 +183,7 @@ class Training(pt.Estimator):
         self.student.note_training(self.told(recipe, objective, len(lists), log))
 
     def told(self, recipe: Recipe, objective: Objective, n_lists: int, log: Log) -> dict[str, str]:
-        """Return the facts about a `fit` that the student's model card records, as name -> text.
+        """Return facts about one `fit` for the student's model card, as name -> text.
 
         Args:
             recipe: the recipe of this `fit`.
@@ -243,8 +245,8 @@ class Training(pt.Estimator):
         }
 
     def apply_attributes(self, **changes: Any) -> "Training":
-        """Return a copy with other arguments or settings. `changes` has their names and new values.
-        `pt.inspect.transformer_apply_attributes` calls this method."""
+        """Return a copy in which some arguments of the constructor have other values. `changes` holds the names of
+        these arguments and the new values. `pt.inspect.transformer_apply_attributes` calls this method."""
         given = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(self)} | changes
         return type(self)(**given.pop("settings") | given)
 
@@ -373,5 +375,5 @@ def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> 
 
 
 def _without_folders(call: str) -> str:
-    """Return the text, in which each quoted local path is shortened to its last part."""
+    """Return the text `call`. Each quoted local path in it is shortened to its last part."""
     return re.sub(r"(?<=['\"])[/~][^'\"]*/", "", call)

@@ -1,10 +1,10 @@
 """Training of LiT5Distill: it learns to generate the teacher's order of a window of passages.
 
 A training example is a window of passages from a query's list. The student reads the passages with their identifiers
-and learns to generate the identifiers in the teacher's order, best first, such as "3 1 2". The windows vary in size and
-some windows are shuffled, so that the student depends neither on the number of passages nor on their order. The first
-tokens of the answer have larger weights in the loss than later tokens, because the first tokens name the best passages.
-Sources: LiT and Lean, ECIR 2025; arXiv 2312.16098.
+and learns to generate the target ranking string: the identifiers in the teacher's order, best first, such as "3 1 2".
+The windows vary in size and some windows are shuffled, so that the student depends neither on the number of passages
+nor on their order. The first tokens of the target ranking string have larger weights in the loss than later tokens,
+because the first tokens name the best passages. Sources: LiT and Lean, ECIR 2025; arXiv 2312.16098.
 
 The recipe `lit5-distill-first` trains a student for `decoding="first"`. This recipe adds a second loss, which trains
 the logits of the first decoding step to rank all passages (FIRST, arXiv 2406.15657).
@@ -31,15 +31,16 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 @dataclasses.dataclass(frozen=True)
 class WindowRecipe(FiDRecipe):
     """A recipe for LiT5Distill. A training example is a window of passages, sampled from a query's list. The paper (LiT
-    and Lean, ECIR 2025) varies the size and the order of the windows. The paper does not state how the sizes and orders
-    are distributed.
+    and Lean, ECIR 2025) varies the size of the windows and the order of the passages in a window. The paper does not
+    state how the sizes and orders are distributed.
 
     Args:
         smallest: the smallest number of passages in a window.
         largest: the largest number of passages in a window. None is the student's window size.
         shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
             stage.
-        decay: the weight of a token of the answer in the loss, divided by the weight of the token before it.
+        decay: the weight of a token of the target ranking string in the loss, divided by the weight of the token
+            before it.
         first_weight: the weight of the loss on the first decoding step, for decoding="first". 0 omits this loss.
         dropout: the dropout rate of the T5.
         max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and
@@ -164,13 +165,14 @@ def first_step_loss(
 
 
 class Beginning:
-    """A `decoding.Reader` for the first tokens of B answers, with gradients.
+    """A `decoding.Reader` that returns a T5's logits for the first tokens of B answers, with gradients.
 
     Args:
         fid: the T5.
         states: the encoder states (B, S, D).
         attention_mask: the mask (B, S) of these states.
-        pieces: the vocabulary ids of the R tokens that the reader knows. Token i of the reader has the id pieces[i].
+        pieces: the vocabulary ids of the R tokens that the reader can generate. The reader numbers these tokens from 0:
+            token i has the vocabulary id pieces[i].
     """
 
     def __init__(self, fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, pieces: list[int]):

@@ -4,9 +4,8 @@ The scores s and the targets t are tensors of shape (Q, N): Q queries with up to
 better. `mask` is a boolean tensor (Q, N) that is true where there is a passage. If `mask` is None, every query has N
 passages. Values outside the mask have no effect.
 
-Some losses are means over pairs of passages of the same query. A query has no such pair if it has a single passage or
-if all its targets are equal. A query without a pair contributes nothing to these losses. If no query has a pair, these
-losses are 0.
+Some losses are means over pairs of passages. The two passages of a pair have the same query and different targets. A
+query without a pair contributes nothing to these losses. If no query has a pair, these losses are 0.
 
 Rank-DistiLLM is arXiv 2405.07920; its original code is in the library lightning-ir. PE-Rank is arXiv 2406.14848.
 """
@@ -30,8 +29,8 @@ def ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temp
 
 
 def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch.Tensor:
-    """RankNet with larger weights for pairs of passages near the top. The loss is the mean, over all pairs of passages
-    in the batch with t_i > t_j, of::
+    """RankNet with larger weights for pairs near the top of the teacher's ranking. The loss is the mean, over all pairs
+    of passages in the batch with t_i > t_j, of::
 
         log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
         r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
@@ -116,11 +115,11 @@ def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, red
     """ListMLE: the negative log-likelihood of the order by target in the Plackett-Luce model. The loss is the mean over
     queries of the mean (reduction="mean") or the sum (reduction="sum") over ranks i of::
 
-        -log softmax(s_i over the passages not yet ranked) at the passage of rank i
+        -log softmax(scores at rank i, over the passages not yet ranked) at the passage of rank i
 
     Args:
-        scores: (Q, N), or (Q, N, N), where row i of a query holds the scores of its passages at rank i. PE-Rank
-            computes new scores at each rank.
+        scores: (Q, N) if the passages have the same scores at all ranks. (Q, N, N) if there are new scores at each
+            rank, as in PE-Rank: for each query and each rank, the scores of the N passages.
         reduction: "mean" or "sum".
 
     Passages with equal targets are ranked in the order of their positions. Sources: Xia et al., ICML 2008; PE-Rank,
@@ -218,7 +217,7 @@ def _divergence(teacher: torch.Tensor, student: torch.Tensor, where: torch.Tenso
 def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two tensors. The first tensor (Q, N, N) holds, for each query and each rank, the log softmax over the
     passages not yet ranked. Its last dimension has the passages in the order of their ranks. Passages that are already
-    ranked have -inf. The second tensor (Q, N) is a mask of the ranks that a query has.
+    ranked have -inf. The second tensor (Q, N) is a mask: for a query with n passages, it is true at the first n ranks.
 
     Args:
         scores: (Q, N) or (Q, N, N), as in `list_mle`.
@@ -241,7 +240,7 @@ def _over_ranks(values: torch.Tensor, ranks: torch.Tensor, reduction: str) -> to
 
     Args:
         values: (Q, N), one value for each rank.
-        ranks: (Q, N), a mask of the ranks that a query has.
+        ranks: (Q, N), a mask. For a query with n passages, it is true at the first n ranks.
         reduction: "mean" or "sum".
 
     Raises ValueError if `reduction` is neither "mean" nor "sum".

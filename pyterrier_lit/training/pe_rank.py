@@ -6,10 +6,11 @@ Stage 1, alignment: the language model sees the vector of a passage in place of 
 Only the projector is trained. The projector maps the vector into the input space of the language model.
 
 Stage 2, ranking: a training example is a window of passages from a query's list. The prompt contains the vectors of the
-passages. After the prompt, the input contains these vectors once more, in the teacher's order. Before each rank, the
-hidden state should have a larger dot product with the vector of the next passage than with the vector of any other
-passage that is not yet ranked (ListMLE). A second prompt contains both the vectors and the texts of the passages, and
-is trained in the same way. A KL divergence distils the rankings of the second prompt into those of the first prompt.
+passages. After the prompt, the input contains these vectors once more, in the teacher's order. The hidden state before
+the vector of a passage should have a larger dot product with this vector than with the vector of any passage that the
+teacher ranks below it (ListMLE). The student also learns the teacher's order from a second prompt, which contains both
+the vectors and the texts of the passages. A KL divergence distils the ranking that the student gives with the second
+prompt into the ranking that it gives with the first prompt.
 """
 
 import dataclasses
@@ -38,7 +39,6 @@ from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_o
 class AlignmentRecipe(Recipe):
     """A recipe for alignment, the first stage of PERank's training. Only the projector is trained, and each passage is
     a training example.
-
 
     Args:
         max_length: maximum tokens of the prompt and its answer together. The answer is the text of the passage. If the
@@ -175,7 +175,7 @@ def embedding(student: PERank) -> Embed:
 
 def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
     """Return the lists, unchanged. Before that, read the vectors of the first list, so that unusable vectors raise an
-    error before the first step. If the lists have a column `doc_vec`, the vectors of all lists are read."""
+    error before the first training step. If the lists have a column `doc_vec`, the vectors of all lists are read."""
     for given in lists:
         embed([given])
         if "doc_vec" not in given.columns:
@@ -188,8 +188,8 @@ def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
 
 class AlignmentBatch(NamedTuple):
     """A batch of B passages for stage 1. `conversations` holds the token ids of B prompts with their answers. `starts`
-    holds the position of the first token of each answer (from 0). `passages` holds the passages, each as a list of one
-    passage."""
+    holds, for each conversation, the position of the first token of the answer (from 0). `passages` holds the passages,
+    each as a list of one passage."""
 
     conversations: list[list[int]]
     starts: list[int]
@@ -218,7 +218,8 @@ def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
 
 
 def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
-    """Return the language model's output layer (H -> V). This layer is used in stage 1 only, and is not trained."""
+    """Return the language model's output layer (hidden size -> vocabulary size). This layer is used in stage 1 only,
+    and is not trained."""
     weight = checkpoint.head()
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight, requires_grad=False)
@@ -226,7 +227,7 @@ def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
 
 
 def the_passage(passage: Ranking, rng: random.Random) -> Ranking:
-    """Return the passage itself. Nothing is sampled."""
+    """Return the passage itself as the training example."""
     return passage
 
 
@@ -265,9 +266,10 @@ def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, embed: Embed, 
 
 
 class RankingExample(NamedTuple):
-    """A window for stage 2. `prompts` holds the token ids of its prompt without texts and, optionally, the token ids of
-    its prompt with texts. Each prompt is followed by its answer. `window` holds the passages in the order in which the
-    student sees them. `order` holds the positions of the passages in the window (from 0), best first."""
+    """A window of passages for stage 2. `prompts` holds one or two lists of token ids. The first list is the prompt
+    without texts. The second list is the prompt with texts; it is absent if the recipe's text_weight is 0. After its
+    prompt, each list contains the answer, one rank token per passage. `window` holds the passages in the order in which
+    the student sees them. `order` holds the positions of the passages in the window (from 0), best first."""
 
     prompts: list[list[int]]
     window: Ranking
@@ -275,9 +277,10 @@ class RankingExample(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """A batch of B windows for stage 2. `views` holds the token ids of all prompts without texts and, optionally, the
-    token ids of all prompts with texts. `windows` holds the passages of each window. `orders` holds, for each window,
-    the positions of its passages (from 0), best first."""
+    """A batch of B windows for stage 2. `views` holds one or two lists. The first list has the token ids of the B
+    prompts without texts, each with its answer. The second list has the token ids of the B prompts with texts, each
+    with its answer; it is absent if the recipe's text_weight is 0. `windows` holds the passages of each window.
+    `orders` holds, for each window, the positions of its passages (from 0), best first."""
 
     views: list[list[list[int]]]
     windows: list[Ranking]
@@ -338,8 +341,7 @@ def sample_window(
 
 
 def collate_windows(examples: list[RankingExample]) -> RankingBatch:
-    """Collect B windows into a batch. The prompts without texts are in one group, and the prompts with texts are in
-    another group."""
+    """Collect B windows into a batch."""
     views = [list(view) for view in zip(*(example.prompts for example in examples), strict=True)]
     return RankingBatch(views, [example.window for example in examples], [example.order for example in examples])
 
@@ -368,8 +370,8 @@ def rank_scores(
     checkpoint: PERankCheckpoint, prompts: list[list[int]], vectors: list[torch.Tensor], orders: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return two tensors for B windows with at most N passages. The first tensor (B, N, N) holds the scores: for each
-    rank, the dot products of the hidden state before this rank with the vector of each passage. The second tensor (B,
-    N) is a mask of the passages.
+    rank, the dot products of the hidden state before the token of this rank with the vector of each passage. The second
+    tensor (B, N) is a mask of the passages.
 
     Args:
         checkpoint: the PE-Rank model.
@@ -384,7 +386,7 @@ def rank_scores(
 
 
 def worth(order: list[int]) -> list[int]:
-    """Return the target of each of n positions. The target is n for the position that comes first in `order`, and 1 for
-    the position that comes last."""
+    """Return the ListMLE target of each of the n passages in a prompt, in the order of the prompt. The target is n for
+    the passage that `order` lists first, and 1 for the passage that it lists last."""
     value_of = dict(zip(order, range(len(order), 0, -1), strict=True))
     return [value_of[position] for position in range(len(order))]

@@ -1,9 +1,10 @@
 """Training from a run in a file, without a frame: memory holds a few bytes per row, and each batch looks up its texts.
 
-A result frame with all texts can be too large for memory. A StoredRun therefore leaves the texts in their source. For
-each row, memory holds the docno and the target. For each query, memory holds the qid, the text of the query and the
-index of the query's first row. The lists of a StoredRun equal the lists of a result frame with the same rows. Training
-on the StoredRun therefore gives the same student as training on the frame.
+A result frame with all texts can be too large for memory. A StoredRun therefore leaves the texts in their source, such
+as a document store. For each row, memory holds the docno and the target. For each query, memory holds the qid, the text
+of the query and the index of the query's first row. A list is a query with its passages. The lists of a StoredRun equal
+the lists of a result frame with the same rows. Training on the StoredRun therefore gives the same student as training
+on the frame.
 """
 
 import math
@@ -50,8 +51,8 @@ class StoredRun:
     Args:
         path: a TREC run or JSON lines, both optionally gzipped, or a parquet file. The rows of a query must be
             consecutive. The passages of a query are ordered by rank, and passages with equal ranks by descending score.
-            If a passage has no rank, all passages of its query are ordered by descending score. If its query also has a
-            passage without a score, they keep the order of the file.
+            If a passage of a query has no rank, the passages of this query are ordered by descending score. If, in
+            addition, a passage of this query has no score, the passages of this query keep the order of the file.
         topics: the text of each query: a frame with qid and query, a mapping qid -> text, or a file (`qid tab query`,
             or .jsonl[.gz] with lines {qid, query}).
         texts: the text of each docno: a text loader, an object that has one (a dataset, an index), a document store of
@@ -59,9 +60,9 @@ class StoredRun:
             A text loader must add the column that the student's `text_field` names.
         depth: how many passages of each query to use, from the top. None uses all passages.
 
-    The constructor reads the run once. It raises OSError if the run cannot be read, and TypeError if `topics` is of
-    another type. It raises ValueError, with the line, if the run is malformed or empty, if the rows of a query are not
-    consecutive, if a query has a passage twice, or if a qid is missing from the topics.
+    The constructor reads the run once. It raises OSError if the run cannot be read, and TypeError if `topics` has none
+    of the types named above. It raises ValueError, with the line, if the run is malformed or empty, if the rows of a
+    query are not consecutive, if a query has a passage twice, or if a qid is missing from the topics.
 
     If a passage has no text, `fit` raises ValueError with the qid and the docno. Before the first step, `fit` checks
     the texts of at least 100 queries (all, if the run has fewer), spread over the run. The texts of the other queries
@@ -115,7 +116,7 @@ class StoredRun:
         Args:
             teacher: as for `data.with_teacher`. A teacher that is a transformer is called with about 20,000 passages at
                 a time.
-            text_field: the name of the column in which this transformer gets the texts of the passages.
+            text_field: the name of the column in which a teacher that is a transformer gets the texts of the passages.
         """
         if teacher is None:
             lengths = (end - start for start, end in pairwise(self.starts))
@@ -140,8 +141,8 @@ class StoredRun:
                 supply is used. A stored run can supply the texts and the targets, but no other columns.
             text_field: the name of the column with the texts.
 
-        Raises ValueError if a stored run can supply none of the column sets. Raises TypeError if StoredRun does not
-        accept texts of the given type.
+        Raises ValueError if a stored run can supply none of the column sets. Raises TypeError if the run's argument
+        `texts` has a type that StoredRun does not accept.
         """
         held = {text_field, "target"}
         columns = next((columns for columns in column_sets if columns.keys() <= held), None)
@@ -158,7 +159,8 @@ class StoredRun:
         return run
 
     def _joined(self, values: Values, missing: float) -> "array[float]":
-        """Return the value of each row of the run. If several values have the same qid and docno, the first one counts.
+        """Return one value for each row of the run: the value for the row's qid and docno. If several values have the
+        same qid and docno, the first one counts.
 
         Args:
             values: the values, each as (qid, docno, value).

@@ -34,14 +34,15 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
 MEASURE = "nDCG@10"  # the name of the result of `validate` in the log
-STARTED_WITH = "training.json"  # in the training folder: the recipe, seed, data and weights that training started with
-WHOLE = "whole.json"  # in each checkpoint, written last: the sizes of its other files in bytes
+STARTED_WITH = "training.json"  # a file in the training folder: the recipe, seed, data and weights at the start
+WHOLE = "whole.json"  # a file in each checkpoint, written last: the sizes of the checkpoint's other files in bytes
 WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
 # Each network that was trained with a folder -> the folder, and the digest of the network's initial weights. Resuming
 # in the same process needs this digest, since the network no longer has its initial weights
 _began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
-# Log entries in the order of the steps. Each has `step`, and either loss, learning_rate and grad_norm, or nDCG@10
+# Log entries in the order of the steps. Each entry has `step`. An entry of the training also has `loss`,
+# `learning_rate` and `grad_norm`. An entry of a measurement also has `nDCG@10`
 Log = list[dict[str, float]]
 
 
@@ -124,12 +125,12 @@ class Recipe:
 
 
 def as_it_is(seed: int) -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that changes nothing in the network. It is the default of `Objective.around`."""
+    """Return a context manager that does nothing. The random seed has no effect."""
     return contextlib.nullcontext()
 
 
 class Objective(NamedTuple):
-    """What a student learns: its network, and the functions that lead from training lists to a loss.
+    """A student's network, and the functions that compute a training loss from lists.
 
     If the recipe's `workers` is above 0, `sample` and `collate` run in other processes and may be pickled. They must
     therefore be module-level functions, or `functools.partial` objects of such functions.
@@ -154,7 +155,7 @@ class Objective(NamedTuple):
     """The end of the error message that is raised if `prepare` returns no lists."""
     around: Callable[[int], contextlib.AbstractContextManager[None]] = as_it_is
     """A function: seed -> a context manager. Training runs inside this context manager, which can change the network
-    until training ends, for example by adding adapters."""
+    until training ends, for example by adding adapters. The default, `as_it_is`, changes nothing."""
 
 
 def train(
@@ -170,12 +171,12 @@ def train(
     """Train the objective's network in place, and return the log.
 
     Args:
-        objective: the network, and the functions that lead from lists to a loss.
+        objective: the network, and the functions that compute a training loss from lists.
         lists: the lists that `objective.prepare` returned.
         recipe: the hyperparameters.
         settings: the settings that do not depend on the recipe. None is `Settings()`.
-        described: a name and a value for everything else that must be unchanged for training to resume from
-            `settings.folder`, such as a digest of the data.
+        described: name -> value, such as a digest of the data. Training resumes from `settings.folder` only if these
+            values, the recipe, the seed and the initial weights are unchanged.
         validate: a function that returns the quality of the network (higher is better). It is called every
             `settings.every` steps. At the end, the network has the weights for which `validate` returned the highest
             value.
@@ -230,7 +231,7 @@ def training_arguments(
         recipe: the hyperparameters.
         settings: the settings that do not depend on the recipe.
         device: the device of the network.
-        validated: whether the network is measured during training.
+        validated: whether `train` has a function `validate`.
 
     Raises ValueError, as `train` does, if there are no lists, if the batch sizes do not match, or if there would be
     less than one step. Warns if the warm-up is as long as the training.
@@ -332,8 +333,8 @@ def _claim(folder: Path, started: dict[str, Any]) -> None:
 def _starting_weights(network: nn.Module, folder: Path) -> str:
     """Return a digest of the weights with which training of a network in a folder started.
 
-    If this process has trained the network in this folder before, and the folder has a complete checkpoint, this is the
-    digest of the weights before that training. Otherwise, it is the digest of the current weights.
+    If this process has trained the network in this folder before, and the folder has a complete checkpoint, the result
+    is the digest of the weights before that earlier training. Otherwise, it is the digest of the current weights.
     """
     before = _began.get(network)
     if before is None or before[0] != folder or not _last_whole(folder):
@@ -351,8 +352,8 @@ def digest(network: nn.Module) -> str:
 
 
 def _last_whole(folder: Path) -> str | None:
-    """Return the path of the last complete checkpoint in a folder, or None if there is none. A later checkpoint is
-    incomplete if the process was killed while writing it."""
+    """Return the path of the last complete checkpoint in a folder, or None if there is none. If the process was
+    killed while it wrote a checkpoint, this checkpoint is incomplete."""
     states = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     whole = [path for path in states if _is_whole(path)]
     return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
@@ -448,7 +449,8 @@ class NetworkWithLoss(nn.Module):
         self.network, self.loss = network, loss
 
     def forward(self, batch: SimpleNamespace) -> dict[str, torch.Tensor]:
-        """Return {"loss": the loss of one micro-batch}, a scalar tensor. `_as_argument` has wrapped the micro-batch."""
+        """Return {"loss": the loss of one micro-batch}, a scalar tensor. `batch.examples` is the micro-batch, as the
+        function `collate` of an Objective returns it."""
         return {"loss": self.loss(batch.examples)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
@@ -475,7 +477,7 @@ def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 def _as_argument(collate: Callable[[list[Any]], Any], examples: list[Any]) -> dict[str, SimpleNamespace]:
     """Collate examples to a batch, and return it as the keyword argument of `NetworkWithLoss.forward`. The batch is
-    wrapped, so that the Trainer does not unpack it."""
+    wrapped in a SimpleNamespace, so that the Trainer does not unpack it."""
     return {"batch": SimpleNamespace(examples=collate(examples))}
 
 
@@ -598,8 +600,8 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def _eager_attention_on_cpu(network: nn.Module) -> Iterator[Callable[[Callable[[], float]], Callable[[], float]]]:
-    """Return a context manager in which a network on a CPU uses "eager" attention. On a CPU, the gradient of the fused
-    kernel ("sdpa") is several times slower than that of "eager" attention.
+    """Return a context manager in which a network on a CPU uses "eager" attention. On a CPU, the backward pass of
+    the fused kernel ("sdpa") is several times slower than the backward pass of "eager" attention.
 
     The context manager yields a decorator. A decorated function runs with the network's usual attention. At the end,
     every model of transformers in the network has its usual attention again.
