@@ -40,7 +40,7 @@ class TextLM(VectorLM):
         self.model = model
 
     def begin(self, prompts: list[list[int]], pieces: Sequence[int] | None = None) -> "TextReader":
-        """Return a `TextReader` for B prompts.
+        """Read B prompts and return a `TextReader`, which generates the tokens that follow them.
 
         Args:
             prompts: the token ids of each prompt.
