@@ -29,8 +29,9 @@ def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) ->
 
     Args:
         checkpoint: the cross-encoder.
-        lengths: the maximum lengths of a query and of a passage in tokens. If neither is None, the classifier's
-            maximum input length is at most the sum of both lengths and the number of special tokens.
+        lengths: the maximum lengths of a query and of a passage in tokens. If both are given, the classifier truncates
+            its input to the length of query + passage + special tokens, or to the checkpoint's own limit if it is
+            lower.
 
     Raises ValueError if the checkpoint is in int8, or if the score is not a linear function of the first token's hidden
     state.

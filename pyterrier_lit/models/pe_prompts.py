@@ -43,8 +43,9 @@ TEXT_PROMPT = (
 class ChatPrompter:
     """The base class of all prompters. A prompter builds prompts with a tokenizer and its chat template.
 
-    Each prompt is a single user turn. In the query and in the texts of the passages, a space inside each special token
-    turns the token into plain text. In the texts of the passages, `[12]` becomes `(12)`.
+    Each prompt is a single user turn. If the query or a passage contains a special token such as `</s>`, the prompter
+    puts a space into it, so that the tokenizer reads it as plain text. In the texts of the passages, `[12]` becomes
+    `(12)`.
 
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
@@ -65,7 +66,7 @@ class ChatPrompter:
 
         Args:
             query: the query.
-            texts: one item per passage, as for `messages`.
+            texts: for each passage, its text. `Prompter` also takes None, for a passage without its text in the prompt.
         """
         return str(
             self.tokenizer.apply_chat_template(self.messages(query, texts), tokenize=False, add_generation_prompt=True)
@@ -76,7 +77,7 @@ class ChatPrompter:
 
         Args:
             query: the query.
-            texts: one item per passage. The subclass states what the items are.
+            texts: an item for each passage, as in `render`.
         """
         raise NotImplementedError
 
@@ -85,7 +86,7 @@ class ChatPrompter:
 
         Args:
             queries: the queries.
-            texts: for each query, one item per passage, as for `messages`.
+            texts: for each query and each of its passages, an item as in `render`.
 
         Raises ValueError if the tokenizer fails.
         """

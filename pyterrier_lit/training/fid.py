@@ -69,8 +69,8 @@ def set_dropout(network: Any, dropout: float) -> None:
 def answer_loss(
     t5: T5Checkpoint, decay: float, max_tokens: int | None, checkpointing: bool, batch: AnswerBatch
 ) -> torch.Tensor:
-    """Return the weighted mean cross-entropy of the tokens of B answers, a scalar tensor. Token t of an answer (from 0)
-    has the weight decay^t.
+    """Return the weighted mean cross-entropy of the tokens of B answers, a scalar tensor. The
+    token at position t of an answer (t = 0, 1, ...) has the weight `decay ** t`.
 
     Args:
         t5: the T5 to train.
