@@ -281,7 +281,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def learner(student: Reranker, arguments: argparse.Namespace) -> Any:
-    """The estimator that the options describe, which trains `student`: a `Distil` or a `FineTune` of
+    """The estimator that trains `student` as the options describe: a `Distil` or a `FineTune` of
     `pyterrier_lit.training`."""
     from pyterrier_lit.training import Distil, FineTune
 

@@ -29,8 +29,8 @@ class Budget:
         self.warned = False
 
     def halve(self, items: int, longest: int) -> None:
-        """Halve the budget after a batch did not fit into memory. The batch had `items` items, each padded to `longest`
-        tokens."""
+        """Set the budget to half of a batch that did not fit into memory. The batch had `items` items, each padded to
+        `longest` tokens."""
         self.tokens = items // 2 * longest
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -83,8 +83,8 @@ def inference() -> Iterator[None]:
 
 
 def encoder_tokens(device: torch.device) -> int:
-    """The default maximum number of tokens, including padding, in a batch of an encoder. It is 1,024 on a CPU, so that
-    a batch fits into the CPU's caches, and 16,384 on a GPU, so that the GPU is kept busy."""
+    """The default maximum number of tokens, including padding, in a batch of an encoder. On a CPU, the default is
+    1,024, so that a batch fits into the CPU's caches. On a GPU, it is 16,384, so that the GPU is kept busy."""
     return 1_024 if device.type == "cpu" else 16_384
 
 
@@ -157,7 +157,7 @@ def _computed(
         if computed is None:
             budget.halve(len(batch), longest)
             continue
-        if tokens.padded == counted:  # else `function` called map_batches, which has counted its batches
+        if tokens.padded == counted:  # else a call of map_batches in `function` has counted the tokens
             tokens.real += sum(lengths[i] for i in batch)
             tokens.padded += len(batch) * longest
         yield batch, computed

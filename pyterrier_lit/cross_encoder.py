@@ -35,22 +35,22 @@ class CrossEncoder(Reranker):
     h_[CLS] is the encoder's last hidden state at the token [CLS]; w and b are the weights of the scoring head.
 
     Args:
-        model: hub id or folder of a checkpoint, which is a cross-encoder of lightning-ir or a sequence classifier of
-            transformers. A cross-encoder of lightning-ir is an ELECTRA or BERT, such as `webis/monoelectra-base` or
-            `webis/monoelectra-large`; all of lightning-ir's formats since 2024 are supported. A sequence classifier of
-            transformers has one or two labels. With one label, the score is the logit of this label. With two labels,
-            the score is the second logit minus the first. A sequence classifier is used with its own tokenizer, token
-            types and default prompt, as in sentence-transformers. A folder that `save` wrote can be given, too. Code
-            inside a checkpoint is never run.
+        model: hub id or folder of a checkpoint. The checkpoint is a cross-encoder of lightning-ir or a sequence
+            classifier of transformers. A cross-encoder of lightning-ir is an ELECTRA or BERT, such as
+            `webis/monoelectra-base` or `webis/monoelectra-large`. All of lightning-ir's formats since 2024 are
+            supported. A sequence classifier of transformers has one or two labels. With one label, the score is the
+            logit of this label. With two labels, the score is the logit of the second label minus the logit of the
+            first. A sequence classifier is used with its own tokenizer, token types and default prompt, as in
+            sentence-transformers. A folder that `save` wrote can be given, too. Code inside a checkpoint is never run.
         query_length: maximum length of a query in tokens. None takes the maximum that the checkpoint records. If the
-            checkpoint records no maximum, the maximum is 32 for a cross-encoder of lightning-ir; for a sequence
-            classifier, there is no maximum.
+            checkpoint records no maximum, a cross-encoder of lightning-ir has the maximum 32, and a sequence classifier
+            has no maximum.
         doc_length: maximum length of a passage in tokens. None takes the maximum that the checkpoint records. If the
-            checkpoint records no maximum, the maximum is 256 for a cross-encoder of lightning-ir; for a sequence
-            classifier, there is no maximum. If a query and a passage together exceed the model's maximum input length,
-            the longer of the two texts is truncated first, as in sentence-transformers. If more than half of the
-            passages of a call were truncated, a warning appears. With `verbose`, the progress bar shows the number of
-            query-passage pairs with a truncated passage.
+            checkpoint records no maximum, a cross-encoder of lightning-ir has the maximum 256, and a sequence
+            classifier has no maximum. If a query and a passage together exceed the model's maximum input length, the
+            longer of the two texts is truncated first, as in sentence-transformers. If the passage is truncated in more
+            than half of the query-passage pairs of a call, a warning appears. With `verbose`, the progress bar shows
+            the number of such pairs.
         special_tokens: how the characters of a special token, such as [SEP], are read inside a query or passage.
             "parse" reads these characters as a control token, as lightning-ir does. "text" reads them as plain
             characters; choose "text" for untrusted queries or passages.
@@ -87,8 +87,9 @@ class CrossEncoder(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists, one per query, each with one value per passage of the query. Returns a dict
-        with one entry, `score`: Q lists with one score per passage. Identical query-passage pairs are scored only once.
+        columns: column name -> a list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}.
+        Returns a dict with one entry, `score`: Q lists with one score per passage. Identical query-passage pairs are
+        scored only once.
         """
         self.option("special_tokens", SPECIAL_TOKENS)  # raises ValueError before the checkpoint is loaded
         checkpoint: PairCheckpoint = self.load()
@@ -135,7 +136,7 @@ class CrossEncoder(Reranker):
         """Return this reranker in int8, which is faster on a CPU with VNNI instructions.
 
         NNCF quantises the weights and the activations of the network, and OpenVINO computes the scores. Quantisation
-        takes some 10 seconds for a model of MiniLM's size, and longer for a larger one. The scores and the rankings
+        takes some 10 seconds for a model of MiniLM's size, and longer for a larger model. The scores and the rankings
         differ slightly from those in float32. The returned reranker runs only on a CPU. It can be saved and loaded like
         any CrossEncoder, but it cannot be trained.
 
@@ -148,9 +149,9 @@ class CrossEncoder(Reranker):
         OpenVINO and NNCF send anonymous usage data to their authors, unless you run `opt_in_out --opt_out` once.
 
         Raises ImportError if OpenVINO or NNCF (the package's extra `int8`) is not installed, and TypeError if a query
-        or passage is not a string. Raises ValueError if `frame` lacks one of the two columns or has no rows, if
-        `n_pairs` is less than 1, if the encoder is not a BERT, CamemBERT, ELECTRA, RoBERTa or XLM-R, or if this
-        reranker is in int8 already.
+        or passage is not a string. Raises ValueError if `frame` lacks one of the two columns or has no rows, or if
+        `n_pairs` is less than 1. Also raises ValueError if the encoder is not a BERT, CamemBERT, ELECTRA, RoBERTa or
+        XLM-R, or if this reranker is in int8 already.
         """
         drawn = sampled(frame, ["query", *self.text_column()], n_pairs)
         queries, passages = (
@@ -176,7 +177,7 @@ class CrossEncoder(Reranker):
         return layout, pairs
 
     def cut_pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair], int]:
-        """Like `pairs`, but also returns, as the third result, the number of pairs whose passage was truncated."""
+        """Like `pairs`, with a third result: the number of pairs whose passage was truncated."""
         lengths = self.lengths()
         layout: PairLayout = self.load().layout(special_tokens_as_text=self.option("special_tokens", SPECIAL_TOKENS))
         queries = list(dict.fromkeys(query for query, _ in texts))
@@ -191,9 +192,9 @@ class CrossEncoder(Reranker):
         """The maximum length of a query and of a passage in tokens, in a dict with the keys `query_length` and
         `doc_length`.
 
-        Each value is the reranker's argument with the name of the key. If the argument is None, the maximum comes
-        from the checkpoint. None in the result means that there is no maximum. Raises ValueError if a length is not a
-        positive whole number.
+        Each value is the reranker's argument of the same name. If the argument is None, the maximum comes from the
+        checkpoint. None in the result means that there is no maximum. Raises ValueError if a length is not a positive
+        whole number.
         """
         checkpoint: PairCheckpoint = self.load()
         lengths: dict[str, int | None] = {}

@@ -33,7 +33,8 @@ class Reader(Protocol):
 
 
 class Drafting(Reader, Protocol):
-    """A reader that can remove the last processed tokens from its cache, as draft and verify (`in_turn`) requires."""
+    """A reader that can remove the tokens of its last pass from its cache. The function `in_turn` requires such a
+    reader."""
 
     @property
     def costs(self) -> tuple[float, ...]:
@@ -113,7 +114,7 @@ class Pace:
         self.hits, self.trials = self.HITS, self.TRIALS
 
     def length(self, most: int) -> int:
-        """The length of the next draft in tokens. It is at most `most`."""
+        """How many drafted tokens the next pass processes, at most `most`. The draft has one token more."""
         share = self.hits / self.trials
         expected = [sum(share**place for place in range(length + 1)) for length in range(len(self.costs))]
         gains = [tokens / cost for tokens, cost in zip(expected, self.costs, strict=True)][: most + 1]
@@ -145,8 +146,9 @@ def first_scores(
     """The log-probability that each candidate is generated first, up to a constant per row.
 
     For a candidate of one token, the log-probability is log p(token). For a candidate of two tokens, it is log p(first
-    token) + log p(second token | first token). words, counts: as in `at_once`. Returns the log-probabilities (B, N),
-    and a mask (B, N) that is True for the candidates of each row.
+    token) + log p(second token | first token). The second term is a log-softmax over the row's candidates of two
+    tokens. words, counts: as in `at_once`. Returns the log-probabilities (B, N), and a mask (B, N) that is True for the
+    candidates of each row.
 
     Raises ValueError if a candidate has more than two tokens, or if the candidates of two tokens do not all have the
     same first token.
@@ -159,7 +161,7 @@ def first_scores(
         )
     device, n = reader.device, torch.tensor(counts, device="cpu")[:, None]
     usable = (torch.arange(len(words), device="cpu") < n).to(device)  # (B, N)
-    # All first tokens come from one softmax, whose normalising constant does not change the order
+    # One softmax gives the probabilities of all first tokens. Its normalising constant does not change the order
     likelihood = reader.start().float()[:, torch.tensor([word[0] for word in words], device=device)]
     if begins:
         two = torch.tensor([len(word) > 1 for word in words], device=device) & usable
@@ -195,7 +197,7 @@ class Speller:
         self.tokens = torch.tensor(table, device="cpu").T  # (depth, N)
         self.lengths = torch.tensor([len(word) for word in words], device="cpu")  # (N,)
         self.unused = torch.arange(len(words), device="cpu") < torch.tensor(counts, device="cpu")[:, None]  # (B, N)
-        # (B, N): the unused candidates that begin with the tokens chosen since the last complete candidate
+        # (B, N): the unused candidates that begin with the chosen tokens of the current, unfinished candidate
         self.candidates_left = self.unused
         # (B,): the number of candidates still to choose
         self.left = torch.tensor(counts if needed is None else needed, device="cpu")
@@ -203,7 +205,7 @@ class Speller:
         self.written = torch.zeros(len(counts), dtype=torch.long, device="cpu")
         # (B,): 0 if the logits of all choices were finite, else nan or an infinity
         self.broken = torch.zeros(len(counts), dtype=torch.float32, device="cpu")
-        # For each position of a token in its candidate: the latest logits for this position, (B, R)
+        # Entry i has the latest logits for the i-th token of a candidate, (B, R); i counts from 0
         self.seen: list[torch.Tensor | None] = [None] * self.depth
 
     @property
@@ -217,7 +219,7 @@ class Speller:
         rows: a mask (B,) of the rows that choose a token; None is all rows.
 
         Returns two tensors (B,). The first has the chosen tokens. The second has the candidate that this token
-        completes, or -1 if it completes no candidate. Rows that are not in `rows`, and rows without unused candidates,
+        completes, or -1 if the token completes none. Rows that are not in `rows`, and rows without unused candidates,
         do not change: their token is meaningless, and their candidate is -1.
         """
         rows = torch.ones_like(self.going) if rows is None else rows
@@ -241,13 +243,15 @@ class Speller:
         return token, candidate
 
     def draft(self, length: int) -> torch.Tensor:
-        """A draft of the next `length` tokens of each row, (B, length): the tokens of the unused candidates, from the
-        most to the least probable candidate by the latest logits. If a row has begun a candidate, the draft first
-        completes the most probable candidate with this beginning.
+        """The draft of each row: the next `length` tokens as the latest logits predict them, (B, length).
+
+        The draft has the tokens of the unused candidates, from the most to the least probable candidate. A row may have
+        chosen only the first tokens of a candidate. Its draft then begins with the rest of the most probable candidate
+        that starts with these tokens.
 
         The probability of a candidate is the product of the probabilities of its tokens. If there are no logits yet for
-        a position in the candidates, all tokens at this position count as equally likely. Equally likely candidates
-        keep their order.
+        the i-th token of a candidate, all tokens there count as equally likely. Equally likely candidates keep their
+        order.
         """
         likelihood = torch.zeros(self.unused.shape, device="cpu")
         for place, logits in enumerate(self.seen):

@@ -25,13 +25,13 @@ def rerank(
     Args:
         frame: a frame with the columns `qid`, `query` and `docno`, and with the columns of one of `column_sets`. Its
             rows may have any order and any index. The frame is not modified.
-        results: a function that is called once with two arguments. The first argument is the list of all queries. The
-            second argument is a dict of columns: column name -> one list per query, with one value per passage of the
-            query. The columns are `docno` and the columns of the set in `column_sets` that is used. The passages of a
-            query are in the order of their `rank`. Without a column `rank`, they are in the order of descending
-            `score`. Without both columns, they are in the order of their rows. The function returns a dict. Its entry
-            `score` has one list per query, with one score per passage of the query (higher is better). For each of
-            `query_columns`, the dict also has an entry with one value for each query.
+        results: a function that is called once, with the list of all queries and a dict: column name -> a list per
+            query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}. The columns are `docno` and
+            the columns of the set in `column_sets` that is used. The passages of a query are ordered by `rank`. Without
+            a column `rank`, they are ordered by descending `score`. Without both columns, they are in the order of
+            their rows. The function returns a dict. Its entry `score` has one list per query, with one score per
+            passage (higher is better). For each name in `query_columns`, the dict also has an entry with one value per
+            query.
         column_sets: alternative sets of columns. Each set maps a column name to the type of its values: str, or object
             for any type. The first set whose columns are all in the frame is used.
         query_columns: names of columns that are added to the frame besides `score` and `rank`.
@@ -41,13 +41,13 @@ def rerank(
     values, and all other columns are kept. If pt.model.STRICT_SORT is set, the rows are sorted by qid and rank.
     Passages with equal scores keep their incoming order.
 
-    If a text contains half of a surrogate pair, which no tokenizer accepts, the model reads U+FFFD instead; the text in
-    the frame is unchanged. A row without a query, which PyTerrier's operator `+` can produce, takes the query of the
-    other rows with its qid. For other unusual input, see pt_docs/bad_input.rst.
+    No tokenizer accepts half of a surrogate pair in a text. The model reads U+FFFD instead, and the text in the frame
+    is unchanged. PyTerrier's operator `+` can produce rows without a query. Such a row takes the query of another row
+    with the same qid. For other unusual input, see pt_docs/bad_input.rst.
 
     Raises pt.validate.InputValidationError if a column is missing, and TypeError if a query or text is not a string.
-    Raises ValueError if a column occurs twice, if a qid or docno is missing, if a qid has two queries, if an incoming
-    rank or score is not a number, or if a new score is not finite.
+    Raises ValueError if a column occurs twice, if a qid or docno is missing, or if a qid has two queries. Also raises
+    ValueError if an incoming rank or score is not a number, or if a new score is not finite.
     """
     _check_columns(frame, column_sets, context, query_columns)
     if frame.empty:
@@ -104,8 +104,7 @@ def rankings(frame: pd.DataFrame, column_sets: ColumnSets, context: pt.Transform
 def places(frame: pd.DataFrame) -> list[int]:
     """For each row of a frame, the position of its passage in the list of its query, from 0.
 
-    The passages of a list are ordered as in `rerank`: by `rank`; without this column, by descending `score`; without
-    both columns, as in the frame.
+    The passages of a list are ordered as in `rerank`.
     """
     rows = frame.reset_index(drop=True)
     _check_keys(rows)
@@ -141,8 +140,8 @@ def _read(
 ) -> tuple[pd.DataFrame, list[np.ndarray], list[str], dict[str, list[list[Any]]]]:
     """Check a frame and split it into queries and passages.
 
-    Returns four things: the rows with a new index from 0; for each query, its row numbers, best first; the queries; and
-    the columns of the passages, which are `docno` and the first column set whose columns are all in the frame.
+    Returns four things: the rows with a new index from 0; the row numbers of each query, best first; the queries; and
+    the columns that `rerank` passes to `results`.
     """
     column_set = next(columns for columns in column_sets if columns.keys() <= set(frame.columns))
     rows = frame.reset_index(drop=True)
@@ -164,7 +163,7 @@ def _read(
 
 
 def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
-    """For each query, its row numbers, best first."""
+    """For each query, the numbers of its rows, best first."""
     for column, ascending in (("rank", True), ("score", False)):
         if column in rows:
             numbers = _numbers(rows, column)
@@ -174,7 +173,7 @@ def _lists(rows: pd.DataFrame) -> list[np.ndarray]:
 
 
 def _with_queries(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows. If a row has no query, it gets the query of another row with the same qid."""
+    """The rows. A row without a query gets the query of another row with the same qid."""
     missing = rows["query"].isna()
     if not missing.any():
         return rows

@@ -53,9 +53,9 @@ class ListwiseReranker(Reranker):
 
         Args:
             queries: a list of Q texts.
-            passages: a list with, for each query, the list of its passages' texts. Alternatively a dict of columns:
-                column name -> Q lists, one per query, each with one value per passage of the query. The dict must have
-                the column `docno` and the input columns of the reranker.
+            passages: for each query, the list of its passages' texts. Alternatively a dict of columns: column name -> a
+                list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}. The dict must
+                have the column `docno` and the input columns of the reranker.
 
         Raises TypeError if a passage is not a string, and ValueError if the model returns NaN or an infinity.
         """
@@ -68,9 +68,9 @@ class ListwiseReranker(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists, one per query, each with one value per passage of the query. Returns a dict
-        with one entry, `score`: Q lists with one score per passage. Of n passages, the best has the score n and the
-        last has the score 1.
+        columns: column name -> a list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}.
+        Returns a dict with one entry, `score`: Q lists with one score per passage. Of n passages, the best has the
+        score n and the last has the score 1.
         """
         return {"score": [scores(order) for order in self.order_columns(queries, columns)]}
 
@@ -130,8 +130,8 @@ class ListwiseReranker(Reranker):
         return shorter
 
     def fuse_rank_cutoff(self, k: int) -> pt.Transformer | None:
-        """The pipeline that `compile` puts in place of `self >> RankCutoff(k)`. It returns the same k passages in fewer
-        decoding steps.
+        """The pipeline that `compile` puts in place of `self >> RankCutoff(k)`. This pipeline returns the same k
+        passages in fewer decoding steps.
 
         Returns None if `top_k` is already at most k, or if k is less than 1.
         """

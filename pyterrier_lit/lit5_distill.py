@@ -35,9 +35,10 @@ class LiT5Distill(ListwiseReranker):
             (v1) were trained with windows of 20 passages. The checkpoints `castorini/LiT5-Distill-{base,large,xl}-v2`
             (v2) were trained with one window of 100 passages. A folder that `save` wrote can be given, too.
         window_size: number of passages per window, at most 100. None takes the size that the checkpoint records. If the
-            checkpoint records no size, the size follows from its hub id or path, else from the origin in its config:
-            100 if this name contains "v2", and 20 if it contains "LiT5-Distill" without "v2". If no name contains
-            either, the size is 20, with a warning. A list shorter than the window is read in one window.
+            checkpoint records no size, its hub id or path decides: "v2" in this name means 100, and "LiT5-Distill"
+            without "v2" means 20. If this name has neither, the original name in the checkpoint's config decides. If
+            that name has neither, too, the size is 20, and a warning appears. A list shorter than the window is read in
+            one window.
         stride: number of passages by which the window moves up the list. None takes half of the window size, with one
             exception: if `window_size` is None, too, and the checkpoint records a stride, this stride is taken.
         passes: number of times that the windows slide over each list.
@@ -50,12 +51,12 @@ class LiT5Distill(ListwiseReranker):
             sets `top_k`: `((first_stage >> LiT5Distill()) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding without constraints,
-            followed by the original code's clean-up: repeated identifiers are dropped, and passages whose identifier is
-            missing are appended in their incoming order. If the freely generated text is a permutation, "constrained"
-            and "free" give the same order. "first" sorts the passages by the probability of their identifiers at the
-            first decoding step (FIRST, arXiv 2406.15657). A window then takes one decoding step, or two steps if it has
-            more than 56 passages. The published checkpoints were not trained for "first"; the training recipe
-            `lit5-distill-first` trains a checkpoint for "first".
+            followed by the clean-up of the original code. The clean-up drops repeated identifiers, and appends the
+            passages whose identifier is missing in their incoming order. If the freely generated text is a permutation,
+            "constrained" and "free" give the same order. "first" sorts the passages by the probability of their
+            identifiers at the first decoding step (FIRST, arXiv 2406.15657). A window then takes one decoding step, or
+            two steps if it has more than 56 passages. The published checkpoints were not trained for "first"; the
+            training recipe `lit5-distill-first` trains a checkpoint for "first".
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages.
         max_tokens: maximum number of prompt tokens in a batch of windows. The keys and values of each token take
@@ -89,8 +90,8 @@ class LiT5Distill(ListwiseReranker):
         """Rank the passages of Q queries. Returns for each query the positions of its passages in the given list (from
         0), best first.
 
-        columns: column name -> Q lists, one per query, each with one value per passage of the query; only `docno` and
-        the column with the texts are used.
+        columns: column name -> a list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}.
+        Only `docno` and the column with the texts are used.
         """
         decode = self.option("decoding", DECODINGS)
         checkpoint: T5Checkpoint = self.load()
@@ -141,9 +142,9 @@ class LiT5Distill(ListwiseReranker):
     def family(self) -> str:
         """The family of the checkpoint, "v1" or "v2".
 
-        The family follows from the checkpoint's hub id or path, else from the hub id or path that its config records as
-        its origin. If none of them shows a family, the family is "v1". For a trained checkpoint, a warning then says
-        once that "v1" is an assumption.
+        The family is taken from the checkpoint's hub id or path, such as castorini/LiT5-Distill-base-v2. If this name
+        shows no family, the original name in the checkpoint's config decides. If neither name shows a family, the
+        family is "v1". For a trained checkpoint, a warning then says once that "v1" is an assumption.
         """
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
@@ -174,7 +175,6 @@ class LiT5Distill(ListwiseReranker):
 
 
 def _head(query: str, number: int) -> str:
-    """The part of a prompt before the text of the passage. number: the identifier of the passage."""
     return f"Search Query: {query} Passage: [{number}]"
 
 

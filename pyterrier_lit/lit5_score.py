@@ -99,9 +99,9 @@ class LiT5Score(Reranker):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists, one per query, each with one value per passage of the query. Returns a dict.
-        Its entry `score` has Q lists with one score per passage. If the argument `answer_field` is not None, the entry
-        with the name `answer_field` has the generated answers to the Q queries.
+        columns: column name -> a list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}.
+        Returns a dict. Its entry `score` has Q lists with one score per passage. If the argument `answer_field` is not
+        None, the entry with the name `answer_field` has the generated answers to the Q queries.
         """
         if not isinstance(self.n_passages, int) or self.n_passages < 1:
             raise ValueError(f"n_passages={self.n_passages!r}; wanted a whole number, at least 1")
@@ -142,9 +142,9 @@ class LiT5Score(Reranker):
         """The maximum lengths of a prompt and of an answer in tokens, in a dict with the keys `max_length` and
         `answer_length`.
 
-        Each value is the reranker's argument with the name of the key. If the argument is None, the maximum is the
-        one that the checkpoint records. If the checkpoint records none, the maximum is the paper's: 150 tokens for a
-        prompt and 20 for an answer.
+        Each value is the reranker's argument of the same name. If the argument is None, the maximum is the one that the
+        checkpoint records. If the checkpoint records none, the maximum is the paper's: 150 tokens for a prompt and 20
+        for an answer.
         """
         checkpoint: T5Checkpoint = self.load()
         return {

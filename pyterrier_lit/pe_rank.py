@@ -90,8 +90,8 @@ class PERank(ListwiseReranker):
         """Rank the passages of Q queries. Returns for each query the positions of its passages in the given list (from
         0), best first.
 
-        columns: column name -> Q lists, one per query, each with one value per passage of the query. The columns are
-        `docno` and one of the sets that `column_sets` returns.
+        columns: column name -> a list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}.
+        The columns are `docno` and one of the sets that `column_sets` returns.
         """
         decode, shows_text = self.option("decoding", DECODINGS), self.option("mode", MODES)
         checkpoint: PERankCheckpoint = self.load()
@@ -115,8 +115,8 @@ class PERank(ListwiseReranker):
     def column_sets(self) -> ColumnSets:
         """Two alternative sets of input columns; each set maps a column name to the type of its values.
 
-        The first set has the column `doc_vec`. The second set has the column with the texts, which are encoded, or no
-        column if `vectors` is given. If the prompt contains the texts, both sets have the column with the texts.
+        The first set has the column `doc_vec`. The second set has the column with the texts, or no column if the
+        argument `vectors` is given. If the prompt contains the texts, both sets have the column with the texts.
         """
         text = self.text_column()
         shown: dict[str, type] = text if self.option("mode", MODES) else {}
@@ -181,6 +181,5 @@ def _read(checkpoint: PERankCheckpoint, batch: list[Prompt]) -> VectorReader:
 
 
 def _tokens(counts: list[int]) -> list[list[int]]:
-    """The candidates for the functions of `decoding`: passage i is the single token i. counts: the number of passages
-    in each window."""
+    """The candidates for the functions of `decoding`: passage i is the single token i."""
     return [[passage] for passage in range(max(counts))]

@@ -38,9 +38,9 @@ class RankMistral(ListwiseReranker):
             sets `top_k`: `((first_stage >> RankMistral(...)) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding of at most 256 tokens
-            without constraints, followed by the original code's clean-up: repeated identifiers are dropped, and
-            passages whose identifier is missing are appended in their incoming order. If the freely generated text is a
-            permutation in the form "[4] > [2] > ...", "constrained" and "free" give the same order.
+            without constraints, followed by the clean-up of the original code. The clean-up drops repeated identifiers,
+            and appends the passages whose identifier is missing in their incoming order. If the freely generated text
+            is a permutation in the form "[4] > [2] > ...", "constrained" and "free" give the same order.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages. The texts are not truncated. If a prompt and its
             answer together are longer than the model's maximum length, ValueError is raised.
@@ -73,8 +73,8 @@ class RankMistral(ListwiseReranker):
         """Rank the passages of Q queries. Returns for each query the positions of its passages in the given list (from
         0), best first.
 
-        columns: column name -> Q lists, one per query, each with one value per passage of the query; only `docno` and
-        the column with the texts are used.
+        columns: column name -> a list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}.
+        Only `docno` and the column with the texts are used.
         """
         decode = self.option("decoding", DECODINGS)
         checkpoint: TextCheckpoint = self.load()

@@ -87,9 +87,9 @@ class Reranker(pt.Transformer):
 
         Args:
             queries: a list of Q texts.
-            passages: a list with, for each query, the list of its passages' texts. Alternatively a dict of columns:
-                column name -> Q lists, one per query, each with one value per passage of the query. The dict must have
-                the column `docno` and the input columns of the reranker.
+            passages: for each query, the list of its passages' texts. Alternatively a dict of columns: column name -> a
+                list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}. The dict must
+                have the column `docno` and the input columns of the reranker.
 
         Raises TypeError if `queries` or the passages of a query are a string instead of a list, or if a query or
         passage is not a string. Raises ValueError if the model returns NaN or an infinity.
@@ -128,16 +128,16 @@ class Reranker(pt.Transformer):
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def for_top(self, top_k: int | None) -> Self:
-        """The reranker that `rank` uses to find the `top_k` best passages. It is this reranker; a listwise reranker
-        returns a copy that decodes only `top_k` ranks. top_k: number of passages; None is all passages."""
+        """The reranker that `rank` uses to find the `top_k` best passages. Most rerankers return themselves. A listwise
+        reranker returns a copy that decodes only `top_k` ranks. top_k: number of passages; None is all passages."""
         return self
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries.
 
-        columns: column name -> Q lists, one per query, each with one value per passage of the query. Returns a dict.
-        Its entry `score` has Q lists with one score per passage. For each column name that `query_columns` returns, the
-        dict also has an entry with Q values, one per query.
+        columns: column name -> a list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}.
+        Returns a dict. Its entry `score` has Q lists with one score per passage. For each column name that
+        `query_columns` returns, the dict also has an entry with Q values, one per query.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it scores passages")
 
@@ -162,8 +162,8 @@ class Reranker(pt.Transformer):
         return []
 
     def columns(self, passages: Passages) -> Columns:
-        """The passages of Q queries as a dict of columns: column name -> Q lists, one per query, each with one value
-        per passage of the query.
+        """The passages of Q queries as a dict of columns, such as {"docno": [["d1", "d2"], ["d7"]]}: each column has a
+        list per query.
 
         passages: as in `score`. A dict is returned unchanged. If lists of texts are given, the column `docno` contains
         the positions of the passages in their list, as strings. Raises TypeError if the passages of a query are a
@@ -200,7 +200,7 @@ class Reranker(pt.Transformer):
                     self._held = self._converted(held) if held.given and self._is_of(held) else Held()
 
     def hold(self, checkpoint: Any) -> None:
-        """Use the given checkpoint instead of the one that `load` would read for the current arguments."""
+        """Use the given checkpoint as if `load` had read it for the current arguments."""
         before = self._held
         self._held = Held(checkpoint, self._source(), given=True, trainings=before.trainings, card=before.card)
         _mind_forks()
@@ -237,7 +237,7 @@ class Reranker(pt.Transformer):
         return held.checkpoint if held.source == self._source() else None
 
     def once(self, build: Callable[[], Loaded]) -> Loaded:
-        """The result of `build`, a function that reads a part of the checkpoint that `load` did not read, such as
+        """The result of `build`. The function `build` reads a part of the checkpoint that `load` left out, such as
         PERank's passage encoder.
 
         Only one thread at a time runs `build` or loads the checkpoint. Raises the same errors as `load`.
@@ -289,11 +289,10 @@ class Reranker(pt.Transformer):
         Args:
             repo_id: owner/name of the repository, which is created if necessary.
             private: whether a new repository is private; None is the account's default.
-            revision: the branch to which the checkpoint is saved, which is created if necessary; None is the main
-                branch.
+            revision: the branch of the repository, which is created if necessary; None is the main branch.
             commit_message: message of the commit; None is a message with the name of the reranker's class.
             token: access token of the hub; None uses the environment variable HF_TOKEN or the token of `hf auth login`.
-            layout: further keyword arguments of `save`; only CrossEncoder has one, which is called `layout`.
+            layout: further keyword arguments of `save`. Only CrossEncoder's `save` has such an argument: `layout`.
 
         If the repository has a README.md that `save` did not write, this README.md is kept. Raises OSError if the
         upload fails.
@@ -320,7 +319,7 @@ class Reranker(pt.Transformer):
 
     def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
         """The text of the model card that is saved with the checkpoint. If the weights are unchanged and `model` is a
-        folder with a card, the text is this card with the checkpoint renamed to `name`. Otherwise it is a new card."""
+        folder with a card, this card is kept, and only its checkpoint is renamed to `name`."""
         held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
         before = held.card
         if before is not None and not held.given and model.is_dir():
@@ -401,16 +400,13 @@ class Reranker(pt.Transformer):
         return bar
 
     def _read(self) -> tuple[Any, str | None]:
-        """A tuple of the checkpoint and the text of the model card in its folder. The text is None if there is no
-        card."""
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)
         folder = self.folder()
         return type(self).read(folder, device, dtype), read_card(folder.path)
 
     def _in_words(self, build: Callable[[], Loaded]) -> Loaded:
-        """The result of `build`, which is called outside inference mode, so that the tensors of the result can be
-        trained.
+        """Call `build` outside inference mode, so that the tensors of its result can be trained.
 
         If a library raises an unexpected error, ValueError is raised instead, with a message that names the model.
         """
@@ -434,7 +430,6 @@ class Reranker(pt.Transformer):
         return tuple(getattr(self, name) for name in self.loads_from)
 
     def _is_of(self, held: "Held") -> bool:
-        """Whether the held checkpoint came from the current values of `model` and `revision`."""
         return held.source is not None and held.source[:2] == (self.model, self.revision)
 
     def call(self) -> str:
@@ -504,7 +499,6 @@ class Held:
 
 @functools.cache
 def _mind_forks() -> None:
-    """Register `Held.after_fork`, once per process. `_mind_forks` is called when a checkpoint is loaded."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=Held.after_fork)
 
@@ -544,5 +538,4 @@ def representation(transformer: pt.Transformer, last: Sequence[str] = ()) -> str
 
 
 def _in_one_line(value: Any) -> str:
-    """The repr of an argument's value on one line. A frame or an array is represented by its type and shape."""
     return f"<{type(value).__name__} of {value.shape}>" if hasattr(value, "shape") else repr(value)

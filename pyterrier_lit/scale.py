@@ -25,14 +25,14 @@ READ = 2_048  # maximum number of characters of a text that count in the estimat
 # a few full batches, and LARGEST. Several shards of size LARGEST fit into memory
 SMALLEST, LARGEST = 32_768, 1_000_000
 IN_FLIGHT = 2  # number of shards that a worker has at a time: it computes one of them, and the other one waits
-# An error is raised after ATTEMPTS deaths of workers over the same shard or, with n workers, after ATTEMPTS * n deaths
-# of workers while they load the model
+# An error is raised after ATTEMPTS deaths of workers over the same shard. While n workers load the model, an error is
+# raised after ATTEMPTS * n deaths
 ATTEMPTS = 3
 PATIENCE = 30  # maximum number of seconds to wait for GPUs and CPU cores that are in use
 
-# Ray reads the variable RAY_DISABLE_FAILURE_SIGNAL_HANDLER when Ray is imported. If the variable is not set then,
-# ray.shutdown() replaces the signal handlers of a JVM in this process. TAKES_SIGNALS: whether Ray was imported before
-# this module and without the variable
+# Ray reads the variable RAY_DISABLE_FAILURE_SIGNAL_HANDLER when Ray is imported. If the variable is not set at this
+# time, ray.shutdown() replaces the signal handlers of a JVM in this process. TAKES_SIGNALS: whether Ray was imported
+# before this module and without the variable
 TAKES_SIGNALS = "ray" in sys.modules and "RAY_DISABLE_FAILURE_SIGNAL_HANDLER" not in os.environ
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
@@ -52,9 +52,9 @@ class Distributed(pt.Transformer):
 
     Ray must be installed (`pip install 'pyterrier-lit[ray]'`). Ray is started on this machine, unless `ray.init` was
     called before or the environment variable RAY_ADDRESS names a cluster. The queries are split into shards. A shard is
-    one or more queries with their passages, and its size is its estimated number of tokens. The largest shards are sent
-    first, and a worker has at most two shards at a time. If a worker dies, a new worker replaces it, and the unfinished
-    shards of the dead worker are computed again.
+    one or more queries with their passages. The shards with the most tokens, by an estimate, are sent first. A worker
+    has at most two shards at a time. If a worker dies, a new worker replaces it, and the unfinished shards of the dead
+    worker are computed again.
 
     The workers only compute scores: this process reads and checks the frame, and computes the ranks. The result is
     therefore the same as with the reranker alone, except that scores may differ in the last bits of a float, since the
@@ -118,8 +118,7 @@ class Distributed(pt.Transformer):
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
         """Score the passages of Q queries on the workers. Returns the same dict as the reranker's method `results`.
 
-        columns: column name -> Q lists, one per query. The list of a query has the value of the column for each of its
-        passages.
+        columns: column name -> a list per query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}.
         """
         shards = shards_of(costs(queries, columns), self.num_workers)
         calls = [
@@ -176,7 +175,8 @@ def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
 
     The most expensive queries come first. If the queries that are not yet in a shard cost C tokens in total, the next
     shard costs about C / (2 * workers) tokens. The last shards are therefore small, and all workers end at about the
-    same time. A shard costs at most LARGEST tokens, unless it is a single query that costs more.
+    same time. If there are enough tokens for all workers, a shard costs about SMALLEST tokens or more. A shard costs at
+    most LARGEST tokens, unless it is a single query that costs more.
     """
     order = deque(sorted(range(len(costs)), key=lambda i: -costs[i]))
     left = sum(costs)
@@ -255,9 +255,8 @@ class Pool:
         """Let the workers compute several calls of `Worker.call`. Yields (index in `asked`, result) for each call, as
         soon as the call has finished.
 
-        asked: one function per call. The function takes no arguments and returns the arguments with which `Worker.call`
-        is called. It is called when a worker is free.
-        wanted: the description with which the workers were started.
+        asked: one function per call. The function takes no arguments and returns the arguments of `Worker.call`. The
+        function is called when a worker is free. wanted: the description with which the workers were started.
         """
         ray = _ray()
         waiting = deque(range(len(asked)))
@@ -315,7 +314,6 @@ class Pool:
             _ray().kill(worker)
 
     def _living(self, wanted: Wanted) -> list[Any]:
-        """Return the workers that were started with `wanted`. Raises RuntimeError if they have been stopped."""
         with self.lock:
             if self.wanted is not wanted:
                 raise RuntimeError("the workers were closed while they ranked; call again")
@@ -336,7 +334,7 @@ def _ray() -> Any:
 
 
 def _ray_started() -> Any:
-    """The module of Ray. Ray is started if necessary. If a JVM runs in this process, its signal handlers are
+    """Start Ray if necessary, and return its module. If a JVM runs in this process, the JVM's signal handlers are
     restored."""
     ray = _ray()
     if not ray.is_initialized():

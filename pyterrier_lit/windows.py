@@ -30,9 +30,9 @@ def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> lis
         size: number of passages per window. The last window, at the top, is shorter if the strides do not end exactly
             at the top of the list.
         stride: number of passages by which the window moves up the list.
-        k: how many ranks of the final order are needed; None is all ranks. If k is given, the needed
-            ranks of a window's new order are those that the next window reads (all except the last `stride` ranks) and
-            those that are among the final k.
+        k: how many ranks of the final order are needed; None is all ranks. With k, a window must order the ranks that
+            the next window reads (all except the last `stride`) and the ranks among the final k. With size=20,
+            stride=10 and k=5, the window at the top must order 5 ranks, and each other window 10.
 
     Raises ValueError if the stride is not between 1 and `size`, or if k is less than 1.
     """

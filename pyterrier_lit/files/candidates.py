@@ -39,9 +39,11 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
     In TIRA's format (rerank.jsonl), each line is an object with qid, query, docno and text, and optionally rank and
     score. Other fields, such as original_document, are ignored. qid and docno may be numbers. The lines of a query must
-    be consecutive. If all candidates of a query have a rank (from 0 or from 1), the candidates are ordered by rank, and
-    candidates of equal rank by descending score. If a candidate has no rank and all candidates have a score, the
-    candidates are ordered by descending score. Otherwise the candidates keep the order of the file.
+    be consecutive.
+
+    If all candidates of a query have a rank (from 0 or from 1), they are ordered by rank, and candidates of equal rank
+    by descending score. If some ranks are missing, the candidates are ordered by descending score. If some scores are
+    missing, too, the candidates keep the order of the file.
 
     In the three other formats, an object is a query with the list of its passages, best first:
 
@@ -52,9 +54,10 @@ def read_rerank_file(path: Path, depth: int | None = None) -> Iterator[Candidate
 
     In these three formats, a query without passages is left out.
 
-    Raises OSError if the file cannot be read. Raises ValueError if a field is missing, if a qid has two queries, if a
-    query has a docno twice, if the lines of a query are not consecutive, or if the file is empty or a pipe. The message
-    names the file and, for a fault in one line, the line. Also raises the errors of `numbered_lines`.
+    Raises OSError if the file cannot be read. Raises ValueError if the file is empty or a pipe, if a field is missing,
+    or if the lines of a query are not consecutive. Also raises ValueError if a qid has two queries, or if a query has a
+    docno twice. The message names the file and, for a fault in one line, the line. Also raises the errors of
+    `numbered_lines`.
     """
     for rows in _queries(path, _rerank_rows(path)):
         differing = next((row for row in rows if row.query != rows[0].query), None)
@@ -72,10 +75,10 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
     Args:
         path: the file of the run.
-        topics: a function that maps qids to a dict from qid to query, without unknown qids. This module's function
-            `topics` returns such a function.
-        documents: a function that maps docnos to a dict from docno to text, without unknown docnos. This module's
-            function `documents` returns such a function.
+        topics: a function that takes qids and returns a dict from qid to query, without unknown qids. This module's
+            function `topics` returns such a function.
+        documents: a function that takes docnos and returns a dict from docno to text, without unknown docnos. This
+            module's function `documents` returns such a function.
         depth: maximum number of candidates per query; None is all.
 
     The candidates of a query are ordered by rank, and candidates of equal rank by descending score. Raises the same
@@ -93,7 +96,7 @@ def read_run(path: Path, topics: Lookup, documents: Lookup, depth: int | None = 
 
 
 def topics(source: str) -> Lookup:
-    """Returns a function that maps an iterable of qids to a dict from qid to query, without unknown qids.
+    """Returns a function that takes qids and returns a dict from qid to query, without unknown qids.
 
     source: a .jsonl[.gz] file with lines {qid, query}, any other file with lines `qid tab query`, or irds:ID for a data
     set of ir_datasets.
@@ -104,7 +107,7 @@ def topics(source: str) -> Lookup:
 
 
 def documents(source: str) -> Lookup:
-    """Returns a function that maps an iterable of docnos to a dict from docno to text, without unknown docnos.
+    """Returns a function that takes docnos and returns a dict from docno to text, without unknown docnos.
 
     source: a .jsonl[.gz] file with lines {docno, text}, any other file with lines `docno tab text`, or irds:ID for a
     data set of ir_datasets.
@@ -166,7 +169,6 @@ def best_first(path: Path, rows: Iterable[Row], depth: int | None = None) -> Ite
 
 
 def _queries(path: Path, rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield the rows of each query. Raises the same errors as `best_first`."""
     if path.is_fifo() or path.is_char_device():
         raise ValueError(f"{path} is a pipe or a terminal; candidates are read twice, so write them into a file")
     finished: set[str] = set()
@@ -203,7 +205,7 @@ def _rerank_rows(path: Path) -> Iterator[Row]:
 
 
 def _listed(where: str, record: dict[str, Any], name: str) -> Iterator[Row]:
-    """The rows of a query whose passages are all in one record, in the list in its field `name`."""
+    """The rows of a record with a query and all its passages. name: the field with the list of the passages."""
     passages = record[name]
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
         raise ValueError(f"{where} has no list of passages under {name}; wanted an object for each")
@@ -306,7 +308,7 @@ def _json(where: str, text: str) -> Any:
 
 
 def key(record: dict[str, Any], name: str, where: str) -> str:
-    """The id in the field `name` of a record, as text. Raises ValueError if it is not a string or a whole number.
+    """The id in the field `name` of a record, as text. Raises ValueError if the field has no string or whole number.
 
     where: the place of the record, for the error message.
     """
@@ -317,7 +319,7 @@ def key(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def _id(value: str, name: str, where: str) -> str:
-    """The given qid or docno. Raises ValueError if a run file cannot contain it."""
+    """The given qid or docno. Raises ValueError if a run file cannot contain such an id."""
     if not ID.fullmatch(value):
         raise ValueError(
             f"{where} has {name} {value!r}; it may not be empty or contain white space, control characters or a"

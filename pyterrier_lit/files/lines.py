@@ -57,8 +57,6 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _damaged(path: Path, number: int, found: str) -> ValueError:
-    """The error for a file that cannot be read beyond the line with the given number. found: a description of the
-    fault."""
     return ValueError(
         f"{path} cannot be read beyond line {number}: it is cut short or damaged; fetch it again ({found})"
     )
@@ -75,7 +73,6 @@ def _not_utf8(path: Path, number: int, line: str, at: int, gzipped: bool) -> Val
 
 
 def _text(path: Path, opened: io.BufferedReader) -> io.TextIOWrapper:
-    """The text of an opened file, decompressed if it is gzipped once or several times."""
     while opened.peek(2).startswith(GZIP):
         opened = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=opened, mode="rb")))
     start = opened.peek(32)

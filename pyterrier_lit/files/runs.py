@@ -64,8 +64,8 @@ def write_run(
     """Rerank every query of an input and write a TREC run. Returns a summary of the call.
 
     The queries of the run are in the order of the input. The passages of a query are ordered by rank, from 1, with
-    strictly decreasing scores (see `falling`). Until the run is complete, it is in another file, called a part, which a
-    later call can resume. The name of the part is {output}.{hashes of arguments, weights and input}.part.
+    strictly decreasing scores (see `falling`). A run that is not complete yet is in another file, called a part. A
+    later call can resume this part. The name of the part is {output}.{hashes of arguments, weights and input}.part.
 
     Args:
         reranker: a transformer that keeps every row.
@@ -78,12 +78,12 @@ def write_run(
             less is lost in a crash.
         resume: resume the part of an interrupted call, without repeating the queries in it. Arguments, weights and
             input must be unchanged.
-        weights: a function without arguments that returns a text which identifies the reranker's weights, such as
-            `partial(fingerprint, reranker)`. The function is called after the input is checked.
+        weights: a function without arguments, such as `partial(fingerprint, reranker)`. The function returns a text
+            that identifies the reranker's weights. The function is called after the input is checked.
 
     Raises FileExistsError if the output exists, or if a part exists and `resume` is False. Raises BlockingIOError if
     another process writes the output. Raises ValueError if `system` or `chunk` is invalid, if a part has other
-    arguments, weights or input, and if the input changes while it is read. Raises OSError if the run cannot be written.
+    arguments, weights or input, or if the input changes during the call. Raises OSError if the run cannot be written.
     Errors of `read` and of the reranker are not caught. If a part is kept after an error, a note on the error names the
     part.
     """
@@ -133,8 +133,8 @@ def falling(scores: Sequence[float]) -> Iterator[float]:
 
     scores: the scores of the ranking, best first. A score that is not smaller than the score yielded before it becomes
     the next float32 number below that score. Other scores are only rounded to float32. The reason is that trec_eval
-    reads scores as float32, orders a run by these scores, and breaks ties by docno. It would therefore lose the order
-    in which the reranker ranked passages with equal scores.
+    reads scores as float32, orders a run by these scores, and breaks ties by docno. With equal scores, trec_eval would
+    therefore lose the order in which the reranker ranked the passages.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
     below, lowest, *given = numbers.unbind()
@@ -222,7 +222,7 @@ class Part:
 
 
 def _parts(output: Path) -> dict[Path, list[str]]:
-    """The parts of an output that are not empty: path of the part -> the hashes in its name."""
+    """The non-empty parts of an output: path of the part -> the hashes in its name."""
     found = {
         part: re.fullmatch(re.escape(output.name) + PARTS, part.name) for part in sorted(output.parent.glob("*.part"))
     }
@@ -245,7 +245,6 @@ def _part_of(output: Path, *made_of: bytes) -> Path:
 
 
 def _read_through(queries: Iterable[Candidates]) -> tuple[list[bytes], int]:
-    """Read all queries. Returns the digest of each query, and the number of query-passage pairs of all queries."""
     digests, pairs = [], 0
     for query in queries:
         digests.append(_digest(query))
@@ -254,13 +253,10 @@ def _read_through(queries: Iterable[Candidates]) -> tuple[list[bytes], int]:
 
 
 def _digest(query: Candidates) -> bytes:
-    """An 8-byte digest of a query and its passages: ids, texts and order."""
     return hashlib.blake2b(json.dumps(query).encode(), digest_size=8).digest()
 
 
 def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator[Candidates]:
-    """Yield the queries, each after a comparison with its digest from the first reading. Raises ValueError if the input
-    has changed."""
     for number, (query, digest) in enumerate(zip_longest(queries, seen), 1):
         if query is None or digest is None or _digest(query) != digest:
             raise ValueError(
@@ -271,8 +267,6 @@ def _unchanged(queries: Iterable[Candidates], seen: Sequence[bytes]) -> Iterator
 
 
 def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidates]]:
-    """Split the queries into lists with at most `pairs` query-passage pairs. A query with more pairs is a list of its
-    own."""
     together: list[Candidates] = []
     n = 0
     for query in queries:
@@ -298,7 +292,6 @@ def _is_ranking(lines: list[bytes], query: Candidates, system: str) -> bool:
 
 
 def _ranked(reranker: pt.Transformer, queries: list[Candidates], system: str) -> str:
-    """Rerank some queries. Returns the lines of the run for these queries."""
     rows: list[dict[str, Any]] = [
         {"qid": query.qid, "query": query.query, "docno": docno, "text": text, "rank": rank}
         for query in queries

@@ -48,7 +48,7 @@ def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
     - extra_texts (PE-Rank's train.jsonl): the texts of n or 2n passages, of which the teacher was shown the first n.
       The field `ranking` has the numbers of these n passages, best first, and a turn of messages_wo_content contains
       the query;
-    - retrieved_passages (RankGPT and TWOLAR): `orders` is a file with a JSON array of texts such as "[2] > [1]", whose
+    - retrieved_passages (RankGPT and TWOLAR): `orders` is a file with a JSON array of texts such as "[2] > [1]". The
       i-th text is the order for the i-th record. If `orders` is None, the passages must already be in the teacher's
       order, as in TWOLAR's data.
 
@@ -57,10 +57,10 @@ def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
     An order with missing, invalid or repeated numbers is completed as in RankGPT: the first mention of each passage
     counts, and passages that are not named follow in the order in which they were shown.
 
-    Raises OSError if a file cannot be read. Raises ValueError for any other format, for a prompt that contains two
-    different queries or states a wrong number of passages, and for an order that names no passage; the message names
-    the file and the line. Also raises ValueError if the file has no records, or if `orders` does not have one order for
-    each record.
+    Raises OSError if a file cannot be read. Raises ValueError for any other format, and for an order that names no
+    passage. Raises ValueError for a prompt that contains two different queries or states a wrong number of passages.
+    These messages name the file and the line. Also raises ValueError if the file has no records, or if `orders` does
+    not have one order for each record.
     """
     given = None if orders is None else _orders(orders)
     seen: set[str] = set()

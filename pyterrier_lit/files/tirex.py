@@ -31,8 +31,8 @@ def candidates_in(
 
     Args:
         folder: the input directory.
-        first_stage: a directory with the run.txt[.gz] of a first stage. It is used only if the input directory has no
-            rerank.jsonl[.gz]. The input directory must then have queries.jsonl[.gz] and documents.jsonl[.gz].
+        first_stage: a directory with the run.txt[.gz] of a first stage. This run is used only if the input directory
+            has no rerank.jsonl[.gz]. The input directory must then have queries.jsonl[.gz] and documents.jsonl[.gz].
         depth: maximum number of candidates per query; None is all.
 
     Raises FileNotFoundError if there is neither a rerank.jsonl[.gz] nor a run with its queries and documents.
@@ -129,8 +129,8 @@ def measured(path: Path, metadata: dict[str, Any]) -> Iterator[None]:
     from tirex_tracker import ALL_MEASURES, Measure, tracking
 
     with tempfile.TemporaryDirectory() as temporary:
-        # The tracker writes into a temporary directory, since it also writes an archive with every file of the git work
-        # tree that is not ignored, including data and keys
+        # The tracker also writes an archive of all files of the git work tree that are not ignored, including data and
+        # keys. The tracker therefore writes into a temporary directory
         file = Path(temporary) / METADATA
         with tracking(ALL_MEASURES - {Measure.GIT_ROOT}, 1_000, export_file_path=file):
             yield
@@ -154,7 +154,6 @@ def check(folder: Path) -> None:
 
 
 def _either(folder: Path, name: str) -> Path | None:
-    """The path of the file with the given name in a folder, gzipped or not. None if there is no such file."""
     return next((file for file in (folder / f"{name}.gz", folder / name) if file.is_file()), None)
 
 
