@@ -2,9 +2,10 @@
 
 In this module, queries, keys and values are vectors of the attention mechanism. PyTorch's fused kernel
 (`scaled_dot_product_attention`) is fast if there are about as many queries as keys. A decoding step has only one query
-per new token. With so few queries, the fused kernel is slower than matrix products on a CPU. Shapes: B is the batch
-size, H the number of heads of the queries, K the number of heads of keys and values (H is a multiple of K), m the
-number of queries, S the number of keys, and d the width of a head.
+per new token. With so few queries, the fused kernel is slower than matrix products on a CPU.
+
+Shapes: B is the batch size, and d the width of a head. There are m queries in each of H heads. There are S keys and S
+values in each of K heads, and H is a multiple of K.
 """
 
 from typing import Any
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 NAME = "few_queries"  # the name under which the attention function of this module is registered in transformers
-# The largest numbers of queries for which matrix products were not slower than the fused kernel, measured on CPUs with
-# and without AVX512-BF16. FEW applies if each head has its own keys. FEW_WITH_SHARED_KEYS applies if several heads
-# share keys. It is larger than FEW, because the fused kernel reads shared keys again for each head
+# Up to this many queries, matrix products were not slower than the fused kernel on CPUs with and without AVX512-BF16.
+# FEW applies if each head has its own keys. FEW_WITH_SHARED_KEYS applies if several heads share keys. It is larger,
+# since the fused kernel reads shared keys again for each head
 FEW, FEW_WITH_SHARED_KEYS = 4, 16
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -93,18 +94,8 @@ def _library_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls in each layer. Returns the output (B, m, H, d), and None in place
-    of the attention weights.
-
-    Args:
-        module: the attention layer.
-        query: (B, H, m, d).
-        key: (B, K, S, d).
-        value: (B, K, S, d).
-        attention_mask: as in `attention_weights`.
-        scaling: as `scale` in `attention_weights`.
-        others: further arguments, which are passed to the fused kernel.
-    """
+    """The attention function that transformers calls in each layer: query (B, H, m, d), key and value (B, K, S, d) ->
+    output (B, m, H, d). The second value that it returns, in place of the attention weights, is None."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = attention_mask is None and query.shape[2] > 1  # without a mask, the fused kernel masks causally
@@ -115,6 +106,5 @@ def _library_attention(
 
 
 def _few(query: torch.Tensor, keys: torch.Tensor) -> bool:
-    """Return whether to use matrix products instead of the fused kernel for these queries and keys."""
     most = FEW if query.shape[1] == keys.shape[1] else FEW_WITH_SHARED_KEYS
     return query.device.type == "cpu" and query.dtype in DTYPES and query.shape[2] <= most

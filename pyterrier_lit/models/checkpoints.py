@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model")  # a checkpoint must have one of these files
 ADAPTER = "adapter_config.json"
-BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # fetched from the hub with the weights
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # always fetched from the hub
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 INT8_FILES = ("int8.xml", "int8.bin")  # a network in OpenVINO's format: its graph and its weights
-# The files in a checkpoint's folder that the package may read. If a checkpoint is saved over an older one, files of the
-# older checkpoint with these names are removed or replaced
+# The files that make up a checkpoint. If a checkpoint is saved over an older one, files of the older checkpoint with
+# these names are replaced or removed
 FILES = (
     *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -68,8 +68,8 @@ class Folder:
         return fields
 
     def weights(self) -> Weights:
-        """Read all weights. Returns a dict name -> tensor. The tensors are on the CPU in their stored dtype. They are
-        read from safetensors files if the folder has such files, else from pytorch_model*.bin.
+        """Read all weights. Returns a dict name -> tensor. The tensors are on the CPU in their stored dtype. If the
+        folder has safetensors files, the tensors are read from these, else from pytorch_model*.bin.
 
         Tensors from a safetensors file are copied. Without the copy, a tensor would be a memory map of the file, and
         overwriting the file would change a loaded model. Reading a file of 1 GB takes 0.7 seconds (0.5 seconds without
@@ -149,8 +149,6 @@ class Folder:
         return fast
 
     def _check_tokenizer(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        """Raise ValueError if a tokenizer is implemented in Python only, or if the folder has no vocabulary file of the
-        tokenizer's class."""
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} does not run in the tokenizers package")
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
@@ -192,7 +190,8 @@ def fetch(model: str | Path, *, revision: str | None = None) -> Folder:
         revision: a branch, tag or commit on the hub. None is the main branch of the repository.
 
     Raises FileNotFoundError if `model` is neither a folder nor the id of a checkpoint that the hub provides. Raises
-    ValueError if `model` is a folder and a revision is given, or if the checkpoint is an adapter.
+    ValueError if a revision is given for a folder, or if the checkpoint contains an adapter, such as LoRA weights
+    without their base model.
     """
     if revision is not None and not (isinstance(revision, str) and revision):
         raise ValueError(f"revision={revision!r}; wanted the name of a branch, a tag or a commit on the hub")
@@ -223,9 +222,9 @@ def fetch_from_hub(
         model: a hub id.
         revision: as in `fetch`.
         weights: whether to fetch the weights, too.
-        use: for the error message, what to do with a copy of the files on a machine without a network.
+        use: advice for the error message: what to do with a copy of the files on a machine without a network.
 
-    Raises FileNotFoundError if the hub does not provide the checkpoint, and ValueError if the checkpoint is an adapter.
+    Raises FileNotFoundError if the hub does not provide the checkpoint, and ValueError if it contains an adapter.
     """
     from huggingface_hub import snapshot_download
 
@@ -246,7 +245,7 @@ def fetch_from_hub(
 
 def _whole(folder: Folder) -> Folder:
     """Return the folder, unchanged. Raises ValueError if the folder contains an adapter, such as LoRA weights without
-    their base model. This package cannot load adapters."""
+    their base model."""
     if (folder.path / ADAPTER).exists():
         raise ValueError(
             f"{folder} holds an adapter ({ADAPTER}), which is not applied. Merge it into its base model, by peft's"
@@ -292,12 +291,12 @@ def save_json(file: Path, fields: dict[str, Any]) -> None:
 
 
 def write(path: str | Path, fill: Callable[[Path], None]) -> None:
-    """Save a checkpoint into the folder `path`. `fill` is called with the path of a new temporary folder, and writes
-    the files of the checkpoint into the temporary folder. When all files are complete, they are moved to `path`.
+    """Save a checkpoint into the folder `path`. `fill` gets the path of a new temporary folder, and writes the
+    checkpoint's files there. When all files are written, they are moved to `path`.
 
     Before the move, an older checkpoint at `path` is unchanged. After the move, files of the older checkpoint that the
-    new checkpoint does not have are removed, since they would be loaded together with the new files. Files that are not
-    part of a checkpoint are kept.
+    new checkpoint lacks are removed, since they would be loaded together with the new files. Files that are not part of
+    a checkpoint are kept.
 
     Raises OSError if the checkpoint cannot be written, for example on a full disk.
     """
@@ -317,8 +316,8 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
 
 
 def _weight_files(folder: Folder) -> list[Path]:
-    """Return the paths of the files with the weights. Raises FileNotFoundError if there are none, or if a shard is
-    missing."""
+    """Return the paths of the files with the weights. Raises FileNotFoundError if there is no such file, or if a shard
+    is missing."""
     for whole in ("model.safetensors", "pytorch_model.bin"):
         index = f"{whole}.index.json"
         if (folder.path / whole).exists():
@@ -335,8 +334,8 @@ def _weight_files(folder: Folder) -> list[Path]:
 
 
 def _shards(folder: Folder, index: str) -> list[str]:
-    """Return the names of the files in which the weights are stored. `index` is the name of the JSON file that lists
-    them. Raises ValueError if the JSON file lists anything but plain file names, such as a path to another folder."""
+    """Return the names of the shards that the JSON file `index` lists. Raises ValueError if a name is not a plain file
+    name: a path could lead to files outside the folder."""
     weight_map = _read_json(folder, index).get("weight_map")
     names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
     for name in names:
@@ -346,7 +345,6 @@ def _shards(folder: Folder, index: str) -> list[str]:
 
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """Return the fields of a JSON file in a folder."""
     file = folder.path / name
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))

@@ -38,9 +38,9 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     """Return the requested dtype for a device.
 
     Args:
-        dtype: a dtype of torch, its name, or a short name such as "bf16". None is bfloat16 on a CUDA GPU that supports
-            bfloat16, and float32 on any other device. "auto" is bfloat16 on a CUDA GPU or a CPU that supports bfloat16,
-            and float32 on any other device. A CPU supports bfloat16 if it has AVX512-BF16 or AMX.
+        dtype: a dtype of torch, its name, or a short name such as "bf16". None and "auto" are bfloat16 on a CUDA GPU
+            that supports bfloat16. On a CPU with AVX512-BF16 or AMX, "auto" is bfloat16, too. In all other cases, None
+            and "auto" are float32.
         device: the device.
 
     Raises ValueError if the dtype is not float32, bfloat16, float16 or float64.
@@ -77,7 +77,7 @@ def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a copy of a loaded checkpoint, with all parameters on the given device and in the given dtype.
 
     Buffers, such as position tables, are moved to the device but keep their dtype. A network in int8 has no parameters.
-    For a network in int8, this function raises ValueError in the same cases as `check_int8`.
+    For such a network, this function raises ValueError in the same cases as `check_int8`.
     """
     networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
     fixed = any(next(network.parameters(), None) is None for network in networks)
@@ -96,7 +96,6 @@ def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
-    """Return whether a device supports bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -1,10 +1,12 @@
 """Converts a cross-encoder of lightning-ir to a sequence classifier of transformers with the same scores.
 
-Let h be the hidden state of the first token. The score of lightning-ir is w . h + b, with a weight vector w and a bias
-b. The sequence classifiers of transformers apply two linear layers to h, with a nonlinear function between these
-layers. The conversion sets the weights of both layers so that together they compute w . h + b. ELECTRA's nonlinear
-function is GELU, and the conversion uses GELU(x) - GELU(-x) = x. BERT's nonlinear function is tanh, and the conversion
-uses tanh(e x) / e = x - e^2 x^3 / 3 + ... with a small e.
+Let h be the hidden state of the first token. lightning-ir's score is w . h + b, with a weight vector w and a bias b. A
+BERT or ELECTRA classifier of transformers applies two linear layers to h, with a nonlinear function in between. The
+conversion sets the weights of both layers so that the nonlinear function has almost no effect. The second layer adds b.
+
+Let x = w . h. ELECTRA's nonlinear function is GELU, and the new classifier computes GELU(x) - GELU(-x). This difference
+is exactly x. BERT's nonlinear function is tanh, and the new classifier computes tanh(e x) / e with a small number e.
+This quotient is almost x.
 """
 
 import dataclasses
@@ -30,8 +32,8 @@ def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) ->
     Args:
         checkpoint: the cross-encoder.
         lengths: the maximum lengths of a query and of a passage in tokens. If both are given, the classifier truncates
-            its input to the length of query + passage + special tokens, or to the checkpoint's own limit if it is
-            lower.
+            its input to their sum plus the number of special tokens. If the checkpoint's own limit is lower, this limit
+            applies.
 
     Raises ValueError if the checkpoint is in int8, or if the score is not a linear function of the first token's hidden
     state.
@@ -67,7 +69,6 @@ def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) ->
 
 
 def _classifier(network: PooledScorer) -> Any:
-    """Return the sequence classifier of transformers that computes the same scores as `network`."""
     import transformers
 
     own = network.body.config.to_dict()
@@ -81,14 +82,8 @@ def _classifier(network: PooledScorer) -> Any:
 
 
 def _head(kind: str, row: torch.Tensor, bias: torch.Tensor | None) -> Weights:
-    """Return the weights of the classifier's two linear layers, as name -> tensor. Together these layers compute
-    w . h + b.
-
-    Args:
-        kind: "bert" or "electra".
-        row: w, of shape (1, H), where H is the hidden size.
-        bias: b, of shape (1,), or None for 0.
-    """
+    """Return the weights of the classifier's two linear layers (see the module's docstring), as name -> tensor. `row`
+    is w, of shape (1, H), where H is the hidden size. `bias` is b, of shape (1,), or None for 0."""
     size = row.shape[1]
     inner, outer = row.new_zeros(size, size), row.new_zeros(1, size)
     inner[0] = row[0] * SCALE if kind == "bert" else row[0]

@@ -11,7 +11,7 @@ from pyterrier_lit.models.checkpoints import FILES, HUB_ID
 from pyterrier_lit.models.errors import first_line
 
 CARD = "README.md"
-KEPT = ("license", "language")  # the user sets the fields of a card's header whose names start with one of these words
+KEPT = ("license", "language")  # a new card keeps the older card's header fields that start with these words
 MARK = (
     "<!-- Written by `save` of pyterrier_lit, which replaces it when it saves here again, unless this line is gone."
     " Give your license above, as `license: ...` -->"
@@ -54,7 +54,7 @@ def card(
         trainings: for each new training run, facts about the run as name -> text.
         earlier: the training section of an older card, or "". This section is put before the new training runs.
         classifier: whether transformers can load the checkpoint as a sequence classifier.
-        arguments: the constructor's arguments after the model in the card's example, such as ', device="cpu"'.
+        arguments: further arguments of the constructor in the card's example, such as ', device="cpu"'.
     """
     from huggingface_hub import ModelCardData
 
@@ -203,5 +203,4 @@ def _library(classifier: bool) -> str:
 
 
 def _listed(facts: Mapping[str, object]) -> str:
-    """Return facts as a Markdown list. Facts whose value is None are left out."""
     return "".join(f"- {name}: {value}\n" for name, value in facts.items() if value is not None)

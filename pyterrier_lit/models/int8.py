@@ -1,9 +1,9 @@
 """A cross-encoder's network in int8 for CPUs: NNCF quantises weights and activations, and OpenVINO computes scores.
 
-On a CPU with VNNI instructions, a matrix product in int8 takes about a quarter of the time that it takes in float32.
-The ranges of the activations are measured on some query-passage pairs, the calibration pairs. Operations other than
-matrix products are computed in float32. Shapes: B is the number of query-passage pairs in a batch, and L their length
-in tokens including padding.
+On a CPU with VNNI instructions, a matrix product in int8 takes about a quarter of the time of one in float32. The
+ranges of the activations are measured on some query-passage pairs, the calibration pairs. Operations other than matrix
+products are computed in float32. Shapes: B is the number of query-passage pairs in a batch, and L their length in
+tokens including padding.
 """
 
 import contextlib
@@ -128,7 +128,6 @@ def read_int8(folder: Folder, pad_id: int | None) -> Int8Scorer:
 
 
 def _module(name: str) -> Any:
-    """Import and return a module, "openvino" or "nncf". Raises ImportError if the module is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -137,9 +136,9 @@ def _module(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Return a context manager that disables gradients, hides Python's warnings, and hides all messages of NNCF's log
-    except errors. OpenVINO traces a network with one example input. Torch then warns that other inputs may take other
-    branches in the code, but in these networks, all inputs take the same branches."""
+    """Disable gradients, and hide Python's warnings and NNCF's messages except errors. OpenVINO traces a network with
+    one example input. Torch then warns that other inputs may take other branches in the code. In these networks, all
+    inputs take the same branches."""
     log = logging.getLogger("nncf")
     level = log.level
     log.setLevel(logging.ERROR)

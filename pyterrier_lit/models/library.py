@@ -18,8 +18,8 @@ NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # layer norm wei
 _OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that do not affect the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-# Fields of a config.json that are ignored. They would let a checkpoint choose the code, the kernels, the quantisation
-# and the devices that transformers uses, and what its models return. Fields whose names begin with _ are ignored, too
+# Fields of a config.json that are ignored. They would let a checkpoint choose transformers' code, kernels, quantisation
+# and devices, and what its models return. Fields whose names begin with _ are ignored, too
 NOT_HANDED_ON = (
     *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
     *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
@@ -48,8 +48,8 @@ def library_config(config: dict[str, Any], config_class: type) -> Any:
 def auto_config(config: dict[str, Any], kind: str) -> Any:
     """Return the configuration object of transformers for a model type, with the fields of a config.json.
 
-    `library_config` leaves out fields that the configuration class does not know. `auto_config` passes these fields to
-    the class. References to code in config.json are ignored.
+    Unlike `library_config`, this function also passes on fields that the configuration class does not know. References
+    to code in config.json are ignored.
 
     Args:
         config: the fields of config.json.
@@ -84,8 +84,9 @@ def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights,
         weights: the weights of the checkpoint.
         source: the name of the checkpoint, for error messages.
 
-    Raises ValueError, before any memory is allocated, if the network would have more layers than the checkpoint has
-    weight tensors, or more than twice as many parameters as the checkpoint.
+    Raises ValueError if the config describes more layers than the checkpoint has weight tensors. Raises ValueError,
+    too, if the network would have more than twice as many parameters as the checkpoint. Both are checked before memory
+    is allocated.
     """
     check_size(make, config, weights, source)
     with torch.device("cpu"):
@@ -199,11 +200,9 @@ def library_student(config: dict[str, Any], weights: Weights, source: str) -> "P
 def _library_model(
     mapping: Any, config: dict[str, Any], kind: str, weights: Weights, source: str, dtype: torch.dtype
 ) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """Return the model, and a report about its weights. The arguments are those of `library_model`.
-
-    The report is a dict problem -> weights. The problems are "missing_keys", "unexpected_keys" and "mismatched_keys". A
-    weight is given as its name, or as a tuple that starts with its name.
-    """
+    """Return the model, and transformers' report about its weights. The report has the keys "missing_keys",
+    "unexpected_keys" and "mismatched_keys". Under each key, a weight is given as its name, or as a tuple that starts
+    with its name."""
     check_layers(config, weights, source)
     shape = auto_config(config, kind)
     make = mapping[type(shape)]
@@ -216,13 +215,7 @@ def _library_model(
 
 
 def _refuse(found: dict[str, Any], problems: tuple[str, ...], source: str) -> None:
-    """Raise ValueError if a report lists weights with one of the given problems.
-
-    Args:
-        found: the report that `_library_model` returned.
-        problems: some of "missing", "unexpected" and "mismatched".
-        source: the name of the checkpoint, for the error message.
-    """
+    """Raise ValueError if a report of `_library_model` lists weights with one of `problems`, such as "missing"."""
     names = [
         (problem, name if isinstance(name, str) else name[0])
         for problem in problems
@@ -250,7 +243,7 @@ def position_limit(config: Any) -> float:
     configuration states no maximum, return infinity.
 
     With some rotary embeddings, one input above a certain length changes the results of all inputs in its batch. The
-    returned limit is at most this length, so that a ranking does not depend on the other prompts in the batch.
+    returned limit is at most this length. A ranking then does not depend on the other prompts in the batch.
     """
     limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -262,8 +255,7 @@ def position_limit(config: Any) -> float:
 
 def today(weights: Weights) -> Weights:
     """Return weights under their current names. In older checkpoints, the weights of layer norms are named gamma and
-    beta. Older checkpoints also contain `embeddings.position_ids`, the numbers 0, 1, 2 and so on, which are left out.
-    """
+    beta. Tensors named `embeddings.position_ids`, which hold the numbers 0, 1, 2 and so on, are left out."""
     kept = [name for name in weights if not name.endswith("embeddings.position_ids")]
     return {_OLD_NORM.sub(lambda found: NORM[found[1]], name): weights[name] for name in kept}
 

@@ -17,7 +17,7 @@ import torch
 from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.t5 import T5Checkpoint, read_t5
 
-WINDOWS = {"v1": 20, "v2": 100}  # family of LiT5-Distill -> the window size that it was trained with
+WINDOWS = {"v1": 20, "v2": 100}  # family of LiT5-Distill checkpoints -> window size in training
 NAME = re.compile(r"lit5[-_. ]?(distill|score)", re.IGNORECASE)  # as in castorini/LiT5-Distill-base-v2
 V2 = re.compile(r"(?<![a-z0-9])v2(?![a-z0-9])", re.IGNORECASE)
 
@@ -82,11 +82,12 @@ def came_from(config: dict[str, Any]) -> str:
 
 
 def family(places: Iterable[str]) -> str | None:
-    """Return the family of a LiT5-Distill checkpoint, "v1" or "v2". `places` are paths and hub ids. The first of them
-    that shows a family decides. Returns None if none of them shows a family.
+    """Return the family of a LiT5-Distill checkpoint, "v1" or "v2". `places` are its paths and hub ids. The first place
+    that shows a family decides. Returns None if no place shows a family.
 
-    A path that contains "LiT5-Distill" shows "v2" if "v2" occurs anywhere after "LiT5-Distill", else "v1". A path
-    without "LiT5-Distill" shows "v2" if "v2" is in the name of its last file or folder, else no family.
+    A place that contains "LiT5-Distill" shows "v2" if "v2" follows, else "v1": "castorini/LiT5-Distill-base-v2" shows
+    "v2", "castorini/LiT5-Distill-base" shows "v1". In any other place, only the last file or folder counts. It shows
+    "v2" if "v2" is in its name, else no family.
     """
     for place in places:
         *_, named = [None, *NAME.finditer(place)]

@@ -52,7 +52,7 @@ BODIES = {"electra": "Electra", "bert": "Bert"}
 # Without these fields, sentence-transformers would apply a sigmoid to the score of a classifier with a single label.
 # High scores would then tie
 IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
-INT8 = "int8"  # only a checkpoint in int8 has this field in config.json. It states how query-passage pairs are read
+INT8 = "int8"  # the field of config.json that only a checkpoint in int8 has. It states how pairs are read
 POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names for how hidden states are pooled
 UNLIMITED = 10**9  # for a tokenizer without a maximum length, transformers writes a number above 10**9
 LENGTHS = {"query_length": 32, "doc_length": 256}  # maximum tokens of a query and of a passage in Rank-DistiLLM
@@ -72,12 +72,11 @@ class PairCheckpoint:
 
     @property
     def lengths(self) -> dict[str, int | None]:
-        """The maximum lengths of a query and of a passage in tokens, as {"query_length": ..., "doc_length": ...}. They
-        are the lengths that the config records.
+        """The maximum lengths of a query and of a passage in tokens, as {"query_length": ..., "doc_length": ...}.
 
         If the config does not record a length, the default depends on the format of the checkpoint. In lightning-ir's
         format, the default is query_length=32 and doc_length=256, as in Rank-DistiLLM. In any other format, the default
-        is None: the query or passage itself has no maximum length, and only the query-passage pair is truncated.
+        is None: only the query-passage pair as a whole is truncated.
         """
         default = LENGTHS if isinstance(self.network, PooledScorer) else dict.fromkeys(LENGTHS)
         return {name: self.config.get(name) or length for name, length in default.items()}
@@ -204,14 +203,12 @@ def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair]) -> PairCheckpoint
 
 
 def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """Load a checkpoint that `in_int8` made. Raises ValueError if the device is not a CPU or the dtype is not
-    float32."""
     check_int8(str(folder), device, dtype)
     fields = dict(folder.config[INT8])
     pad_id = fields.pop("pad_id")
     checkpoint = PairCheckpoint(
         read_int8(folder, pad_id),
-        folder.saved_tokenizer(),  # it has the settings of tokenizer_config.json and of sentence-transformers already
+        folder.saved_tokenizer(),  # with the settings of tokenizer_config.json and of sentence-transformers
         folder.config,
         folder.tokenizer_config,
         Reading(**fields),
@@ -224,10 +221,9 @@ def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
     """Return an untrained cross-encoder with a new head on a pre-trained encoder.
 
-    If the folder has an ELECTRA or a BERT, or a cross-encoder with an ELECTRA or a BERT as its body, the new
-    cross-encoder is in lightning-ir's format. Its head is then a random vector w without bias. Torch's random generator
-    draws each number in w from a normal distribution with mean 0 and standard deviation `initializer_range`, a field of
-    config.json.
+    An ELECTRA or BERT becomes a cross-encoder in lightning-ir's format, also if it is the body of another
+    cross-encoder. The head is then a random vector w without bias. Torch's random generator draws each number in w from
+    a normal distribution with mean 0. The standard deviation is the field `initializer_range` of config.json.
 
     Any other encoder becomes a sequence classifier of transformers with one label. The weights that the checkpoint has
     for the classifier's head are used. The other weights of the head are random.
@@ -251,9 +247,6 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
 
 
 def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
-    """Return a cross-encoder that is a sequence classifier of transformers with one label, on the encoder in a folder.
-    Its maximum lengths are those of Rank-DistiLLM. Raises ValueError if transformers has no sequence classifier for the
-    encoder."""
     kept = {name: value for name, value in folder.config.items() if name not in ("id2label", "label2id")}
     config = kept | {"num_labels": 1} | IDENTITY | LENGTHS
     try:
@@ -270,15 +263,7 @@ def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) ->
 def _lightning_ir(
     folder: Folder, network: PooledScorer, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """Return a cross-encoder in lightning-ir's format. This format always uses token types.
-
-    Args:
-        folder: the folder with the tokenizer.
-        network: the network with its weights.
-        config: the fields of config.json.
-        device: the device of the network.
-        dtype: the dtype of the weights.
-    """
+    """Return a cross-encoder in lightning-ir's format, which always uses token types."""
     tokenizer = folder.library_tokenizer(config["backbone_model_type"])
     reading = Reading(
         _limit(network.body, tokenizer), types=config.get("type_vocab_size") or 2, clean_up=_cleans_up(folder)
@@ -293,15 +278,7 @@ def _classifier(
     folder: Folder, network: LabelScorer, beside: SentenceFiles, device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
     """Return a cross-encoder that is a sequence classifier of transformers. It has the tokenizer, the token types and
-    the maximum length that sentence-transformers would use.
-
-    Args:
-        folder: the folder with the config and the tokenizer.
-        network: the network with its weights.
-        beside: the settings of sentence-transformers for the checkpoint.
-        device: the device of the network.
-        dtype: the dtype of the weights.
-    """
+    the maximum length that sentence-transformers would use."""
     tokenizer = folder.library_tokenizer()
     if beside.chat and tokenizer.chat_template and chats_about_pairs(tokenizer):
         raise ValueError(
@@ -329,14 +306,9 @@ def _classifier(
 
 
 def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
-    """Raise ValueError if the tokenizer does not match the model, or if the tokenizer puts no special token between two
-    texts. A decoder needs no special token between the texts.
-
-    Args:
-        checkpoint: the cross-encoder.
-        pieces: the size of the network's vocabulary.
-        source: the name of the checkpoint, for error messages.
-    """
+    """Raise ValueError if a token of the tokenizer, or the padding token, is not in the network's vocabulary of
+    `pieces` tokens. Raise ValueError, too, if the tokenizer puts no special token between two texts. A decoder needs no
+    special token between the texts."""
     check_pieces(pieces_known(checkpoint.tokenizer), pieces, source)
     if checkpoint.pad_id not in range(pieces):
         raise ValueError(f"{source}: pad_token_id={checkpoint.pad_id!r} is not a token of {pieces}")
@@ -348,12 +320,11 @@ def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
 
 
 def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: str) -> PairCheckpoint:
-    """Return the checkpoint with a padding for which the score of a query-passage pair does not depend on the other
-    pairs in the batch.
+    """Choose the padding for which the score of a query-passage pair does not depend on the other pairs in the batch.
 
     Padding on the right is tried first, then padding on the left. In networks that ignore the attention mask, the score
-    depends on the other pairs in the batch with padding on either side. For these networks, each forward pass gets only
-    inputs of equal length, without padding. Raises ValueError if the score depends on the other pairs even then.
+    depends on the other pairs with padding on either side. For these networks, each forward pass gets only inputs of
+    equal length, without padding. Raises ValueError if the score depends on the other pairs even then.
     """
     for side, reads_padding in (("right", False), ("left", False), ("right", True)):
         network.reads_padding = reads_padding
@@ -365,7 +336,7 @@ def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: st
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 (alone,) = network(**layout.tensors([short], checkpoint.pad_id))
                 beside, longer, _ = network(**layout.tensors([short, long, short], checkpoint.pad_id))
-        except ValueError:  # with this padding, the model accepts only one input at a time
+        except ValueError:  # with this padding, the network rejects batches of several inputs
             continue
         noise = 1e-6 + 1e-4 * (alone.abs() + longer.abs())
         if not (alone - beside).abs() > noise:  # NaN is reported later
@@ -386,7 +357,6 @@ def _limit(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", max_length: i
 
 
 def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledScorer:
-    """Return the network of a checkpoint in lightning-ir's format, with its weights."""
     pooling, scoring = config.get("pooling_strategy", "first"), config.get("scoring_strategy", "rank")
     if pooling not in POOLINGS or scoring not in ("rank", "mono"):
         raise ValueError(
@@ -404,8 +374,6 @@ def _pooled(folder: Folder, config: dict[str, Any], weights: Weights) -> PooledS
 
 
 def _labelled(folder: Folder, weights: Weights) -> LabelScorer:
-    """Return the network of a sequence classifier of transformers, with its weights. Raises ValueError if it has more
-    than two labels."""
     import transformers
 
     try:
@@ -429,8 +397,7 @@ def _backbone(config: dict[str, Any]) -> str:
 
 
 def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrainedModel":
-    """Return an ELECTRA or BERT without pooler and with random weights. `config` describes its layers. Raises
-    ValueError if `config` describes another encoder."""
+    """Return an ELECTRA or BERT without pooler. Its weights are random."""
     import transformers
 
     backbone = config["backbone_model_type"]

@@ -27,14 +27,15 @@ READ_FIRST = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 
 
 class PooledScorer(nn.Module):
-    """An encoder with a linear head. The score is w . pool(h) + b, where h are the encoder's hidden states. If w has
-    two rows, w . pool(h) + b gives the logits of two classes, and the score is the log-probability of the second class.
+    """An encoder with a linear head, whose weights are w and b. The score is w . pool(h) + b, where h are the encoder's
+    hidden states, and pool(h) is a vector. If w has two rows, w . pool(h) + b gives the logits of two classes. The
+    score is then the log-probability of the second class.
 
     Args:
         body: the encoder.
         pooling: how the hidden states of a pair are pooled into a vector, one of the names in `pooling.POOLING`.
         rows: the number of rows of w, 1 or 2.
-        bias: whether the network has b.
+        bias: whether the head has b.
     """
 
     def __init__(self, body: "PreTrainedModel", *, pooling: str = "first", rows: int = 1, bias: bool = True):
@@ -86,8 +87,8 @@ class LabelScorer(nn.Module):
     """A sequence classifier of transformers. With one label, the score is the logit of the label. With two labels, the
     score is the second logit minus the first logit.
 
-    `reads_padding` states whether padding changes the score. If it is true, the pairs of a batch are processed in
-    groups of equal length, without padding.
+    If padding changes the score, `reads_padding` must be true. The pairs of a batch are then processed in groups of
+    equal length, without padding.
 
     Args:
         model: the classifier.
@@ -144,8 +145,8 @@ class LabelScorer(nn.Module):
             logits: torch.Tensor = self.model(**inputs).logits
             return logits
         lengths = inputs["attention_mask"].sum(1)
-        # Encoder-decoders predict the class at the last end token. All inputs of a batch must have the same number of
-        # end tokens, but a text may contain end tokens. Their inputs are therefore grouped by the number of end tokens
+        # Encoder-decoders predict the class at the last end token. In transformers, all inputs of a batch must have the
+        # same number of end tokens. A text may contain end tokens, so the inputs are grouped by this number
         alike = lengths if self.reads_padding else (inputs["input_ids"] == self.model.config.eos_token_id).sum(1)
         groups = [(alike == value).nonzero()[:, 0] for value in alike.unique()]
         parts = [
@@ -176,8 +177,8 @@ def end_at_first_token(body: Any) -> None:
 def _first_state(
     layer: Any, states: torch.Tensor, mask: torch.Tensor | None = None, *others: Any, **named: Any
 ) -> torch.Tensor:
-    """The forward pass of the last layer: states (B, L, H), mask (B, 1, L, L) or None -> state (B, 1, H) of the first
-    token. In training mode, it returns the states (B, L, H) of all tokens."""
+    """Compute the last layer: states (B, L, H), mask (B, 1, L, L) or None -> state (B, 1, H) of the first token, or
+    states (B, L, H) of all tokens in training mode."""
     if layer.training:
         whole: torch.Tensor = type(layer).forward(layer, states, mask, *others, **named)
         return whole

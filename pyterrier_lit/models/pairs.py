@@ -95,13 +95,13 @@ class PairLayout:
         return [self._pieces(ids, length) for ids in encode(self.tokenizer, texts, special_tokens=False)]
 
     def fit(self, query: Pieces, passage: Pieces) -> Pair:
-        """Truncate a query-passage pair to the maximum input length, as the `tokenizers` package does. The number of
-        available tokens is the maximum input length minus the number of special tokens. A text that needs at most half
-        of the available tokens is kept whole, and the other text gets the rest. If both texts need more than half, each
-        text gets half.
+        """Truncate a query-passage pair to the maximum input length, as the `tokenizers` package does.
 
-        If both texts need more than half and the number of available tokens is odd, the longer text gets one token more
-        than the other text. If both texts are equally long, the passage gets one token more.
+        The special tokens take a part of this length. The rest is shared by the two texts. If both texts need more than
+        half of the rest, each text gets half. Otherwise, the shorter text is kept whole, and the other text gets what
+        remains: of 100 tokens, a query of 30 tokens gets 30, and a passage of 200 tokens gets 70. If the rest is an odd
+        number and both texts need more than half, one token is left over. The longer text gets this token, or the
+        passage if both are equally long.
         """
         if self.reading.limit is None:
             return query.ids, passage.ids
@@ -140,14 +140,13 @@ class PairLayout:
         return Pieces(self._cut(kept, self.reading.limit), len(kept), length is not None and len(ids) > length)
 
     def _cut(self, ids: list[int], count: int | None) -> list[int]:
-        """Return the ids, truncated to `count`. If `count` is None, all ids are kept."""
         if count is None or len(ids) <= count:
             return ids
         return ids[:count] if self.reading.truncation_side == "right" else ids[len(ids) - count :]
 
     def _cleaned(self, ids: list[int]) -> list[int]:
-        """Return the ids after a separate n't is joined to the word before it. For this, the ids are decoded and the
-        text is encoded again, as lightning-ir's truncation does. Without `Reading.clean_up`, the ids are unchanged."""
+        """Join a separate n't to the word before it. For this, the ids are decoded and the text is encoded again, as
+        lightning-ir's truncation does."""
         if not (self.reading.clean_up and self._n in ids[1:-2] and self._contracted(ids)):
             return ids
         from transformers import PreTrainedTokenizerFast

@@ -17,8 +17,8 @@ def distinct(
         keys: for each list, the keys of its passages.
         docnos: for each list, the docnos of its passages.
 
-    Returns three lists: the distinct keys; for each distinct key, the docno of a passage with this key; and, for each
-    of the Q lists, one index per passage. The index is the position of the passage's key in the distinct keys.
+    Returns the distinct keys, a docno for each distinct key, and Q lists of indices. A passage's index is the position
+    of its key in the distinct keys: for the keys [["a", "b"], ["b"]], the indices are [[0, 1], [1]].
     """
     docno_of = {
         key: docno for row, names in zip(keys, docnos, strict=True) for key, docno in zip(row, names, strict=True)
@@ -65,10 +65,9 @@ def from_index(index: Any, docnos: Sequence[Any]) -> torch.Tensor:
     Raises ValueError if the index has no vector for one of the docnos. The message lists up to five of the missing
     docnos. Raises TypeError if `index` is not a dense index.
 
-    The index is asked for the position of each docno's vector. To find missing docnos, each position is mapped back to
-    a docno and compared with the docno that was asked for. For a missing docno, some indexes return the position of
-    another docno's vector: for "d1", that of "d01". Some indexes return -1, which PyTorch and NumPy would take as the
-    position of the last vector. Some indexes raise ValueError.
+    For a missing docno, some indexes raise ValueError. Some return -1, which PyTorch and NumPy would take as the
+    position of the last vector. Some return the position of another docno's vector: for "d1", that of "d01". Each
+    position is therefore mapped back to a docno, and compared with the docno that was asked for.
     """
     if not hasattr(index, "payload"):
         raise TypeError(
@@ -138,12 +137,8 @@ def _tensor(values: Any) -> torch.Tensor:
 
 
 def _number(held: Any, name: str) -> int:
-    """Return the position of a docno's vector in a dense index, or -1 if the index raises ValueError.
-
-    Args:
-        held: the index's mapping between docnos and positions.
-        name: the docno.
-    """
+    """Return the position of a docno's vector, or -1 if the index raises ValueError. `held` is the index's mapping
+    between docnos and positions."""
     try:
         return int(held.inv[[name]][0])
     except ValueError:  # the docno does not have the form of this index's docnos

@@ -42,7 +42,7 @@ class PERankCheckpoint:
     config: dict[str, Any]  # config.json
     folder: Folder
     encoder_weights: Weights  # the weights of the passage encoder, or {} if the checkpoint has no encoder
-    encoder: TextEncoder | None = None  # None until the encoder is built on first use
+    encoder: TextEncoder | None = None  # None if the encoder is not built yet
 
     @property
     def embedding_size(self) -> int:
@@ -104,8 +104,8 @@ class PERankCheckpoint:
         return self.encoder
 
     def head(self) -> torch.Tensor:
-        """Return the weight matrix (vocabulary size, width) of the language model's output layer. The output layer is
-        not used for ranking. If it is tied to the input embedding, the returned matrix is that of the input embedding.
+        """Return the weight matrix (vocabulary size, width) of the language model's output layer, which is not used for
+        ranking. If the output layer is tied to the input embedding, this is the matrix of the input embedding.
         Otherwise, the matrix is read from the checkpoint.
 
         Raises ValueError if the checkpoint has no output layer.
@@ -124,8 +124,8 @@ class PERankCheckpoint:
         """Write the checkpoint into an existing folder: config, weights and tokenizer of the language model, and those
         of the passage encoder.
 
-        If the config or the tokenizer of the encoder is not available, there is a warning. The folder then has the
-        weights and the name of the encoder, but neither the encoder's config nor the encoder's tokenizer.
+        If the config or the tokenizer of the encoder is not available, there is a warning. Only the weights and the
+        name of the encoder are then written.
         """
         if self.encoder_weights:
             try:
@@ -234,11 +234,11 @@ def new_pe_rank(
 
 
 def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
-    """Build the passage encoder of a checkpoint with the encoder weights in the checkpoint.
+    """Build the passage encoder of a checkpoint from the encoder weights in the checkpoint.
 
     If `save` wrote the encoder's config and tokenizer into the checkpoint, they are read from the checkpoint. If not,
-    they are read from the hub id or folder that the checkpoint's config gives as `encoder_name`. Raises ValueError if
-    the checkpoint has no weights of an encoder.
+    they are read from the hub id or folder `encoder_name` in the checkpoint's config. Raises ValueError if the
+    checkpoint has no weights of an encoder.
     """
     folder, name = checkpoint.folder, checkpoint.config.get("encoder_name")
     if not checkpoint.encoder_weights:
@@ -265,12 +265,9 @@ def _inner_encoder(checkpoint: PERankCheckpoint) -> TextEncoder:
 def _encoder_folder(folder: Folder, name: Any) -> Folder:
     """Return the folder with the config and the tokenizer of a checkpoint's encoder.
 
-    Args:
-        folder: the folder of the checkpoint.
-        name: the field `encoder_name` of the checkpoint's config. It must be a hub id, or a folder inside or next to
-            the checkpoint's folder.
-
-    Raises ValueError for any other name, because a checkpoint must not cause other local files to be read.
+    `name` is the field `encoder_name` of the checkpoint's config. It must be a hub id, or a folder inside or next to
+    the checkpoint's folder. Raises ValueError for any other name, because a checkpoint must not cause other local files
+    to be read.
     """
     home = Path(os.path.abspath(folder.path))
     if isinstance(name, str) and not Path(name).is_absolute():
@@ -288,8 +285,8 @@ def _encoder_folder(folder: Folder, name: Any) -> Folder:
 
 
 def _check_kind(folder: Folder, kind: str) -> None:
-    """Raise ValueError if transformers does not have the model type `kind`. A model of such a type needs code inside
-    the checkpoint, and code inside a checkpoint is never run."""
+    """Raise ValueError if transformers does not have the model type `kind`. An unknown model type needs code inside the
+    checkpoint, and such code is never run."""
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:

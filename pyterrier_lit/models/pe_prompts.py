@@ -1,9 +1,8 @@
 """PE-Rank's prompts: a query and its passages in a checkpoint's chat template, tokenised. This module does not deal
 with models.
 
-A prompt represents each passage in one of three ways: by a placeholder for the passage's vector, by this placeholder
-and the passage's text, or by the passage's text only. Prompts with texts only are used by RankMistral, a baseline in
-the PE-Rank paper (arXiv 2406.14848).
+A prompt represents each passage by a placeholder for the passage's vector, by the passage's text, or by both. Prompts
+with texts only are used by RankMistral, a baseline in the PE-Rank paper (arXiv 2406.14848).
 """
 
 import re
@@ -16,8 +15,8 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import first_line
 from pyterrier_lit.models.tokenization import check_pieces, no_panic
 
-# PLACEHOLDER stands for the vector of a passage in a prompt. RANK stands for the vector of a passage in the answer of a
-# training example, which has one RANK per passage, best passage first
+# In a prompt, PLACEHOLDER stands for the vector of a passage. In the answer of a training example, RANK stands for the
+# vector of a passage. The answer has one RANK per passage, best passage first
 PLACEHOLDER, RANK = "<PLACEHOLDER>", "<RANK>"
 
 PROMPT = (
@@ -44,8 +43,8 @@ class ChatPrompter:
     """The base class of all prompters. A prompter builds prompts with a tokenizer and its chat template.
 
     Each prompt is a single user turn. If the query or a passage contains a special token such as `</s>`, the prompter
-    puts a space into it, so that the tokenizer reads it as plain text. In the texts of the passages, `[12]` becomes
-    `(12)`.
+    puts a space into this token: `< /s>`. The tokenizer then reads plain text. In the texts of the passages, `[12]`
+    becomes `(12)`.
 
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
@@ -104,8 +103,8 @@ class ChatPrompter:
             messages: the prompt, as `messages` returns it.
             answer: the answer, as text.
 
-        Returns the token ids of the prompt followed by the answer, and the length of the prompt in tokens, which is the
-        position of the answer's first token (from 0).
+        Returns the token ids of prompt and answer together, and the number of tokens of the prompt. A header that the
+        chat template puts before the answer, such as "assistant", counts as a part of the answer.
         """
         turns = [*messages, {"role": "assistant", "content": answer}]
         asked, whole = (
@@ -117,8 +116,8 @@ class ChatPrompter:
         return whole, len(asked)
 
     def _cleaned(self, text: str) -> str:
-        """Return a passage's text, cleaned as in the code of PE-Rank's authors: white space around the text is removed,
-        and [12] becomes (12), since [12] could be mistaken for an identifier."""
+        """Return a passage's text, cleaned as in the code of PE-Rank's authors. [12] becomes (12), since [12] could be
+        mistaken for an identifier."""
         return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
 
     def _neutral(self, text: str) -> str:
@@ -204,10 +203,10 @@ class TextPrompter(ChatPrompter):
 
     def identifiers(self, n: int) -> tuple[list[int], list[list[int]]]:
         """Return the token ids of the parts of an answer for n passages. The first item has the token ids of "[", with
-        which each answer starts. The second item has, for each of the n identifiers, the token ids from its number up
-        to the "[" of the next identifier: "1] > [", "2] > [", ...
+        which each answer starts. The second item has a list of token ids for each of the n identifiers, from its number
+        up to the "[" of the next identifier: "1] > [", "2] > [", ...
 
-        Raises ValueError if the tokenizer does not split a whole answer into the tokens of these parts.
+        Raises ValueError if the tokens of a whole answer are not the tokens of these parts.
         """
         numbers = range(1, n + 1)
         with no_panic("identifiers"):
@@ -227,7 +226,6 @@ class TextPrompter(ChatPrompter):
         return opened[: opened.index(words[0][0])], words
 
     def _plain(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text, without special tokens around it."""
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -240,8 +238,8 @@ def read_prompter(folder: Folder, vocab_size: int, *, add: bool = False) -> Prom
         vocab_size: the number of embeddings of the model. It is ignored if `add` is true.
         add: whether to add the special tokens PLACEHOLDER and RANK to the tokenizer.
 
-    Raises ValueError if there is no usable chat template, if the tokenizer has no token PLACEHOLDER, or if it has more
-    tokens than the model has embeddings.
+    Raises ValueError if there is no usable chat template, if the tokenizer has no token PLACEHOLDER, or if the
+    tokenizer has more tokens than the model has embeddings.
     """
     tokenizer = _read_tokenizer(folder)
     if add:
@@ -275,7 +273,6 @@ def read_text_prompter(folder: Folder, vocab_size: int) -> TextPrompter:
 
 
 def _check_template(folder: Folder, tokenizer: Any) -> None:
-    """Raise ValueError if a tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {folder} has no chat template; wanted that of an instruction-tuned model, in"
@@ -284,7 +281,6 @@ def _check_template(folder: Folder, tokenizer: Any) -> None:
 
 
 def _try(folder: Folder, render: Callable[[], str]) -> None:
-    """Test the chat template of a folder by a call of `render`. Raises ValueError if `render` raises an error."""
     try:
         render()
     except Exception as error:  # an error of Jinja, or one that the template raises
@@ -298,7 +294,7 @@ def _read_tokenizer(folder: Folder) -> Any:
     exists.
 
     In transformers 5, AutoTokenizer would not read tokenizer.json as it is. It would build a new tokenizer of the class
-    that tokenizer_config.json names or, for Mistral, of another class. The new tokenizer would give other token ids.
+    that tokenizer_config.json names or, for Mistral, of another class. This new tokenizer would give other token ids.
     """
     import transformers
 

@@ -8,8 +8,8 @@ from pyterrier_lit.models.checkpoints import Folder
 from pyterrier_lit.models.errors import damaged
 
 MODULES, SETTINGS, READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
-# KNOWN lists the supported settings in sentence_bert_config.json. TEXT_KNOWN lists the supported settings in the field
-# "text" of the setting processing_kwargs in the same file
+# KNOWN lists the supported settings in sentence_bert_config.json. TEXT_KNOWN lists those in processing_kwargs["text"],
+# an object in the same file
 KNOWN = ("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name", "unpad_inputs")
 PROCESSING, TEXT_KNOWN = "processing_kwargs", ("max_length", "truncation", "padding")
 
@@ -22,8 +22,8 @@ class SentenceFiles:
         prompt: a text that is put before each query.
         max_length: the maximum input length in tokens. None means that these files set no maximum.
         lower_case: whether texts are lower-cased.
-        chat: whether sentence-transformers would build its inputs with the tokenizer's chat template if this template
-            has placeholders for a query and a document.
+        chat: whether sentence-transformers uses a chat template with placeholders for a query and a document, if the
+            tokenizer has one.
         files: the files themselves, as name -> content.
     """
 
@@ -60,18 +60,11 @@ def read_sentence_files(folder: Folder) -> SentenceFiles:
         raise ValueError(f"{folder.path / SETTINGS}: default_prompt_name={name!r} is not among {', '.join(prompts)}")
     prompt = (prompts[name] or "") if name is not None else ""
     longest = texts.get("max_length") or reading.get("max_seq_length")
-    chat = not reading.get("modality_config")  # a modality_config lists a chat template as "message" or not at all
+    chat = not reading.get("modality_config")  # a modality_config without "message" has no chat template
     return SentenceFiles(prompt, longest, bool(reading.get("do_lower_case")), chat, files)
 
 
 def _check_modules(folder: Folder, modules: Any) -> None:
-    """Raise ValueError if a cross-encoder consists of several modules of sentence-transformers. Only a sequence
-    classifier as the single module is supported.
-
-    Args:
-        folder: the folder, for the message.
-        modules: the content of modules.json.
-    """
     listed = [f"{module['path'] or 'its root'} ({str(module['type']).split('.')[-1]})" for module in modules]
     if len(modules) != 1 or modules[0]["path"]:
         raise ValueError(
@@ -81,7 +74,6 @@ def _check_modules(folder: Folder, modules: Any) -> None:
 
 
 def _read(folder: Folder, name: str) -> Any:
-    """Return the content of a JSON file in a folder. Raises ValueError if the file cannot be read."""
     try:
         return json.loads((folder.path / name).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

@@ -3,10 +3,11 @@
 The cost of the encoder therefore grows linearly with the number of passages. The decoder attends to the tokens of all
 passages of a window. This module does not deal with texts, identifiers or rankings.
 
-Sources: Izacard and Grave (arXiv 2007.01282) for Fusion-in-Decoder, and arXiv 2312.16098 for LiT5. Shapes: B is the
-number of windows, L the number of tokens of a prompt, S the number of tokens in all prompts of a window, m the number
-of tokens per window that the decoder processes in one pass, D the width of the model, H the number of its heads, d the
-width of a head, V the number of tokens in the vocabulary, and R the number of different tokens that may be generated.
+Sources: Izacard and Grave (arXiv 2007.01282) for Fusion-in-Decoder, and arXiv 2312.16098 for LiT5.
+
+Shapes: B is the number of windows. L is the number of tokens of a prompt, and S that of all prompts of a window. In one
+pass, the decoder processes m tokens per window. D is the width of the model, H the number of its heads, and d the width
+of a head. V is the number of tokens in the vocabulary, and R the number of different tokens that may be generated.
 """
 
 import dataclasses
@@ -45,8 +46,8 @@ class T5Checkpoint:
     warned: bool = False  # whether the user was warned that the family (v1 or v2) of the checkpoint is unknown
 
     def length(self, name: str, own: int | None, default: int, least: int = 1) -> int:
-        """Return a maximum length in tokens: `own` if it is not None, else the length that `save` recorded in the
-        checkpoint's config under `name`, else `default`.
+        """Return a maximum length in tokens. The user's length, `own`, comes first, then the length that `save`
+        recorded in the config, then `default`.
 
         Args:
             name: the name of the length, such as "answer_length".
@@ -97,9 +98,9 @@ def read_t5(folder: Folder, device: torch.device, dtype: torch.dtype) -> T5Check
 
 
 def _read_network(folder: Folder) -> Any:
-    """Return the network with its weights, on the CPU. The output layer is tied to the embedding if their weights are
-    equal. The field tie_word_embeddings of the config is ignored, since transformers 5 writes tie_word_embeddings=true
-    for all T5s."""
+    """Return the network with its weights, on the CPU. The output layer is tied to the embedding if both have equal
+    weights. The field tie_word_embeddings of the config is ignored, since transformers 5 writes
+    tie_word_embeddings=true for all T5s."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     weights = folder.weights()
@@ -246,9 +247,9 @@ class FiD:
             ids: the token ids (B, m).
 
         Returns the hidden states (B, m, D) after the final norm, and a list. The list is empty if `memory.norms` is
-        None. Otherwise, the list has one tensor (B, m, S) per layer: for each of the m tokens, the attention mass of
-        each token of the passages. The attention mass is the weight that cross-attention gives to the passage's token,
-        times the norm of this token's value vector, averaged over heads.
+        None. Otherwise, the list has one tensor (B, m, S) per layer, with the attention mass of the S tokens of the
+        passages for each of the m tokens. The attention mass of a passage's token is the token's weight in
+        cross-attention, times the norm of the token's value vector, averaged over heads.
         """
         decoder, mass = self.network.decoder, []
         places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -334,8 +335,8 @@ class FiD:
 
 
 class PieceReader:
-    """A `decoding.Reader` for B windows of prompts. It numbers the tokens that may be generated from 0: token i has the
-    id pieces[i] in the vocabulary of the T5.
+    """A `decoding.Reader` for B windows of prompts. The tokens that may be generated have the numbers 0, 1, 2, ...:
+    token i has the id pieces[i] in the vocabulary of the T5.
 
     Args:
         fid: the T5.
@@ -376,8 +377,8 @@ class PieceReader:
         self.memory.read = [read - self.last + count for read, count in zip(self.memory.read, counts, strict=True)]
 
     def _after(self, ids: torch.Tensor) -> torch.Tensor:
-        """Process the next m tokens of each window, given as ids (B, m) in the vocabulary of the T5. Returns the logits
-        (B, m, R) after each of these tokens."""
+        """Process the next m tokens of each window: vocabulary ids (B, m) -> logits (B, m, R) after each of these
+        tokens."""
         return self.fid.logits(self.fid.read(self.memory, ids)[0], self.pieces)
 
 

@@ -33,8 +33,8 @@ class SentencePieces:
         self._guard = len(self.processor.encode("<unk>"))
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text, without </s>. The tokenizer would remove a leading space. An <unk> is put
-        before each text to prevent this, and the token ids of this <unk> are removed from the result."""
+        """Return the token ids of each text, without </s>. SentencePiece alone would remove a leading space. An <unk>
+        before each text prevents this. The token ids of the <unk> are removed from the result."""
         guarded = ["<unk>\u2581" + text.replace(" ", "\u2581") for text in texts]
         return [ids[self._guard :] for ids in self.processor.encode(guarded)]
 
@@ -47,7 +47,7 @@ class SentencePieces:
 
 def read_pieces(folder: Folder) -> SentencePieces:
     """Return T5's tokenizer from a folder. It is read from spiece.model or, if there is no such file, from
-    tokenizer.json, the only tokenizer file that transformers 5 saves.
+    tokenizer.json. transformers 5 saves no spiece.model.
 
     Raises FileNotFoundError if the folder has neither file, and ValueError if the file cannot be read.
     """

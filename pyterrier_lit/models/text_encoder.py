@@ -174,9 +174,9 @@ class JinaBert(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer of JinaBert: attention with a bias, then a gated feed-forward network. The feed-forward network computes
-    GELU(a) * b, where a and b are two linear projections of its input, and projects the product to H dimensions. A
-    residual connection and a layer norm follow the attention, and also follow the feed-forward network.
+    """A layer of JinaBert: attention with a bias, then a gated feed-forward network. The feed-forward network projects
+    its input to two vectors a and b, and projects the product GELU(a) * b to H dimensions. A residual connection and a
+    layer norm follow the attention, and also follow the feed-forward network.
 
     Args:
         hidden: the width H of the encoder.
@@ -215,16 +215,19 @@ class Layer(nn.Module):
 
 
 def alibi(heads: int, length: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return the attention bias of ALiBi, a float32 tensor (heads, L, L). The bias of head h for the positions i and j
-    is -slope_h * |i - j|. `length` is L."""
+    """Return the attention bias of ALiBi, a float32 tensor (heads, L, L). `length` is L. The bias of a head for the
+    positions i and j is -s * |i - j|, where s is the head's slope (see `slopes`)."""
     at = torch.arange(length, device=device)
     return -torch.tensor(slopes(heads), dtype=torch.float32, device=device)[:, None, None] * (at[:, None] - at).abs()
 
 
 def slopes(heads: int) -> list[float]:
-    """Return the slope of each head in ALiBi. If the number of heads n is a power of two, the slopes are 2^-(8/n),
-    2^-(16/n), ... 2^-8. Otherwise, let m be the largest power of two below n. The first m heads get the slopes for m
-    heads. The other n - m heads get the 1st, 3rd, 5th, ... slope for 2m heads."""
+    """Return the slope of each head in ALiBi. Let n be the number of heads. If n is a power of two, the slopes are
+    2^-(8/n), 2^-(16/n), ..., 2^-8. For 8 heads, they are 1/2, 1/4, ..., 1/256.
+
+    Otherwise, let m be the largest power of two below n. The first m heads get the slopes for m heads. The other n - m
+    heads get the 1st, 3rd, 5th, ... slope for 2m heads.
+    """
     n = 2 ** math.floor(math.log2(heads))
     own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     return own if n == heads else own + slopes(2 * n)[0::2][: heads - n]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NO_PLACEHOLDER = -1  # the placeholder's id in `VectorLM`. No token has this id, so no token is replaced by a vector
-LONGEST_IDENTIFIER = 6  # number of tokens of "100] > [" if each character and the space before it are one token
+LONGEST_IDENTIFIER = 6  # tokens of "100] > [" if each character, with the space before it, is one token
 
 
 class TextLM(VectorLM):
@@ -54,8 +54,8 @@ class TextLM(VectorLM):
 
 
 class TextReader(VectorReader):
-    """A `decoding.Reader` for B prompts that generates text tokens. It numbers the tokens that may be generated from
-    0: token i has the id ids[i] in the vocabulary of the model.
+    """A `decoding.Reader` for B prompts that generates text tokens. The tokens that may be generated have the numbers
+    0, 1, 2, ...: token i has the id ids[i] in the vocabulary of the model.
 
     Args:
         network: the language model.
@@ -83,8 +83,8 @@ class TextReader(VectorReader):
 
     def _logits(self, last: int) -> torch.Tensor:
         """Process the current inputs. Returns float32 logits (B, last, R) after each of the last `last` inputs. Some
-        models scale or cap the logits after the output layer. This step is left out, since it does not change their
-        order."""
+        models scale or cap the logits after the output layer. This step is left out, since it does not change the order
+        of the tokens."""
         states, self.cache = self.network(self.inputs, self.mask, self.positions, self.cache)
         return F.linear(states[:, -last:], self.weight, self.bias).float()
 

@@ -84,7 +84,6 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], *, special_tok
 
 
 def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bool) -> tokenizers.Encoding:
-    """Tokenise a single text. Raises ValueError if the tokenizer fails. The message quotes the start of the text."""
     with no_panic(f"the text {text[:60] + '...' if len(text) > 60 else text!r}"):
         return tokenizer.encode(text, add_special_tokens=special_tokens)
 

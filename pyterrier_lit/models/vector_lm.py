@@ -5,9 +5,9 @@ embedding of a placeholder in the prompt. After a prompt, the model generates on
 a vector is the dot product of the projected vector with the last hidden state. This module does not deal with texts or
 queries.
 
-Shapes: B is the number of prompts, L their length in tokens, C the number of tokens in the KV cache, N the largest
-number of vectors in one prompt, m the number of vectors per prompt that one forward pass reads, d the dimension of the
-vectors, and H the width of the model.
+Shapes: B is the number of prompts, and L their length in tokens. The KV cache has C tokens. N is the largest number of
+vectors in one prompt, and d the dimension of the vectors. One forward pass reads m vectors per prompt. H is the width
+of the model.
 
 Source: PE-Rank (arXiv 2406.14848), section 3.
 """
@@ -39,7 +39,7 @@ class VectorLM(nn.Module):
     """The body of a causal language model, and the projector that maps vectors into the model's input space.
 
     Args:
-        body: the body of the language model.
+        body: the language model without its output layer.
         projector: the projector, d -> H dimensions.
         placeholder: the token id that stands for a vector in a prompt.
     """
@@ -210,8 +210,8 @@ class VectorReader:
 
 
 def _minds_no_gaps(body: Any) -> bool:
-    """Return whether padding between the tokens of a prompt leaves the result of a model unchanged, provided that the
-    padding is masked and the positions do not count it.
+    """Return whether masked padding between the tokens of a prompt leaves the result of a model unchanged, if the
+    positions do not count the padding.
 
     The result is False for sliding-window and chunked attention, because they count padding as tokens. It is also False
     for models of transformers that have no argument `position_ids`.
