@@ -1,4 +1,4 @@
-# A reranker as a system for TIREx. TIRA's variables name its input and output; the built image needs no network.
+# A reranker as a system for TIREx. TIRA's variables name the input and output directories. The built image needs no network.
 #
 #   docker build --build-arg TORCH_INDEX=URL .                  torch from PyTorch's index of CPU wheels; the image has 1.9 GB
 #   docker build .                                              torch from the package index, with CUDA; the image has 5.9 GB and also works without a GPU

@@ -4,23 +4,23 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test test-lowest slow fuzz notebooks tiny tree docs style types wheel alone image container clean
 
-demo: $(VENV)-demo/ready  ## evaluate BM25 and the four rerankers after it on Python's documentation: a table, demo/results.json and demo/results.png
+demo: $(VENV)-demo/ready  ## evaluate BM25 alone and followed by each of the four rerankers, on Python's documentation; print a table, and write demo/results.json and demo/results.png
 	$(VENV)-demo/bin/python experiments/quickstart.py
 
-test: $(VENV)/ready  ## the tests without those marked slow, offline, on the CPU; the tests of Terrier in a separate process
+test: $(VENV)/ready  ## run the tests that are not marked slow, offline, on the CPU; the tests of Terrier run in a separate process
 	$(BIN)/python -m pytest --numprocesses auto
 	$(BIN)/python -m pytest -m terrier -p no:faulthandler
 
-test-lowest:  ## the same with the lowest versions that pyproject.toml allows, in a separate environment (6.5 GB with CUDA's libraries)
+test-lowest:  ## run the tests of `make test` with the lowest versions that pyproject.toml allows, in a separate environment (6.5 GB with CUDA's libraries)
 	$(PYTHON) -m venv --clear build/lowest
 	build/lowest/bin/pip install --quiet --constraint constraints-lowest.txt --editable '.[demo,test]'
 	build/lowest/bin/python -m pytest --numprocesses auto
 	build/lowest/bin/python -m pytest -m terrier -p no:faulthandler
 
-slow: $(VENV)/ready  ## the tests marked slow, without the fuzz tests
+slow: $(VENV)/ready  ## run the tests that are marked slow, except the fuzz tests
 	$(BIN)/python -m pytest -m slow --ignore tests/test_fuzz.py
 
-fuzz: $(VENV)/ready  ## the fuzz tests: 120,000 random frames, texts and checkpoints
+fuzz: $(VENV)/ready  ## run the fuzz tests: 120,000 random frames, texts and checkpoints
 	$(BIN)/python -m pytest -m slow tests/test_fuzz.py --durations=0
 
 notebooks: $(VENV)/ready  ## run all notebooks in the small profile, offline, into build/notebooks

@@ -23,7 +23,7 @@ PAPERS = {  # DBLP key -> papers that are not in CITATION.cff
 
 
 class Schematic(Directive):
-    """Runs its content and draws the pipeline in the last line; `:show_code:` also shows the code after `# FOLD`."""
+    """Runs its content, and draws the pipeline in the last line. `:show_code:` also shows the code after `# FOLD`."""
 
     has_content = True
     option_spec = {"show_code": directives.flag, "input_columns": directives.unchanged}  # noqa: RUF012
@@ -71,7 +71,7 @@ class HowTo(Directive):
 
 
 class Related(Directive):
-    """Marks a section as related to a class; shows nothing here."""
+    """Marks a section as related to a class on PyTerrier's site. It shows nothing here."""
 
     required_arguments = 1
 

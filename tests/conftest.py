@@ -1,4 +1,4 @@
-"""Offline PyTerrier, tiny random checkpoints built in memory, and small result frames."""
+"""Fixtures for the tests: small checkpoints, small result frames, Terrier, and a stand-in for the hub."""
 
 import os
 
@@ -26,9 +26,9 @@ from hub import Hub
 from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank, __main__
 from pyterrier_lit.reranker import Reranker
 
-pt.documentation._cached_objects_inv = {}  # else schematics fetch an inventory from the web
+pt.documentation._cached_objects_inv = {}  # otherwise schematics download an inventory
 hypothesis.settings.register_profile("unhurried", parent=hypothesis.settings(), deadline=None)
-hypothesis.settings.load_profile("unhurried")  # other jobs may run on the machine
+hypothesis.settings.load_profile("unhurried")  # no deadlines, since other jobs may run on the machine
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 signal.signal(
     signal.SIGINT, signal.default_int_handler
@@ -41,11 +41,12 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:'[]?-"
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:neither the name nor the config of:UserWarning")  # true of golden
+    # The checkpoints in golden/ cause this warning
+    config.addinivalue_line("filterwarnings", "ignore:neither the name nor the config of:UserWarning")
 
 
 def pytest_runtest_setup(item):
-    """Tests of Terrier are run when they alone are asked for."""
+    """Skip the tests of Terrier unless pytest runs with `-m terrier`."""
     if item.get_closest_marker("terrier") and item.config.option.markexpr != "terrier":
         pytest.skip("Java stays in the process that it starts in: run pytest -m terrier")
 
@@ -54,9 +55,9 @@ class Known(NamedTuple):
     """A reranker, and checkpoints of it."""
 
     kind: type[Reranker]
-    random: Path  # small, for what any weights show
-    golden: Path  # with the reference's numbers
-    tiny: Path  # trained on documentation
+    random: Path  # small, for tests in which any weights do
+    golden: Path  # the reference's results for it are in golden/
+    tiny: Path  # trained on Python's documentation
 
     @property
     def command(self) -> str:
@@ -67,7 +68,7 @@ class Known(NamedTuple):
 ELECTRA, PE_RANK = GOLDEN / "cross_encoder" / "ckpt" / "electra_bias", GOLDEN / "pe_rank" / "checkpoint"
 T5, T5_TRAINED = GOLDEN / "lit5" / "tiny-random", GOLDEN / "lit5" / "tiny-trained"
 TINY = ROOT / "experiments" / "tiny"
-# The rerankers that the tests over all of them run with
+# Tests that run once per reranker run with these
 RERANKERS = {
     "CrossEncoder": Known(CrossEncoder, ELECTRA, ELECTRA, TINY / "cross-encoder"),
     "LiT5Distill": Known(LiT5Distill, T5, T5_TRAINED, TINY / "lit5-distill"),
@@ -79,7 +80,8 @@ CHECKPOINTS = {known.command: known.golden for known in RERANKERS.values()}
 
 @pytest.fixture(scope="session", params=RERANKERS)
 def small(request):
-    """small(...): each of the rerankers in turn, with these arguments, over one small checkpoint that is read once."""
+    """small(...): a reranker with these arguments and a small checkpoint. A test runs once for each reranker. All calls
+    share the loaded checkpoint, unless they set an argument that changes what is loaded."""
     kind, folder, *_ = RERANKERS[request.param]
     read = kind(str(folder), device="cpu")
 
@@ -93,7 +95,6 @@ def small(request):
 
 
 def write_jsonl(path, records):
-    """The records as lines of a .jsonl or .jsonl.gz file, whose path is returned."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     return path
@@ -101,7 +102,7 @@ def write_jsonl(path, records):
 
 @pytest.fixture(scope="session")
 def electra(tmp_path_factory):
-    """A folder with a random ELECTRA body of 2 layers over pieces of one character."""
+    """The folder of a random ELECTRA with 2 layers. Each of its tokens is one character."""
     folder = tmp_path_factory.mktemp("electra")
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
     (folder / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
@@ -122,7 +123,6 @@ def electra(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cross_encoder_folder(electra, tmp_path_factory):
-    """A folder with a random cross-encoder."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("cross-encoder")
     CrossEncoder.from_backbone(str(electra), device="cpu").save(folder)
@@ -131,7 +131,7 @@ def cross_encoder_folder(electra, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory):
-    """backbone(kind): the folder of a tiny random causal language model of the library, with the tokenizer of
+    """backbone(kind): the folder of a tiny random causal language model of transformers, with the tokenizer of
     golden/pe_rank."""
 
     def build(kind):
@@ -160,7 +160,8 @@ def backbone(tmp_path_factory):
 
 @pytest.fixture
 def frame():
-    """Two queries with 5 and 2 passages, extra columns, rows out of order under an index of strings."""
+    """A result frame with two queries, which have 5 and 2 passages, and with two extra columns. Its rows are not in
+    order, and its index has strings."""
     rows = [
         ("q2", "red fox", "d6", "a fox is red", 2.0, 0),
         ("q1", "what is a cat?", "d1", "a cat is an animal.", 5.0, 0),
@@ -177,7 +178,7 @@ def frame():
 
 @pytest.fixture(scope="session")
 def shared():
-    """The reader of ../shared/data."""
+    """The module ../shared/data/load.py, which reads the reference data."""
     if not (SHARED / "load.py").exists():
         pytest.skip(
             "needs the reference data in ../shared/data, which is not part of the repository (its licences forbid that)"
@@ -190,16 +191,16 @@ def shared():
 
 @pytest.fixture(scope="session")
 def java(tmp_path_factory):
-    """Terrier in this process, without a network. Skips where there is no Java, or no jars."""
+    """Start Terrier in this process, without a network. Skips the test if Java or the jars are missing."""
     reason = jars.start(tmp_path_factory.mktemp("pyterrier"))
     if reason is not None:
         pytest.skip(reason)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as pt_docs/bad_input.rst tells
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Java has replaced this handler
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The stand-in, in place of the hub, with an empty cache."""
+    """The stand-in of hub.py in place of the hub, with an empty cache."""
     constants = huggingface_hub.constants
     server = Hub()
     template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -208,7 +209,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    huggingface_hub.close_session()  # the session refuses to speak where it was opened offline
+    huggingface_hub.close_session()  # a session that was opened offline refuses all requests
     yield server
     server.shutdown()
     server.server_close()

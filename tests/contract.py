@@ -1,4 +1,4 @@
-"""What every reranker promises. A test class of a reranker inherits these and gives `reranker`."""
+"""What every reranker promises. The test class of a reranker inherits these tests from Contract."""
 
 import copy
 import pickle
@@ -15,7 +15,6 @@ TOLERANCE = 2e-5
 
 
 def by_docno(result):
-    """{(qid, docno): score}"""
     return {(row.qid, row.docno): row.score for row in result.itertuples()}
 
 
@@ -37,8 +36,8 @@ def many(n, qid="q1"):
 
 
 class Contract:
-    """`reranker`: a fixture with a small working reranker. `make(model=..., ...)`: a fixture that builds one like it
-    with other arguments."""
+    """Requires two fixtures. `reranker` is a small working reranker. `make(model=..., ...)` builds such a reranker with
+    other arguments."""
 
     def test_rows_columns_and_the_callers_frame_are_untouched(self, reranker, frame):
         before = frame.copy(deep=True)

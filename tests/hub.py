@@ -1,4 +1,4 @@
-"""A stand-in for the hub: its endpoints for models, over repositories in memory."""
+"""A stand-in for the Hugging Face hub: a local server whose repositories of models are in memory."""
 
 import base64
 import hashlib
@@ -9,7 +9,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories: {id: {"refs": {branch: commit}, "commits": {commit: {path: bytes}}, "messages", "private"}}."""
+    """The server. `repos` holds the repositories: {id: {"refs": {branch: commit}, "commits": {commit: {path: bytes}},
+    "messages", "private"}}."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answers)
@@ -25,7 +26,7 @@ class Hub(ThreadingHTTPServer):
         self.commit(name, "main", {}, "initial commit")
 
     def commit(self, name, branch, files, message):
-        """A new commit of all files of a branch; its id."""
+        """Add a commit to a branch, and return its id. `files` are all files of the commit."""
         repo = self.repos[name]
         commit = hashlib.sha1(repr((name, branch, message, len(repo["commits"]))).encode()).hexdigest()
         repo["commits"][commit], repo["refs"][branch] = files, commit
@@ -33,7 +34,7 @@ class Hub(ThreadingHTTPServer):
         return commit
 
     def at(self, name, revision="main"):
-        """The commit that a branch or commit names, and its files: (None, None) where there is no such."""
+        """Return the id and the files of a branch or commit, or (None, None) if there is none."""
         repo = self.repos.get(name, {"refs": {}, "commits": {}})
         commit = repo["refs"].get(revision, revision)
         return (commit, repo["commits"][commit]) if commit in repo["commits"] else (None, None)
@@ -54,7 +55,7 @@ class Answers(BaseHTTPRequestHandler):
                 for path, data in files.items()
             ]
             return self.answer(listed)
-        if path[0] == "api":  # of something else
+        if path[0] == "api":  # not about models
             return self.answer({}, status=404)
         name, revision, file = "/".join(path[:2]), path[3], "/".join(path[4:])
         commit, files = self.server.at(name, revision)

@@ -1,6 +1,6 @@
-"""Terrier without a network: finds its jars and starts it. As a script it indexes and reranks with what is installed.
+"""Starts Terrier without a network, from jars on this machine. As a script, it also indexes and reranks three texts.
 
-Knows neither pytest nor the test suite: `make wheel` runs it in an environment with nothing but the wheel.
+This module imports nothing from pytest or the tests, since `make wheel` runs it in an environment with only the wheel.
 """
 
 import os
@@ -17,8 +17,8 @@ JARS = {"terrier-assemblies-": "-jar-with-dependencies.jar", "terrier-python-hel
 
 
 def start(home: Path) -> str | None:
-    """Start Terrier in this process, with `home`, an empty folder, as PyTerrier's home; or return why that is not
-    possible."""
+    """Start Terrier in this process, with the empty folder `home` as PyTerrier's home. Returns None, or the reason why
+    Terrier cannot be started."""
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         return "needs Java 11 or newer"
     folders = [Path(pt.io.pyterrier_home()), ROOT.parent / "shared" / "terrier"]
@@ -36,7 +36,6 @@ def start(home: Path) -> str | None:
 
 
 def newest(folder: Path, name: str) -> str | None:
-    """The newest version of a jar that lies in a folder."""
     versions = [path.name[len(name) : -len(JARS[name])] for path in folder.glob(f"{name}*{JARS[name]}")]
     return max(versions, key=lambda version: [int(number) for number in re.findall(r"\d+", version)], default=None)
 

@@ -27,7 +27,7 @@ DOCNOS = json.loads((FOLDER / "sliding_docnos.json").read_text(encoding="utf-8")
 
 
 class Index:
-    """A dense index as pyterrier_dr.FlexIndex is one; an unknown docno gets -1, as there."""
+    """A stand-in for FlexIndex, a dense index of pyterrier_dr. As there, the number of an unknown docno is -1."""
 
     def __init__(self, vectors):
         self.docnos = list(vectors)
@@ -48,7 +48,7 @@ class Index:
 
 
 class Encoder:
-    """A bi-encoder as pyterrier_dr.BiEncoder is one: vectors from the letters of a text."""
+    """A stand-in for a bi-encoder of pyterrier_dr. The vector of a text counts its letters."""
 
     def __init__(self, width=24):
         self.width = width
@@ -87,7 +87,7 @@ def vectors_of(window):
 
 
 def count_forwards(ranker, monkeypatch):
-    """The widths of the inputs of every forward pass of the language model, as they happen."""
+    """Return a list. Each later forward pass of the language model adds the shape (B, L) of its input to this list."""
     calls, forward = [], ranker.network.body.forward
     monkeypatch.setattr(
         ranker.network.body,
@@ -98,7 +98,7 @@ def count_forwards(ranker, monkeypatch):
 
 
 def sliding_frame(runs, **columns):
-    """One query per golden run; `doc_vec` of the reference, and the text."""
+    """Return a frame with one query per golden run, with the texts and the reference's vectors (`doc_vec`)."""
     rows = [
         (str(i), run["query"], docno, text, rank)
         for i, run in enumerate(runs)
@@ -128,6 +128,6 @@ HOSTILE = ["<PLACEHOLDER>", "a <RANK> b", "</s><s>", "<unk>", "<<PLACEHOLDER>PLA
 
 
 def prompt(ranker, window):
-    """A golden window as PE-Rank reads it, all of whose passages are to be named."""
+    """Return a golden window as a prompt of PE-Rank. All passages of the window are to be ranked."""
     n = len(window["candidates"])
     return Prompt((ids_of(ranker, window), vectors_of(window)), len(window["input_ids"]), n, n)

@@ -1,5 +1,8 @@
-"""Stand-ins for what the papers' profile reads: hub, ir_datasets, Terrier's index, runs and licensed collections; a
-training is two steps. For a copy of experiments alone, whose workplace.py installs them."""
+"""Stand-ins for the data and models that the notebooks read in the profiles "paper" and "runs".
+
+`install` replaces the hub, ir_datasets, Terrier's index and large encoders by small ones, and shortens each training to
+two steps. `lay_out` writes runs and collections. test_notebooks.py copies this file into a copy of experiments/.
+"""
 
 import dataclasses
 import datetime
@@ -19,7 +22,7 @@ from pyterrier_lit.models import checkpoints
 from pyterrier_lit.training import distil
 
 TINY = Path(__file__).parent / "tiny"
-CHECKPOINTS = {  # names on the hub, and what is read in their place
+CHECKPOINTS = {  # regular expression for names on the hub -> the folder that is read instead
     r"webis/monoelectra|google/electra": TINY / "cross-encoder",
     "castorini/LiT5-Distill": TINY / "lit5-distill",
     "castorini/LiT5-Score|google/flan-t5": TINY / "lit5-score",
@@ -33,7 +36,7 @@ QRELS = [("1", "d3", 1), ("1", "d7", 1), ("2", "d4", 1)]
 
 
 def install() -> None:
-    """Into the running process."""
+    """Replace, in the running process, the functions that read data and models."""
     import pyterrier_lit.models.pe_checkpoint
     import pyterrier_lit.reranker
 
@@ -63,7 +66,8 @@ def at_hand(encoder):
 
 
 class Dataset:
-    """A small collection in the classes of documents, queries and judgements that the real one has."""
+    """A small collection. Its documents, queries and judgements have the same classes as those of the real
+    collection."""
 
     def __init__(self, real):
         self.real = real
@@ -86,14 +90,14 @@ class Dataset:
 
 
 def made(kind, text, **known):
-    """A named tuple whose texts are this one, and whose other fields are empty."""
+    """Return a named tuple with the fields `known`. Every other text is `text`, and every other field is empty."""
     empty = {str: text, bytes: text.encode(), int: 0, float: 0.0, datetime.datetime: datetime.datetime(2026, 1, 1)}
     kinds = {name: typing.get_origin(of) or of for name, of in kind.__annotations__.items()}
     return kind(**({name: empty.get(of, None if of is typing.Union else ()) for name, of in kinds.items()} | known))
 
 
 def lay_out() -> None:
-    """Write stand-ins for the runs and folders that the profiles "paper" and "runs" read and that do not exist."""
+    """Write stand-ins for those runs and folders that the profiles "paper" and "runs" read and that are missing."""
     import public_runs
 
     parts = [part() for source in (papers, public_runs) for part in (source.trec_dl, source.beir, source.tirex)]

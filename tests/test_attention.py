@@ -1,4 +1,4 @@
-"""models.attention: the same numbers by both kernels, in the package's own decoders and in models of the library."""
+"""models.attention: matrix products give the numbers of the fused kernel, alone and in a model of transformers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from pyterrier_lit.models.vector_lm import _cache_argument
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The queries of each call of the fused kernel."""
+    """A list with the number of queries in each call of the fused kernel."""
     calls, kernel = [], F.scaled_dot_product_attention
 
     def counted(query, *arguments, **named):

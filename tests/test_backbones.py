@@ -1,4 +1,4 @@
-"""from_backbone: every kind of encoder becomes a student that learns, is saved, and scores the same elsewhere."""
+"""from_backbone: every kind of encoder becomes a student that learns, is saved, and scores the same after loading."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ BODY = {name: value for name, value in SIZE.items() if name != "num_labels"} | {
 DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "initializer_range": 0.5, "pad_token_id": 3}
 KINDS = {
     "electra": ("ElectraModel", BODY | {"embedding_size": 16}),
-    "bert": ("BertForMaskedLM", BODY),  # MiniLM is one
+    "bert": ("BertForMaskedLM", BODY),  # such as MiniLM
     "roberta": ("RobertaModel", BODY | {"type_vocab_size": 1, "max_position_embeddings": 80}),
     "xlm-roberta": ("XLMRobertaForMaskedLM", BODY | {"type_vocab_size": 1, "max_position_embeddings": 80}),
     "distilbert": ("DistilBertForMaskedLM", DISTIL),
@@ -30,7 +30,7 @@ PASSAGES = ["a cat is an animal", "dogs bark", "the sky", "cats and dogs", "a"]
 
 @pytest.fixture(params=KINDS)
 def encoder(request, tmp_path):
-    """The folder of a small random encoder, as it is when it was pre-trained."""
+    """The folder of a small random encoder."""
     architecture, fields = KINDS[request.param]
     inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if request.param in ("electra", "bert") else [])]
     tokenizer = words(SPECIAL, *ENDED, pad_token="<pad>", model_input_names=inputs)

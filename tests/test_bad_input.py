@@ -1,5 +1,5 @@
-"""Every row of the table in pt_docs/bad_input.rst, for all four rerankers. The outcomes stand there, the inputs
-here."""
+"""Every row of the table in pt_docs/bad_input.rst, for all four rerankers. The page has the outcomes, and
+this file has the inputs."""
 
 import builtins
 import csv
@@ -13,14 +13,14 @@ from test_imports import PACKAGE
 
 
 def promised():
-    """{input: outcome} as the documentation has them."""
+    """Return {input: outcome}, read from the page."""
     text = (PACKAGE / "pt_docs" / "bad_input.rst").read_text(encoding="utf-8")
     table = text.split(":widths: 35, 65\n\n")[1].split("\n\n")[0]
     return {name.strip(): outcome.strip() for name, outcome in csv.reader(table.splitlines(), delimiter="|")}
 
 
 def put(column, value, row=3):
-    """A change of one cell."""
+    """Return a function that sets one cell of a frame."""
 
     def change(frame):
         frame = frame.astype({column: object})
@@ -46,7 +46,7 @@ def read_only(frame):
 
 
 def texts(*values):
-    """A change of all texts to these, over and over."""
+    """Return a function that replaces the 7 texts of a frame by `values`, repeated as needed."""
     return lambda frame: frame.assign(text=pd.Series((values * 7)[:7], index=frame.index, dtype=object))
 
 
@@ -74,7 +74,7 @@ HOSTILE = [
     "<extra_id_0>",
 ]
 
-SAME = {  # inputs that must be ranked as the plain frame is
+SAME = {  # inputs that must give the ranks of the unchanged frame
     "rows under a MultiIndex": lambda frame: frame.set_axis(pd.MultiIndex.from_product([["x"], range(7)])),
     "repeated labels in the index": lambda frame: frame.set_axis([0] * 7),
     "an index named like a column": lambda frame: frame.set_index("qid", drop=False),

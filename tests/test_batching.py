@@ -1,4 +1,4 @@
-"""map_batches: every item answered once, in order, within the budget; memory that runs out."""
+"""map_batches: one result per item, in the order of the items, within the token budget, also when memory runs out."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(lengths, fits):
             assert map_batches(limited, items, lengths, 10_000) == items
         assert len(warned) == 1
         failed = [tokens > fits for tokens in tried]
-        assert failed == sorted(failed, reverse=True)  # once it fits it goes on fitting
+        assert failed == sorted(failed, reverse=True)  # after the first batch that fits, all batches fit
 
 
 def test_memory_that_runs_out_leaves_half_of_what_was_tried():
@@ -89,7 +89,7 @@ def test_like_lengths_gives_each_item_once_within_the_budget(lengths, max_tokens
     for number, batch in enumerate(batches, 1):
         longest = max(max(lengths[item] for item in batch), 1)
         assert len(batch) == 1 or len(batch) * longest <= max_tokens
-        assert number == len(batches) or (len(batch) + 1) * longest > max_tokens  # one more had not fitted
+        assert number == len(batches) or (len(batch) + 1) * longest > max_tokens  # one more item would not have fitted
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""experiments/bench.py: its arithmetic, a system that is missing, one that dies, and a small row from end to end."""
+"""experiments/bench.py: its arithmetic, systems that are missing or fail, and a small row from end to end."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ import measured
 import pytest
 import torch
 
-PASSAGES = {"MiniLM": 100, "BERT-base": 50}  # on the page
+PASSAGES = {"MiniLM": 100, "BERT-base": 50}  # passages per query in pt_docs/speed.rst
 ANSWER = {"seconds": 2.0, "peak GB": 1.0, "results": [[3.0, 2.0, 1.0]]}
 
 
@@ -46,7 +46,7 @@ def test_only_pairs_with_one_of_the_first_passages_are_compared():
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """A folder with work for a very small cross-encoder."""
+    """A folder with a very small cross-encoder, and with the queries and passages to rerank."""
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     monkeypatch.setitem(bench_work.ENCODERS, "small", small)
     texts = ["how to wait"], [["sleep pauses a program", "a list of numbers", "time and calendars"]]
@@ -64,7 +64,7 @@ def test_ours_scores_as_sentence_transformers_and_says_what_it_cost(work):
         process.end()
     assert torch.allclose(*(torch.tensor(answer["results"]) for answer in answers.values()), atol=1e-5)
     assert all(answer["seconds"] > 0 and answer["peak GB"] > 0 for answer in answers.values())
-    assert cost["flops"] > 0 and cost["bytes"] == 0  # it has no decoder
+    assert cost["flops"] > 0 and cost["bytes"] == 0  # bytes are counted in decoders only
 
 
 def test_a_system_that_is_not_installed_is_not_run(work):

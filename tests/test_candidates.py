@@ -1,4 +1,4 @@
-"""candidates: re-ranking files and runs read as they stand; every bad line named."""
+"""candidates: re-ranking files and runs are read, and an error names each bad line."""
 
 import gzip
 import json
@@ -247,7 +247,7 @@ LIT5 = {
 def test_the_files_that_the_papers_authors_published_are_read_by_their_keys(tmp_path, record, docnos, texts):
     other = json.loads(json.dumps(record).replace("7", "8"))
     expected = [Candidates(qid, "red fox", docnos, texts) for qid in ("7", "8")]
-    assert read(tmp_path, record, other) == expected  # the order is that of the list
+    assert read(tmp_path, record, other) == expected  # in the order of the list, whatever the scores
     assert read(tmp_path, record, depth=1) == [Candidates("7", "red fox", docnos[:1], texts[:1])]
     (tmp_path / "array.json").write_text(json.dumps([record, other], indent=2))
     assert list(read_rerank_file(tmp_path / "array.json")) == expected

@@ -10,7 +10,7 @@ from pyterrier_lit.training import Distil, FineTune
 
 
 def parts(folder):
-    """The head of a card, as fields, and its text."""
+    """Return the metadata of a model card as a dict, and its text."""
     _, head, text = (folder / CARD).read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(head), text
 
@@ -79,7 +79,7 @@ def test_a_further_training_keeps_the_name_of_the_first_model(electra, labelled,
 
 
 def trainings(folder):
-    """The lines on each training in a card."""
+    """Return the lines about each training in a model card."""
     _, text = parts(folder)
     return [part.strip() for part in text.partition("## Training")[2].partition("## Use")[0].split("And then")]
 
@@ -94,7 +94,7 @@ def test_trainings_go_along_by_way_of_the_hub_and_further_ones_follow_them(hub, 
     head, text = parts(tmp_path / "again")
     assert head["base_model"] == "me/mine" and "- model: `me/mine`" in text
     further = CrossEncoder(str(tmp_path / "again"), device="cpu")
-    for expected in (2, 3):  # saved into the folder that it was read from, and trained on
+    for expected in (2, 3):  # train further, and save into the same folder
         Distil(further, steps=expected, batch_size=2, verbose=False).fit(labelled[0])
         further.save(tmp_path / "again")
         assert trainings(tmp_path / "again")[0] == first

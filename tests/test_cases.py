@@ -1,4 +1,4 @@
-"""../shared/cases: each script of a fault that was found says PASS, in a process of its own."""
+"""../shared/cases: each script tries a fault that was found before, and must print "PASS"."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, SHARED, TINY
 
 CASES = SHARED.parent / "cases"
-RENAMED = {"at_once": "micro_batch"}  # settings that the scripts call by an older name
+RENAMED = {"at_once": "micro_batch"}  # an older name of a setting, in the scripts -> its name today
 
 
 def scripts():

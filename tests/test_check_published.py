@@ -1,5 +1,4 @@
-"""experiments/check_published.py, against a stand-in for the hub: what passes, what fails, and that neither stops the
-rest."""
+"""experiments/check_published.py, with a stand-in for the hub: which checks pass, fail or are not run."""
 
 import json
 import os
@@ -27,14 +26,14 @@ MONO, DISTILL, SCORE, PE = (
     "liuqi6777/pe-rank-mistral-jina",
 )
 FOLDERS = {MONO: ELECTRA, DISTILL: T5, "castorini/LiT5-Distill-base": T5, SCORE: T5, PE: TINY / "pe-rank"}
-NAMES = {MONO: "monoELECTRA-base two-stage RankZephyr-CBv2", PE: "PE-Rank (Jina)"}  # of published.csv
+NAMES = {MONO: "monoELECTRA-base two-stage RankZephyr-CBv2", PE: "PE-Rank (Jina)"}  # names in published.csv
 DOCS = {"d1": "water power", "d2": "light is measured", "d3": "old mills of the river"}
 RUN = "".join(f"{qid} Q0 d{i} {i} {-i} x\n" for qid in (1, 2) for i in (1, 2, 3))
 
 
 @pytest.fixture
 def put(hub):
-    """put(name, change): the stand-in's checkpoint of this name, its files changed by `change(folder)`."""
+    """put(name, tmp_path, change): put a checkpoint with this name on the stand-in. `change(folder)` can change it."""
 
     def put(name, tmp_path, change=lambda folder: None):
         folder = tmp_path / name.replace("/", "--")
@@ -48,7 +47,7 @@ def put(hub):
 
 @pytest.fixture
 def dl19(tmp_path, monkeypatch):
-    """A small DL19 in a folder, with the runs over it."""
+    """The folder of a small collection in place of DL19. Its BM25 runs are in another folder."""
     folder, runs = tmp_path / "dl19", tmp_path / "runs"
     folder.mkdir(), runs.mkdir()
     (folder / "docs.jsonl").write_text("".join(json.dumps({"docno": d, "text": t}) + "\n" for d, t in DOCS.items()))
@@ -64,7 +63,7 @@ def dl19(tmp_path, monkeypatch):
 
 @pytest.fixture
 def publish(tmp_path, monkeypatch):
-    """publish(rows): published.csv holds these figures of DL19 over BM25, and no others."""
+    """publish(*rows): replace published.csv by a file with these rows."""
 
     def publish(*rows):
         columns = ["paper", "table", "collection", "measure", "first_stage", "depth", "model", "value"]
@@ -140,7 +139,7 @@ def test_known_scores_are_reached_within_a_thousandth(put, tmp_path, dl19, publi
 
 
 def test_the_scores_tokens_and_figures_that_are_published_are_found(put, tmp_path, dl19):
-    """With published.csv as it is, small checkpoints fail: at 7.7892, -3.5815, 2,942 and .7048."""
+    """The small checkpoints do not have the published results, so these checks fail."""
     put(MONO, tmp_path), put(PE, tmp_path)
     known = [
         {row["check"]: row["known"] for row in check_published.examine(name, dl19) if row["result"] == "failed"}
@@ -179,17 +178,18 @@ def test_of_ten_passages_the_one_that_answers_is_first(put, tmp_path, dl19, monk
 @pytest.mark.parametrize(("off", "result"), [(0.0, "passed"), (0.002, "passed"), (0.004, "failed")])
 def test_dl19_is_beside_what_is_published(put, tmp_path, dl19, publish, off, result):
     put(MONO, tmp_path)
-    where, first = ("dl19", "nDCG@10", "bm25", "100"), 0.5655  # d3 third of query 1, d2 second of query 2
+    where, first = ("dl19", "nDCG@10", "bm25", "100"), 0.5655  # the relevant passages have the ranks 3 and 2
     measured = measured_of(check_published.examine(MONO, dl19))
     publish(
         ("Rank-DistiLLM", "arxiv_table1", *where, "first stage", first),
         ("Rank-DistiLLM", "arxiv_table1", *where, NAMES[MONO], measured + off),
-        ("Rank-DistiLLM", "readme", *where, NAMES[MONO], 0.1),  # one of two figures is enough
+        ("Rank-DistiLLM", "readme", *where, NAMES[MONO], 0.1),  # it is enough to match one of the two figures
     )
     rows = check_published.examine(MONO, dl19)
     assert results(rows)["DL19 over BM25, nDCG@10"] == result and measured_of(rows) == measured
+    # A first stage with another nDCG@10 is not the paper's BM25
     publish(("Rank-DistiLLM", "arxiv_table1", *where, "first stage", first + 0.01))
-    assert results(check_published.examine(MONO, dl19))["DL19 over BM25, nDCG@10"] == "failed"  # another BM25
+    assert results(check_published.examine(MONO, dl19))["DL19 over BM25, nDCG@10"] == "failed"
 
 
 def measured_of(rows):

@@ -1,4 +1,4 @@
-"""files.rerankers: what is wrong with a reranker's arguments shows before it loads, and which weights it has."""
+"""files.rerankers: wrong arguments are found before a checkpoint loads, and a fingerprint identifies the weights."""
 
 import os
 import shutil

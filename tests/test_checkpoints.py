@@ -1,4 +1,4 @@
-"""checkpoints: what is missing, damaged or unknown is named; saving loses nothing."""
+"""checkpoints: errors name what is missing, damaged or unknown; saving loses nothing."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Ordinary cross-encoders: what transformers and sentence-transformers make of a folder, alone and in any batch."""
+"""Sequence classifiers in CrossEncoder: the scores of transformers and sentence-transformers, alone and in batches."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ VOCABULARY += [f"##{letter}" for letter in VOCABULARY[5:]]
 
 @pytest.fixture
 def put(tmp_path):
-    """put(kind, tokenizer, settings of the network): a folder with a random classifier of the library."""
+    """put(kind, tokenizer, **fields of the config): the folder of a random classifier of transformers."""
 
     def build(kind, tokenizer, **fields):
         torch.manual_seed(0)
@@ -41,7 +41,7 @@ def put(tmp_path):
 
 @pytest.fixture
 def bert(put):
-    """bert(fields of tokenizer_config.json, settings of the network): a folder with a random BERT classifier."""
+    """bert(fields of tokenizer_config.json, **fields of the config): the folder of a random BERT classifier."""
 
     def build(tokenizer_config=None, **fields):
         tokenizer = transformers.BertTokenizer(vocab={piece: id for id, piece in enumerate(VOCABULARY)})
@@ -53,14 +53,14 @@ def bert(put):
 
 
 def edit(folder, name, fields):
-    """Set fields of a JSON file, which is made where there is none."""
+    """Set fields of a JSON file, which is created if it does not exist."""
     file = folder / name
     old = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(old | fields))
 
 
 def library(folder, passages=PASSAGES, query=QUERY, **how):
-    """What transformers makes of each pair alone."""
+    """Score each pair alone with transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.inference_mode():
@@ -70,7 +70,7 @@ def library(folder, passages=PASSAGES, query=QUERY, **how):
 
 
 def sentences(folder, passages=PASSAGES, query=QUERY):
-    """What sentence-transformers makes of the pairs."""
+    """Score the pairs with sentence-transformers."""
     model = sentence_transformers.CrossEncoder(str(folder), device="cpu")
     return model.predict([(query, passage) for passage in passages], activation_fn=torch.nn.Identity()).tolist()
 
@@ -80,7 +80,7 @@ def ours(folder, passages=PASSAGES, query=QUERY, **arguments):
 
 
 def assert_scores(folder, wanted, passages=PASSAGES, query=QUERY):
-    """Together, one by one, and after saving."""
+    """Compare the scores with `wanted`: in one call, one by one, and after saving."""
     reranker = CrossEncoder(str(folder), device="cpu")
     assert reranker.score([query], [passages])[0] == pytest.approx(wanted, abs=2e-4)
     assert [reranker.score([query], [[text]])[0][0] for text in passages] == pytest.approx(wanted, abs=2e-4)
@@ -119,7 +119,7 @@ def test_a_cased_tokenizer_file_is_lowered_by_its_settings(bert):
     file = json.loads((folder / "tokenizer.json").read_text())
     file["normalizer"]["lowercase"] = False
     (folder / "tokenizer.json").write_text(json.dumps(file))
-    assert library(folder) == wanted  # transformers does so by itself
+    assert library(folder) == wanted  # transformers lowercases, too
     assert_scores(folder, wanted)
 
 
@@ -182,7 +182,7 @@ def test_a_panic_of_the_tokenizer_has_a_sentence(bert, capfd):
     (folder / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(ValueError, match=r"the tokenizer cannot read the text 'aaaaa.*it failed"):
         ours(folder, ["a" * 40 + "!"])
-    capfd.readouterr()  # what Rust says of it
+    capfd.readouterr()  # drop the tokenizer's own message
 
 
 # Token types, lengths, labels
@@ -304,7 +304,7 @@ def test_an_adapter_is_refused_in_words_beside_weights_or_without(bert, tmp_path
 
 
 def old_names(folder):
-    """Layer norms called gamma and beta, as before 2019."""
+    """Rename the weights of layer norms to gamma and beta, as before 2019."""
     file = folder / "model.safetensors"
     weights = safetensors.torch.load_file(file)
     for name in [name for name in weights if "LayerNorm." in name]:
@@ -335,7 +335,8 @@ def test_old_names_of_layer_norms_are_read_in_classifiers_and_in_bodies(bert, cr
 
 
 def words(special, single, pair, **names):
-    """A tokenizer of whole words, its first special token for those it does not know, with a template for two texts."""
+    """Return a tokenizer of whole words. Unknown words become its first special token. `single` and `pair` are the
+    templates for one and two texts."""
     known = [*special, *WORDS]
     tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token=special[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""The command line: the same run as in Python, killed and resumed, every mistake in one line on stderr."""
+"""The command line: the same run as in Python, resuming after a kill, and one line on stderr for each mistake."""
 
 import importlib
 import inspect
@@ -26,8 +26,8 @@ from pyterrier_lit.__main__ import RERANKERS, SET_HERE, constructor_options, doc
 
 
 def golden_rows():
-    """The queries and passages of golden/lit5, each text once, as a re-ranking file has them; ranks from 1, worst
-    first."""
+    """Return the rows of a re-ranking file with the queries and passages of golden/lit5, without duplicates. The ranks
+    start at 1. The rows of a query begin with the last rank."""
     lines = map(json.loads, (GOLDEN / "lit5" / "data.jsonl").read_text(encoding="utf-8").splitlines())
     return [
         {
@@ -147,7 +147,7 @@ def test_a_killed_run_that_is_resumed_is_the_uninterrupted_run_byte_by_byte(tmp_
     assert whole.startswith(left) and 3_000 < len(left) < len(whole)
     part.write_bytes(left[:-7])  # as if the kill had come in the middle of a write
 
-    assert main([*again]) == 1  # not without --resume
+    assert main([*again]) == 1  # fails without --resume
     assert part.read_bytes() == left[:-7]
     process = program([*again, "--resume"])
     out, error = process.communicate()
@@ -156,14 +156,14 @@ def test_a_killed_run_that_is_resumed_is_the_uninterrupted_run_byte_by_byte(tmp_
     by_query = [
         b"".join(lines) for _, lines in groupby(whole.splitlines(keepends=True), key=lambda line: line.split()[0])
     ]
-    ends = list(accumulate(map(len, by_query)))[1::2]  # of the chunks, which hold two queries each
+    ends = list(accumulate(map(len, by_query)))[1::2]  # the ends of the chunks, which have two queries each
     found = 2 * sum(end <= len(left) - 7 for end in ends)
     assert out.startswith(f"{60 - found} queries") and out.endswith(f"; done before: {found} queries\n")
     assert not list(tmp_path.glob("*.part"))
 
 
 def refused(arguments, capsys):
-    """The one line that a command leaves on stderr when it fails."""
+    """Run a command that fails, and return its only line on stderr."""
     assert main(arguments) != 0
     said = [line for line in capsys.readouterr().err.splitlines() if line and "pair/s" not in line]
     assert len(said) == 1, said
@@ -242,7 +242,7 @@ def test_input_is_read_before_the_model(tmp_path, file, capsys):
 
 
 def interrupted(arguments, monkeypatch, capsys, after):
-    """What a command says that is interrupted when it reranks more than so many queries."""
+    """Interrupt a command when it reranks more than `after` queries. Returns its last line on stderr."""
     results, seen = CrossEncoder.results, []
 
     def stop(self, queries, columns):

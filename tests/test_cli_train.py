@@ -1,4 +1,4 @@
-"""`python -m pyterrier_lit train`: from files to a checkpoint, the same as in Python, and mistakes in one line."""
+"""`python -m pyterrier_lit train`: the same checkpoint as in Python; each mistake is reported in one line."""
 
 import json
 

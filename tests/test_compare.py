@@ -31,7 +31,7 @@ def test_the_published_figures_are_those_of_the_reference_data(shared):
 
 
 def test_every_table_has_all_its_cells():
-    """Systems x collections x first stages, as printed."""
+    """The numbers are systems x collections x first stages, as in the papers."""
     cells = {
         "ecir_table1": 2 * 4 * (1 + 3) + 2 * (2 + 1) + 8 + 8 + 4 + 8,  # first stage and LiT5; MonoT5, RankT5; LLMs
         "ecir_table2": 5 * (17 + 1),

@@ -1,5 +1,4 @@
-"""experiments/cost_model.py: the arithmetic against cases worked out by hand, and each stage measured as a call runs
-it."""
+"""experiments/cost_model.py: its arithmetic, against cases worked out by hand, and its measurement of each stage."""
 
 import cost_model
 import pandas as pd
@@ -17,7 +16,7 @@ STAGES = Stages(loading=0.001, frame=0.003, packing=0.002, tokenising=0.04, mode
 
 @pytest.fixture
 def candidates():
-    """Two queries with 30 passages each, of which no two are alike."""
+    """Two queries with 30 different passages each."""
     rows = [(qid, f"fox {qid}", f"{qid}-{i}", f"a fox {i} {qid}") for qid in "ab" for i in range(30)]
     return pd.DataFrame(rows, columns=["qid", "query", "docno", "text"])
 
@@ -46,10 +45,10 @@ def test_the_bottleneck_moves_from_the_model_to_the_tokeniser_to_the_driver():
 
 
 def test_machines_for_a_million_queries_a_day():
-    assert cost_model.rate(STAGES) == pytest.approx(1 / 0.404)  # 2.48 a second, and a million a day are 11.57
+    assert cost_model.rate(STAGES) == pytest.approx(1 / 0.404)  # 2.48 queries per second; a million per day are 11.57
     assert cost_model.machines(STAGES, 1_000_000, workers=1) == 5
     assert cost_model.machines(STAGES, 1_000_000, workers=8) == 1
-    assert cost_model.machines(STAGES, 10_000_000, workers=8) == 7  # 115.7 at 18.52 each
+    assert cost_model.machines(STAGES, 10_000_000, workers=8) == 7  # 115.7 queries per second, 18.52 per machine
 
 
 def test_no_number_of_workers_passes_the_driver_and_half_its_rate_takes_as_many_as_it_feeds():

@@ -1,4 +1,4 @@
-"""experiments/counting.py: the papers' networks have their sizes, and the headlines follow from counting."""
+"""experiments/counting.py: the networks have the papers' sizes, and the papers' claims follow from the counts."""
 
 import counting
 import pytest

@@ -48,7 +48,6 @@ def golden(name):
 
 
 def golden_frame(items):
-    """One row per pair; docno is the position in the list."""
     return pd.DataFrame(
         [
             (str(i), item["query"], f"{i}-{j}", doc, score)
@@ -127,7 +126,8 @@ def test_bfloat16_stays_close_to_the_reference():
 
 @pytest.fixture
 def copy_of(tmp_path):
-    """copy_of(folder, config fields to set, weights -> weights): a changed copy of a checkpoint, as a path."""
+    """copy_of(folder, fields, weights): the path of a copy of a checkpoint. `fields` are set in its config, and the
+    function `weights` changes its weights."""
 
     def change(folder, fields=None, weights=None):
         shutil.copytree(folder, tmp_path / "copy")
@@ -225,7 +225,7 @@ def test_two_rows_in_the_head_score_by_the_log_probability_of_the_second(copy_of
 
 @pytest.fixture(params=["electra-1", "electra-2", "roberta-1", "modernbert-1"])
 def labelled(request, electra, tmp_path):
-    """An ordinary sequence classification checkpoint, its model and its tokenizer."""
+    """The folder of a sequence classifier, its model and its tokenizer."""
     kind, labels = request.param.split("-")
     torch.manual_seed(3)
     inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if kind == "electra" else [])]
@@ -460,7 +460,7 @@ def test_the_last_layer_computes_the_first_token_alone_where_it_alone_is_read(po
         rows = []
         copied.body.encoder.layer[-1].output.register_forward_hook(lambda *given, to=rows: to.append(given[-1].shape))
         assert (copied(**inputs) - expected).abs().max() < 1e-6
-        copied.train()(**inputs)  # training is as it was
+        copied.train()(**inputs)  # in training mode, the last layer computes all tokens
         assert rows == [(3, 1 if pooling == "first" else 9, 16), (3, 9, 16)]
 
 

@@ -1,4 +1,4 @@
-"""decoding: each row spells its candidates, each once, always the best that is allowed."""
+"""decoding: each row names each of its candidates once, and each token is the best that is allowed."""
 
 import math
 
@@ -12,7 +12,7 @@ from pyterrier_lit.models import t5, vector_lm
 
 
 def spell(speller, logits):
-    """The candidates that each row completes; `logits` is a list of (B, S)."""
+    """Return the candidates that each row completes. `logits` has a tensor (B, S) for each step."""
     completed = [[] for _ in range(len(logits[0]))]
     for step in logits:
         _, candidates = speller.step(torch.as_tensor(step))
@@ -34,7 +34,7 @@ def test_passages_as_tokens_come_best_first_each_once(counts, seed):
         assert rows[row] == expected
 
 
-WORDS = [[1], [2], [0, 3], [0, 4], [0, 5, 6]]  # 0 begins three words
+WORDS = [[1], [2], [0, 3], [0, 4], [0, 5, 6]]  # three words begin with 0
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 10_000))
@@ -72,7 +72,7 @@ def test_nan_counts_only_where_a_choice_was_made_from_it():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_logits_that_are_not_finite_are_told_and_decoding_ends(value):
-    """Of two rows the second has such logits: that is told, and the first is decoded as ever."""
+    """Only the second of two rows has such logits. The first row is decoded as usual."""
 
     class Reader:
         device = torch.device("cpu")
@@ -94,9 +94,10 @@ def test_logits_that_are_not_finite_are_told_and_decoding_ends(value):
 
 
 class Moody:
-    """A reader whose logits depend on all that a row has read: some that stay, and some of `mood` that do not.
+    """A reader with random logits: a part that stays the same, plus `mood` times a part that changes with each token
+    read. With mood 0, each draft is right. With a large mood, hardly any draft is right.
 
-    In steps of `grain`, so that logits tie. With mood 0 each draft is right; one much larger is all there is to it.
+    The logits are rounded to multiples of `grain`, so that some logits are equal.
     """
 
     device = torch.device("cpu")
@@ -104,7 +105,7 @@ class Moody:
     def __init__(self, rows, tokens, seed, mood=1.0, grain=0.0, costs=(1.0,) * 8):
         self.has_read = [[] for _ in range(rows)]
         self.tokens, self.seed, self.mood, self.grain, self.costs = tokens, seed, mood, grain, costs
-        self.passes = []  # the number of tokens of each
+        self.passes = []  # the number of tokens of each pass
 
     def logits(self, row, has_read):
         stays, mood = (
@@ -132,7 +133,7 @@ class Moody:
 
 
 def one_by_one(reader, row, words, n, top):
-    """The order by its definition: at each step the best token that some unused candidate goes on with."""
+    """Return the order by its definition: each token is the best one with which an unused candidate continues."""
     order, has_read = [], []
     while len(order) < min(top, n - 1):
         prefix = ()
@@ -175,7 +176,6 @@ SPELLINGS = {
     st.integers(0, 10_000),
 )
 def test_drafts_change_nothing_but_the_number_of_passes(words, rows, mood, grain, cost, longest, seed):
-    """Rows that accept different numbers, ties, tops, and readers between wholly predictable and not at all."""
     counts, tops = zip(*rows, strict=True)
     reader = Moody(len(rows), 13, seed, mood, grain, tuple(1 + cost * length for length in range(longest + 1)))
     orders, broken = in_turn(reader, words, counts, tops)
@@ -188,7 +188,7 @@ def test_drafts_change_nothing_but_the_number_of_passes(words, rows, mood, grain
 
 @given(st.integers(0, 10_000))
 def test_where_no_draft_is_right_each_pass_still_gives_its_token(seed):
-    """A reader that always turns against the draft: what it said is best next is worst when asked."""
+    """The reader reverses the order of its logits after each token, so each draft is wrong."""
 
     class Contrary(Moody):
         def logits(self, row, has_read):
@@ -197,7 +197,7 @@ def test_where_no_draft_is_right_each_pass_still_gives_its_token(seed):
     reader, words = Contrary(2, 12, seed, mood=0.0), SPELLINGS["passages"]
     orders, _ = in_turn(reader, words, [12, 9], [12, 12])
     assert orders == [one_by_one(reader, row, words, n, 12) for row, n in enumerate((12, 9))]
-    assert len(reader.passes) == 10 and reader.passes[-3:] == [3, 2, 1]  # what is not needed is not drafted
+    assert len(reader.passes) == 10 and reader.passes[-3:] == [3, 2, 1]  # only tokens that are still needed are drafted
 
 
 def test_a_reader_that_is_predictable_is_read_in_few_passes():
@@ -211,12 +211,12 @@ def test_a_reader_that_is_predictable_is_read_in_few_passes():
 
 def test_identifiers_of_two_pieces_are_drafted_by_the_probability_of_both():
     speller = Speller([[1], [2], [0, 3], [0, 4], [0, 5]], [5])
-    assert speller.draft(3).tolist() == [[1, 2, 0]]  # nothing seen: the incoming order
+    assert speller.draft(3).tolist() == [[1, 2, 0]]  # before any logits: the incoming order
     tensor = lambda *values: torch.tensor([values]).float()  # noqa: E731
     speller.step(tensor(3.0, 1.5, 2.5, 9, 9, 9))
     assert speller.written.tolist() == [1]
     assert speller.draft(4).tolist() == [[3, 2, 0, 4]]
-    speller.step(tensor(9, 9, 9, 0.0, 2.0, 0.1))  # it is [0, 4]
+    speller.step(tensor(9, 9, 9, 0.0, 2.0, 0.1))  # this completes [0, 4]
     assert speller.draft(6).tolist() == [[2, 0, 5, 0, 3, 1]]
 
 

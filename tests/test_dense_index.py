@@ -1,5 +1,5 @@
-"""PERank on real vectors: all-MiniLM-L6-v2 in a FlexIndex, reached by three pipelines; what a FlexIndex gets wrong is
-caught."""
+"""PERank with the vectors of all-MiniLM-L6-v2, from a FlexIndex or an encoder: equal orders, and errors for unknown
+docnos."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def index(encoder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(backbone, tmp_path_factory):
-    """A random PE-Rank over MiniLM, the encoder inside."""
+    """The folder of a random PE-Rank that contains MiniLM as its encoder."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pe-rank")
     PERank.from_backbone(backbone("mistral"), encoder_name=MODEL, device="cpu").save(folder)

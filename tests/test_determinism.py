@@ -1,8 +1,8 @@
-"""In float32 the rest of the batch does not matter: same orders and, within 1e-5, same scores in any
-batches and shards. And bfloat16.
+"""In float32, batches and shards change no order, and change no score by more than 1e-5; bfloat16 reorders few pairs.
 
-What pads a batch changes how a matrix product is cut into blocks, and with it the last bits: equal to the last bit are
-calls of equal batches, and the scores of listwise rerankers, which are ranks.
+Padding changes how a matrix product is cut into blocks, and this changes the last bits of a score. Two calls with equal
+batches give scores that are equal to the last bit. The scores of listwise rerankers are computed from ranks, so they
+are always equal.
 """
 
 import json
@@ -15,8 +15,9 @@ from conftest import GOLDEN, RERANKERS
 from pe import SLIDING, quietly, sliding_frame
 from test_cross_encoder import golden, golden_frame
 
-BOUND = 1e-5  # on scores whose range is 2 to 9 (CrossEncoder) or, relative, on LiT5-Score's
-# Share of pairs that bfloat16 puts in another order: measured 0 of 27, 1.7 %, 0.4 % and 3.8 %, with room for other CPUs
+BOUND = 1e-5  # the largest `deviation` that is allowed in float32
+# The largest share of pairs that bfloat16 may put in another order. We measured 0 of 27 pairs, 1.7 %, 0.4 % and 3.8 %;
+# other CPUs may differ
 INVERSIONS = {"CrossEncoder": 0.04, "LiT5Distill": 0.03, "LiT5Score": 0.01, "PERank": 0.06}
 
 
@@ -40,19 +41,20 @@ GOLDEN_SETS = {
 
 @pytest.fixture(scope="module", params=RERANKERS)
 def golden_set(request):
-    """The name of a reranker, build(...) of it over a golden checkpoint, and the golden set as a frame."""
+    """A reranker's name, a function build(...) that makes it with a golden checkpoint, and its golden inputs."""
     known = RERANKERS[request.param]
     build = lambda **more: known.kind(str(known.golden), **{"device": "cpu"} | more)  # noqa: E731
     return request.param, build, GOLDEN_SETS[request.param]()
 
 
 def deviation(left, right):
-    """The largest difference of two results' scores, in relation to the largest score."""
+    """Return the largest difference between the scores of two results. It is relative to the largest score if that
+    score is above 1."""
     return float((left["score"] - right["score"]).abs().max() / max(1.0, left["score"].abs().max()))
 
 
 def inversions(left, right):
-    """The share of the pairs of passages of one query whose order two results do not agree on."""
+    """Return the share of pairs of passages that two results put in different orders."""
     differ = pairs = 0
     for _, ranking in left.groupby("qid"):
         ours, theirs = ranking["rank"].to_numpy(), right.loc[ranking.index, "rank"].to_numpy()
@@ -95,7 +97,7 @@ def test_bfloat16_moves_no_more_pairs_than_is_documented(golden_set):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_torchs_default_dtype_changes_nothing(golden_set, dtype, loaded):
-    """transformers itself sets it for the whole process while it loads a model in another thread."""
+    """transformers changes this dtype for the whole process while another thread loads a model."""
     _, build, frame = golden_set
     frame = frame[frame.qid.isin(frame.qid.unique()[:2])]
     expected, reranker = quietly(build(), frame), build()
@@ -111,7 +113,7 @@ def test_torchs_default_dtype_changes_nothing(golden_set, dtype, loaded):
 
 
 def test_torchs_default_device_changes_nothing(golden_set):
-    """ "meta" holds no numbers: a tensor that was made there by accident is an error."""
+    """A tensor on the device "meta" has no values, so a tensor that is made there by accident causes an error."""
     _, build, frame = golden_set
     frame = frame[frame.qid.isin(frame.qid.unique()[:2])]
     expected = quietly(build(), frame)

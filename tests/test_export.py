@@ -1,4 +1,4 @@
-"""CrossEncoder.save(layout="transformers"): the same scores from transformers, sentence-transformers and ourselves."""
+"""CrossEncoder.save(layout="transformers"): equal scores in transformers, sentence-transformers and this package."""
 
 import json
 
@@ -11,7 +11,7 @@ from conftest import GOLDEN, TINY
 from pyterrier_lit import CrossEncoder
 
 CKPT = GOLDEN / "cross_encoder" / "ckpt"
-FOLDERS = {  # a checkpoint, and what it becomes
+FOLDERS = {  # a checkpoint -> the architecture of its export
     CKPT / "bert_bias": "BertForSequenceClassification",
     CKPT / "electra_bias": "BertForSequenceClassification",
     CKPT / "electra_short_nobias_proj": "ElectraForSequenceClassification",
@@ -23,7 +23,7 @@ PASSAGES = ["open(file) opens", "a cat", "", "the sky is blue", "length of a lis
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
 def exported(request, tmp_path):
-    """(what was exported, the folder, the architecture that it is to have)"""
+    """The reranker, the folder of its export, and the expected architecture."""
     reranker = CrossEncoder(str(request.param), device="cpu")
     reranker.save(tmp_path / "exported", layout="transformers")
     return reranker, tmp_path / "exported", FOLDERS[request.param]

@@ -1,7 +1,6 @@
-"""Faults that no reranker may suffer from: damaged files, a full disk, a kill, Ctrl-C, forks. Memory:
-test_<reranker>.py.
+"""Faults that no reranker may suffer from: damaged files, a full disk, a kill, Ctrl-C, forks.
 
-Threads, copies, pickles and NaN are in contract.py.
+The tests of each reranker cover memory that runs out. contract.py covers threads, copies, pickles and NaN.
 """
 
 import ast
@@ -30,7 +29,7 @@ def contents(folder):
 
 
 def header_of(file):
-    """How many bytes of a safetensors file come before the numbers."""
+    """Return the number of bytes before the weights in a safetensors file."""
     return 8 + int.from_bytes(file.read_bytes()[:8], "little")
 
 
@@ -42,9 +41,9 @@ def with_flipped_bit(file, at, bit):
 
 @pytest.fixture
 def copied(small, tmp_path):
-    """A copy of the checkpoint, and a reranker that reads it."""
+    """The folder of a copy of the checkpoint, and a function that makes a reranker with it."""
     model = Path(small().model)
-    folder = shutil.copytree(model.parent, tmp_path / "copy") / model.name  # PE-Rank's encoder is its neighbour
+    folder = shutil.copytree(model.parent, tmp_path / "copy") / model.name  # PE-Rank's encoder is beside it
     return folder, lambda: small(model=str(folder))
 
 
@@ -67,7 +66,7 @@ def test_a_flipped_bit_in_the_header_of_the_weights_is_named_or_changes_nothing(
     assert named > 20
 
 
-READ = {  # the files of each checkpoint that are read, as they are called from the folder with the config on
+READ = {  # the files that each reranker reads, relative to the folder of its checkpoint
     "CrossEncoder": ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"],
     "LiT5Distill": ["config.json", "model.safetensors", "spiece.model"],
     "LiT5Score": ["config.json", "model.safetensors", "spiece.model"],
@@ -85,7 +84,7 @@ def test_a_file_cut_short_is_named(copied, frame, share):
         file = folder / name
         whole = file.read_bytes()
         if name.endswith("vocab.txt") and share:
-            continue  # plain lines: what is left is a vocabulary of fewer words
+            continue  # a shorter text file is a valid vocabulary
         file.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(ValueError, match=re.escape(file.name)) as raised:
             make()(frame)
@@ -103,7 +102,7 @@ def test_a_flipped_bit_in_a_weight_is_not_noticed(copied):
 
 @contextlib.contextmanager
 def disk_of(n):
-    """Here no file may grow beyond n bytes."""
+    """Return a context manager in which no file may grow beyond n bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
     try:
@@ -126,7 +125,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint(small, frame, tmp_pa
 
 
 def in_a_fork(function):
-    """Run a function in a forked process: its exit code, negative for a signal, None when it does not end."""
+    """Run a function in a forked process. Returns its exit code: negative for a signal, None if it does not end."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join(15)
@@ -143,7 +142,7 @@ def test_a_process_killed_while_saving_leaves_the_old_checkpoint(small, frame, t
 
     def killed():
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills who writes beyond the limit, mid-write
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the process in the middle of a write
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         reranker.save(tmp_path)
 
@@ -199,7 +198,7 @@ def test_a_process_forked_after_use_scores_alike(small, frame):
 
 
 def test_a_process_forked_while_another_thread_reads_a_checkpoint_reads_its_own(small):
-    """The lock is held in the parent for ever: whoever waits for it in the child does not end."""
+    """In the child, nobody releases the lock that a thread of the parent holds. Waiting for it would never end."""
     reranker, held, done = small(), threading.Event(), threading.Event()
     reranker.load()
 
@@ -227,12 +226,12 @@ def test_weights_overwritten_in_place_change_no_loaded_reranker(copied, small, f
         opened.seek(start)
         opened.write(bytes(file.stat().st_size - start))
     assert_same_scores(reranker(frame), expected)
-    os.truncate(file, start)  # of a mapped file this would end the process
+    os.truncate(file, start)  # if the file were memory-mapped, this would end the process
     assert_same_scores(reranker(frame), expected)
 
 
 def configs(folder):
-    """The config.json of a checkpoint, and that of the encoder beside it."""
+    """Return the config.json of a checkpoint, and the config.json of the encoder beside it."""
     return [file for file in (folder / "config.json", folder.parent / "encoder" / "config.json") if file.exists()]
 
 
@@ -270,7 +269,7 @@ def test_a_config_chooses_no_kernels_no_packing_and_no_outputs(copied, small, fr
 
 
 def test_no_code_of_a_checkpoint_is_run_whatever_standard_input_answers(copied, frame, monkeypatch, tmp_path):
-    """transformers asks whether it may, where nobody says that it may not."""
+    """By default, transformers asks on standard input whether it may run the code."""
     folder, make = copied
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\n")
     autos = {name: "evil.Evil" for name in ("AutoModel", "AutoConfig", "AutoModelForSequenceClassification")}
@@ -294,7 +293,6 @@ def test_no_code_of_a_checkpoint_is_run_whatever_standard_input_answers(copied, 
 
 
 def test_no_code_and_no_pickle_of_a_checkpoint_is_run(copied, frame):
-    """A checkpoint that brings code, by every field that names some, is read without it or refused."""
     folder, make = copied
     code = f"open({str(folder / 'owned')!r}, 'w')\nclass Evil: pass\n"
     for name in ("evil.py", "modeling_evil.py", "tokenization_evil.py", "__init__.py"):

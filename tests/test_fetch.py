@@ -1,4 +1,4 @@
-"""experiments/fetch.py, against a server on this machine: what is listed, brought, gone on with, and refused."""
+"""experiments/fetch.py, with a server on this machine: what it lists, downloads, resumes and refuses."""
 
 import hashlib
 import http.server
@@ -16,7 +16,7 @@ SIZE, CHECKSUM, CUT = len(CONTENT), f"sha256:{hashlib.sha256(CONTENT).hexdigest(
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves /run with ranges, /whole without, /cut that breaks off in the middle, /record as Zenodo, and a /page."""
+    """Serves /run with byte ranges, /whole without byte ranges, /cut that breaks off, /record of Zenodo, and /page."""
 
     def do_GET(self):
         self.server.asked.append((self.path, self.headers.get("Range")))
@@ -47,7 +47,7 @@ def server():
 
 @pytest.fixture
 def bring(server, tmp_path):
-    """bring("run", ...): fetch this page of the server as runs/x.txt; its path."""
+    """bring("run", ...): download this page of the server as runs/x.txt, and return the path of this file."""
 
     def bring(page, kind="file", size=SIZE, checksum=CHECKSUM):
         where = f"http://127.0.0.1:{server.server_port}/{page}"

@@ -1,4 +1,4 @@
-"""models.t5: the library's own decoder over concatenated states, step by step, whatever the depth and the padding."""
+"""models.t5: each step of FiD equals a step of the decoder of transformers over the concatenated encoder states."""
 
 import functools
 
@@ -77,7 +77,7 @@ def test_several_tokens_in_one_pass_give_the_states_and_the_mass_of_one_at_a_tim
 
 @torch.inference_mode()
 def test_what_a_window_takes_back_is_as_if_it_had_not_been_read(fid):
-    """Each window keeps its own number of tokens of each pass, and reads on behind them."""
+    """Each window keeps its own number of the tokens of a pass. The next pass continues after the tokens kept."""
     alone, together = (fid.read_prompts(WINDOWS, steps=30) for _ in range(2))
     expected = torch.cat([fid.read(alone, WRITTEN[:, t : t + 1])[0] for t in range(20)], 1)
     for width, kept in ((4, [4, 1, 3]), (2, [1, 2, 1]), (5, [5, 2, 2]), (1, [1, 1, 1]), (3, [0, 3, 1]), (4, [2, 2, 4])):
@@ -127,13 +127,13 @@ def test_greedy_says_which_window_gave_nan(fid, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_attention_mass_is_taken_in_float32_whatever_the_models_dtype(fid, dtype):
-    """In bfloat16 the weights of a softmax over many tokens would no longer add up to 1, and near masses would tie."""
+    """In bfloat16, the attention weights of many tokens would not add up to 1, and close masses would be equal."""
     fid.network.to(dtype)
     memory = fid.read_prompts([[[5, 6, 7, 8] * 60 + [1]] * 3], steps=3, mass=True)
     for norms, values in zip(memory.norms, memory.values, strict=True):
         assert norms.dtype == torch.float32
         assert torch.equal(norms, values.float().norm(dim=-1))
-    memory.norms = [torch.ones_like(norms) for norms in memory.norms]  # mass is then the mean weight, and adds up to 1
+    memory.norms = [torch.ones_like(norms) for norms in memory.norms]  # with norms of 1, the masses add up to 1
     for mass in fid.read(memory, torch.tensor([[0, 3]]))[1]:
         assert mass.dtype == torch.float32
         torch.testing.assert_close(mass.sum(-1), torch.ones(1, 2), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""A fifth reranker is two files and its name: a toy, added to a copy of the package, has all that the others have."""
+"""A fifth reranker needs two files and one name: in a copy of the package, Toy then passes the tests of a reranker."""
 
 import os
 import re
@@ -15,7 +15,7 @@ FIFTH = ROOT / "tests" / "fifth"
 
 @pytest.fixture
 def package(tmp_path):
-    """A folder with a copy of the package to which the toy was added."""
+    """A folder with a copy of the package to which Toy was added."""
     copy = shutil.copytree(PACKAGE, tmp_path / "pyterrier_lit", ignore=shutil.ignore_patterns("__pycache__", "pt_docs"))
     shutil.copy(FIFTH / "toy.py", copy / "toy.py")
     shutil.copy(FIFTH / "toy_training.py", copy / "training" / "toy.py")

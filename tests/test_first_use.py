@@ -1,5 +1,4 @@
-"""First use without a network or with half a checkpoint: the error names the file and the way to it, and nothing is
-ranked by guess."""
+"""First use without a network or with an incomplete checkpoint: an error names the missing file and how to get it."""
 
 import shutil
 
@@ -20,7 +19,7 @@ def ranks(kind, folder):
 
 @pytest.fixture
 def encoder(tmp_path):
-    """What the golden PE-Rank looks for beside it."""
+    """The encoder that the golden PE-Rank expects beside its folder."""
     shutil.copytree(GOLDEN / "pe_rank" / "encoder", tmp_path / "encoder")
     return tmp_path / "encoder"
 

@@ -1,4 +1,4 @@
-"""frames: any result frame in, the same rows with new scores and ranks out."""
+"""frames: the rows of a result frame stay, and get new scores and ranks."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,6 @@ rows = st.lists(st.tuples(st.sampled_from(["1", "2", "ü"]), st.integers(0, 20),
 
 
 def rerank(frame, score, **arguments):
-    """`frames.rerank` by a function of queries and texts."""
     return frames.rerank(
         frame, lambda queries, columns: {"score": score(queries, columns["text"])}, [{"text": str}], **arguments
     )

@@ -1,4 +1,4 @@
-"""experiments: what the open questions are asked with: repeats of PE-Rank's steps, noise, further collections."""
+"""What open_questions.ipynb uses: free_steps.py, noise on vectors, and further collections."""
 
 import encoders
 import free_steps
@@ -21,7 +21,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def random():
-    """Random weights, whose likeliest passage changes from step to step."""
+    """A PE-Rank with random weights. Its most likely passage changes from step to step."""
     return PERank(str(PE_RANK), encoder=Encoder(), device="cpu")
 
 
@@ -36,7 +36,8 @@ CANDIDATES = pd.DataFrame(
 
 
 def likeliest(reranker, order):
-    """The likeliest passage of each step, when these are read one after the other: all steps in one pass."""
+    """Return the most likely passage of each step if the passages in `order` are named one after the other. A single
+    pass computes all steps."""
     checkpoint = reranker.load()
     with torch.inference_mode():
         columns = {"docno": [CANDIDATES["docno"].tolist()], "text": [TEXTS]}

@@ -1,8 +1,6 @@
-"""Thousands of random inputs: frames, checkpoints' JSON, and everything that parses text. `make fuzz` runs 15,000 of
-each.
+"""Random inputs: frames, the JSON files of checkpoints, and texts for each parser. `make fuzz` runs 15,000 per test.
 
-Whatever comes in, the outcome is a result that keeps its promises or an error in words, of the kinds that are
-documented.
+Each input must give a valid result or a documented error.
 """
 
 import json
@@ -27,11 +25,11 @@ import corpora
 
 each = pytest.mark.parametrize("cases", [40, pytest.param(15_000, marks=pytest.mark.slow)])
 text = st.text(st.characters(codec="utf-8"), max_size=20)
-any_text = st.one_of(text, st.text(st.characters(), max_size=5))  # the latter may hold halves of surrogate pairs
+any_text = st.one_of(text, st.text(st.characters(), max_size=5))  # the second one also gives halves of surrogate pairs
 
 
 def fuzz(cases, strategy, check):
-    """Call check(example) for so many examples."""
+    """Call check(example) for this many random examples."""
     quick = {"database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}  # no shrinking
     settings(max_examples=cases, **quick)(given(strategy)(check))()
 
@@ -147,7 +145,7 @@ MISSING = (
     "nan",
     "-NaN",
     "-nan",
-)  # to pt.io no docno at all
+)  # pt.io reads these docnos as missing values
 
 
 @each

@@ -2,9 +2,9 @@
 
 A training example is a query with some of its passages. Each passage has a target: its label in the qrels, or its score
 from a teacher. The network scores each query-passage pair, and a loss compares the scores with the targets.
-Rank-DistiLLM (arXiv 2405.07920) trains in two stages. Stage 1 learns from labels, with one relevant passage and several
-non-relevant passages of the first stage per query (the loss "lce"). Stage 2 learns from the rankings of a large
-language model, with all pairs of passages in a ranking (the loss "ranknet").
+Rank-DistiLLM (arXiv 2405.07920) trains in two stages. Stage 1 learns from labels with the loss "lce". Each example has
+one relevant passage and several passages that are not relevant. Stage 2 learns from the rankings of a large language
+model with the loss "ranknet", which compares all pairs of passages in a ranking.
 """
 
 import dataclasses
@@ -44,11 +44,11 @@ class PairRecipe(Recipe):
     Args:
         loss: "lce", "ranknet", "adr_mse", "kl", "margin_mse", "mse" or "list_mle"; see `training.losses`.
         loss_options: further arguments of the loss, such as {"temperature": 0.05}.
-        n_passages: how many passages of a query's list are sampled for a training example. None takes all passages of
-            the list. With the sampling "single_relevant", None takes one passage with a positive target and all
-            passages without a positive target.
-        sampling: how the passages are sampled. "top" takes the first passages of the list. "random" samples uniformly.
-            "top_and_random" takes the first n_passages / 2 passages and samples the other passages uniformly.
+        n_passages: how many of the query's passages are sampled for a training example. None takes all passages. With
+            the sampling "single_relevant", None takes one passage with a positive target and all passages without a
+            positive target.
+        sampling: how the passages are sampled. "top" takes the first passages of the ranking. "random" samples
+            uniformly. "top_and_random" takes the first n_passages / 2 passages and samples the others uniformly.
             "log_random" samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r). "single_relevant" samples
             one passage with a positive target, and n_passages - 1 passages without a positive target.
         max_tokens: maximum tokens, including padding, in one forward pass. None is 1,024 on a CPU and 16,384 on a GPU.
@@ -117,12 +117,12 @@ def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
 
 
 def sample_passages(text_field: str, recipe: PairRecipe, given: Ranking, rng: random.Random) -> Example:
-    """Sample passages of a list, with the recipe's `n_passages` and `sampling`. Return the training example.
+    """Sample some of a query's passages, and return them as a training example.
 
     Args:
         text_field: the name of the column with the texts.
-        recipe: the recipe.
-        given: the list, with the columns `text_field` and `target`.
+        recipe: the recipe. Its `n_passages` and `sampling` determine the sample.
+        given: the query with its passages, and the columns `text_field` and `target`.
         rng: the random generator.
     """
     passages, targets = given.columns[text_field], given.columns["target"]

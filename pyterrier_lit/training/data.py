@@ -162,9 +162,8 @@ def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[
 
 
 def _log_random(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
-    # For each item, let u be uniform in [0, 1] and w the weight of the item. The n items with the largest u^(1/w) are a
-    # weighted sample without replacement (Efraimidis and Spirakis, 2006)
-    """Sample n positions without replacement. The passage at rank r = 1, 2, ... has the weight 1 / log(1 + r)."""
+    """Sample n positions without replacement. The passage at rank r = 1, 2, ... has the weight w = 1 / log(1 + r)."""
+    # Efraimidis and Spirakis (2006): draw a number u from [0, 1] for each passage, and take the n largest u^(1/w)
     keys = [rng.random() ** math.log1p(i + 1) for i in range(len(targets))]
     return sorted(sorted(range(len(targets)), key=lambda i: -keys[i])[:n])
 
@@ -176,8 +175,8 @@ SAMPLERS: dict[str, Callable[[Sequence[float], int, random.Random], list[int]]] 
         *range(n // 2),
         *sorted(rng.sample(range(n // 2, len(targets)), n - n // 2)),
     ],
-    "log_random": _log_random,  # the weight of the passage at rank r = 1, 2, ... is 1 / log(1 + r)
-    "single_relevant": _one_relevant,  # first a random relevant passage, then random passages that are not relevant
+    "log_random": _log_random,
+    "single_relevant": _one_relevant,
 }
 
 
@@ -195,10 +194,11 @@ def window(
         shuffle: the probability that the window is shuffled.
         rng: the random generator.
 
-    Returns the positions of the window's passages in the list (from 0), in the order in which the student sees the
-    passages. This is the order of the list or, with probability `shuffle`, a random order. Also returns the positions
-    of the passages in the window (from 0), from the highest target to the lowest. Passages with equal targets keep the
-    order in which the student sees them.
+    Returns a pair, such as ([7, 2, 9], [2, 0, 1]). In this example, the student sees the passages at the positions 7, 2
+    and 9 of the list (from 0). This order is random with probability `shuffle`; otherwise, it is the order of the list.
+    The second part orders the places in the window (from 0) by target, highest first: in the example, place 2 (the
+    passage at position 9) has the highest target. Passages with equal targets keep the order in which the student sees
+    them.
     """
     size = min(rng.randint(smallest, largest), len(targets))
     shown = sorted(rng.sample(range(len(targets)), size))
@@ -265,8 +265,8 @@ def some_of(given: Ranking, positions: Sequence[int]) -> Ranking:
 
 
 class Passages(Sequence[Ranking]):
-    """The passages of some lists. Each item is a passage, as a list of one passage. Passages with empty texts are left
-    out. Of several passages with equal texts, only the first is kept.
+    """The passages of some lists. Each item is a list with a single passage. Passages with empty texts are left out. Of
+    several passages with equal texts, only the first is kept.
 
     Args:
         lists: the lists.
@@ -300,9 +300,13 @@ def read_run(path: str | Path) -> pd.DataFrame:
     computed from the scores. If at least one row of the file has no score, the score of each row is its negative rank.
     If a query has a passage twice, the first of the two rows is kept.
 
-    Raises ValueError, with the place in the file, if a row has no qid or docno, if a score or a rank is invalid,
-    or if at least one row has no score and at least one row has no rank. Also raises ValueError if the file has no
-    rows.
+    Raises ValueError, with the place in the file,
+
+    - if a row has no qid or docno;
+    - if a score or a rank is invalid;
+    - if some rows have no score and some rows have no rank.
+
+    Also raises ValueError if the file has no rows.
     """
     path = Path(path).expanduser()
     rows = list(run_records(path))
@@ -353,8 +357,7 @@ def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[di
 
 
 def is_trec(path: Path) -> bool:
-    """Return whether a run is in TREC's format. A run is in TREC's format if its file name has none of the suffixes
-    .parquet, .jsonl and .json."""
+    """Return whether a run is in TREC's format: its file name has none of the suffixes .parquet, .jsonl and .json."""
     return not {".parquet", ".jsonl", ".json"} & set(path.suffixes)
 
 
@@ -378,12 +381,6 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, An
 
 
 def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of a run, as `run_records` yields it.
-
-    Args:
-        where: the place of the row in the file.
-        record: a JSON object, or a row of a parquet file.
-    """
     record = {NAMES.get(name, name): value for name, value in record.items()}
     ids = {name: key(record, name, where) for name in KEY}
     values = {name: number(record, name, where) for name in ("score", "rank")}
@@ -391,12 +388,7 @@ def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a permutation of docnos, best first, as `run_records` yields them.
-
-    Args:
-        where: the place of the permutation in the file.
-        record: a JSON object {qid, final_list: [docno, ...]}.
-    """
+    """Return the rows of a record {qid, final_list: [docno, ...]}, which lists the docnos best first."""
     docnos = record.get("final_list")
     if not isinstance(docnos, list) or not all(isinstance(docno, str | int) for docno in docnos):
         raise ValueError(f"{where} has no list of docnos in final_list")
@@ -411,14 +403,14 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
     Args:
         path: the file.
-        orders: only for RankGPT's data, which consist of two files: the second file, a JSON array of the teacher's
-            answers. If `orders` is None, the passages in each field `retrieved_passages` must already be in the
-            teacher's order, as in TWOLAR's data.
+        orders: the second file of RankGPT's data, a JSON array of the teacher's answers. None for all other data. If
+            the data have the field `retrieved_passages` and `orders` is None, the passages in this field must already
+            be in the teacher's order, as in TWOLAR's data.
 
     Returns a frame with qid, query, docno, text, rank (the rank that the teacher gave the passage, from 0) and shown
     (the position of the passage in the teacher's input, from 0). If the teacher's order of a list does not name each
-    passage exactly once, the order is repaired: the first mention of each passage counts, and passages that are not
-    named follow in the order of the teacher's input. A warning states how many orders were repaired.
+    passage exactly once, the order is repaired: only the first mention of a passage counts. The passages that are not
+    named follow, in the order of the teacher's input. A warning states how many orders were repaired.
 
     `files.teachers.read_taught` documents the formats and the errors.
     """
@@ -467,7 +459,6 @@ def read_qa(path: str | Path) -> pd.DataFrame:
 
 
 def _key_or(record: dict[str, Any], names: Sequence[str], default: str, where: str) -> str:
-    """Return the first id in the given fields of a record, or the default if none of the fields has one."""
     name = next((name for name in names if record.get(name) is not None), None)
     return default if name is None else key(record, name, where)
 
@@ -489,8 +480,8 @@ def read_qrels(path: Path | None) -> pd.DataFrame | None:
 
 
 def as_frame(candidates: Iterable[Candidates]) -> pd.DataFrame:
-    """Return a result frame of candidates (a query with its passages), with qid, query, docno, text and rank (from 0).
-    The passages of a query keep their order."""
+    """Return candidates as a result frame with qid, query, docno, text and rank (from 0). The passages of a query keep
+    their order."""
     rows = [
         (given.qid, given.query, docno, text, rank)
         for given in candidates
@@ -519,12 +510,8 @@ def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
 
 
 def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
-    """Yield (qid, docno, value) for each row of a frame. The qid and the docno are strings, and the value is a float.
-
-    Args:
-        given: the frame.
-        column: the name of the column with the values.
-        who: the name of the frame in error messages.
+    """Yield (qid, docno, value) for each row of a frame, with the values of `column`. Error messages call the frame
+    `who`.
 
     Raises ValueError if a column is missing, if a row has no qid or docno, or if a value is not a finite number.
     """
@@ -550,10 +537,6 @@ def _joined(frame: pd.DataFrame, values: Iterable[tuple[str, str, float]]) -> pd
     there is no such value.
 
     Qids and docnos are compared as text. If several values have the same qid and docno, the first one counts.
-
-    Args:
-        frame: a frame with qid and docno.
-        values: the values, each as (qid, docno, value).
     """
     value_of: dict[tuple[str, str], float] = {}
     for qid, docno, target in values:

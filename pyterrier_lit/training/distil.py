@@ -2,8 +2,8 @@
 
 A student is a reranker that is trained. FineTune and Distil read the columns that the student needs from the
 training frame. They add a target (a number, higher is better) for each passage, and call `trainer.train` with the
-recipe. The recipes of a student are in its training module, which has the same name as the module of the student: the
-training module of `pyterrier_lit.cross_encoder.CrossEncoder` is `pyterrier_lit.training.cross_encoder`.
+recipe. The recipes of a student are in its training module. For example, the training module of
+`pyterrier_lit.cross_encoder.CrossEncoder` is `pyterrier_lit.training.cross_encoder`.
 """
 
 import copy
@@ -44,7 +44,7 @@ class Training(pt.Estimator):
         self.recipe = recipe
         self.verbose = verbose
         self.settings = settings
-        self._logs: list[pd.DataFrame] = []  # the log of each `fit`; copies by `fuse_rank_cutoff` share this list
+        self._logs: list[pd.DataFrame] = []  # the log of each `fit`; copies from `fuse_rank_cutoff` share it
 
     @property
     def log(self) -> pd.DataFrame:
@@ -264,14 +264,15 @@ class FineTune(Training):
             it.
         recipe: the name of one of the student's recipes, or a Recipe. None selects the student's default recipe.
         verbose: show progress.
-        settings: any field of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce" (see the recipe's
-            class), and any field of `trainer.Settings`: folder= (where checkpoints are saved, so that training can
-            resume), every= (steps between checkpoints and between measurements on the validation frame), patience=
-            (stop after this many measurements in a row without a better `nDCG@10`) and seed= (default 42).
+        settings: any field of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce". The class of the
+            recipe explains its fields. Also any field of `trainer.Settings`: folder= is the folder in which checkpoints
+            are saved, so that training can resume. every= is the number of steps between checkpoints, and between
+            measurements on the validation frame. patience= stops training after this many measurements in a row without
+            a better `nDCG@10`. seed= is the random seed (default 42).
 
     A LiT5Score learns from answers instead of labels. It reads the answers from a column `answers`. For each query,
-    this column holds a text or a list of texts. The alignment stage of a PERank learns from the texts of the passages
-    alone, without labels.
+    this column holds a text or a list of texts. The recipe "pe-rank-alignment" of a PERank learns from the texts of the
+    passages alone, without labels.
     """
 
     def default_recipe(self, module: ModuleType) -> str:
@@ -302,7 +303,7 @@ class Distil(Training):
         verbose: as for FineTune.
         settings: as for FineTune.
 
-    `first_stage % 50` limits the lists to 50 passages, the depth in the paper of Rank-DistiLLM. `topics.sample(1_000)`
+    `first_stage % 50` limits each query to 50 passages, the depth in the Rank-DistiLLM paper. `topics.sample(1_000)`
     samples 1,000 training queries.
     """
 
@@ -375,5 +376,5 @@ def ndcg_at_10(student: Reranker, frame: pd.DataFrame, judged: pd.DataFrame) -> 
 
 
 def _without_folders(call: str) -> str:
-    """Return the text `call`. Each quoted local path in it is shortened to its last part."""
+    """Shorten each quoted local path to its last part: "CrossEncoder('/home/me/model')" -> "CrossEncoder('model')"."""
     return re.sub(r"(?<=['\"])[/~][^'\"]*/", "", call)

@@ -2,12 +2,12 @@
 
 Source: arXiv 2007.01282.
 
-The text to generate is called the answer. For LiT5Distill, the answer is a ranking of the passages, such as "3 1 2".
-For LiT5Score, it is the answer to a question. The encoder of the T5 reads each passage alone, in a prompt with the
-query. The decoder attends to the tokens of all passages and learns to generate the answer. The loss is the
-cross-entropy of the answer. The encoder's activations for a hundred passages would fill the memory of a GPU. With
-gradient checkpointing, only the encoder's output states are kept. The backward pass then recomputes the activations,
-for some of the passages at a time.
+The text to generate is called the answer. LiT5Distill generates a ranking of the passages, such as "3 1 2". LiT5Score
+generates the answer to a question. The encoder of the T5 reads each passage alone, in a prompt with the query. The
+decoder attends to the tokens of all passages and learns to generate the answer. The loss is the cross-entropy of the
+answer. The encoder's activations for a hundred passages would fill the memory of a GPU. With gradient checkpointing,
+only the encoder's output states are kept. The backward pass then recomputes the activations, for some of the passages
+at a time.
 """
 
 import dataclasses
@@ -69,8 +69,8 @@ def set_dropout(network: Any, dropout: float) -> None:
 def answer_loss(
     t5: T5Checkpoint, decay: float, max_tokens: int | None, checkpointing: bool, batch: AnswerBatch
 ) -> torch.Tensor:
-    """Return the weighted mean cross-entropy of the tokens of B answers, a scalar tensor. The
-    token at position t of an answer (t = 0, 1, ...) has the weight `decay ** t`.
+    """Return the weighted mean cross-entropy of the tokens of B answers, a scalar tensor. The token at
+    position t of an answer (t = 0, 1, ...) has the weight `decay ** t`.
 
     Args:
         t5: the T5 to train.

@@ -66,7 +66,7 @@ class WindowRecipe(FiDRecipe):
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
-    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first". FIRST's code has this weight
+    "lit5-distill-first": V2.replace(first_weight=10.0),  # for decoding="first"; FIRST's code has this weight
 }
 FINE_TUNE = DISTIL = "lit5-distill-v2"  # the default recipe for labels and for a teacher's ranking
 

@@ -17,8 +17,8 @@ def adapted(network: Any, rank: int, seed: int) -> Iterator[None]:
     adapters on all of its linear layers are trained. At the end, the adapters are merged into the weights. After an
     error, the adapters are removed instead.
 
-    An adapter replaces W x by W x + 2 B A x, with A (rank, in) and B (out, rank) in float32. B starts at zero, and A is
-    initialised at random.
+    An adapter replaces the output W x of a linear layer by W x + 2 B A x. The matrices A (rank, in) and B (out, rank)
+    are in float32. B starts at zero, and A is initialised at random.
 
     Args:
         network: a model of transformers, which is changed in place.
@@ -47,7 +47,6 @@ def adapted(network: Any, rank: int, seed: int) -> Iterator[None]:
 
 
 def _remove(network: nn.Module, merge: bool) -> None:
-    """Remove all adapters from a network. If `merge` is true, the adapters are merged into its weights first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for parent in list(network.modules()):

@@ -33,10 +33,12 @@ def weighted_ranknet(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = N
     of passages in the batch with t_i > t_j, of::
 
         log(1 + exp(-(s_i - s_j))) / (r_i + r_j)
-        r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
+
+    r_i = 1, 2, ... is the teacher's rank of passage i: its rank by target. Passages with equal targets keep their
+    order.
 
     Source: FIRST, arXiv 2406.15657, section 3.2. The formula in the paper is a sum. The paper's code takes the mean
-    over the pairs of passages of each list; this function takes the mean over the pairs of the batch.
+    over the pairs of each query; this function takes the mean over the pairs of the batch.
     """
     inside = _inside(scores, mask)
     rank = 1 + _order(targets, inside).argsort(dim=1).to(scores.dtype)
@@ -68,8 +70,10 @@ def mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None) -> torch
 def adr_mse(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperature: float = 1.0) -> torch.Tensor:
     """Approximate discounted rank MSE: the mean of (p_i - r_i)^2 / log2(r_i + 1) over all passages in the batch, with::
 
-        p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)   the approximate rank
-        r_i = 1, 2, ... by targets, ties by positions           the teacher's rank
+        p_i = 1 + sum over j != i of sigmoid((s_j - s_i) / T)
+
+    p_i is the approximate rank of passage i by score. r_i = 1, 2, ... is the teacher's rank of passage i: its rank by
+    target. Passages with equal targets keep their order.
 
     Args:
         temperature: T in the formula.
@@ -112,10 +116,12 @@ def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperatu
 
 
 def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "mean") -> torch.Tensor:
-    """ListMLE: the negative log-likelihood of the order by target in the Plackett-Luce model. The loss is the mean over
-    queries of the mean (reduction="mean") or the sum (reduction="sum") over ranks i of::
+    """ListMLE: the negative log-likelihood of the order by target in the Plackett-Luce model. The loss at rank i is::
 
         -log softmax(scores at rank i, over the passages not yet ranked) at the passage of rank i
+
+    The losses at the ranks of a query are averaged (reduction="mean") or added (reduction="sum"). The result is the
+    mean over the queries.
 
     Args:
         scores: (Q, N) if the passages have the same scores at all ranks. (Q, N, N) if there are new scores at each
@@ -132,9 +138,9 @@ def list_mle(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, red
 def list_kl(
     scores: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, mask: Mask = None, reduction: str = "sum"
 ) -> torch.Tensor:
-    """KL divergence per rank: the mean over queries of the sum (reduction="sum") or the mean (reduction="mean") over
-    ranks of KL(teacher || student). At each rank, teacher and student are distributions over the passages not yet
-    ranked.
+    """KL divergence per rank: KL(teacher || student), where teacher and student are distributions over the passages not
+    yet ranked. The divergences at the ranks of a query are added (reduction="sum") or averaged (reduction="mean"). The
+    result is the mean over the queries.
 
     Args:
         scores: the student's scores, in one of the shapes that `list_mle` accepts.
@@ -173,13 +179,10 @@ def decayed_cross_entropy(
 
 
 def _inside(values: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """Return the mask as a boolean tensor of the shape of `values`. If the mask is None, the tensor is true
-    everywhere."""
     return torch.ones_like(values, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _filled(values: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """Return the values, with zeros outside the mask."""
     return values if mask is None else values.masked_fill(~mask.bool(), 0)
 
 
@@ -203,7 +206,6 @@ def _order(targets: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the values where `where` is true, or 0 if `where` is true nowhere."""
     return torch.where(where, values, 0).sum() / where.sum().clamp_min(1)
 
 
@@ -236,12 +238,8 @@ def _stepwise(scores: torch.Tensor, targets: torch.Tensor, mask: Mask) -> tuple[
 
 
 def _over_ranks(values: torch.Tensor, ranks: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Return the mean over queries of the sum or the mean of the values over ranks.
-
-    Args:
-        values: (Q, N), one value for each rank.
-        ranks: (Q, N), a mask. For a query with n passages, it is true at the first n ranks.
-        reduction: "mean" or "sum".
+    """Return the mean over queries of the sum or the mean of `values` (Q, N) over the ranks of a query. The mask
+    `ranks` (Q, N) is true at the first n ranks of a query with n passages.
 
     Raises ValueError if `reduction` is neither "mean" nor "sum".
     """

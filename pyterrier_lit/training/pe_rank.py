@@ -6,11 +6,11 @@ Stage 1, alignment: the language model sees the vector of a passage in place of 
 Only the projector is trained. The projector maps the vector into the input space of the language model.
 
 Stage 2, ranking: a training example is a window of passages from a query's list. The prompt contains the vectors of the
-passages. After the prompt, the input contains these vectors once more, in the teacher's order. The hidden state before
-the vector of a passage should have a larger dot product with this vector than with the vector of any passage that the
-teacher ranks below it (ListMLE). The student also learns the teacher's order from a second prompt, which contains both
-the vectors and the texts of the passages. A KL divergence distils the ranking that the student gives with the second
-prompt into the ranking that it gives with the first prompt.
+passages. After the prompt, the input contains these vectors once more, in the teacher's order. The student learns to
+predict each of these vectors from the hidden state before it (ListMLE): the dot product of this state with the next
+vector should be larger than with the vectors that come later. The student also learns the teacher's order from a second
+prompt, which contains both the vectors and the texts of the passages. A KL divergence distils the ranking that the
+student gives with the second prompt into the ranking that the student gives with the first prompt.
 """
 
 import dataclasses
@@ -132,8 +132,8 @@ def read(
     orders: Sequence[Sequence[int]],
 ) -> Read:
     """Run the language model on B prompts with their answers. Each prompt has a placeholder for each of its passages.
-    The inputs at the placeholders are the projected vectors of the passages. In stage 2, each answer has one rank token
-    per passage. The inputs at the rank tokens are the projected vectors in the order that `orders` gives.
+    The inputs at the placeholders are the projected vectors of the passages. In stage 2, each answer has one token
+    <RANK> per passage. The inputs at these rank tokens are the projected vectors in the order that `orders` gives.
 
     Args:
         checkpoint: the PE-Rank model.

@@ -53,16 +53,21 @@ class StoredRun:
             consecutive. The passages of a query are ordered by rank, and passages with equal ranks by descending score.
             If a passage of a query has no rank, the passages of this query are ordered by descending score. If, in
             addition, a passage of this query has no score, the passages of this query keep the order of the file.
-        topics: the text of each query: a frame with qid and query, a mapping qid -> text, or a file (`qid tab query`,
-            or .jsonl[.gz] with lines {qid, query}).
-        texts: the text of each docno: a text loader, an object that has one (a dataset, an index), a document store of
-            ir_datasets, a mapping docno -> text, or a file (`docno tab text`, or .jsonl[.gz] with lines {docno, text}).
-            A text loader must add the column that the student's `text_field` names.
+        topics: the text of each query: a frame with qid and query, a mapping qid -> text, or a file. The lines of the
+            file are a qid, a tab and the query, or {qid, query} in a .jsonl[.gz] file.
+        texts: the text of each docno: a text loader, a dataset or an index with a text loader, a document store of
+            ir_datasets, a mapping docno -> text, or a file. The lines of the file are a docno, a tab and the text, or
+            {docno, text} in a .jsonl[.gz] file. A text loader must add the column that the student's `text_field`
+            names.
         depth: how many passages of each query to use, from the top. None uses all passages.
 
     The constructor reads the run once. It raises OSError if the run cannot be read, and TypeError if `topics` has none
-    of the types named above. It raises ValueError, with the line, if the run is malformed or empty, if the rows of a
-    query are not consecutive, if a query has a passage twice, or if a qid is missing from the topics.
+    of the types named above. It raises ValueError, with the line,
+
+    - if the run is malformed or empty;
+    - if the rows of a query are not consecutive;
+    - if a query has a passage twice;
+    - if a qid is missing from the topics.
 
     If a passage has no text, `fit` raises ValueError with the qid and the docno. Before the first step, `fit` checks
     the texts of at least 100 queries (all, if the run has fewer), spread over the run. The texts of the other queries
@@ -116,7 +121,7 @@ class StoredRun:
         Args:
             teacher: as for `data.with_teacher`. A teacher that is a transformer is called with about 20,000 passages at
                 a time.
-            text_field: the name of the column in which a teacher that is a transformer gets the texts of the passages.
+            text_field: the name of the column with the texts of the passages, for a teacher that is a transformer.
         """
         if teacher is None:
             lengths = (end - start for start, end in pairwise(self.starts))
@@ -159,13 +164,8 @@ class StoredRun:
         return run
 
     def _joined(self, values: Values, missing: float) -> "array[float]":
-        """Return one value for each row of the run: the value for the row's qid and docno. If several values have the
-        same qid and docno, the first one counts.
-
-        Args:
-            values: the values, each as (qid, docno, value).
-            missing: the value of a row whose qid and docno are not in `values`.
-        """
+        """Return one value for each row of the run: the first of the values with the qid and the docno of the row, or
+        `missing` if there is no such value."""
         found, number_of = array("d", [math.nan]) * len(self), {qid: i for i, qid in enumerate(self.qids)}
         last, row_of = None, dict[str, int]()
         for qid, docno, value in values:
@@ -182,7 +182,6 @@ class StoredRun:
         return found if missing != missing else array("d", (missing if v != v else v for v in found))
 
     def _asked(self, teacher: pt.Transformer, text_field: str) -> Values:
-        """Yield (qid, docno, score) for all passages of the run. The scores are those of the transformer `teacher`."""
         lists, rows = self.lists([{text_field: str}], text_field), list[dict[str, Any]]()
         for i, given in enumerate(lists):
             passages = zip(given.columns["docno"], given.columns[text_field], strict=True)
@@ -332,14 +331,7 @@ def look_up(texts: Any, column: str, run: Path) -> Callable[[str, list[str]], li
 
 
 def _texts(find: Lookup, run: Path, qid: str, docnos: list[str]) -> list[str]:
-    """Return the texts of some docnos of a query. Raises ValueError if a docno has no text.
-
-    Args:
-        find: a function: docnos -> a dict with the text of each known docno.
-        run: the path of the run, for the error message.
-        qid: the qid of the query.
-        docnos: the docnos.
-    """
+    """Return the texts of some docnos of a query. Raises ValueError, with the path `run`, if a docno has no text."""
     try:
         found, error = find(docnos), None
     except TypeError:

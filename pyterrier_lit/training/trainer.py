@@ -280,8 +280,7 @@ def training_arguments(
 
 
 def _micro_batches(n_lists: int, recipe: Recipe) -> tuple[int, int]:
-    """Return two numbers: the micro-batch size per device, and the number of micro-batches over which a step
-    accumulates gradients."""
+    """Return the micro-batch size per device, and the number of micro-batches per step on each device."""
     devices = int(os.environ.get("WORLD_SIZE", 1))  # processes of `accelerate launch` or torchrun, each with one GPU
     micro_batch = min(recipe.micro_batch, max(recipe.batch_size // devices, 1))
     accumulated, rest = divmod(recipe.batch_size, micro_batch * devices)
@@ -294,7 +293,6 @@ def _micro_batches(n_lists: int, recipe: Recipe) -> tuple[int, int]:
 
 
 def _steps(n_lists: int, recipe: Recipe) -> int:
-    """Return the number of steps of a recipe. Raises ValueError if it is less than 1."""
     steps = math.ceil(recipe.epochs * n_lists / recipe.batch_size) if recipe.steps is None else recipe.steps
     if steps < 1:
         raise ValueError(
@@ -309,12 +307,7 @@ def _steps(n_lists: int, recipe: Recipe) -> int:
 
 def _claim(folder: Path, started: dict[str, Any]) -> None:
     """Record in a folder what training starts with. Raises ValueError if the folder has a checkpoint of training that
-    started with something else.
-
-    Args:
-        folder: the training folder, which is created if necessary.
-        started: a name and a value for everything that training starts with.
-    """
+    started with something else."""
     file = folder / STARTED_WITH
     if _last_whole(folder) and file.exists():
         held = json.loads(file.read_text(encoding="utf-8"))
@@ -361,11 +354,7 @@ def _last_whole(folder: Path) -> str | None:
 
 def _find_best(state: Path) -> None:
     """Correct the path of the best checkpoint in a checkpoint's trainer_state.json. The path is wrong if the training
-    folder was moved.
-
-    Args:
-        state: the folder of the checkpoint that has this file.
-    """
+    folder was moved."""
     file, whole = state / "trainer_state.json", state / WHOLE
     held = json.loads(file.read_text(encoding="utf-8"))
     best = held.get("best_model_checkpoint")
@@ -376,8 +365,6 @@ def _find_best(state: Path) -> None:
 
 
 def _is_whole(state: Path) -> bool:
-    """Return whether all files of a checkpoint exist with the sizes in its file WHOLE. `state` is the folder of the
-    checkpoint."""
     try:
         sizes = json.loads((state / WHOLE).read_text(encoding="utf-8"))
         return all((state / name).stat().st_size == size for name, size in sizes.items())
@@ -489,15 +476,7 @@ def _loop(
     patience: int | None,
 ) -> "Trainer":
     """Return a transformers.Trainer with AdamW over all trainable parameters. The Trainer calls `validate` in place of
-    its own evaluation.
-
-    Args:
-        objective: the network and its loss.
-        examples: the training examples.
-        arguments: the arguments of the Trainer.
-        validate: as in `train`.
-        patience: as in Settings.
-    """
+    its own evaluation."""
     import transformers
 
     class Loop(transformers.Trainer):
@@ -594,7 +573,6 @@ def _float32_in_training_mode(network: nn.Module, autocast: bool) -> Iterator[No
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return all parameters and buffers of a network, each with its name."""
     return chain(network.named_parameters(), network.named_buffers())
 
 
@@ -635,11 +613,7 @@ def _eager_attention_on_cpu(network: nn.Module) -> Iterator[Callable[[Callable[[
 
 
 def _log(history: list[dict[str, float]]) -> Log:
-    """Return the log entries of the steps, without the Trainer's summaries of the whole training.
-
-    Args:
-        history: the Trainer's log history.
-    """
+    """Return the log entries of the steps, without the Trainer's summaries of the whole training."""
     kept = ("step", "loss", "learning_rate", "grad_norm", MEASURE)
     entries = [{name: entry[name] for name in kept if name in entry} for entry in history]
     return [entry for entry in entries if len(entry) > 1]

@@ -1,4 +1,4 @@
-"""What a fifth reranker has by being listed: run by test_fifth.py, against a copy of the package that has a Toy."""
+"""Tests of Toy, a fifth reranker: test_fifth.py runs them on a copy of the package to which Toy was added."""
 
 import json
 

@@ -1,6 +1,7 @@
 """Toy: a listwise reranker in a few lines, for the test that adds a fifth reranker to the package.
 
-A word is a vector, a text the mean of its words, and the passage most like the query is named first.
+Each word has a vector, and the vector of a text is the mean of the vectors of its words. The passages are ordered by
+the dot product of their vector with the vector of the query.
 """
 
 import dataclasses
@@ -40,21 +41,21 @@ class ToyCheckpoint:
 
 
 def read_toy(folder: Folder, device: torch.device, dtype: torch.dtype) -> ToyCheckpoint:
-    """Trained word vectors."""
+    """Load trained word vectors."""
     network = nn.EmbeddingBag(PIECES, WIDTH)
     load_strictly(network, folder.weights(), str(folder))
     return ToyCheckpoint(network.to(device, dtype).eval())
 
 
 def new_toy(folder: Folder, device: torch.device, dtype: torch.dtype, *, scale: float = 1.0) -> ToyCheckpoint:
-    """Random word vectors."""
+    """Return random word vectors."""
     network = nn.EmbeddingBag(PIECES, WIDTH)
     nn.init.normal_(network.weight, std=scale)
     return ToyCheckpoint(network.to(device, dtype).eval())
 
 
 class ToyReader:
-    """Logits that do not depend on what was named: likeness to the query."""
+    """Logits that do not depend on the passages decoded so far: the dot product of each passage with the query."""
 
     costs = (1.0,) * 4
 
@@ -64,19 +65,19 @@ class ToyReader:
         self.device = self.logits.device
 
     def start(self) -> torch.Tensor:
-        """(B, N)"""
+        """Return the logits (B, N)."""
         return self.logits
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, m) -> (B, m, N)"""
+        """Return the logits (B, m, N) after each of the tokens (B, m)."""
         return self.logits[:, None].expand(-1, tokens.shape[1], -1)
 
     def keep(self, counts: list[int]) -> None:
-        """What was read is forgotten anyway."""
+        """Do nothing, since `read` has no state."""
 
 
 def constrained(checkpoint: ToyCheckpoint, batch: list[Prompt]) -> Choices:
-    """One passage after the other."""
+    """Decode one passage after the other."""
     counts = [prompt.n for prompt in batch]
     return in_turn(
         ToyReader(checkpoint, batch), [[i] for i in range(max(counts))], counts, [prompt.top for prompt in batch]

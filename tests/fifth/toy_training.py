@@ -1,4 +1,4 @@
-"""How a Toy learns: the likeness of a query to its passages by a softmax, for the test that adds a fifth reranker."""
+"""Training of Toy with the loss "lce", for the test that adds a fifth reranker to the package."""
 
 import dataclasses
 import random
@@ -20,7 +20,7 @@ class ToyRecipe(Recipe):
     """A Toy's recipe."""
 
     def objective(self, student: Toy) -> Objective:
-        """The cross-entropy of the best passage."""
+        """Return the training objective: the cross-entropy of the best passage."""
         return Objective(
             network=student.load().network.requires_grad_(True),
             column_sets=[{student.text_field: str, "target": float}],
@@ -44,12 +44,12 @@ class Example(NamedTuple):
 
 
 def sample(text_field: str, given: Ranking, rng: random.Random) -> Example:
-    """The whole list."""
+    """Return the whole list as an example."""
     return Example(given.query, given.columns[text_field], given.columns["target"])
 
 
 def loss(checkpoint: ToyCheckpoint, batch: list[Example]) -> torch.Tensor:
-    """The mean over queries of -log softmax of the best passage's likeness."""
+    """Return the mean over queries of -log softmax(scores) at the best passage."""
     rows = [checkpoint.vectors([example.query, *example.passages]) for example in batch]
     scores = pad_sequence([row[1:] @ row[0] for row in rows], batch_first=True)
     targets = pad_sequence([torch.tensor(example.targets) for example in batch], batch_first=True)
