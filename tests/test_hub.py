@@ -1,4 +1,4 @@
-"""The hub: which revision is read, and what is pushed there, against a stand-in that speaks its endpoints."""
+"""The hub: which revision is read, and what is pushed. The tests run against a stand-in for the hub (hub.py)."""
 
 import json
 
@@ -14,7 +14,6 @@ QUERY, PASSAGES = "water power", ["old mills", "light is measured", "rivers"]
 
 
 def put(hub, name, folder, branch="main"):
-    """The files of a folder as a commit of a repository; the commit's id."""
     if name not in hub.repos:
         hub.create(name)
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -23,7 +22,8 @@ def put(hub, name, folder, branch="main"):
 
 @pytest.fixture
 def two(hub, cross_encoder_folder):
-    """The name of a cross-encoder with another one on the branch "other", and that one's commit."""
+    """The name of a repository with one cross-encoder on the branch "main" and another one on the branch "other", and
+    the commit on the branch "other"."""
     put(hub, "someone/reranker", RERANKERS["CrossEncoder"].random)
     return "someone/reranker", put(hub, "someone/reranker", cross_encoder_folder, "other")
 

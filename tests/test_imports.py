@@ -1,4 +1,4 @@
-"""The map of who imports whom, executed. An import points down a floor; on the ground floor modules stand alone."""
+"""Which modules of the package each module may import. A module imports only from its own floor or from lower ones."""
 
 import ast
 import subprocess
@@ -16,7 +16,6 @@ def source(module):
 
 
 def files():
-    """The names of all modules of the package, without its own name in front."""
     paths = [path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")]
     return sorted(path.removesuffix("/__init__").replace("/", ".") for path in paths)
 
@@ -27,8 +26,8 @@ RERANKERS = [
 ]
 MODELS = {module for module in MODULES if module.startswith("models.")}
 READING = {f"models.{module}" for module in ("checkpoints", "errors", "library", "tokenization")}
-MAP = {  # module: the modules that it may import; the rerankers and their training modules all have the same
-    # Ground floor: one idea each
+MAP = {  # module -> the modules that it may import
+    # Ground floor: modules that need no reranker
     "frames": set(),
     "order": set(),
     "signals": set(),
@@ -72,7 +71,7 @@ MAP = {  # module: the modules that it may import; the rerankers and their train
     "training.data": {"files.candidates", "files.lines", "files.teachers", "frames"},
     "training.stored": {"files.candidates", "frames", "training.data"},
     "training.trainer": {"models.devices"},
-    # First floor: what every reranker is
+    # First floor: the base classes of the rerankers
     "reranker": {"frames", "models.checkpoints", "models.devices", "models.hub"},
     "listwise": {"batching", "decoding", "frames", "order", "reranker", "windows"},
     # Second floor: the rerankers
@@ -81,7 +80,7 @@ MAP = {  # module: the modules that it may import; the rerankers and their train
         for name in RERANKERS
     },
     "rank_mistral": {"decoding", "frames", "listwise", "models.text_lm", "order", "windows"},  # PE-Rank's baseline
-    # Third floor: what works with a reranker
+    # Third floor: modules that use a reranker, and the training of each reranker
     "files.rerankers": {"models.devices", "reranker"},
     "files.tirex": {"files.candidates", "files.runs", "models.devices", "reranker"},
     "training": {"training.data", "training.distil", "training.stored"},
@@ -95,7 +94,7 @@ MAP = {  # module: the modules that it may import; the rerankers and their train
     },
     "training.rank_mistral": {"batching", "frames", "models.pe_prompts", "models.text_lm", "rank_mistral"}
     | {"training.data", "training.trainer"},
-    # Fourth floor
+    # Fourth floor: modules for users
     "scale": {"frames", "reranker", "signals"},
     "__main__": {"pyterrier_lit", "files.candidates", "files.rerankers", "files.runs", "files.tirex", "reranker"}
     | {"files.teachers", "training", "training.data"},
@@ -121,7 +120,6 @@ HEAVY = (
 
 
 def imports(module):
-    """Our modules that a module's source imports."""
     for node in ast.walk(ast.parse(source(module))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "pyterrier_lit")
@@ -146,7 +144,7 @@ def test_pandas_stops_in_frames():
         nodes = [node for node in ast.walk(ast.parse(source(module))) if isinstance(node, ast.Import)]
         names = {alias.name for node in nodes for alias in node.names}
         assert module == "frames" or "numpy" not in names, module
-        # Targets stand beside frames in training.data and .stored; the others name the frame in a signature alone
+        # reranker, cross_encoder and scale name pd.DataFrame only in signatures
         known = ("frames", "training.data", "training.stored", "reranker", "cross_encoder", "scale", "training.distil")
         assert module in known or "pandas" not in names, module
 

@@ -18,7 +18,7 @@ CLASSES = {
 TEXT, VECTOR = ["qid", "docno", "query", "text"], ["qid", "docno", "query", "doc_vec"]
 RUN = pd.DataFrame({"qid": ["1", "1"], "docno": ["a", "b"], "score": [1.0, 0.5]})
 
-# call, label in a schematic, columns it takes, transformers inside
+# Constructor call, label in a schematic, alternative sets of input columns, attributes that are transformers
 PUBLIC = [
     (f"CrossEncoder({MODEL!r}, doc_length=9)", "CrossEncoder", [TEXT], []),
     (f"LiT5Distill({MODEL!r}, window_size=20, top_k=5)", "LiT5-Distill", [TEXT], []),

@@ -49,7 +49,7 @@ def scores(reranker, **changes):
 def test_the_order_is_nearly_that_of_float32(exact, int8):
     ours, wanted = scores(int8), scores(exact)
     assert isinstance(int8.load().network, Int8Scorer) and not isinstance(exact.load().network, Int8Scorer)
-    assert not torch.equal(ours, wanted)  # it is quantised
+    assert not torch.equal(ours, wanted)  # else the network is not quantised
     for left, right in zip(ours.split(len(ours) // len(QUERIES)), wanted.split(len(ours) // len(QUERIES)), strict=True):
         assert pd.Series(left).corr(pd.Series(right), method="kendall") > 0.9
         assert left.argmax() in right.topk(3).indices
@@ -70,7 +70,8 @@ def test_checkpoints_of_lightning_ir_keep_their_tokens_and_lengths(folder, tmp_p
 
 
 def test_a_classifier_keeps_its_texts_in_lower_case_and_its_prompt(tmp_path):
-    """The tokenizer's own settings say otherwise, and transformers would apply them again."""
+    """sentence_bert_config.json asks for lower case, and tokenizer_config.json contradicts it. The saved reranker must
+    still lower-case."""
     folder = shutil.copytree(TINY / "cross-encoder", tmp_path / "given")
     exact = CrossEncoder(str(folder), device="cpu")
     exact.save(folder, layout="transformers")

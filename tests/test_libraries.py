@@ -1,6 +1,6 @@
-"""Where we lean on what our libraries do not promise: on the installed versions each hook is really used.
+"""Details of other libraries on which our code depends, although these libraries do not promise them.
 
-Every test fails when its hook is taken away, as it would be if a library moved what the hook holds on to.
+A test fails if the installed version of a library has changed such a detail.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def qrels():
 
 
 def line(batches, weight=0.5):
-    """The objective of a line through points: the least that `train` takes. What it collates is kept in `batches`."""
+    """An objective that fits a line to points. Each list of numbers that `collate` gets is appended to `batches`."""
     network = torch.nn.Linear(1, 1)
     torch.nn.init.constant_(network.weight, weight)
     torch.nn.init.zeros_(network.bias)
@@ -64,7 +64,7 @@ def test_examples_are_learned_from_in_the_order_of_their_numbers():
 
 
 def test_a_process_uses_one_gpu_however_many_torch_sees(monkeypatch):
-    """With more the Trainer would make batches as many times as large, and hand them to DataParallel."""
+    """If the Trainer used n GPUs, it would make batches n times as large, for DataParallel."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     batches = []
     recipe = Recipe(1e-3, batch_size=8, steps=1, micro_batch=2, options={"use_cpu": False})
@@ -73,7 +73,7 @@ def test_a_process_uses_one_gpu_however_many_torch_sees(monkeypatch):
 
 
 def test_the_gradient_over_micro_batches_is_that_of_one_batch():
-    """By its norm: AdamW's step hides a gradient that is some times too large."""
+    """The test compares gradient norms, because a constant factor of the gradient hardly changes AdamW's steps."""
     logs = [
         train(line([]), range(8), Recipe(1e-3, batch_size=8, steps=2, micro_batch=size, clip=1e9), QUIET)
         for size in (8, 4, 1)
@@ -103,7 +103,6 @@ def test_on_a_cpu_attention_is_eager_while_training_and_then_what_it_was(
 
 
 def losses_of_a_window(frame, dropout, change=lambda network: None):
-    """Two losses of one LiT5Distill on one window, both in training mode, and its network."""
     torch.manual_seed(0)
     student = LiT5Distill(str(LIT5), window_size=4, device="cpu")
     objective = lit5_distill.RECIPES["lit5-distill-v2"].replace(dropout=dropout).objective(student)
@@ -174,8 +173,8 @@ def test_gradient_checkpointing_runs_the_layers_a_second_time(build, backbone, e
 
 @pytest.mark.parametrize("kind", ["Bert", "Electra"])
 def test_token_types_reach_a_sequence_classifier(kind):
-    """`LabelScorer` passes them where the library's model takes them by name: a model that hides the name reads all as
-    0."""
+    """`LabelScorer` passes token types only if the model's `forward` has the argument `token_type_ids`. If transformers
+    hid this name, all token types would be 0."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = getattr(transformers, f"{kind}Config")(**sizes, intermediate_size=16, num_labels=1, initializer_range=0.5)

@@ -1,4 +1,4 @@
-"""lines: whatever a text file is packed, marked and encoded as, its lines are read, or file and line are named."""
+"""files.lines: lines are read from gzipped or plain files in several encodings; errors name the file and the line."""
 
 import bz2
 import codecs
@@ -47,7 +47,7 @@ def test_gzip_in_several_members_or_twice_is_read_to_its_end(tmp_path):
     members = [codecs.BOM_UTF8 + line.encode() for line in TEXT.splitlines(keepends=True)]
     assert read(given(tmp_path, b"".join(map(gzip.compress, members)))) == TEXT.splitlines(keepends=True)
     assert read(given(tmp_path, gzip.compress(gzip.compress(UTF8)))) == TEXT.splitlines(keepends=True)
-    assert read(given(tmp_path, gzip.compress(UTF8) + bytes(512))) == TEXT.splitlines(keepends=True)  # of a tape
+    assert read(given(tmp_path, gzip.compress(UTF8) + bytes(512))) == TEXT.splitlines(keepends=True)  # zero padding
 
 
 def test_only_a_line_feed_ends_a_line_and_empty_lines_are_counted_but_left_out(tmp_path):

@@ -1,4 +1,4 @@
-"""models.lit5: which LiT5 a checkpoint is, by its record, its names, or not at all; queries that fill the prompt."""
+"""models.lit5: tells LiT5-Distill (v1 or v2) from LiT5-Score checkpoints, and warns of queries that fill the prompt."""
 
 import json
 import shutil
@@ -12,7 +12,6 @@ from pyterrier_lit.models.lit5 import family, named_kind, recorded_kind
 
 
 def told(call):
-    """What a call gives, and its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         return call(), [str(each.message) for each in caught if each.category is UserWarning]
@@ -20,7 +19,7 @@ def told(call):
 
 @pytest.fixture
 def at(tmp_path):
-    """at(path): a checkpoint that records nothing, in a folder of that path."""
+    """at(path): a LiT5 checkpoint in a folder with this path. Its config does not say which kind of LiT5 it is."""
     return lambda path: str(shutil.copytree(T5, tmp_path / path))
 
 
@@ -86,7 +85,7 @@ def test_the_kind_is_recorded_on_save_and_the_other_reranker_refuses_it(tmp_path
         assert recorded_kind(json.loads((tmp_path / kind.__name__ / "config.json").read_text())) == kind.__name__
         with pytest.raises(ValueError, match=rf"holds a checkpoint of {kind.__name__}, wanted one of {other.__name__}"):
             other(path, device="cpu")(frame)
-        other.from_backbone(path, device="cpu").save(tmp_path / "on")  # what it says to do
+        other.from_backbone(path, device="cpu").save(tmp_path / "on")  # as the error advises
         assert told(lambda other=other: other(str(tmp_path / "on"), device="cpu").load())[1] == []
 
 
@@ -120,6 +119,6 @@ def test_a_query_that_leaves_no_room_for_passages_is_named_once(kind, tmp_path):
     words = 1
     while not ask(["a " * words], passages)[1]:
         words += 1
-    for n, reads in ((words - 1, True), (words, False)):  # the longest query without the warning, the first with it
+    for n, reads in ((words - 1, True), (words, False)):  # the longest query without the warning, the shortest with it
         some, none = (getattr(ids, "ids", ids) for ids in (reranker.prompts("a " * n, [text]) for text in ("it", "")))
         assert (some != none) == reads

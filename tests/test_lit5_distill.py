@@ -1,4 +1,4 @@
-"""LiT5Distill: the contract, equality with castorini/LiT5 and RankLLM (golden/lit5), windows, cutoffs, decodings."""
+"""LiT5Distill: the promises in contract.py, equality with castorini/LiT5 and RankLLM (golden/lit5), and decodings."""
 
 import functools
 import gzip
@@ -49,7 +49,6 @@ def t5(model):
 
 
 def prompt(ids, n=None):
-    """A window of prompts, all of whose passages are to be ordered."""
     return Prompt(ids, sum(map(len, ids)), n or len(ids), n or len(ids))
 
 
@@ -59,7 +58,7 @@ def expected(case):
 
 
 def lists(reference):
-    """The queries of a case, their passages, and the docnos of those."""
+    """The queries of a case, the texts of each query's passages, and a dict: qid -> docnos of these passages."""
     lines = map(json.loads, (FOLDER / reference["data"]).read_text(encoding="utf-8").splitlines())
     queries = {line["qid"]: line for line in lines}
     docnos = {qid: docnos[: reference["params"].get("n_rerank")] for qid, docnos in reference["candidates"].items()}
@@ -162,7 +161,7 @@ def test_below_top_k_the_incoming_order_stays(make):
 
 
 def test_ranks_below_top_k_do_not_depend_on_queries_that_need_more(make):
-    lists = [some_passages(12), some_passages(45)]  # at first 3 identifiers are wanted of one and 10 of the other
+    lists = [some_passages(12), some_passages(45)]  # their first windows need 3 and 10 ranks
     together = make(top_k=3, window_size=20).order(["q", "q"], lists)
     assert together == [make(top_k=3, window_size=20).order(["q"], [passages])[0] for passages in lists]
 
@@ -202,8 +201,8 @@ def test_n_identifiers_cost_at_most_their_pieces_less_the_last(make, monkeypatch
 @settings(max_examples=15)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 1000))
 def test_constrained_decoding_is_brute_force_over_unused_identifiers(counts, seed):
-    """Each identifier, one at a time and alone: the likeliest allowed piece at every step, from the library's own
-    logits."""
+    """The brute force decodes each window alone, one token per pass. It always takes the likeliest token that continues
+    an unused identifier."""
     model = t5("tiny-random")
     generator = torch.Generator().manual_seed(seed)
     windows = [
@@ -230,8 +229,8 @@ def test_constrained_decoding_is_brute_force_over_unused_identifiers(counts, see
 
 
 def test_first_orders_by_the_probability_of_the_first_identifier(make):
-    """Against the product of conditional probabilities of each identifier's pieces; from 57 on identifiers have two
-    pieces."""
+    """The probability of an identifier is the product of the conditional probabilities of its tokens. Some identifiers
+    above 56 have two tokens."""
     model = t5("tiny-random")
     prompts = make().prompts("q", some_passages(70))
     with torch.inference_mode():
@@ -370,7 +369,7 @@ def test_nan_names_the_query_in_every_decoding(make, monkeypatch, decoding):
 
     def broken(self, states, rows=None):
         computed = logits(self, states, rows)
-        computed[1] = float("nan")  # of the two windows read together the second is "grey cat"
+        computed[1] = float("nan")  # the second window of the batch is that of "grey cat"
         return computed
 
     monkeypatch.setattr(module.FiD, "logits", broken)
@@ -399,7 +398,7 @@ def test_out_of_memory_halves_the_windows_of_all_rounds_with_one_warning(make, m
 def test_ids_that_the_tokenizer_does_not_know_separate_numbers():
     pieces = t5("tiny-random").pieces
     one, two = pieces(["1", "2"])
-    unknown = pieces.processor.get_piece_size() + 3  # T5 has more output rows than pieces: <extra_id_0>, ...
+    unknown = pieces.processor.get_piece_size() + 3  # T5 has logits for more ids than the tokenizer has pieces
     assert parse(pieces.decode([unknown, *two, unknown, *one, unknown]), 3) == [1, 0, 2]
 
 
@@ -413,7 +412,7 @@ def test_an_error_in_a_batch_reaches_the_user(make, frame, monkeypatch):
 
 
 def test_a_free_answer_has_139_tokens_at_most_as_the_references(make, monkeypatch):
-    """Its cap of 140 counts the start token; 100 identifiers take 132 and the end."""
+    """The reference's maximum of 140 tokens includes the start token. 100 identifiers take 132 tokens, and </s> one."""
     fid, written = FiD, []
     monkeypatch.setattr(fid, "logits", lambda self, states, rows=None: torch.eye(536)[[7] * len(states)])
     decode = make().load().pieces.decode

@@ -1,4 +1,4 @@
-"""LiT5Score: the contract, equality with castorini/LiT5 (golden/lit5), aggregations against brute force."""
+"""LiT5Score: the promises in contract.py, equality with castorini/LiT5 (golden/lit5), aggregations by brute force."""
 
 import functools
 import gzip
@@ -89,7 +89,7 @@ def test_calls_with_dummy_passages_score_the_same_from_their_ids(case):
 
 @pytest.mark.parametrize("aggregation", module.AGGREGATIONS)
 def test_aggregations_are_their_formulas(make, aggregation):
-    """Brute force: the library's attentions over one forward pass of the whole answer."""
+    """Brute force: the attention weights that transformers computes in one forward pass over the whole answer."""
     reranker = make(aggregation=aggregation)
     t5, passages = reranker.load(), ["a b c", "some longer passage here", "x", "a b c"]
     read = reranker.prompts("what is it", passages)

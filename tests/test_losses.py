@@ -12,7 +12,7 @@ from pyterrier_lit.training import losses
 
 ARRAYS = np.load(GOLDEN / "cross_encoder" / "losses.npz")
 CASES = sorted({name.split("/")[0] for name in ARRAYS.files})
-REFERENCE = {  # lightning-ir's name: ours
+REFERENCE = {  # name in lightning-ir -> our function
     "RankNet": losses.ranknet,
     "RankNet_T2": lambda s, t: losses.ranknet(s, t, temperature=2.0),
     "RankNet_T0.5": lambda s, t: losses.ranknet(s, t, temperature=0.5),
@@ -73,7 +73,7 @@ def test_list_mle_is_pe_ranks(k):
         ),
         (losses.margin_mse, [[1.0, 3.0]], [[5, 2]], (1 - 3 - (5 - 2)) ** 2),
         (losses.mse, [[1.0, 3.0]], [[5, 2]], ((1 - 5) ** 2 + (3 - 2) ** 2) / 2),
-        # equal scores: both at rank 1.5, half a rank off at ranks 1 and 2
+        # equal scores: both passages have the rank 1.5, and the targets have the ranks 1 and 2
         (losses.adr_mse, [[0.0, 0.0]], [[2, 1]], (0.25 / 1 + 0.25 / math.log2(3)) / 2),
         (losses.lce, [[0.0, log(3)]], [[0, 1]], -log(3 / 4)),
         (losses.kl, [[0.0, 0.0]], [[log(3), 0.0]], 3 / 4 * log(3 / 2) + 1 / 4 * log(1 / 2)),
@@ -86,7 +86,7 @@ def test_values_worked_out_by_hand(loss, scores, targets, expected):
 
 
 def test_the_better_passage_pulls_up():
-    """Rank-DistiLLM prints RankNet with the sign the wrong way round."""
+    """The formula of RankNet that Rank-DistiLLM prints has the wrong sign."""
     for loss in OVER_LISTS:
         scores = torch.zeros(1, 3, requires_grad=True)
         loss(scores, torch.tensor([[3.0, 2.0, 1.0]])).backward()
@@ -160,7 +160,7 @@ def test_a_shift_of_all_scores_changes_nothing(loss):
 
 
 def test_list_mle_reads_the_scores_of_each_rank_from_its_own_row():
-    targets = torch.tensor([[1.0, 2.0, 3.0]])  # the order is 2, 1, 0
+    targets = torch.tensor([[1.0, 2.0, 3.0]])  # best first, the passages are 2, 1, 0
     by_rank = torch.tensor([[[0.0, 0, log(2)], [0, log(3), 99], [0, 99, 99]]])
     assert losses.list_mle(by_rank, targets, reduction="sum").item() == pytest.approx(log(4 / 2) + log(4 / 3))
 
@@ -169,7 +169,7 @@ def test_list_kl_is_zero_between_equals_and_worked_out_by_hand():
     targets = torch.tensor([[2.0, 1.0]])
     equal, taught = torch.zeros(1, 2), torch.tensor([[log(3), 0.0]])
     assert losses.list_kl(taught, taught + 5, targets).item() == pytest.approx(0, abs=1e-6)
-    expected = 3 / 4 * log(3 / 2) + 1 / 4 * log(1 / 2)  # at the first rank; at the second there is one passage left
+    expected = 3 / 4 * log(3 / 2) + 1 / 4 * log(1 / 2)  # at the first rank; 0 at the second
     assert losses.list_kl(equal, taught, targets).item() == pytest.approx(expected)
     assert losses.list_kl(equal, taught, targets, reduction="mean").item() == pytest.approx(expected / 2)
 

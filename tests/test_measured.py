@@ -1,4 +1,4 @@
-"""experiments/measured.py: what is recorded comes back, with where and when; and measured.csv is in that form."""
+"""experiments/measured.py: recorded rows are read back with machine, commit and date; measured.csv has valid rows."""
 
 import datetime
 import re

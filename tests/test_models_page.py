@@ -1,5 +1,5 @@
-"""pt_docs/models.rst: each classifier that it lists scores as sentence-transformers does, each that it refuses is
-refused in words, sizes are counted, and what stands under a block is what the block gives."""
+"""pt_docs/models.rst: listed classifiers score as in sentence-transformers, and refused checkpoints raise errors. The
+sizes on the page are counted, and the code blocks give the shown results."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ BEHIND_PADDING = SIZE | {"max_position_embeddings": 66, "type_vocab_size": 1, "p
 DECODER = SHORT | {"num_key_value_heads": 2, "head_dim": 16}
 
 
-# Tokenizers, each by the class that such checkpoints name, over pieces of one character
+# Tokenizers with pieces of one character, of the classes that real checkpoints use
 
 
 def word_pieces(kind, special=("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"), **settings):
@@ -55,7 +55,7 @@ def characters(kind, special, **settings):
 
 
 def modernbert():
-    """A fast tokenizer without a class of its own, as ModernBERT's is."""
+    """A PreTrainedTokenizerFast, as ModernBERT has no tokenizer class of its own."""
     special = ["[PAD]", "[CLS]", "[SEP]"]
     bare = bytes_(transformers.RobertaTokenizer, [*special, "<s>", "</s>", "<unk>", "<mask>"]).backend_tokenizer
     ids = [(token, id) for id, token in enumerate(special)]
@@ -76,7 +76,6 @@ def qwen():
 
 
 def sized(fields):
-    """The numbers of a body under the names that DistilBERT has for them."""
     names = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
     return {names.get(name, name).replace("intermediate_size", "hidden_dim"): value for name, value in fields.items()}
 
@@ -90,7 +89,7 @@ V3 = {  # what DeBERTa-v3 sets
     **{"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     **{"norm_rel_ebd": "layer_norm", "share_att_key": True, "position_buckets": 16, "type_vocab_size": 0},
 }
-KINDS = {  # the architecture in config.json: the model_type, the tokenizer, the fields of the network
+KINDS = {  # architecture in config.json -> model_type, tokenizer, other fields of the config
     "BertForSequenceClassification": ("bert", lambda: word_pieces(transformers.BertTokenizer), SHORT),
     "ElectraForSequenceClassification": (
         "electra",
@@ -165,7 +164,7 @@ KINDS = {  # the architecture in config.json: the model_type, the tokenizer, the
 
 
 def differences(rows):
-    """The logits; of two labels, the second's less the first's."""
+    """For one label, the logit; for two labels, the second logit minus the first one."""
     return [row if isinstance(row, float) else row[1] - row[0] for row in rows]
 
 
@@ -186,7 +185,7 @@ def test_a_classifier_scores_as_sentence_transformers_does(put, architecture, la
 
 
 def table(title):
-    """The rows of the page's table of that title, by columns."""
+    """The rows of the page's table with this title, each as a dict: column -> value."""
     found = re.search(rf"csv-table:: {title}\n((?:   :.*\n)+)\n((?:   .+\n)+)", PAGE.read_text(encoding="utf-8"))
     columns = re.search(r":header: (.*)", found[1])[1].split(", ")
     rows = csv.reader(textwrap.dedent(found[2]).splitlines(), skipinitialspace=True)
@@ -201,7 +200,7 @@ def test_the_classifiers_of_the_page_are_those_that_are_tested():
 
 
 def renamed(folder, names):
-    """The folder, its weights by other names: of a network that code of the checkpoint would build."""
+    """Rename the weights in a folder, as in checkpoints that bring their own code for the network."""
     file = folder / "model.safetensors"
     weights = safetensors.torch.load_file(file)
     for old, new in names.items():
@@ -211,7 +210,7 @@ def renamed(folder, names):
 
 
 def ettin(folder):
-    """As sentence-transformers keeps a head of its own: four modules."""
+    """List four modules in modules.json, as sentence-transformers does for a cross-encoder with a head of its own."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"), ("3_LayerNorm", "LayerNorm")]
     listed = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
     (folder / "modules.json").write_text(json.dumps(listed))
@@ -220,7 +219,6 @@ def ettin(folder):
 
 
 def set_encoder(folder):
-    """A cross-encoder of lightning-ir under the model_type of its sister."""
     shutil.copytree(GOLDEN / "cross_encoder" / "ckpt" / "electra_bias", folder, dirs_exist_ok=True)
     edit(folder, "config.json", {"model_type": "set-encoder", "backbone_model_type": "electra"})
     return folder
@@ -240,7 +238,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }
 WITHOUT = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
 JINA_V1 = {"intermediate.dense": "mlp.gated_layers", "output.dense": "mlp.wo"}
 JINA_V2 = {"encoder.layer.": "encoder.layers.", "attention.self.query": "mixer.Wqkv"}
-REFUSED = {  # the row of the page: how a folder becomes one, and the words of the error
+REFUSED = {  # row of the page -> functions that make a folder such a checkpoint, each with the expected error
     "a language model": [
         (
             lambda folder: changed(folder, architectures=["Qwen3ForCausalLM"], model_type="qwen3"),
@@ -290,7 +288,7 @@ def test_a_chat_template_counts_where_sentence_transformers_writes_pairs_by_it(b
     with pytest.raises(ValueError, match="has a chat template"):
         ours(folder)
     assert sentences(folder) != pytest.approx(library(folder), abs=1e-3)
-    # Named by no way of reading, it is not used there either
+    # A folder of sentence-transformers lists the template as `message` in modality_config, or does not use it
     model = sentence_transformers.CrossEncoder(str(folder), device="cpu")
     model.save_pretrained(str(tmp_path / "own"))
     edit(tmp_path / "own", "sentence_bert_config.json", {"modality_config": model[0].modality_config | {"message": {}}})
@@ -306,7 +304,7 @@ def test_a_chat_template_without_places_for_pairs_is_left_out(bert):  # noqa: F8
     assert_scores(folder, library(folder))
     with pytest.raises(ValueError, match="'query' and 'document' content does not reach"):
         sentences(folder)
-    saved = folder.parent / "saved"  # by assert_scores
+    saved = folder.parent / "saved"  # assert_scores has written it
     assert sentences(saved) == pytest.approx(library(folder), abs=2e-4)
 
 
@@ -322,11 +320,11 @@ def test_a_student_over_a_model_that_chats_is_read_again(put, tmp_path):  # noqa
     assert [row["corpus_id"] for row in other] == [row["corpus_id"] for row in wanted]
 
 
-# Sizes, and what a passage is made of
+# Sizes, prompts, and passages with titles
 
 
 def sizes():
-    """The parameters of each checkpoint of the page, by the end of its name."""
+    """The number of parameters of each checkpoint of the page. The keys are hub ids without the owner."""
     with torch.device("meta"):
         vectors = torch.nn.Sequential(torch.nn.Linear(768, 4096), torch.nn.Linear(4096, 4096))
         jina = JinaBert(JINA_V2_BASE)
@@ -356,7 +354,7 @@ def test_sizes_are_counted():
 def test_the_prompt_of_qwen3_surrounds_query_and_passage_and_the_query_comes_back():
     scope = {}
     for block in blocks(PAGE):
-        if "CrossEncoder(" not in block.text:  # a pipeline, which test_docs.py runs
+        if "CrossEncoder(" not in block.text:  # test_docs.py runs the other blocks
             exec(compile(block.text, str(block), "exec"), scope)
     asked, found = scope["asked"], scope["found"]
     query, text = asked(found)["query"][0], scope["shown"](found)["text"][1]

@@ -1,4 +1,4 @@
-"""A new user's way: a student is trained on the quickstart's collection, and leaves by every door with its scores."""
+"""A student that a new user trains scores the same after it is saved, exported, served or pushed to the hub."""
 
 import corpora
 import pandas as pd
@@ -14,7 +14,7 @@ from pyterrier_lit.training import FineTune
 
 @pytest.fixture(scope="module")
 def student():
-    """The small cross-encoder after a few steps on two queries, and one of these with its passages."""
+    """The small cross-encoder after a few steps on two queries; the first query, and the passages of this query."""
     collection = corpora.load("python-docs/dev")
     topics, qrels = collection.get_topics().head(2), collection.get_qrels()
     others = [doc["docno"] for doc, _ in zip(collection.get_corpus_iter(), range(8), strict=False)]
@@ -33,15 +33,13 @@ def student():
 
 
 def same(ranking, wanted):
-    """Whether two rankings are of the same order, with equal scores but for their last bits."""
     return [row["corpus_id"] for row in ranking] == [row["corpus_id"] for row in wanted] and [
         row["score"] for row in ranking
     ] == pytest.approx([row["score"] for row in wanted], abs=2e-5)
 
 
 def same_but_for_what_is_cut(ranking, wanted, passages):
-    """Whether two rankings are of the same order, and equal where passages are short: others read more of a long one
-    behind a short query."""
+    """The scores of long passages may differ, because sentence-transformers may read more of a long passage."""
     short = {number for number, passage in enumerate(passages) if len(passage) < 200}
     assert 3 < len(short) < len(passages)
     one, other = ([row for row in rows if row["corpus_id"] in short] for rows in (ranking, wanted))

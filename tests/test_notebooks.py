@@ -1,5 +1,4 @@
-"""experiments/*.ipynb: each runs to its end in the small profile, and is committed with the outputs of the profile that
-it names, without machine paths and without charts of few queries."""
+"""experiments/*.ipynb: each notebook runs, and is committed with the outputs of one run and without local paths."""
 
 import os
 import re
@@ -33,7 +32,7 @@ def test_a_notebook_runs_in_the_small_profile(path, tmp_path, offline):
 @pytest.mark.slow  # some minutes each, half an hour for all
 @pytest.mark.parametrize("profile", ["paper", "runs"])
 def test_a_notebook_runs_with_stand_ins_for_hub_and_collections(path, profile, tmp_path, offline):
-    """Every cell, in a copy of experiments whose first import puts the stand-ins of standins.py in."""
+    """Runs all cells in a copy of experiments/. In this copy, workplace.py installs the stand-ins of standins.py."""
     if profile == "runs" and path.stem not in PUBLIC_RUNS:
         pytest.skip("is as in the small profile")
     folder = tmp_path / "repository" / "experiments"
@@ -42,7 +41,7 @@ def test_a_notebook_runs_with_stand_ins_for_hub_and_collections(path, profile, t
     shutil.copy(ROOT / "tests" / "standins.py", folder)
     with open(folder / "workplace.py", "a", encoding="utf-8") as workplace:
         workplace.write("\nimport standins\n\nstandins.install()\n")
-    documents = "200" if path.stem == "scaling" else "30"  # it asks queries with a hundred passages
+    documents = "200" if path.stem == "scaling" else "30"  # scaling.ipynb reranks 100 passages per query
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "STANDIN_DOCUMENTS": documents}
     subprocess.run([sys.executable, folder / "standins.py"], cwd=folder, env=environment, check=True)
     command = [

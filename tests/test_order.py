@@ -1,4 +1,4 @@
-"""order: always a permutation, first mention first; scores that give the order back."""
+"""order: every text is parsed to a permutation, and sorting by the scores of an order gives the same order."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""pairs: the layout is the tokenizer's own, whatever the texts."""
+"""models.pairs: the token ids of a pair equal those that the tokenizer itself computes, whatever the texts."""
 
 import pytest
 import tokenizers

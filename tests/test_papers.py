@@ -19,7 +19,7 @@ def test_every_collection_stage_and_model_of_a_comparison_has_a_published_figure
     stages = {(name, stage) for name, where in comparison.collections.items() for stage in where.first_stages}
     if comparison.paper != "Rank-DistiLLM" or comparison.tables != (
         "arxiv_table2",
-    ):  # there a figure is of a corpus, and a collection is a task
+    ):  # in this table, a figure is of a corpus; our collections are tasks over a corpus
         assert stages <= set(zip(figures.collection, figures.first_stage, strict=True))
     else:
         printed = set(figures.collection) - {"arithmetic mean", "geometric mean"}

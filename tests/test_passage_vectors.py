@@ -71,7 +71,7 @@ def test_vectors_that_are_not_finite_are_named(make, frame, source, wrong):
     vector_of["d4"][3] = wrong
     encoder = Encoder()
     encode = encoder.encode_docs
-    encoder.encode_docs = lambda texts: np.where(np.array(texts)[:, None] == "", wrong, encode(texts))  # d4 is empty
+    encoder.encode_docs = lambda texts: np.where(np.array(texts)[:, None] == "", wrong, encode(texts))  # d4 has no text
     frame = column if source == "column" else frame
     arguments = {"index": {"vectors": Index(vector_of)}, "encoder": {"encoder": encoder}}.get(source, {})
     with pytest.raises(ValueError, match=rf"{wrong}: docno 'd4' \(1 of 7"):

@@ -1,4 +1,4 @@
-"""models.pe_checkpoint: what is missing, damaged or of another kind is named; save keeps all."""
+"""models.pe_checkpoint: errors name what is missing, damaged or of another kind; `save` loses nothing."""
 
 import json
 import os
@@ -28,7 +28,8 @@ def ranker():
 
 @pytest.fixture
 def copy_of(tmp_path):
-    """copy_of(config fields to set, weights -> weights): a changed copy of the golden checkpoint, as a path."""
+    """copy_of(fields, weights): the path of a changed copy of the golden checkpoint. `fields` are new fields of the
+    config, and `weights` is a function: weights -> changed weights."""
 
     def change(fields=None, weights=None):
         shutil.copytree(FOLDER, tmp_path / "copy")
@@ -105,7 +106,7 @@ def test_an_encoder_is_a_hub_id_or_lies_in_the_folder_or_beside_it(copy_of, fram
     elsewhere, beside = tmp_path / "elsewhere", model.parent / "encoder"
     for place in (elsewhere, model.parent / "None", model / "inside", tmp_path / "somebody" / "else"):
         shutil.copytree(beside, place, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)  # a folder by the name of a hub id is not the hub's
+    monkeypatch.chdir(tmp_path)  # a folder here must not be read in place of a hub id
     up = os.path.relpath(elsewhere, model)
 
     def named(name):

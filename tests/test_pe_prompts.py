@@ -1,4 +1,4 @@
-"""models.pe_prompts: the reference's prompt, whatever stands in a text."""
+"""models.pe_prompts: prompts equal those of the reference, and no text adds a special token."""
 
 import json
 import shutil
@@ -83,4 +83,4 @@ def test_prompts_with_mistrals_tokenizer_have_the_length_that_the_authors_print(
     topics = shared.topics("dl19")
     queries = topics[topics.qid.isin(shared.qrels("dl19").qid)]["query"].tolist()
     lengths = [len(ids) for ids in prompter.ids(queries, [[]] * 43, [20] * 43)]
-    assert round(9 * sum(lengths) / 43, 1) == 2942.4  # nine windows a list of 100
+    assert round(9 * sum(lengths) / 43, 1) == 2942.4  # a list of 100 passages has nine windows

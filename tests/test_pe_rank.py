@@ -1,4 +1,4 @@
-"""PERank: the contract, equality with liuqi6777/pe_rank (golden/pe_rank), windows, modes, decodings, bad input."""
+"""PERank: the promises in contract.py, equality with liuqi6777/pe_rank (golden/pe_rank), modes, decodings, errors."""
 
 import copy
 from itertools import groupby
@@ -185,9 +185,9 @@ def test_windows_of_all_queries_advance_in_one_batch(make, monkeypatch):
     calls = count_forwards(reranker.load(), monkeypatch)
     frames = [with_vectors(many(n, qid))[0] for n, qid in ((25, "a"), (8, "b"), (40, "c"))]
     quietly(reranker, pd.concat(frames))
-    common = [1]  # what the prompts of a round begin with is read once, for all of them
+    common = [1]  # one pass reads the common prefix of a round's prompts
     assert [rows for rows, _ in groupby(rows for rows, _ in calls)] == [*common, 3, *common, 2, 1]
-    assert sum(width > 4 for _, width in calls) == 3 + 2  # prompts, and what is common
+    assert sum(width > 4 for _, width in calls) == 3 + 2  # the prompts of three rounds, and two common prefixes
 
 
 @pytest.mark.parametrize("decoding", ["constrained", "first"])

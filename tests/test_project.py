@@ -1,4 +1,4 @@
-"""The project's own files: the map in CONTRIBUTING.md, and versions that stand in two places."""
+"""The project's own files: the map in CONTRIBUTING.md, and version numbers that several files repeat."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""experiments/public_runs.py: files of runs become rows of published.csv by their names; TIREx's evaluations too."""
+"""experiments/public_runs.py: run files and TIREx's evaluations get the names of their systems in published.csv."""
 
 import json
 
@@ -13,7 +13,7 @@ RUN = "1 Q0 a 1 2.0 x\n1 Q0 b 2 1.0 x\n"
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """One's own folder of runs and another's: judgements, a first stage and three systems over it."""
+    """The user's own folder of runs, which is empty. A second folder has qrels, a first stage and three systems."""
     own, others = tmp_path / "own", tmp_path / "others"
     own.mkdir(), others.mkdir()
     monkeypatch.setattr(papers, "RUNS", [own, others])
@@ -51,7 +51,7 @@ def test_tirex_evaluations_are_read_by_task(runs, capsys):
 
 @pytest.mark.slow
 def test_the_public_runs_give_the_published_figures(shared, tmp_path, monkeypatch):
-    """At least 12 cells of LiT5's table 1 and 3 of Rank-DistiLLM's."""
+    """12 figures of LiT5's table 1 and 3 figures of Rank-DistiLLM's table are reproduced. No figure disagrees."""
     import compare
 
     for comparison, cells in zip(public_runs.trec_dl(), (12, 3, 0), strict=True):

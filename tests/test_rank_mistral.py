@@ -1,7 +1,8 @@
-"""RankMistral: the contract, and equality with the reference's prompt read by transformers' own model, step by step.
+"""RankMistral: the promises in contract.py, and equality with an independent implementation.
 
-The reference's model was not published in a form that could be run here. What is compared is the published prompt, and
-an independent computation: the whole text anew at every step, and `generate`.
+The reference's model was not published in a form that could be run here. The independent implementation, `Literal`,
+uses the published prompt and a model of transformers. For constrained decoding, it reads the whole text anew at every
+step. For free decoding, it calls `generate`.
 """
 
 import os.path
@@ -46,7 +47,7 @@ class TestContract(Contract):
 
 
 class Literal:
-    """The specification word by word, on transformers' own model and tokenizer."""
+    """An independent implementation of RankMistral, with a model of transformers."""
 
     def __init__(self, folder):
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -71,7 +72,7 @@ class Literal:
         return self.ids(self.turns, add_generation_prompt=True)
 
     def answer(self, asked, order):
-        """The ids of a whole answer, without what the template puts behind it."""
+        """The token ids of a complete answer, without the end of sequence."""
         text = " > ".join(f"[{i + 1}]" for i in order)
         whole = self.ids([*self.turns, {"role": "assistant", "content": text}])
         assert whole[: len(asked)] == asked and whole[-1] == self.tokenizer.eos_token_id
@@ -79,7 +80,7 @@ class Literal:
 
     @torch.inference_mode()
     def constrained(self, query, texts):
-        """Of all permutations that begin with what is written, the one with the likeliest next token."""
+        """Greedy decoding. At each step, the allowed tokens are those that continue the text to a permutation."""
         asked, n = self.asked(query, texts), len(texts)
         chosen, written = [], []
         while len(chosen) < n - 1:

@@ -1,4 +1,4 @@
-"""reranker: a checkpoint is read on first use, once for all copies, and by no other reranker's leave."""
+"""reranker: a checkpoint is read on first use, once for all copies. No reranker waits until another one is loaded."""
 
 import copy
 import threading
@@ -10,8 +10,8 @@ from conftest import RERANKERS
 
 @pytest.fixture
 def build():
-    """build(name, **arguments): a reranker, with a list of the checkpoints that it reads and an event that holds
-    reading up."""
+    """build(name, **arguments): a reranker, a list, and an event. Each read of a checkpoint appends its dtype to the
+    list. While the event is cleared, reads wait."""
 
     def build(name="CrossEncoder", **arguments):
         known = RERANKERS[name]

@@ -1,5 +1,4 @@
-"""experiments/results.py: RESULTS.md and its pictures are as measured.csv and questions.toml say, and what a finding
-says was measured."""
+"""experiments/results.py: RESULTS.md and its pictures are up to date, and its findings state measured numbers."""
 
 import re
 import shlex
@@ -25,7 +24,8 @@ def test_the_page_and_its_pictures_are_up_to_date():
 
 @each
 def test_a_finding_says_what_was_measured(question):
-    """Each of its numbers is a value, a p-value or an n of its rows, or stands in its notes."""
+    """Each number of a finding is a value (or a percentage of it), a p-value or an n of its rows. Other numbers must be
+    in the question, the settings or the notes."""
     rows = question.rows(RECORDED)
     text = " ".join([question.question, *rows["setting"], *(note["text"] for note in question.notes)])
     values = [*rows["value"], *(100 * rows["value"]), *rows["p"].dropna(), *rows["n"].dropna()]

@@ -1,4 +1,4 @@
-"""runs: candidates to a run file in chunks; resuming, ties, memory, failures that keep what was finished."""
+"""files.runs: writing runs in chunks, resuming, ties, memory, and failures that lose no finished queries."""
 
 import fcntl
 import gzip
@@ -25,7 +25,7 @@ QUERIES = [
 
 
 class Failing(pt.Transformer):
-    """by_length until a query comes that it cannot do."""
+    """Scores like `by_length`, and raises ValueError at the query `fails_at`."""
 
     def __init__(self, fails_at=None):
         self.fails_at = fails_at
@@ -126,7 +126,7 @@ def test_resume_loses_nothing_wherever_the_file_was_cut_off(tmp_path):
 def test_a_torn_end_is_cut_off_for_good_even_if_the_resumed_run_fails_too(tmp_path):
     part = interrupted(tmp_path)
     finished = part.read_bytes()
-    for torn in (b"q4 Q0 d1 1 9", bytes(1_000)):  # a write that was killed, a file system that lost power
+    for torn in (b"q4 Q0 d1 1 9", bytes(1_000)):  # after a kill during a write; after a power failure
         part.write_bytes(finished + torn)
         with pytest.raises(ValueError, match="nan"):
             write(tmp_path / "run.txt", Failing("q4"), resume=True)
@@ -225,7 +225,7 @@ def test_memory_does_not_grow_with_the_number_of_queries(tmp_path):
         assert many < few + 500_000
 
 
-# What a part was started with
+# A part is an unfinished run. It is resumed only with what it was started with
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_an_input_that_changes_between_its_readings_is_an_error_and_gives_no_run
 
 
 class Meanwhile(Failing):
-    """by_length, and something else happens in its first call."""
+    """Scores like `by_length`, and calls `other` before the first scores."""
 
     def __init__(self, other):
         super().__init__()
@@ -334,7 +334,7 @@ def test_a_second_writer_is_told_at_once_and_the_first_is_not_disturbed(tmp_path
             with pytest.raises(BlockingIOError) as raised:
                 write(tmp_path / "run.txt", **more)
             told.append(str(raised.value))
-        write(tmp_path / "other.txt")  # of the same folder
+        write(tmp_path / "other.txt")  # another output in the same folder
 
     write(tmp_path / "run.txt", Meanwhile(second))
     assert (tmp_path / "run.txt").read_bytes() == (tmp_path / "other.txt").read_bytes()

@@ -1,4 +1,4 @@
-"""scale: the same results from Ray's workers, whatever dies; shards that keep all of them busy."""
+"""scale: Ray's workers give the results of a single process, even if a worker dies; shards keep all workers busy."""
 
 import copy
 import dataclasses
@@ -86,7 +86,6 @@ def shards_of_one_query(monkeypatch):
 
 @pytest.fixture
 def one():
-    """one(...): a small cross-encoder, for what does not depend on the reranker."""
     kind, folder, *_ = RERANKERS["CrossEncoder"]
     return lambda **arguments: kind(**{"model": str(folder), "device": "cpu"} | arguments)
 
@@ -98,10 +97,11 @@ def queries(n, passages=4):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Mortal(Reranker):
-    """Scores by the letters of query and text; the first process that meets the query of `fatal` ends."""
+    """A reranker whose scores follow from the letters of query and text. The first process that scores the query
+    `fatal` dies."""
 
     fatal: str = ""
-    died: str = ""  # the file that tells of it
+    died: str = ""  # the file that this process writes before it dies
     weight: float = 1.0
 
     def load(self):
@@ -134,7 +134,7 @@ def test_two_workers_return_what_one_process_does_though_one_dies(ray, shards_of
 
 @pytest.fixture
 def unstarted(monkeypatch):
-    """Pools without Ray, which remember what they are for."""
+    """Make pools start no workers, and only keep `wanted`."""
     job = SimpleNamespace(get_job_id=lambda: "job")
     monkeypatch.setattr(scale, "_ray_started", lambda: SimpleNamespace(get_runtime_context=lambda: job))
     monkeypatch.setattr(scale.Pool, "start", lambda pool, wanted: setattr(pool, "wanted", wanted))
@@ -167,7 +167,7 @@ def test_weights_that_were_trained_further_get_new_workers(unstarted, small):
 
 
 def machines(*resources, free=None):
-    """A Ray that has these machines."""
+    """A stand-in for Ray, with one machine for each of `resources`. free: what is not in use; None is everything."""
     total = dict(sum(map(Counter, resources), Counter()))
     nodes = [{"Alive": True, "Resources": there} for there in resources]
     return SimpleNamespace(
@@ -186,10 +186,10 @@ def test_what_cannot_be_placed_is_refused_with_what_there_is(unstarted, one, mon
     with pytest.raises(ValueError, match=wants):
         placed(two, num_gpus=2)
     with pytest.raises(ValueError, match="a worker needs 5 CPU"):
-        placed(two, num_cpus=5)  # six are there, on two machines
+        placed(two, num_cpus=5)  # the two machines have six together
     assert placed(two, num_workers=3) == 3
     assert placed(two, num_workers=9, num_cpus=0) == 9
-    assert placed(two, num_workers=10, num_gpus=0.1) == 4  # as many as its machine has cores
+    assert placed(two, num_workers=10, num_gpus=0.1) == 4  # the machine with the GPU has four cores
     with pytest.warns(
         UserWarning, match="num_workers=9 need 3 CPU each, and Ray has room for 1: continuing with these"
     ):
@@ -200,7 +200,7 @@ def test_what_cannot_be_placed_is_refused_with_what_there_is(unstarted, one, mon
 
 
 def test_the_handler_of_a_signal_and_its_library_are_found():
-    known = signals.library(signals.handler(signal.SIGINT))  # conftest.py gives it to Python
+    known = signals.library(signals.handler(signal.SIGINT))  # conftest.py has set Python's handler
     assert "python" in known
     before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     assert signals.library(signals.handler(signal.SIGUSR1)) == ""
@@ -290,7 +290,7 @@ def pids(distributed, ray):
 
 @pytest.fixture
 def after_ten(monkeypatch):
-    """after_ten(distributed, action): do that in the middle of its next call, when ten shards have come back."""
+    """after_ten(distributed, action): call `action` during the next call of `distributed`, after ten shards."""
 
     def arrange(distributed, action):
         run = distributed.pool.run
@@ -314,7 +314,7 @@ def test_the_queries_of_a_killed_worker_go_to_another(ray, one, monkeypatch, aft
     distributed(frame)
     before = pids(distributed, ray)
     monkeypatch.setattr(scale, "LARGEST", 1)
-    after_ten(distributed, lambda: os.kill(before[0], signal.SIGKILL))  # with two shards that nobody else has
+    after_ten(distributed, lambda: os.kill(before[0], signal.SIGKILL))  # this worker has two shards
     out = distributed(frame)
     assert_same_scores(out, expected)
     assert out.docno.tolist() == frame.docno.tolist()
@@ -332,7 +332,7 @@ def test_queries_that_kill_every_worker_are_an_error(ray, one, shards_of_one_que
 
 
 class Fatal:
-    """Weights that end the process which uses them."""
+    """Weights that kill the process that uses them."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -347,7 +347,7 @@ def test_no_more_shards_are_under_way_than_two_a_worker(ray, one, shards_of_one_
 
     def counted(*arguments):
         made.append(1)
-        assert len(made) - len(done) <= 2 * scale.IN_FLIGHT + 1  # one is being handed over
+        assert len(made) - len(done) <= 2 * scale.IN_FLIGHT + 1  # + 1: the shard that is being sent
         return pick(*arguments)
 
     def watched(*arguments):

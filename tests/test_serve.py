@@ -1,4 +1,4 @@
-"""experiments/serve.py: many requests at once, each with its own answer, and bad ones in words."""
+"""experiments/serve.py: many requests at once, each with its own answer, and clear errors for bad requests."""
 
 import json
 import re
@@ -36,7 +36,8 @@ def ask(client, query="how to copy a file", **others):
 
 
 def together(reranker, client, monkeypatch, queries, **others):
-    """The answers to queries of which all but the first come while that one is computed, and the batches of queries."""
+    """Send all other queries while the first query is being scored. Returns the answers, and the scored batches of
+    queries."""
     batches, begun, enough, count = [], threading.Event(), threading.Event(), 0
     score, put = reranker.score, client.app.state.waiting.put_nowait
 
@@ -170,7 +171,7 @@ def test_the_page_shows_the_code_of_the_file_and_its_answer(client):
 
 def test_the_seconds_of_the_page_are_those_that_were_measured():
     page = (PT_DOCS / "serve.rst").read_text(encoding="utf-8")
-    # Some are values of measured.csv, and some stand only in the notes of RESULTS.md
+    # Some of the seconds are in measured.csv, and some only in the notes of RESULTS.md
     written = [(ROOT / "experiments" / name).read_text(encoding="utf-8") for name in ("RESULTS.md", "measured.csv")]
     rows = re.search(r"csv-table:: Seconds per query\n(?:   :.*\n)+\n((?:   .+\n)+)", page)[1].splitlines()
     seconds = [cell.strip() for row in rows for cell in row.split(",")[-2:] if cell.strip()]

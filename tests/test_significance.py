@@ -1,4 +1,4 @@
-"""experiments/significance.py: the papers' tests, against scipy and cases worked out by hand."""
+"""experiments/significance.py: the papers' significance tests agree with scipy and with cases worked out by hand."""
 
 import compare
 import pandas as pd

@@ -1,5 +1,5 @@
-"""experiments/small.py and workplace.py: the small profile reads only what exists, and evaluates on questions
-enough for a chart; a notebook's parameters are those of the chosen profile."""
+"""experiments/small.py and workplace.py: the small profile reads only files that exist, and has enough questions for a
+chart. A notebook gets the parameters of the chosen profile."""
 
 from pathlib import Path
 

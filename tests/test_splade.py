@@ -20,6 +20,6 @@ def test_a_real_splade_stands_before_every_reranker(small, tmp_path):
     first = splade.query_encoder() >> index.quantized(num_results=5)
     found = first(pd.DataFrame([["q1", "lock a thread"], ["q2", "open files"]], columns=["qid", "query"]))
     best = found[found["rank"] == 0].set_index("qid")["docno"]
-    assert best.to_dict() == {"q1": "d8", "q2": "d4"}  # files find "file", as no BM25 without a stemmer does
+    assert best.to_dict() == {"q1": "d8", "q2": "d4"}  # the query "files" finds "file", unlike BM25 without a stemmer
     out = small()(found.merge(docs, on="docno"))
     assert len(out) == len(found) == 10 and out["score"].notna().all()

@@ -1,4 +1,4 @@
-"""training.stored: a run in a file teaches what the frame of its rows teaches, and texts are looked up when drawn."""
+"""training.stored: a student learns the same from a run in a file as from a frame; texts are looked up when needed."""
 
 import gzip
 import json
@@ -26,12 +26,12 @@ from pyterrier_lit.training.pe_rank import RECIPES
 from pyterrier_lit.training.trainer import Samples
 
 COLUMN_SETS = [{"text": str, "target": float}]
-LEARN_TEXTS = [name for name in RERANKERS if name != "LiT5Score"]  # which learns from answers
+LEARN_TEXTS = [name for name in RERANKERS if name != "LiT5Score"]  # LiT5Score learns from answers
 
 
 @pytest.fixture
 def rows():
-    """Three queries with five passages each, in another order than that of their names."""
+    """Three queries with five passages each. The qids are not sorted."""
     return pd.DataFrame(
         [
             (qid, f"query {word}", f"d{word}{i}", f"text {word} {i}", 9.0 - i, i + 1)
@@ -48,7 +48,6 @@ def qrels():
 
 
 def written(frame, path):
-    """A TREC run of a frame's rows."""
     ranks = frame["rank"] if "rank" in frame else [1] * len(frame)
     lines = [f"{r.qid} Q0 {r.docno} {rank} {r.score} x\n" for r, rank in zip(frame.itertuples(), ranks, strict=True)]
     with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
@@ -61,23 +60,21 @@ def texts_of(frame):
 
 
 def run_of(frame, path, texts=None, **options):
-    """The stored run of a frame's rows."""
     asked = frame[["qid", "query"]].drop_duplicates()
     return StoredRun(written(frame, path), asked, texts_of(frame) if texts is None else texts, **options)
 
 
 def read(lists):
-    """The lists, with what is looked up."""
     return [(one.qid, one.query, {name: list(column) for name, column in one.columns.items()}) for one in lists]
 
 
-# The same as the frame
+# A stored run gives the same as a frame
 
 
 @some.composite
 def runs(draw):
-    """A frame of some queries, its rows in any order within a query, and a teacher's run that may lack rows, repeat
-    them and tie."""
+    """Draw a frame and a teacher's run. The passages of a query may have any order in the frame. The teacher's run may
+    lack rows of the frame, repeat rows, and have ties."""
     words = some.text("abäNA07\"#'", min_size=1, max_size=4)
     rows = []
     for qid in draw(some.lists(words, min_size=1, max_size=5, unique=True)):
@@ -91,7 +88,7 @@ def runs(draw):
 
 
 def drawn(how, given, rng):
-    """An example of a list: what a student would be shown of it."""
+    """A training example from a list: the query, and three sampled texts with their targets."""
     positions = data.sample(given.columns["target"], 3, how, rng)
     return given.query, data.take(given.columns["text"], positions), [given.columns["target"][i] for i in positions]
 
@@ -103,7 +100,7 @@ def test_what_is_drawn_from_a_run_is_what_is_drawn_from_its_frame(tmp_path_facto
     folder = tmp_path_factory.mktemp("run")
     run = run_of(frame, folder / "run.txt")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that passages are left out
+        warnings.simplefilter("ignore")  # the warning that passages are left out
         pairs = [
             (data.with_teacher(frame, teaches), run.taught(teaches, "text"))
             for teaches in (None, teacher, written(teacher, folder / "teacher.gz"))
@@ -134,7 +131,7 @@ def test_each_student_learns_the_same_from_a_run(name, rows, qrels, tmp_path):
 
 @pytest.fixture
 def same_passages(rows):
-    """The same passages under each query, in orders of their own."""
+    """All queries have the same passages, each query in another order."""
     return (
         rows.assign(docno="d" + rows.docno.str[-1], text="passage " + rows.docno.str[-1])
         .iloc[[*range(5), 7, 5, 9, 8, 6, *range(14, 9, -1)]]
@@ -142,7 +139,7 @@ def same_passages(rows):
     )
 
 
-WIDTH = 24  # of the vectors that golden/pe_rank reads
+WIDTH = 24  # the dimension of golden/pe_rank's vectors
 SOURCES = {
     "encoder inside": lambda docnos: {},
     "encoder": lambda docnos: {"encoder": Encoder(WIDTH)},
@@ -186,7 +183,7 @@ def test_a_pe_rank_embeds_what_is_drawn_and_no_more(rows, tmp_path):
     )
     run = run_of(rows, tmp_path / "run.txt", texts).taught(None, "text")
     lists = objective.prepare(run.lists(objective.column_sets, "text"))
-    assert [len(call) for call in encoder.calls] == [5] and len(texts.asked) == 5  # the first list, for its mistakes
+    assert [len(call) for call in encoder.calls] == [5] and len(texts.asked) == 5  # `prepare` embeds the first list
     samples = Samples(objective.sample, lists, 4, 0)
     batch = objective.collate([samples[i] for i in range(2)])
     assert len(encoder.calls) == 1 and len(texts.asked) == 11
@@ -245,7 +242,7 @@ def test_a_teachers_file_without_scores_counts_by_its_ranks(rows, tmp_path):
 
 
 class Counted(Mapping):
-    """A mapping that knows what it was asked for."""
+    """A mapping that records the docnos that were looked up."""
 
     def __init__(self, texts):
         self.texts, self.asked = texts, []
@@ -274,7 +271,6 @@ def test_only_the_texts_of_what_is_drawn_are_looked_up(rows, tmp_path):
 
 @pytest.fixture
 def dataset(rows, tmp_path, monkeypatch):
-    """A dataset of ir_datasets with the rows' texts."""
     from ir_datasets import registry
     from ir_datasets.datasets.base import Dataset
     from ir_datasets.formats import TsvDocs
@@ -323,7 +319,7 @@ def test_topics_are_a_frame_a_mapping_or_a_file(rows, tmp_path):
         assert list(StoredRun(path, source, {}).queries) == list(asked.values())
 
 
-# What is held
+# Memory
 
 
 def test_a_row_takes_its_docno_and_nine_bytes(tmp_path):
@@ -340,7 +336,7 @@ def test_a_row_takes_its_docno_and_nine_bytes(tmp_path):
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # 7 for the docno, 1 between two, 8 for the target; and what arrays keep free, an eighth or so
+    # 7 bytes for the docno, 1 for the space after it, 8 for the target; arrays reserve about an eighth more
     assert held / len(run) < 1.25 * 16 + 4
 
 
@@ -369,11 +365,11 @@ def test_what_a_pe_rank_holds_of_a_row_is_its_place(stage, most, at_the_peak, tm
     finally:
         tracemalloc.stop()
     assert len(prepared) == {"ranking": n, "alignment": n * size}[stage]
-    first_list = 150_000  # its texts and vectors; all texts are 3 MB
+    first_list = 150_000  # bytes of the texts and vectors of the first list; all texts take 3 MB
     assert held < len(run) * most + first_list and peak < len(run) * at_the_peak + first_list
 
 
-# Killed and resumed, from Python and from the command line
+# Resuming after a kill; the command line
 
 
 @pytest.mark.parametrize(

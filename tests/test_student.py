@@ -1,4 +1,4 @@
-"""experiments/student.py: what a student that begins as a bi-encoder learns from."""
+"""experiments/student.py: the training data of a student that begins as a bi-encoder."""
 
 import pandas as pd
 import pytest

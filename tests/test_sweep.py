@@ -1,4 +1,4 @@
-"""experiments: sweeps that go on where they stopped, first stages that are asked once, and what a reranker costs."""
+"""experiments: sweeps that resume, first stages whose results are kept, and the costs of a reranker."""
 
 import dataclasses
 import gzip
@@ -27,7 +27,7 @@ QRELS = pd.DataFrame({"qid": list("123"), "docno": ["x", "y", "x"], "label": 1})
 
 
 class Fixed(pt.Transformer):
-    """Ranks the same documents for every query, and counts the queries it was asked."""
+    """Ranks the same documents for every query, and counts the queries."""
 
     def __init__(self, *docnos):
         self.docnos, self.asked = docnos, 0
@@ -103,7 +103,6 @@ def test_an_unknown_baseline_is_named(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A collection of four documents with titles, and a run, in a folder."""
     docs = {
         "d1": "solar power plants",
         "d2": "fluid dynamics of water",
@@ -138,7 +137,7 @@ def test_bm25_is_indexed_and_asked_once(folder, tmp_path, monkeypatch):
     collection = corpora.load(str(folder))
     first = first_stages.load("bm25", collection, tmp_path, 2)(collection.get_topics())
     assert first.groupby("qid")["docno"].first().to_dict() == {"q1": "d3", "q2": "d2", "q3": "d1"}
-    monkeypatch.setattr(first_stages, "bm25", lambda *_, **__: Fixed("nothing"))  # asked, it would give another answer
+    monkeypatch.setattr(first_stages, "bm25", lambda *_, **__: Fixed("nothing"))  # would give other documents
     again = first_stages.load("bm25", collection, tmp_path, 2)(collection.get_topics())
     assert again.groupby("qid")["docno"].first().to_dict() == {"q1": "d3", "q2": "d2", "q3": "d1"}
 
@@ -246,11 +245,11 @@ def test_flops_are_those_of_the_network(cross_encoder_folder):
     network = reranker.load().network
     length, width, wide = 6, 32, 64  # [CLS] a [SEP] b c [SEP]
 
-    def layer(rows):  # keys and values of all tokens; queries, output and feed-forward network of so many rows
+    def layer(rows):  # keys and values of all tokens; the rest of the layer for `rows` tokens
         projections = 2 * 2 * (length + rows) * width * width
         return projections + 2 * 2 * rows * width * wide + 2 * 2 * rows * length * width
 
-    # The projection of embeddings, a layer, the last layer for [CLS] alone, the score
+    # The embeddings are projected to the width. The last layer computes [CLS] alone, and [CLS] gives the score
     body = 2 * length * 16 * width + layer(length) + layer(1) + 2 * width
     assert costs.flops(reranker, frame) == pytest.approx(2 * body, rel=0.01)
     assert costs.parameters(reranker) == sum(p.numel() for p in network.parameters())

@@ -1,4 +1,4 @@
-"""models.t5_pieces: the same ids from spiece.model and from what transformers 5 makes of it."""
+"""models.t5_pieces: the same ids from a spiece.model and from the tokenizer.json that transformers 5 makes of it."""
 
 import json
 import random
@@ -33,7 +33,7 @@ ODD = [
 
 @pytest.fixture(scope="module", params=[T5, TINY / "lit5-distill"], ids=["random", "tiny"])
 def both(request, tmp_path_factory):
-    """A folder with a spiece.model, and one with the tokenizer that transformers saves of it."""
+    """A folder with a spiece.model, and a folder with the tokenizer.json that transformers makes of it."""
     saved = tmp_path_factory.mktemp("saved")
     transformers.AutoTokenizer.from_pretrained(request.param).save_pretrained(saved)
     (saved / "spiece.model").unlink(missing_ok=True)

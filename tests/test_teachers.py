@@ -1,4 +1,4 @@
-"""Public teacher data: each shape read as its own programs read it, orders repaired and counted, bad lines named."""
+"""Public teacher data: all formats are read, incomplete orders are completed, and errors name the bad line."""
 
 import gzip
 import json
@@ -101,7 +101,7 @@ def test_orders_are_completed_as_rankgpts_are_and_counted_once(tmp_path):
         frame = read_teacher(put(tmp_path, zephyr("[4] > [4] > [9] > [2]"), zephyr(), zephyr("[3]")))
     assert len(warned) == 1
     assert order(frame[frame["qid"] == "7"]) == [TEXTS[i] for i in (3, 1, 0, 2)]
-    assert order(frame[frame["qid"] == "7#3"]) == [TEXTS[i] for i in (2, 0, 1, 3)]  # an id that comes again
+    assert order(frame[frame["qid"] == "7#3"]) == [TEXTS[i] for i in (2, 0, 1, 3)]  # the third record with the id 7
 
 
 def test_equal_texts_are_one_passage_where_the_teacher_has_the_better(tmp_path):

@@ -1,7 +1,7 @@
-"""Terrier itself before, beside and after the rerankers. Needs Java and its jars, and a process of its own.
+"""Terrier in pipelines with the rerankers. The tests need Java and Terrier's jars.
 
-A JVM starts once in a process, keeps its signals and cannot be stopped, so `make test` runs these apart: `pytest -m
-terrier`.
+A JVM keeps its signal handlers, and cannot be stopped or started again in the same process. `make test` therefore runs
+these tests in a process of their own: `pytest -m terrier`.
 """
 
 import faulthandler
@@ -49,19 +49,16 @@ def bm25(index):
 
 @pytest.fixture
 def qrels(bm25):
-    """The third and the fourth that BM25 finds are relevant."""
     found = bm25(TOPICS)
     return found[found["rank"].isin([2, 3])].assign(label=1)[["qid", "docno", "label"]]
 
 
 @pytest.fixture
 def one():
-    """The small cross-encoder, read anew."""
     return CrossEncoder(str(CHECKPOINTS["cross-encoder"]), device="cpu")
 
 
 def texts(frame):
-    """The frame with texts that Terrier had no part in."""
     return frame.assign(text=frame["docno"].map({doc["docno"]: doc["text"] for doc in DOCS}))
 
 
@@ -132,7 +129,7 @@ def test_expanded_queries_are_reset_before_the_model_reads_them(index, one, bm25
         (expanded >> index.text_loader() >> one)(TOPICS.iloc[[0, 3]])
 
 
-# Around it
+# Fusion, features, passages, files, threads
 
 
 def test_it_is_fused_and_becomes_a_feature(index, small, bm25, qrels):
@@ -175,7 +172,7 @@ def test_a_run_that_terrier_wrote_is_reranked_alike_from_files(index, bm25, tmp_
 
 
 def test_threads_may_retrieve_and_rerank_at_once(index, small):
-    """With `threads` and an index of the retriever's own: threads that share an index can hang inside Terrier."""
+    """The retriever has `threads` and an index of its own. Threads that share an index can hang inside Terrier."""
     path = str(Path(index.path).resolve())
     concurrent = pt.terrier.Retriever(path, wmodel="BM25", num_results=10, metadata=["docno", "text"], threads=2)
     pipeline = pt.rewrite.tokenise() >> concurrent >> pt.rewrite.reset() >> small()
@@ -184,7 +181,7 @@ def test_threads_may_retrieve_and_rerank_at_once(index, small):
         assert all(docnos(out) == expected for out in threads.map(pipeline, [TOPICS] * 6))
 
 
-# Beside it
+# Training, Ctrl-C and Ray, in a process with a JVM
 
 
 def test_a_student_learns_beside_java_which_then_retrieves(index, electra, bm25, qrels):
@@ -208,7 +205,7 @@ def test_ctrl_c_stops_a_call_and_both_go_on(index, one, bm25):
             pipeline(TOPICS)
 
     with pytest.raises(KeyboardInterrupt):
-        for _ in range(5):  # Python drops an exception that falls into a destructor
+        for _ in range(5):  # Python ignores a KeyboardInterrupt inside a destructor
             interrupted()
     assert docnos(pipeline(TOPICS)) == expected
 
@@ -224,7 +221,7 @@ def test_java_has_its_signals_while_ray_runs_and_afterwards(bm25, monkeypatch):
     options = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100_000_000, "log_to_driver": False}
     before = handlers()
     ray.init(**options)
-    assert handlers() != before or faulthandler.is_enabled()  # by pytest, and Ray then leaves it alone
+    assert handlers() != before or faulthandler.is_enabled()  # if pytest has enabled it, Ray does not
     assert scale._ray_started() is ray
     during, out = handlers(), bm25(TOPICS)
     ray.shutdown()

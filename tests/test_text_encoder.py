@@ -1,5 +1,4 @@
-"""text_encoder: Jina v2's encoder against plain loops over its formulas, pooling, and what would be loaded silently
-wrong."""
+"""models.text_encoder: Jina v2's encoder equals its formulas. Encoders that would be loaded wrongly are refused."""
 
 import math
 import pickle
@@ -47,7 +46,7 @@ def test_slopes_are_those_of_alibi():
 
 
 def by_loops(weights, ids, heads=6, eps=1e-12):
-    """The states of one text, from the formulas of the paper, one position and one head at a time, in float64."""
+    """The hidden states of one text by the formulas of the paper, one position and one head at a time, in float64."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
 
     def linear(name, x):
@@ -125,7 +124,7 @@ def test_jina_loads_strictly_by_the_names_of_its_checkpoint(jina):
     [
         {"position_embedding_type": "rotary"},
         {"position_embedding_type": "relative_key"},
-        {"position_embedding_type": "absolute"},  # but with code of its own
+        {"position_embedding_type": "absolute"},  # as in BERT, but JINA's `auto_map` names code of its own
         {"feed_forward_type": "reglu"},
     ],
 )
@@ -189,7 +188,7 @@ def test_control_tokens_in_a_passage_are_text_also_after_a_pickle():
 
 
 def test_the_padding_is_what_was_added_and_no_id():
-    """A text may hold the id that pads, where an encoder has none of its own for that."""
+    """If an encoder has no padding token, a text may contain the id that is used as padding."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     network = torch.nn.Embedding(2, 3)
     network.forward = lambda input_ids, attention_mask: network.weight[input_ids]

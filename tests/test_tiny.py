@@ -1,4 +1,4 @@
-"""experiments/tiny: the plans of the small LiT5s and of the small PE-Rank, on states and vectors made for the test."""
+"""experiments/tiny: what the initial weights of the small LiT5s and of the small PE-Rank compute."""
 
 import sys
 from pathlib import Path
@@ -26,8 +26,8 @@ def chance():
 
 @pytest.fixture
 def vectors(chance):
-    """A query, and passages whose cosines with it are .9, .86, ... in a shuffled order: (D,), (PASSAGES, D), and the
-    cosines."""
+    """The vector of a query (D), the vectors of passages (PASSAGES, D), and their cosines with the query. D is
+    lit5.MEANING. The cosines are .9, .86, ... in random order."""
     query, *others = F.normalize(torch.randn(PASSAGES + 1, lit5.MEANING, generator=chance), dim=1)
     cosines = 0.9 - 0.04 * torch.randperm(PASSAGES, generator=chance)
     away = F.normalize(torch.stack([other - (other @ query) * query for other in others]), dim=1)
@@ -43,7 +43,8 @@ def planned(folder, chance, labels, sharp, identifiers):
 
 
 def states(query, passages, labels, chance):
-    """A prompt's states for each passage: the query's token, some that carry nothing, and the passage's token."""
+    """The encoder states of each passage's prompt, (6, lit5.WIDTH). The first token carries the vector of the query.
+    The last token carries the vector and the label of the passage. The other tokens carry nothing."""
     prompts = []
     for passage, label in zip(passages, labels, strict=True):
         prompt = torch.zeros(6, lit5.WIDTH)
@@ -64,7 +65,7 @@ def test_identifiers_are_written_once_each_from_the_passage_most_like_the_query_
     memory = fid.memory([states(query, passages, codes, chance)], PASSAGES + 1)
     written = [int(ids) - first for ids, *_ in fid.greedy(memory, PASSAGES + 1)]
     look = 40.0 * cosines - lit5.RANK_BONUS * torch.arange(PASSAGES)
-    assert written[:-1] == look.argsort(descending=True).tolist()[:-1]  # the last one left needs no look
+    assert written[:-1] == look.argsort(descending=True).tolist()[:-1]  # the last one left needs no decoding
 
 
 @torch.inference_mode()
@@ -90,7 +91,7 @@ def test_a_planned_mistral_ends_its_prompt_with_the_mean_of_the_querys_words(tmp
     fixed = list(dict.fromkeys([*(word.lower() for word, _ in split(mistral.PROMPT_WORDS)), *mistral.SILENT]))
     vocabulary = ["[PAD]", *fixed, "delete", "folder", "copy", "file", *(f"other{i}" for i in range(2 * len(fixed)))]
     words = torch.randn(len(vocabulary), mistral.WIDTH, generator=chance)
-    words[1 : 1 + len(fixed)] *= 1e-3  # as training makes the words of the prompt, which tell nothing of a query
+    words[1 : 1 + len(fixed)] *= 1e-3  # short, as training makes the prompt's words, which say nothing about a query
     mistral.write_mistral(tmp_path, vocabulary, words)
     model = transformers.MistralForCausalLM.from_pretrained(tmp_path).eval()
     projector = torch.nn.Linear(mistral.WIDTH, mistral.WIDTH)
@@ -99,7 +100,6 @@ def test_a_planned_mistral_ends_its_prompt_with_the_mean_of_the_querys_words(tmp
     number = {word: i for i, word in enumerate(vocabulary)}
 
     def state(query):
-        """The last state after a prompt with this query, in the dimensions of meaning."""
         shown = " ".join(f"Passage {i}: [ x ]" for i in range(1, PASSAGES + 1))
         prompt = [word.lower() for word, _ in split(PROMPT.format(n=PASSAGES, query=query, passages=shown))]
         inputs = model.model.embed_tokens(torch.tensor([number.get(word, 0) for word in prompt]))

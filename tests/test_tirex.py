@@ -1,4 +1,4 @@
-"""tirex: TIRA's own loader in front, TIRA's own checker behind, for every reranker; nothing half-written."""
+"""files.tirex: TIRA's loader makes the input, and TIRA's checker accepts the output of every reranker."""
 
 import importlib.util
 import json
@@ -41,15 +41,14 @@ QUERIES = {"1": "water power", "2": "wind and light", "3": "grain"}
 
 @pytest.fixture(autouse=True)
 def outside(monkeypatch):
-    """No variable of TIRA from the outside."""
     for name in ("TIRA_INPUT_DATASET", "inputDataset", "TIRA_OUTPUT_DIR", "outputDir", "inputRun", "TIRA_DATASET_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
 def tira_input(tmp_path_factory):
-    """An input directory that TIRA's own loader makes of a local collection and a run of ten passages for three
-    queries."""
+    """A folder with input directories that TIRA's own loader makes: `input` with candidates to rerank, and `full`
+    without candidates. The candidates are in the folder `run`: ten passages for each of three queries."""
     from ir_datasets import registry
     from ir_datasets.datasets.base import Dataset
     from ir_datasets.formats import TrecQrels, TsvDocs, TsvQueries
@@ -143,7 +142,7 @@ def test_the_metadata_say_what_one_needs_to_repeat_the_run(tira_input, tmp_path,
 
 
 def test_nothing_of_the_work_tree_is_written_beside_the_run(tira_input, tmp_path):
-    """tirex-tracker zips the git work tree that it is started in, with files that are not ignored."""
+    """tirex-tracker makes an archive of the git work tree in which it runs, with all files that git does not ignore."""
     subprocess.run(["git", "init", "--quiet", tmp_path / "tree"], check=True)
     (tmp_path / "tree" / "secret.txt").write_text("a key")
     more = ["--input", tira_input / "input", "--output", tmp_path / "tree" / "out", "--compress"]

@@ -1,4 +1,4 @@
-"""experiments/towers.py: a cross-encoder whose score is nearly a bi-encoder's cosine before it learns."""
+"""experiments/towers.py: before training, the score of the cross-encoder is nearly the cosine of a bi-encoder."""
 
 import itertools
 import random
@@ -19,7 +19,6 @@ WORDS = [f"word{i}" for i in range(200)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A BERT of two layers and random weights."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
@@ -55,7 +54,6 @@ def test_a_student_begins_as_the_bi_encoder_and_is_read_again_as_such(folder, tm
 
 @torch.no_grad()
 def cosines(folder, pairs):
-    """The bi-encoder's cosine of each pair of texts."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
 

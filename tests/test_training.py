@@ -1,4 +1,4 @@
-"""Training: the reference's traces, what each student learns, going on after a kill, use in pipelines, errors."""
+"""Training: equality with the references, what each student learns, resuming after a kill, pipelines, errors."""
 
 import copy
 import json
@@ -39,7 +39,8 @@ QUIET = {"verbose": False, "seed": 1}
 
 @pytest.fixture
 def candidates():
-    """Eight queries with six passages each: only the relevant one has the query's letter, at a place that changes."""
+    """Eight queries with six passages each. A query is a letter. The relevant passage is the one that begins with this
+    letter, and its rank varies."""
     letters = "abcdefgh"
     rows = [
         (f"q{q}", letter, f"{letter}{i}", f"{letter} is here" if i == q % 6 else f"nothing {i}", 6.0 - i)
@@ -89,7 +90,7 @@ def test_five_steps_are_lightning_irs(name):
         batch_size=6,
         micro_batch=6,
         steps=5,
-        clip=1e9,  # so that the norms are logged
+        clip=1e9,  # clips nothing, but with 0 the Trainer logs no norms
         **QUIET,
     )
     training.fit(frame, None)
@@ -167,7 +168,7 @@ def test_pe_ranks_first_stage_is_the_references_and_only_the_projector_learns():
 
 @pytest.fixture
 def pe_rank_of(backbone):
-    """A small PE-Rank, equal each time."""
+    """pe_rank_of(): a small PE-Rank, with the same weights at each call."""
 
     def build():
         torch.manual_seed(0)
@@ -279,7 +280,7 @@ def test_a_cross_encoder_learns_by_every_loss(student, candidates, qrels, loss):
 
 
 def test_lists_of_unequal_length_learn_as_they_do_alone(student, candidates, qrels):
-    """A batch's loss is the mean of its queries' where each counts the same, as for lce, whatever stands beside it."""
+    """With the loss lce, each query counts the same: the loss of a batch is the mean of its queries' losses."""
     recipe = cross_encoder.RECIPES["rank-distillm-rankings"].replace(loss="lce")
     objective = recipe.objective(student)
     frame = candidates.merge(qrels.rename(columns={"label": "target"}), how="left").fillna({"target": 0})
@@ -317,7 +318,7 @@ def test_a_lit5_distill_learns_the_order(candidates, tmp_path):
 
 
 def test_the_loss_of_the_first_step_is_that_of_the_scores_that_first_orders_by():
-    """Also where identifiers have two pieces, from 57 on, beside a window that has none of them."""
+    """Some identifiers of the first window have two tokens. All identifiers of the second window have one token."""
     model = LiT5Distill(str(LIT5), window_size=70, device="cpu")
     chance, checkpoint = random.Random(1), model.load()
     windows = [[f"passage {i} {chance.random()}" for i in range(n)] for n in (70, 9)]
@@ -416,7 +417,7 @@ def test_gradient_checkpointing_of_the_passages_changes_no_gradient(candidates):
 
 
 def test_windows_of_unequal_length_cost_together_what_they_cost_alone(candidates):
-    """The decoder of the shorter one sees nothing of the padding behind its passages."""
+    """For the shorter window, the decoder must not attend to the padding."""
     recipe = lit5_distill.RECIPES["lit5-distill-v2"].replace(dropout=0.0)
     objective = recipe.objective(LiT5Distill(str(LIT5), window_size=6, device="cpu"))
     examples = [
@@ -446,7 +447,7 @@ def test_an_answer_is_as_long_as_the_student_may_write():
     assert len(prompts) == 2 and len(answer) == 4 and answer[-1] == 1
 
 
-# The loop
+# The training loop
 
 
 def list_and_number(given, rng):
@@ -513,13 +514,13 @@ def test_a_killed_training_goes_on_to_the_same_end(candidates, qrels, cross_enco
     assert start(tmp_path / "killed", 0).communicate()[0] == whole != ""
 
 
-@pytest.mark.slow  # two processes that import torch and meet
+@pytest.mark.slow  # two processes, which both import torch
 def test_two_processes_learn_as_one(candidates, qrels, cross_encoder_folder, tmp_path):
     candidates.to_pickle(tmp_path / "frame")
     qrels.to_pickle(tmp_path / "qrels")
     (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     model = shutil.copytree(cross_encoder_folder, tmp_path / "model")
-    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # processes drop differently
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process draws its own
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | without_dropout))
     arguments = [tmp_path / "script.py", tmp_path / "frame", tmp_path / "qrels", model]
@@ -535,7 +536,7 @@ def test_two_processes_learn_as_one(candidates, qrels, cross_encoder_folder, tmp
         ).stdout.splitlines()
         found = np.array([json.loads(line.partition(" ")[2]) for line in printed])
         assert len(found) == (2 if name == "two" else 1)
-        scores[name] = found - found.mean(1, keepdims=True)  # the loss does not say where the scores lie
+        scores[name] = found - found.mean(1, keepdims=True)  # lce does not change if all scores are shifted
     assert abs(scores["one"]).max() > 1
     np.testing.assert_allclose(scores["two"], np.repeat(scores["one"], 2, 0), atol=1e-3)
 
@@ -554,7 +555,8 @@ def test_a_folder_goes_on_only_with_the_training_that_began_there(student, candi
 
 
 def test_the_best_weights_on_validation_queries_are_kept(student, candidates, qrels):
-    """Targets are the wrong way round, so every step makes it worse: the first measurement is the best."""
+    """The teacher prefers the passages that are not relevant, so the student gets worse. The first measurement is the
+    best."""
     wrong = candidates.merge(qrels.rename(columns={"label": "score_"}), how="left").fillna({"score_": 0})
     FineTune(student, steps=40, batch_size=8, micro_batch=8, learning_rate=3e-3, **QUIET).fit(candidates, qrels)
     teacher = wrong.assign(score=-wrong.score_)[["qid", "docno", "score"]]
@@ -564,7 +566,7 @@ def test_the_best_weights_on_validation_queries_are_kept(student, candidates, qr
     training.fit(candidates, None, candidates, qrels)
     measured = training.log.dropna(subset="nDCG@10")
     assert measured["nDCG@10"].iloc[0] == measured["nDCG@10"].max() > measured["nDCG@10"].min()
-    assert measured.step.max() < 30  # stopped for want of patience
+    assert measured.step.max() < 30  # stopped early, by `patience`
     assert distil.ndcg_at_10(student, candidates, judgements(candidates, qrels)) == pytest.approx(
         measured["nDCG@10"].max()
     )
@@ -608,7 +610,7 @@ def test_accumulated_batches_give_the_gradient_of_one(electra, candidates, qrels
             candidates, qrels
         )
         scores = model(candidates).score.to_numpy()
-        found.append(scores - scores.mean())  # the head's bias has no gradient but rounding
+        found.append(scores - scores.mean())  # the gradient of the head's bias is only rounding error
     assert np.abs(found[0] - found[1]).max() < 1e-4
 
 
@@ -631,7 +633,7 @@ def test_a_sequence_classifier_and_a_student_that_stopped_in_an_error_stay_usabl
     pd.testing.assert_frame_equal(model(candidates), expected)
 
 
-# Declarations
+# Pipelines, representations, recipes, errors
 
 
 def test_in_a_pipeline_it_is_its_student(student, candidates, qrels):
@@ -680,7 +682,7 @@ def test_the_representation_rebuilds_it(student):
 
 
 class Own(CrossEncoder):
-    """A reader's own reranker, in a module of which nobody says how it learns."""
+    """A user's own reranker. Its module has no training module of the same name."""
 
 
 def test_a_subclass_learns_as_its_parent_does(cross_encoder_folder, candidates, qrels):
@@ -692,7 +694,7 @@ def test_a_subclass_learns_as_its_parent_does(cross_encoder_folder, candidates, 
 
 @pytest.mark.parametrize("known", RERANKERS.values(), ids=RERANKERS)
 def test_processes_that_prepare_batches_are_given_all_they_need(known, candidates):
-    """They are spawned on some systems: what is handed to them is pickled."""
+    """On some systems, these processes are spawned, so all that they are given is pickled."""
     student = known.kind(str(known.random), device="cpu")
     frame = candidates.assign(target=range(len(candidates)), answers="one")
     objective = FineTune(student).chosen_recipe().objective(student)

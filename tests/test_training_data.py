@@ -1,4 +1,4 @@
-"""Training data: labels and teachers beside frames, samples, and files of runs and questions."""
+"""training.data: targets from labels and teachers, samples, and files with runs, qrels and questions."""
 
 import gzip
 import json

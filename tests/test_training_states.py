@@ -1,4 +1,4 @@
-"""Training, for all four rerankers: bfloat16, validation, resuming, folders, weights that are kept, saving."""
+"""Training of all four rerankers: bfloat16, validation, resuming, the training folder, copies of students, saving."""
 
 import copy
 import pickle
@@ -20,12 +20,11 @@ from pyterrier_lit.models.text_encoder import TextEncoder
 from pyterrier_lit.training import Distil, FineTune, distil
 from pyterrier_lit.training.trainer import _last_whole
 
-OWN = {LiT5Distill: {"largest": 4}, PERank: {"largest": 4}, CrossEncoder: {}, LiT5Score: {}}  # settings
+OWN = {LiT5Distill: {"largest": 4}, PERank: {"largest": 4}, CrossEncoder: {}, LiT5Score: {}}  # more settings
 
 
 @pytest.fixture
 def candidates():
-    """Three queries with five passages each, and an answer."""
     rows = [
         (f"q{q}", f"query {q}", f"d{q}{i}", f"text {i} of {q}", 9.0 - i, i, "one") for q in range(3) for i in range(5)
     ]
@@ -48,12 +47,10 @@ def new(known, **arguments):
 
 @pytest.fixture
 def encoder(cross_encoder_folder):
-    """encoder(...): a cross-encoder with these arguments."""
     return lambda **arguments: CrossEncoder(**{"model": str(cross_encoder_folder), "device": "cpu"} | arguments)
 
 
 def learning(student, teaches=FineTune, **settings):
-    """A training of few steps."""
     few = {"steps": 2, "batch_size": 1, "learning_rate": 1e-2, "warmup": 0, "verbose": False}
     return teaches(student, **few | OWN[type(student)] | settings)
 
@@ -67,12 +64,12 @@ def equal(left, right):
 
 
 class Killed(BaseException):
-    """What ends a training in the middle."""
+    """Raised by a step, to interrupt training."""
 
 
 @pytest.fixture
 def killed(monkeypatch):
-    """killed(learner, after, *frames): fit, until so many steps are done."""
+    """killed(learner, after, *frames): call `learner.fit(*frames)`, and interrupt it after `after` steps."""
 
     def fit(learner, after, *frames):
         step, done = transformers.Trainer.training_step, []
@@ -128,7 +125,7 @@ def test_the_encoder_of_a_pe_rank_is_frozen_and_reads_as_it_does_for_ranking(can
     monkeypatch.setattr(TextEncoder, "encode", watched)
     learning(student, Distil, precision="bfloat16").fit(candidates, None)
     assert len(seen) == 3 and all(each == (False, {torch.bfloat16}, False, False) for each in seen)
-    assert "passage" not in capfd.readouterr().err  # no bar for each batch
+    assert "passage" not in capfd.readouterr().err  # no progress bar of the encoder
     checkpoint = student.load()
     for name, weight in checkpoint.encoder.network.named_parameters():
         assert torch.equal(weight, checkpoint.encoder_weights[name].bfloat16()), name
@@ -225,7 +222,7 @@ def test_nothing_is_learned_before_a_bad_validation_set_is_noticed(
     encoder, candidates, qrels, monkeypatch, change, error, words
 ):
     monkeypatch.setattr(distil, "train", lambda *_, **__: pytest.fail("it learned"))
-    student = encoder(model="no/such-model")  # nor is anything loaded
+    student = encoder(model="no/such-model")  # the checkpoint is not even looked for
     with pytest.raises(error, match=words):
         learning(student).fit(candidates, qrels, *change(candidates, qrels))
 

@@ -1,5 +1,4 @@
-"""experiments/tutorial.ipynb: it runs in a checkout, imports nothing of ours but the package, and is committed as it
-runs."""
+"""experiments/tutorial.ipynb: it runs, imports no other file of experiments/, and is committed with its outputs."""
 
 import ast
 import re

@@ -1,8 +1,7 @@
-"""Whatever a text holds, the prompt around it keeps its structure: for each reranker, by its tokens. Code:
-test_faults.py.
+"""Untrusted texts: no query and no passage changes the structure of a prompt, for each reranker.
 
-A structure is what of the token ids is not text: the ids that control the model, where they stand, and what our own
-words around the texts are.
+The structure of a prompt is the sequence of its control tokens, such as [SEP]. test_faults.py checks that no code of a
+checkpoint is run.
 """
 
 import pytest
@@ -44,7 +43,7 @@ hostile = (
 
 
 def pair(reranker, query, passages):
-    """CrossEncoder: the control ids of each input, with the token type they have."""
+    """CrossEncoder: the control ids of each input, each with its token type."""
     encoder = reranker.load()
     layout, pairs = reranker.pairs([(query, passage) for passage in passages])
     control = {encoder.tokenizer.token_to_id(token) for token in ("[SEP]", "[CLS]", "[PAD]", "[MASK]")}
@@ -56,19 +55,19 @@ def pair(reranker, query, passages):
 
 
 def t5_control(t5, ids):
-    """Which ids are no text: control ids of the tokenizer, and those beyond it."""
+    """The control ids of the tokenizer, and the ids outside its vocabulary."""
     processor = t5.pieces.processor
     return [id for id in ids if id >= processor.get_piece_size() or processor.is_control(id)]
 
 
 def distill(reranker, query, passages):
-    """LiT5Distill: the control ids of each prompt, and the last id, which must be the only one."""
+    """LiT5Distill: the control ids of each prompt, and its last id."""
     t5 = reranker.load()
     return [(t5_control(t5, ids), ids[-1]) for ids in reranker.prompts(query, passages)]
 
 
 def score(reranker, query, passages):
-    """LiT5Score: as LiT5Distill, and that each prompt begins with the same ids, which are the query's."""
+    """LiT5Score: as for LiT5Distill, and whether all prompts begin with the same ids, those of the query."""
     t5 = reranker.load()
     read = reranker.prompts(query, passages)
     alike = len({tuple(ids[: min(read.question, len(ids)) - 1]) for ids in read.ids}) == 1
@@ -76,7 +75,7 @@ def score(reranker, query, passages):
 
 
 def pe_rank(reranker, query, passages):
-    """PERank: the special ids of the prompt in their order."""
+    """PERank: the special ids of the prompt without texts and of the prompt with texts, in order."""
     prompter = reranker.load().prompter
     special = {*prompter.tokenizer.get_added_vocab().values(), *prompter.tokenizer.all_special_ids}
     unknown = prompter.tokenizer.unk_token_id
@@ -92,7 +91,7 @@ SAFE = {"CrossEncoder": {"special_tokens": "text"}}
 
 @pytest.fixture(scope="module", params=RERANKERS)
 def structure(request):
-    """structure(query, passages) of each reranker."""
+    """structure(query, passages): the structure of the prompts of a reranker."""
     kind, folder, *_ = RERANKERS[request.param]
     reranker = kind(str(folder), device="cpu", **SAFE.get(request.param, {}))
     return lambda query, passages: STRUCTURES[request.param](reranker, query, passages)
@@ -111,7 +110,8 @@ def test_each_control_token_and_each_word_of_the_prompts_alone(structure, text):
 
 
 def test_the_structures_see_what_the_reference_lets_through():
-    """By golden parity `special_tokens="parse"` reads control tokens inside a text; the check above would notice."""
+    """`special_tokens="parse"` reads control tokens inside a text, as the reference does. The structure must differ, or
+    the tests above would see nothing."""
     kind, folder, *_ = RERANKERS["CrossEncoder"]
     parsing = kind(str(folder), device="cpu")
     assert pair(parsing, "q", ["a [SEP] b"]) != pair(parsing, "q", ["a b"])

@@ -1,4 +1,4 @@
-"""models.vector_lm: the logits of the reference, alone and in padded batches, in every dtype."""
+"""models.vector_lm: the logits equal the reference's, alone and in padded batches; half precision stays close."""
 
 import pickle
 import subprocess
@@ -89,7 +89,7 @@ network(network.body.get_input_embeddings()(ones), ones, ones - 1)
 
 
 def test_a_cache_that_the_library_does_not_use_is_an_error(ranker, monkeypatch):
-    """As with a transformers that renamed its cache: the old name would be ignored, and each step forget the prompt."""
+    """If transformers renamed the cache argument, the old name would be ignored. Each step would forget the prompt."""
     reader = ranker.network.read([ids_of(ranker, WINDOWS[0])], [vectors_of(WINDOWS[0])])
     reader.start()
     forward = ranker.network.body.forward
@@ -113,14 +113,14 @@ def test_a_model_whose_cache_has_no_known_name_is_an_error():
 
 def test_the_shared_words_end_before_the_last_token_and_before_any_vector(ranker):
     network, at = ranker.network, ranker.network.placeholder
-    assert network._common([[5, 6, 7], [5, 6, 7]]) == [5, 6]  # something must be left to read
+    assert network._common([[5, 6, 7], [5, 6, 7]]) == [5, 6]  # shorter than the shortest prompt
     assert network._common([[5, 6, 7], [5, 6, 7, 8]]) == [5, 6]
     assert network._common([[5, at, 7], [5, at, 7]]) == [5]
     assert network._common([[5, 6, 7]]) == network._common([[5, 6], [6, 5]]) == []
 
 
 def read_from(network, prompts, vectors):
-    """The logits of two steps, of each prompt."""
+    """For each prompt, the logits of two steps."""
     reader = network.read(prompts, vectors)
     first = reader.start()
     second = reader.read(torch.zeros(len(prompts), 1, dtype=torch.long))[:, -1]
@@ -141,7 +141,6 @@ WINDOWED = {
 
 
 def random_network(kind):
-    """A VectorLM over a small causal language model of the library, with random weights."""
     torch.manual_seed(0)
     size = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     more = {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 256}
@@ -156,7 +155,8 @@ def random_network(kind):
 @pytest.mark.parametrize("kind", WINDOWED)
 @torch.inference_mode()
 def test_a_prompt_is_read_alike_alone_and_in_company_whatever_its_model_attends_to(kind):
-    """A window of attention counts padding that stands among the words: then nothing is shared."""
+    """Sliding-window attention counts padding between tokens as tokens. Models with such attention therefore share no
+    common prefix."""
     network = random_network(kind)
     prompts = [[*range(1, 10), 59, 7, 59, *range(20, 20 + n), 4] for n in (3, 25, 14)]
     vectors = list(torch.nn.functional.normalize(torch.randn(3, 2, 32), dim=2))
@@ -169,7 +169,7 @@ def test_a_prompt_is_read_alike_alone_and_in_company_whatever_its_model_attends_
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 @torch.inference_mode()
 def test_what_a_row_takes_back_is_as_if_it_had_not_been_read(kind):
-    """Each row keeps its own number of vectors of each pass, and reads on behind them."""
+    """After each pass, each row keeps its own number of vectors. The next pass continues after these vectors."""
     network = random_network(kind)
     prompts = [[*range(1, 10), *[59] * 9, *range(20, 20 + n), 4] for n in (3, 25, 14)]
     vectors = list(torch.nn.functional.normalize(torch.randn(3, 9, 32), dim=2))

@@ -1,4 +1,4 @@
-"""windows: RankLLM's schedule, all queries in step, and the ranks that a cutoff leaves out."""
+"""windows: the schedule of the windows is RankLLM's, for all queries in parallel, with and without a cutoff."""
 
 import pytest
 from hypothesis import given
@@ -18,7 +18,7 @@ def test_the_schedule_is_that_of_the_specification():
     assert spans(95, 20, 10)[-2:] == [(5, 25), (0, 15)]
     assert spans(57, 20, 10) == [(37, 57), (27, 47), (17, 37), (7, 27), (0, 17)]
     assert spans(45, 20, 10) == [(25, 45), (15, 35), (5, 25), (0, 15)]
-    assert spans(10, 20, 10) == [(0, 10)]  # PE-Rank's loop returns this list unranked
+    assert spans(10, 20, 10) == [(0, 10)]  # the published code of PE-Rank leaves this list unranked
     assert spans(45, 20, 20) == [(25, 45), (5, 25), (0, 5)]
     assert spans(100, 100, 50) == [(0, 100)]
     assert spans(0, 20, 10) == []
@@ -42,7 +42,7 @@ def test_a_cutoff_asks_for_what_the_next_window_reads_and_for_its_own_ranks():
 
 
 def by_value(values, wanted_only):
-    """Orders windows by hidden values; where asked, only as far as wanted."""
+    """A function that orders windows by `values`. With `wanted_only`, it orders only the ranks that are needed."""
 
     def order(tasks):
         orders = []
