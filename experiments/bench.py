@@ -3,15 +3,15 @@
     python experiments/bench.py [ROW ...] [--data ../shared/data/dl19] [--quick] [--threads 1]
         [--python OpenVINO=../openvino/bin/python] [--before CHECKOUT] [--record]
 
-A ROW consists of a model with random weights, queries with 100 passages each, and the systems that rerank them; --help
-lists the rows. Each system runs in a process of its own. The systems take turns, so that other jobs on the machine
-favour none of them, and the shortest time of each system counts. A system that is not installed is skipped; --python
-names the interpreter of another environment that has it.
+A ROW is a model with random weights, some queries with 100 passages each, and the systems that rerank these passages.
+--help lists the rows. Each system runs in a process of its own. The systems take turns, so that other jobs on the
+machine slow down all systems alike. The shortest time of each system counts. A system that is not installed is skipped.
+If a system is installed in another environment, --python names the interpreter of that environment.
 
-The lower bound, called the floor, is the least time that the machine needs for what our reranker computes. It is the
-sum of two times. The first is the reranker's FLOPs divided by the machine's rate of matrix products. The second is the
-bytes of weights, keys and values that the decoder's passes read, divided by the memory bandwidth. The rate and the
-bandwidth are measured here.
+The lower bound is called the floor: the least time in which this machine can do the reranker's computations. The floor
+is the sum of two times. The first time is the reranker's FLOPs, divided by the FLOP/s that the machine reaches in
+matrix products. The second time is the bytes that the decoder's passes read, divided by the memory bandwidth. These
+bytes are weights, keys and values (for PE-Rank, only weights). The script measures the FLOP/s and the bandwidth.
 """
 
 import argparse
@@ -35,14 +35,14 @@ import torch
 from pyterrier_lit.models.devices import choose_dtype
 
 SYSTEMS = Path(__file__).with_name("bench_systems.py")
-TOP = 10  # two orders are compared on those pairs of passages that contain one of our first 10
+TOP = 10  # two rankings are compared on pairs of passages; one passage of each pair is among our first 10
 QUESTION = "How fast is each reranker beside what else does its work?"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model, the number of queries, and the systems that rerank these queries. Systems other than this package are
-    called peers."""
+    """A model, the number of queries, and the systems that rerank the passages of these queries. A system other than
+    this package is called a peer."""
 
     kind: str
     size: str
@@ -85,7 +85,7 @@ ROWS = {
     ),
     "pe-rank, 44 M, against texts": Row("pe-rank", "44 M", "float32", ("ours", "ours, top_k=10", "passages as text")),
 }
-# The rows of --quick, by the beginnings of their names
+# Without ROW, --quick runs the rows whose names begin with one of these
 QUICK = ("cross-encoder, MiniLM", "lit5-distill", "pe-rank, 44 M, float32")
 
 
@@ -135,27 +135,27 @@ def main() -> None:
 
 def quick(row: Row) -> Row:
     """The row with one query, as --quick runs it. Systems with `top_k=10` are left out, since the query has only 10
-    passages. Systems in int8 are left out, since quantisation takes longer than the rest."""
+    passages. Systems in int8 are left out, since quantisation takes longer than all the rest."""
     systems = tuple(name for name in row.systems if "top_k=10" not in name and "int8" not in name)
     return dataclasses.replace(row, queries=1, systems=systems)
 
 
 def runs_here(dtype: str) -> bool:
-    """Whether this CPU has instructions for a dtype. Without them, bfloat16 takes tens of times as long as float32."""
+    """Whether this CPU has instructions for a dtype. Without such instructions, bfloat16 takes tens of times as long as
+    float32."""
     return getattr(torch, dtype) in (torch.float32, choose_dtype("auto", torch.device("cpu")))
 
 
 def known() -> list[str]:
-    """The names of all systems, sorted."""
     return sorted({system for row in ROWS.values() for system in row.systems})
 
 
 def compare(
     row: Row, data: str, passages: int, turns: int, threads: int, pythons: Mapping[str, str], before: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """Run all systems of a row. Returns for each system the shortest time in seconds, the peak memory in GB and the
-    results, and for this package also FLOPs and bytes. For a system that is not installed, it returns only the
-    reason."""
+    """Run all systems of a row. Returns a dict for each system. Its keys are "seconds" (the shortest time), "peak GB"
+    and "results". Systems of this package, except those in int8, also have "flops" and "bytes". A system that is not
+    installed has only "not run", the reason."""
     systems = {system: (system, pythons.get(system, sys.executable), SYSTEMS.parents[1]) for system in row.systems}
     if before:
         systems["before"] = ("ours", sys.executable, before.resolve())
@@ -169,7 +169,7 @@ def compare(
         for _, name in itertools.product(range(turns - 1), running):
             answers[name] = min(answers[name], processes[name].ask("run"), key=lambda answer: answer["seconds"])
         for name in running:
-            if name.startswith("ours") and "int8" not in name:  # OpenVINO's products are not counted
+            if name.startswith("ours") and "int8" not in name:  # in int8, PyTorch's counter sees no products
                 answers[name] |= processes[name].ask("cost")
         for process in processes.values():
             process.end()
@@ -188,8 +188,8 @@ class Process:
         )  # fmt: skip
 
     def ask(self, request: str) -> dict[str, Any]:
-        """Send a request and return the answer. Raises RuntimeError with the end of the process's log if the process
-        died."""
+        """Send a request and return the answer. Raises RuntimeError if the process died. The message has the end of the
+        process's log."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(f"{request}\n")
@@ -209,7 +209,7 @@ class Process:
 
 
 def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, float]:
-    """The rate of matrix products in FLOP/s and the rate of reading memory in bytes/s. Each is the best of the calls
+    """Measure two rates: FLOP/s of matrix products, and bytes/s of reading memory. Each rate is the best of the calls
     that fit into `seconds`."""
     left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 3072).to(dtype)
     large = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
@@ -218,7 +218,6 @@ def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, floa
 
 
 def best(call: Any, seconds: float) -> float:
-    """The shortest time in seconds of a call that is repeated for `seconds`."""
     least, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
@@ -228,9 +227,10 @@ def best(call: Any, seconds: float) -> float:
 
 
 def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tuple[float, float]) -> list[dict]:
-    """Rows of measured.csv: the seconds per query and the peak memory of each system. A system of this package has two
-    more rows for each peer: how many times as fast as the peer it is, and the share of pairs of passages that the two
-    order alike. Except in int8, it also has the floor, and the floor divided by the measured seconds."""
+    """Rows of measured.csv. Each system has its seconds per query and its peak memory. A system of this package also
+    has, for each peer, how many times as fast as the peer it is. If the peer returns scores, another row has the share
+    of pairs of passages that both order alike (`alike`). If the FLOPs are counted, two more rows have the floor, and
+    the floor divided by the measured seconds."""
     rows = []
     peers = {name: answer for name, answer in found.items() if not name.startswith("ours") and "not run" not in answer}
     for name, answer in found.items():
@@ -254,8 +254,8 @@ def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tup
 
 
 def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) -> float:
-    """The share of pairs of passages that both systems order alike. A pair is one of the first `top` passages of our
-    ranking of a query, and any passage that we rank below it."""
+    """The share of pairs of passages that two systems order alike. A pair is one of our first `top` passages of a
+    query, and a passage that we rank below it. ours, theirs: the scores of each query's passages."""
     same = total = 0
     for left, right in zip(ours, theirs, strict=True):
         ranked = sorted(range(len(left)), key=lambda passage: -left[passage])
@@ -267,7 +267,6 @@ def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) ->
 
 
 def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> str:
-    """The results of a row, as text to print."""
     lines = [f"\n{name}"]
     for system, answer in found.items():
         if "not run" in answer:
@@ -287,8 +286,8 @@ def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> s
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """A chart of the seconds per query: one panel for each row, and one bar for each system. The values are the newest
-    with two threads; bars of this package are blue."""
+    """A chart of the seconds per query: one panel for each row, and one bar for each system. Only values with two
+    threads are drawn, and of these the newest. Bars of this package are blue."""
     import matplotlib.pyplot as plt
 
     rows = measured.latest(rows[(rows["measure"] == "seconds a query") & (rows["threads"] == 2)])

@@ -2,9 +2,9 @@
 
     python experiments/bench_batching.py ../shared/data/dl19 [--model experiments/tiny/cross-encoder] [--record]
 
-For each way to batch, the script prints the number of tokens with padding, divided by the number of tokens without
-padding. The query-passage pairs are those of all queries with their first 100 passages in the collection's run. The
-printed ratio depends only on the lengths of these pairs in tokens.
+Each query of the collection is paired with its first 100 passages in the collection's run. For each way to batch, the
+script prints the number of tokens with padding, divided by the number of tokens without padding. This ratio depends
+only on the lengths of the pairs in tokens.
 """
 
 import argparse

@@ -2,16 +2,18 @@
 
     python experiments/bench_drafts.py [--queries 8] [--only small base costs] [--record]
 
-small           the project's small checkpoints on Python's documentation, one query at a time, in float32
-base            a decoder of T5-base's size with random weights over a window of 12,363 tokens (100 passages of DL19) or
-                2,400 (20 passages). It decodes once with its own logits. It also decodes with the logits of a small
-                checkpoint, so that its drafted tokens are right as often as those of the small checkpoint
-costs           the time of a pass of the decoder of `base` over 1 to 8 tokens
+Draft and verify is speculative decoding without a draft model. The logits of a pass rank the remaining passages. The
+identifiers of the first passages in this ranking are the draft. The next pass processes the whole draft, and keeps the
+tokens that greedy decoding would have chosen. There are three benchmarks:
 
-Draft and verify is self-speculative decoding without a draft model. The logits of a pass rank the remaining candidates.
-The top of this ranking is the draft, which the next pass verifies. The script alternates between the ways to decode, so
-that other jobs on the machine slow down all ways alike. Each way is measured several times, and the shortest time
-counts.
+small           the project's small checkpoints on Python's documentation, one query at a time, in float32
+base            a decoder of T5-base's size with random weights. Its window has 12,363 tokens (100 passages of DL19) or
+                2,400 tokens (20 passages). First it decodes by its own logits. Then it decodes by the logits of
+                tiny/lit5-distill, so that drafts are right as often as with this trained checkpoint
+costs           the time of one pass of the decoder of `base` over 1 to 8 tokens
+
+The ways to decode take turns, so that other jobs on the machine slow down all ways alike. Each way is measured several
+times, and the shortest time counts.
 """
 
 import argparse
@@ -41,7 +43,7 @@ SMALL = {
     "tiny/pe-rank, windows of 20": lambda: PERank(str(TINY / "pe-rank")),
     "tiny/pe-rank, windows of 20, top_k=10": lambda: PERank(str(TINY / "pe-rank"), top_k=10),
 }
-WAYS: dict[str, tuple[float, ...] | None] = {  # way to decode -> the `costs` that `Counted` reports
+WAYS: dict[str, tuple[float, ...] | None] = {  # way to decode -> the argument `costs` of `Counted`
     "one token a pass": (1.0,),
     "draft and verify": None,
     "drafts of three at each pass": (1.0,) * 4,
@@ -76,7 +78,6 @@ def main():
 
 
 def candidates(n: int) -> pd.DataFrame:
-    """The first n queries on Python's documentation, each with BM25's first 100 passages and their texts."""
     collection = corpora.load("python-docs")
     with tempfile.TemporaryDirectory() as folder:
         bm25 = first_stages.bm25(collection, Path(folder) / "index.pisa", 100, overwrite=True)
@@ -84,8 +85,8 @@ def candidates(n: int) -> pd.DataFrame:
 
 
 class Counted:
-    """A reader that wraps another reader. It keeps the number of passes of the wrapped reader, their seconds, and the
-    returned logits, each of shape (B, R).
+    """A wrapper of a `decoding.Reader`. It counts the reader's passes and their seconds, and keeps the returned logits,
+    each of shape (B, R). B is the number of prompts, and R the number of tokens that may be generated.
 
     costs: the cost of a pass over 1, 2, ... tokens, relative to a pass over one token. Decoding chooses the length of a
     draft by these costs. None takes the costs of the wrapped reader.
@@ -116,8 +117,8 @@ class Counted:
 
 @contextlib.contextmanager
 def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
-    """A context in which all decoding is counted. It yields a list. Each call of `decoding.in_turn` adds a tuple to
-    this list: the reader of the call, wrapped in a `Counted`, and its arguments words, counts and tops."""
+    """A context in which decoding is counted. It yields a list, to which each call of `in_turn` appends a tuple. The
+    tuple has the reader of the call, wrapped in a `Counted`, and the arguments words, counts and tops of the call."""
     readers: list[tuple[Counted, Any, Any, Any]] = []
 
     def in_turn(reader, words, counts, tops) -> Choices:
@@ -134,7 +135,6 @@ def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Count
 
 
 def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, repeat: int = 1) -> list[dict]:
-    """The rows of `compared` for a reranker that reranks one query at a time."""
     lists = [ranking for _, ranking in frame.groupby("qid")]
 
     def decode(costs):
@@ -146,8 +146,8 @@ def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, r
 
 
 def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: int) -> list[dict]:
-    """The rows of `compared` for a decoder of T5-base's size over one window, with its own logits and with those of
-    tiny/lit5-distill."""
+    """The rows of `compared` for a decoder of T5-base's size over one window. It decodes by its own logits and by those
+    of tiny/lit5-distill, each with and without top_k=10."""
     reranker = LiT5Distill(str(TINY / "lit5-distill"), window_size=size)
     with counted(WAYS["one token a pass"]) as readers:
         reranker(frame[(frame["qid"] == frame["qid"].iloc[0]) & (frame["rank"] < size)])
@@ -162,14 +162,14 @@ def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: i
                 return decoding.in_turn(reader, words, counts, top)[0], [reader]
 
             setting = f"T5-base's decoder, a window of {size}{asked}, {name}, {dtype}"
-            turns = repeat if size == 100 and not asked else 3 * repeat  # short decodings are repeated more
+            turns = repeat if size == 100 and not asked else 3 * repeat  # short decodings are repeated more often
             rows += compared(setting, 1, decode, list(WAYS)[:2], turns)
     return rows
 
 
 class Replayed(PieceReader):
-    """A decoder over random encoder states of `tokens` tokens. If `logits` are given, it returns these logits, position
-    by position, in place of its own."""
+    """A decoder over random encoder states of `tokens` tokens. If `logits` are given, it returns them, position by
+    position, instead of its own logits."""
 
     def __init__(self, fid: FiD, tokens: int, words: Any, logits: list[torch.Tensor] | None):
         states = torch.randn(tokens, fid.network.config.d_model, generator=torch.Generator().manual_seed(0))
@@ -188,7 +188,8 @@ class Replayed(PieceReader):
 
 
 def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int) -> list[dict]:
-    """Rows of measured.csv with the passes and seconds of each way to decode. The function alternates between the ways.
+    """Rows of measured.csv with the passes and seconds of each way to decode. The first way is the baseline of the
+    others. The ways take turns.
 
     decode: a function that takes costs, and returns the orders and the readers. repeat: how often each way is measured.
     """
@@ -208,8 +209,8 @@ def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int
 
 
 def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
-    """Rows of measured.csv with the milliseconds of one pass over 1, 2, 3, 4, 5 and 8 tokens. The shortest of `repeat`
-    times counts."""
+    """Rows of measured.csv with the milliseconds of one pass over 1, 2, 3, 4, 5 and 8 tokens. Each pass is repeated
+    `repeat` times, and the shortest time counts."""
     widths, least = (1, 2, 3, 4, 5, 8), {}
     reader = Replayed(fid, TOKENS[size], [[99]] * 99, None)
     with torch.inference_mode():
@@ -228,7 +229,6 @@ def costs(fid: FiD, size: int, dtype: str, repeat: int = 4) -> list[dict]:
 
 
 def base(dtype: str) -> FiD:
-    """A T5-base with random weights."""
     from bench_work import T5_BASE
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -3,11 +3,11 @@
     python experiments/bench_stored.py [--rows 1000000 2000000 4000000] [--pe-rank 1000000 2000000]
                                        [--frame 100000 200000] [--record]
 
-The runs are generated. They have 100 passages per query, and docnos of seven digits as in MS MARCO. The number in a
-docno selects one of 10,000 different texts. The student is a cross-encoder with random weights, or the small PE-Rank
-with its encoder. Each training has three steps, and reads the candidates and the teacher's ranking from the same run.
-Each training runs in a process of its own. The result is the peak memory of this process, minus the peak memory of a
-training on a run of one query.
+The runs are generated. They have 100 passages per query, and docnos of up to seven digits as in MS MARCO. Each docno
+selects one of 10,000 texts. The student is a cross-encoder with random weights, or the small PE-Rank with its encoder.
+Each training has three steps. Its candidates and the teacher's ranking come from the same run. Each training runs in a
+process of its own. The result is the peak memory of this process, minus the peak memory of a training on a run of one
+query.
 """
 
 import argparse
@@ -70,8 +70,6 @@ def main() -> None:
 
 
 def in_its_process(source: str, folder: Path, rows: int) -> tuple[float, float]:
-    """Train in a new process. Returns the peak memory of the new process in bytes, and the CPU seconds of the
-    training."""
     write_run(folder / f"{rows}.run", rows)
     command = [sys.executable, __file__, "--one", source, str(folder), str(rows)]
     peak, seconds = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
@@ -87,7 +85,6 @@ def write_run(path: Path, rows: int) -> None:
 
 
 def write_model(folder: Path) -> None:
-    """Write a BERT of one layer with random weights, and its tokenizer."""
     import transformers
 
     folder.mkdir()

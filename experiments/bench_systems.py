@@ -1,10 +1,12 @@
-"""The systems that bench.py compares. Each runs in a process of its own, in a Python environment that has it.
+"""The systems that bench.py compares. Each runs in a process of its own, in a Python environment in which it is
+installed.
 
     python bench_systems.py FOLDER SYSTEM THREADS
 
 FOLDER is a folder that bench_work.py wrote. The process answers each line of its input with a line of JSON. The answer
-to `run` has the seconds of the run, the peak memory in GB and the results. The answer to `cost`, which only the systems
-of this package understand, has the FLOPs and the bytes that the passes of the decoder read.
+to `run` has the seconds of the run, the peak memory in GB and the scores. The answer to `cost` has the FLOPs, and the
+bytes that the passes of the decoder read. Only systems of this package can answer `cost`. If the system is not
+installed, the answer has only the reason.
 """
 
 import functools
@@ -21,8 +23,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-Run = Callable[[], list[list[float]]]  # returns the scores of each query's passages
-IDENTIFIER = 1.32  # mean number of tokens of an identifier, over 100 passages
+Run = Callable[[], list[list[float]]]  # returns the scores of each query's passages; [] if the scores are not compared
+IDENTIFIER = 1.32  # mean number of T5 tokens of the identifiers 1 to 100
 ANSWER = 20  # number of tokens of LiT5-Score's answer
 SIZE, STRIDE = 20, 10  # of PE-Rank's windows
 
@@ -63,8 +65,8 @@ def peak() -> float:
 
 
 def cost(run: Run) -> dict[str, float]:
-    """The FLOPs of one run of this package, and the bytes of weights, keys and values that the passes of its decoder
-    read."""
+    """The FLOPs of one run of this package, and the bytes that the passes of its decoder read. For LiT5, these are the
+    bytes of weights, keys and values. For PE-Rank, only weights are counted."""
     import costs
 
     from pyterrier_lit.models.t5 import FiD
@@ -125,14 +127,13 @@ def ours(**settings: Any) -> Callable[[Path, dict], Run]:
 
 
 def pair_frame(work: dict) -> pd.DataFrame:
-    """A row for each query and passage: query and text."""
     lists = zip(work["queries"], work["passages"], strict=True)
     return pd.DataFrame([(query, text) for query, texts in lists for text in texts], columns=["query", "text"])
 
 
 def pe_rank(folder: Path, work: dict, **arguments: Any) -> tuple[Any, dict[str, list]]:
-    """A PERank with a random projector, and the columns to rerank: docnos, and passage vectors as an index would give
-    them."""
+    """A PERank with a random projector, and the columns `docno` and `doc_vec` of the passages. The vectors are computed
+    in advance, as if they came from an index."""
     from pyterrier_lit import PERank
 
     torch.manual_seed(0)
@@ -179,8 +180,8 @@ def sentence_transformers(backend: str, int8: bool = False) -> Callable[[Path, d
 
 
 def options(backend: str, work: dict) -> dict[str, Any]:
-    """The settings of a backend: the number of threads, and for OpenVINO the precision, which OpenVINO would otherwise
-    choose."""
+    """The settings of a backend: the number of threads and, for OpenVINO, the precision. Without this setting, OpenVINO
+    chooses the precision itself."""
     if backend == "openvino":
         precision = {"float32": "f32", "bfloat16": "bf16"}[work["dtype"]]
         return {"ov_config": {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work["threads"]}}
@@ -194,8 +195,8 @@ def options(backend: str, work: dict) -> dict[str, Any]:
 
 
 def quantise(model: Any, pairs: list[tuple[str, str]]) -> None:
-    """Quantise weights and activations to int8 with NNCF, OpenVINO's own tool. The query-passage pairs give the ranges
-    of the activations."""
+    """Quantise weights and activations to int8 with NNCF, OpenVINO's own tool. NNCF measures the ranges of the
+    activations on the query-passage pairs."""
     import nncf
 
     samples = [
@@ -247,7 +248,7 @@ def library_t5(folder: Path, work: dict) -> Run:
 
 
 def rank_llm(folder: Path, work: dict) -> Run:
-    """LiT5-Distill in rank_llm. The release of rank_llm runs on transformers 4 only."""
+    """LiT5-Distill in rank_llm, which runs on transformers 4 only."""
     from rank_llm.data import Candidate, Query, Request
     from rank_llm.rerank.listwise.rank_fid import RankFiDDistill
 
@@ -268,9 +269,9 @@ def rank_llm(folder: Path, work: dict) -> Run:
 
 
 def procedure(folder: Path, work: dict) -> Run:
-    """PE-Rank as in its published code, one window at a time. For each window of n passages, it encodes the passages
-    again, and makes n + 1 forward passes with a KV cache. Each forward pass computes logits over the whole vocabulary
-    at every position of its input."""
+    """PE-Rank as in its published code, one window at a time. For each window of n passages, the passages are encoded
+    again. Then n + 1 forward passes follow, with a KV cache. Each forward pass computes logits over the whole
+    vocabulary at every position of its input."""
     from pyterrier_lit.windows import sliding_windows
 
     reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
@@ -313,8 +314,8 @@ def procedure(folder: Path, work: dict) -> Run:
 
 
 def passages_as_text(folder: Path, work: dict) -> Run:
-    """A listwise reranker that reads the texts of the passages, where PE-Rank reads their vectors. It generates as many
-    tokens as a correct answer has, since a model with random weights generates no correct answer."""
+    """A listwise reranker that reads the texts of the passages, where PE-Rank reads their vectors. A model with random
+    weights generates no correct answer, so each answer gets as many tokens as a correct one has."""
     from pyterrier_lit.windows import sliding_windows
 
     reranker, _ = pe_rank(folder, work, device="cpu", dtype=work["dtype"])
@@ -353,8 +354,8 @@ def text_prompt(tokenizer: Any, query: str, texts: list[str]) -> list[int]:
 
 
 def read_on(body: Any, cache: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Process new inputs after those in the KV cache. Returns their hidden states and the extended cache. The name of
-    the cache argument differs between versions of transformers."""
+    """Process new inputs after those in the KV cache. Returns the hidden states of the new inputs, and the extended
+    cache. The name of the cache argument differs between versions of transformers."""
     name = "cache" if "cache" in inspect.signature(type(body).forward).parameters else "past_key_values"
     read = body(**inputs, **{name: cache}, use_cache=True)
     return read.last_hidden_state[0], read[name]

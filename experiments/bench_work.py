@@ -1,7 +1,8 @@
 """Makes the work that bench.py gives to the systems: models with random weights, queries and passages in a folder.
 
-The cross-encoders and T5 have the sizes of published models; the language model of PE-Rank is smaller than the
-published one. The texts come from a collection. The small tokenizers of the tests stand in for the published ones.
+The cross-encoders and T5 have the sizes of published models. The language model of PE-Rank is smaller than the
+published one. The texts come from a collection. Small tokenizers from `tiny/` and from the tests replace the published
+ones.
 """
 
 import json
@@ -30,9 +31,9 @@ MISTRAL = {
     "vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 8,
     "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
 }  # fmt: skip
-PROMPT_TOKENS = 108.8  # mean tokens of a LiT5 prompt on TREC DL 2019, with T5's own vocabulary
-# Mean tokens of a passage with Mistral's vocabulary, roughly: the prompts of rank_llm for a query of DL19 (9 windows of
-# 20 passages) have 19,724 tokens
+PROMPT_TOKENS = 108.8  # mean number of tokens of a LiT5 prompt on TREC DL 2019, with T5's own vocabulary
+# Approximate mean number of tokens of a passage with Mistral's vocabulary. For a query of DL19, the prompts of rank_llm
+# (9 windows of 20 passages) have 19,724 tokens
 PASSAGE_TOKENS = 100
 
 
@@ -52,8 +53,8 @@ def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[li
 
 def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[str], list[list[str]]]:
     """The first `queries` queries of a collection that have `passages` passages, and the texts of these passages. The
-    passages are the first ones of the collection's run or, if it has no run, of BM25. Raises ValueError if there are
-    fewer such queries."""
+    passages are the first ones of the collection's run. If the collection has no run, BM25 retrieves them. Raises
+    ValueError if there are fewer such queries."""
     collection = corpora.load(data)
     loader = collection.text_loader()
     if collection.run is None:
@@ -68,7 +69,6 @@ def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[st
 
 
 def make_classifier(folder: Path, shape: dict[str, int]) -> None:
-    """Write a BERT with one label, which every system can read, and the tokenizer of tiny/cross-encoder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "cross-encoder")
     config = transformers.BertConfig(**shape, vocab_size=len(tokenizer), num_labels=1, initializer_range=0.06)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
@@ -77,8 +77,8 @@ def make_classifier(folder: Path, shape: dict[str, int]) -> None:
 
 
 def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """Write a T5. Returns the passages, shortened such that the prompts have PROMPT_TOKENS tokens on average with the
-    tests' vocabulary."""
+    """Write a T5-base. Returns the passages, shortened so that the prompts have PROMPT_TOKENS tokens on average with
+    the tests' vocabulary."""
     network = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_BASE))
     network.to(torch.bfloat16).save_pretrained(folder)
     shutil.copy(GOLDEN / "lit5" / "tiny-random" / "spiece.model", folder)
@@ -96,7 +96,7 @@ def make_t5(folder: Path, queries: list[str], passages: list[list[str]]) -> list
 def cut(
     queries: list[str], passages: list[list[str]], lengths: Callable[[str, list[str]], list[int]], wanted: float
 ) -> list[list[str]]:
-    """Shorten all passages to the same share of their characters, such that the mean of the lengths is `wanted`.
+    """Shorten all passages to the same share of their characters, so that the mean of the lengths is `wanted`.
 
     lengths: a function that takes a query and its passages and returns their lengths in tokens.
     """
@@ -110,9 +110,9 @@ def cut(
 
 
 def make_language_model(folder: Path, queries: list[str], passages: list[list[str]]) -> list[list[str]]:
-    """Write a Mistral for PE-Rank, and a BERT that encodes passages. The BERT and the Mistral differ in size by about
-    the same factor as Jina's encoder and Mistral-7B. Returns the passages, shortened such that they have PASSAGE_TOKENS
-    tokens on average with the tests' vocabulary."""
+    """Write a Mistral for PE-Rank and a BERT that encodes passages. Without embeddings, the Mistral is about 70 times
+    as large as the BERT. For Mistral-7B and Jina's encoder, this factor is about 60. Returns the passages, shortened so
+    that they have PASSAGE_TOKENS tokens on average with the tests' vocabulary."""
     transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL)).save_pretrained(folder)
     shutil.copy(GOLDEN / "pe_rank" / "checkpoint" / "tokenizer.model", folder)
     fields = json.loads((GOLDEN / "pe_rank" / "checkpoint" / "tokenizer_config.json").read_text())

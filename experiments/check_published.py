@@ -5,8 +5,8 @@ python experiments/check_published.py monoelectra-base v2     checks the checkpo
 python experiments/check_published.py                         checks all published checkpoints
 
 The script first prints the sizes of the downloads. An interrupted download resumes. Each checkpoint is checked in a
-process of its own, and a failed check does not stop the other checks. The report is a table of the checks that passed,
-failed or were not run. You can attach it to an issue. --report names its file.
+process of its own, and a failed check does not stop the other checks. The report has a table of all checks: each one
+passed, failed or was not run. You can attach the report to an issue. --report names the file of the report.
 
 The collection DL19 is read from ir_datasets, as in trec_dl.ipynb. When ir_datasets is used for the first time, it
 fetches the texts of MS MARCO (1 GB). --dl19 names a folder from which DL19 is read instead.
@@ -120,7 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def subjects(dl19: str) -> dict[str, Subject]:
-    """The papers' checkpoints by their names on the hub, each with the settings of its paper."""
     return {
         reranker.model: Subject(comparison.paper, name, reranker, dl19)
         for comparison in papers.trec_dl()
@@ -149,8 +148,8 @@ def sizes(names: Iterable[str]) -> pd.DataFrame:
 
 
 def bring_runs() -> None:
-    """Fetch the runs and judgements of DL19 (1 MB) into experiments/data. Files that are already there are not
-    fetched."""
+    """Fetch the runs and judgements of DL19 (1 MB) into experiments/data, except those that `papers.find` finds on this
+    machine."""
     for name in ("dl19.qrels", *dict.fromkeys(RUNS.values())):
         if not papers.find(name).exists():
             try:
@@ -160,8 +159,8 @@ def bring_runs() -> None:
 
 
 def apart(name: str, dl19: str) -> list[dict[str, Any]]:
-    """Run `examine` in a new process, and return its rows. The measured memory is that of this checkpoint alone. If the
-    memory does not suffice, only the new process is killed."""
+    """Run `examine` in a new process, and return its rows. So the peak memory is that of this checkpoint alone. If
+    memory runs out, only the new process is killed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(examine, name, dl19).result()
@@ -171,7 +170,6 @@ def apart(name: str, dl19: str) -> list[dict[str, Any]]:
 
 
 def examine(name: str, dl19: str) -> list[dict[str, Any]]:
-    """A row for each check of a checkpoint, in the order of CHECKS."""
     subject, rows = subjects(dl19)[name], []
     try:
         folder = subject.reranker.folder()
@@ -191,7 +189,8 @@ def examine(name: str, dl19: str) -> list[dict[str, Any]]:
 
 
 def tried(name: str, check: str, look: Callable[..., Finding], *given: Any) -> dict[str, Any]:
-    """Run a check and return its row of the report's table. If the check raises an exception, the row shows it."""
+    """Run a check and return its row of the report's table. If the check raises an exception, the row names the
+    exception."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
@@ -208,7 +207,6 @@ def tried(name: str, check: str, look: Callable[..., Finding], *given: Any) -> d
 def row(
     name: str, check: str, result: str, known: str, found: str, seconds: float | None = None, peak: float | None = None
 ) -> dict[str, Any]:
-    """A row of the report's table. A long `found` is shortened."""
     costs = ["" if cost is None else f"{cost:.2f}" for cost in (seconds, peak)]
     return dict(
         zip(
@@ -218,8 +216,8 @@ def row(
 
 
 def peak() -> float:
-    """The peak memory in GB: on a GPU, the memory of the GPU since the check began; without a GPU, the memory of the
-    process since its start."""
+    """The peak memory in GB. On a GPU, it is the peak of the GPU's memory since the check began. Without a GPU, it is
+    the peak memory of the process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -229,8 +227,8 @@ def peak() -> float:
 
 
 def weight_names(subject: Subject) -> Finding:
-    """Check whether the weights of a LiT5 have the names of a T5 1.1: a separate output layer and gated feed-forward
-    layers."""
+    """Check whether the weights of a LiT5 have the names of the weights of a T5 1.1. A T5 1.1 has a separate output
+    layer and gated feed-forward layers."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     folder = subject.reranker.folder()
@@ -270,7 +268,6 @@ def loads(subject: Subject) -> Finding:
 
 
 def window(subject: Subject, size: int, stride: int) -> Finding:
-    """Check whether a LiT5-Distill has this window size and stride by default."""
     found = pt.inspect.transformer_apply_attributes(subject.reranker, window_size=None, stride=None).window()
     return Finding(found == (size, stride), f"{size}, {stride}", "{}, {}".format(*found))
 
@@ -327,8 +324,8 @@ def over_bm25(subject: Subject) -> Finding:
 
 
 def public_run(name: str) -> Finding:
-    """Check nDCG@10 on DL19 of the first 100 passages of a public run over LiT5's BM25. The check passes if the nDCG@10
-    is within the tolerance of a published figure."""
+    """Check the nDCG@10 on DL19 of a public run, cut to its first 100 passages. The run is LiT5's BM25 or a system over
+    it. The check passes if the nDCG@10 is within the tolerance of a published figure."""
     runs = {compare.FIRST_STAGE: papers.find("dl19.bm25")} | public_runs.systems_over("dl19.bm25")
     if name not in runs:
         raise NotRun(f"its run is missing; wanted it at experiments/data/runs/dl19.bm25.{name}.txt")
@@ -340,9 +337,11 @@ def public_run(name: str) -> Finding:
 
 
 def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> dict[str, Finding]:
-    """Compare the nDCG@10 of rankings over DL19's BM25 with the figures that are published for their names. Returns a
-    finding for each ranking that has published figures. The ranking has passed if its nDCG@10 is within the tolerance
-    of one of these figures."""
+    """Compare the nDCG@10 of rankings over DL19's BM25 with published figures. Returns a finding for each ranking whose
+    name has published figures. A ranking passes if its nDCG@10 is within the tolerance of one of these figures.
+
+    frames: name of a system in published.csv -> its ranking.
+    """
     averages = pd.DataFrame(
         [(name, pt.Evaluate(frame, qrels, [nDCG @ 10])["nDCG@10"]) for name, frame in frames.items()],
         columns=["name", "nDCG@10"],
@@ -368,7 +367,7 @@ def collection(subject: Subject) -> corpora.Collection:
         raise NotRun(str(error)) from error
 
 
-CHECKS = [  # name, regular expression for names of checkpoints, function, its further arguments
+CHECKS = [  # name, regular expression for the checkpoints to check, function, its arguments after the checkpoint
     ("names of weights", "LiT5", weight_names),
     ("loads", "", loads),
     ("window and stride", r"LiT5-Distill-\w+-v2$", window, 100, 50),
@@ -384,7 +383,6 @@ CHECKS = [  # name, regular expression for names of checkpoints, function, its f
 
 
 def report(table: pd.DataFrame) -> str:
-    """The report in Markdown: the machine, the versions, the table and the ten passages."""
     packages = ("torch", "transformers", "tokenizers", "huggingface_hub", "pyterrier", "pyterrier_lit")
     counts = table["result"].value_counts().reindex(["passed", "failed", "not run"], fill_value=0)
     facts = [

@@ -24,7 +24,7 @@ TOLERANCES = [
     ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
     ("LiT5", ".*", 0.005),
     ("Rank-DistiLLM", ".*", 0.003),
-    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; LiT5's tolerance, since both run in bfloat16
+    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; the tolerance is LiT5's, since both run in bfloat16
 ]
 
 
@@ -49,12 +49,11 @@ def claims() -> pd.DataFrame:
 
 
 def results(experiment: pd.DataFrame, *, paper: str, collection: str, first_stage: str, depth: int) -> pd.DataFrame:
-    """Turn the table of a `pt.Experiment`, which has a row per pipeline and a column per measure, into a table with a
-    row per pipeline and measure.
+    """The table of a `pt.Experiment` in long form: a row for each pipeline and measure.
 
     The columns are those of KEY, `measured` and `p`. The name of a pipeline becomes its `model`. To be compared with
-    published figures, it must be a model of published.csv, or "first stage" for a first stage alone. `p` is the p-value
-    against the experiment's baseline, corrected if the experiment corrected it, and nan if there was no test.
+    published figures, the name must be a model of published.csv, or "first stage" for a first stage alone. `p` is the
+    p-value against the experiment's baseline, corrected if the experiment corrected it. Without a test, `p` is nan.
     """
     tests = re.compile(r" (\+|-|p-value|reject|p-value corrected)$")
     rows = []
@@ -89,13 +88,15 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     results: frames that the function `results` returned, concatenated. tables: names of tables of published.csv.
 
     A measured figure is compared with each published figure of the same paper, collection, first stage, depth, model
-    and measure. For a first stage, the depth is ignored. If `tables` is empty, all figures of published.csv are
-    searched, and the rows are the measured figures. If `tables` is given, only the figures of these tables are
-    searched. Then each of these figures whose measure occurs in `results` has a row, even if it was not measured.
+    and measure. For a first stage, the depth is ignored. If `tables` is empty, the rows are the measured figures, and
+    all of published.csv is searched. If `tables` is given, only these tables are searched. Then each figure of these
+    tables has a row, even if nothing was measured for it. Figures of a measure that does not occur in `results` have no
+    row.
 
     Columns: those of `results`, `published`, `difference` (measured - published), `tolerance`, `reproduced`, `table`,
-    `source`, `status`. `reproduced` is "within" or "outside" the tolerance, and empty if there is nothing to compare.
-    If a system has several runs, a published figure between the lowest and the highest of them counts as "within", too.
+    `source`, `status`. `reproduced` is "within" or "outside" the tolerance. It is empty if there is nothing to compare,
+    or if the status is "recalled" or "erratum". If a system has several runs, a published figure between the lowest and
+    the highest of them counts as "within", too.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
@@ -132,8 +133,9 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
 
 
 def progress(table: pd.DataFrame) -> pd.DataFrame:
-    """A row for each paper and table of published.csv. The columns count the cells of the table, those that are
-    measured, those within and outside the tolerance, and those that wait for a run.
+    """A row for each paper and table of published.csv. `cells` is the number of published figures in the table.
+    `measured`, `within`, `outside` and `waiting` count those that are measured, within or outside the tolerance, and
+    not measured.
 
     table: a table that the function `table` returned.
     """
@@ -194,11 +196,10 @@ def export(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def _rounded(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with three decimal places, and 0 in place of -0."""
+    """Round to three decimal places. Adding 0.0 turns -0 into 0."""
     return table.apply(lambda column: column.round(3) + 0.0 if column.dtype.kind == "f" else column)
 
 
 def _comparable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the column `_depth`. Two figures are compared only if their `_depth` is the same. It is empty for first
-    stages."""
+    """Add the column `_depth`, which `table` compares: the depth, but empty for first stages."""
     return frame.assign(_depth=frame["depth"].where(frame["model"] != FIRST_STAGE, ""))

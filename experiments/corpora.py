@@ -22,8 +22,8 @@ class Collection(pt.datasets.Dataset):
     """Documents, topics, judgements and optionally a run, with the methods of PyTerrier datasets.
 
     docs: a function without arguments that yields a dict {docno, text} for each document. texts: a function that takes
-    docnos and returns a dict {docno: text}. topics, qrels and run are data frames with the columns (qid, query), (qid,
-    docno, label), and (qid, docno, score, rank from 0). run is None if the collection has no run.
+    docnos and returns a dict {docno: text}. topics: a frame (qid, query). qrels: a frame (qid, docno, label). run: a
+    frame (qid, docno, score, rank) with ranks from 0, or None.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class TextLoader(pt.Transformer):
 def load(name: str, text_of: TextOf | None = None) -> Collection:
     """Load a collection by its name:
 
-    * `python-docs`: Python's documentation. `python-docs/dev` and `python-docs/test` have the same documents, but only
-      the development or the test topics.
+    * `python-docs`: Python's documentation. `python-docs/dev` has only the development topics, and `python-docs/test`
+      only the test topics. All three have the same documents.
     * `irds:ID`: a dataset of ir_datasets.
     * A folder with docs.jsonl[.gz] (docno, text and perhaps more fields), queries.tsv (qid, tab, query), qrels.txt and
       optionally run.txt. qrels.txt and run.txt are in TREC format.
@@ -101,7 +101,6 @@ def load(name: str, text_of: TextOf | None = None) -> Collection:
 
 
 def text_alone(doc: dict[str, str]) -> str:
-    """The field `text` of a document, without the title."""
     return doc["text"]
 
 
@@ -125,14 +124,13 @@ def python_docs() -> pd.DataFrame:
 def in_memory(
     name: str, docs: pd.DataFrame, topics: pd.DataFrame, qrels: pd.DataFrame, run: pd.DataFrame | None = None
 ) -> Collection:
-    """A collection whose documents (docno, text) fit in memory."""
     records = docs.to_dict("records")
     texts = dict(zip(docs.docno, docs.text, strict=True))
     return Collection(name, lambda: records, lambda docnos: texts, topics, qrels, run)
 
 
 def judged(qrels: Path) -> Collection:
-    """A collection of judgements without query texts and documents, with which runs can be evaluated."""
+    """A collection without query texts and documents. Runs can be evaluated on its judgements."""
     if not qrels.exists():
         raise FileNotFoundError(f"{qrels} is not here; wanted judgements in TREC format (qid 0 docno label)")
     labels = pt.io.read_qrels(str(qrels))

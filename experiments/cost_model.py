@@ -1,5 +1,5 @@
-"""Estimates what reranking costs at scale. It measures each stage once, and computes the costs of more processes, GPUs
-and machines."""
+"""Estimates what reranking costs at scale. It measures the time of each stage of reranking. From these times, it
+computes how many queries a second several workers rerank, and how many machines are needed."""
 
 import functools
 import math
@@ -27,8 +27,8 @@ NETWORK = 1.25e9  # bytes a second (10 Gbit a second)
 
 @dataclass(frozen=True)
 class Stages:
-    """The seconds that each stage takes for a query with all its passages, and the number of bytes that are sent to a
-    worker. The driver is the process that calls `pyterrier_lit.scale.Distributed`, which sends queries to workers."""
+    """The seconds that each stage takes for a query with all its passages, and the bytes that are sent to a worker for
+    the query. A driver is a process that sends queries to workers (`pyterrier_lit.scale.Distributed`)."""
 
     loading: float  # the driver reads the texts of the passages
     frame: float  # the driver checks the frame, and adds scores and ranks
@@ -46,8 +46,8 @@ def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: floa
     """The seconds that each stage adds to the time of a query, with one driver and this many workers.
 
     The driver first loads the texts and checks the frame. Then packing, sending and computing (tokenising and model)
-    run in parallel, so only the slowest of these three counts and is returned. cores: number of cores of each worker,
-    all of which tokenise. network: bytes a second.
+    run in parallel. Only the slowest of these three counts and is returned. cores: number of cores on which each worker
+    tokenises. network: bytes a second.
     """
     beside: list[dict[str, float]] = [
         {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},
@@ -148,7 +148,7 @@ def _(reranker: PERank, queries: list[str], columns: Columns) -> None:
 
 
 def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
-    """Store these passages (docno, text) in a file in `folder`, in the format of ir_datasets, and return a loader that
+    """Write these passages (docno, text) to a file in `folder`, in the format of ir_datasets. Returns a loader that
     reads them."""
     docs = [GenericDoc(*row) for row in passages[["docno", "text"]].drop_duplicates("docno").itertuples(index=False)]
     store = PickleLz4FullStore(str(folder / "passages.pklz4"), lambda: docs, GenericDoc, "doc_id", ["doc_id"])
@@ -161,7 +161,6 @@ def stored(passages: pd.DataFrame, folder: Path) -> pt.Transformer:
 
 
 def best_of(function: Callable[[], Any], times: int = 3, clock: Callable[[], float] = time.process_time) -> float:
-    """The seconds of the fastest of several calls of a function."""
     taken = []
     for _ in range(times):
         start = clock()

@@ -24,10 +24,11 @@ def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
     """The costs of reranking these candidates (qid, query, docno, text), with all queries in one call and weights
     already loaded.
 
-    `seconds` and `TFLOP` are per query. The FLOPs are those of the operations that the networks run: those for padding
-    are included, and those that a cache saves are not. `parameters` is in millions. `MB` is the memory of the weights,
-    plus the difference between the most and the least memory that the process held during the call (on the GPU if it
-    used one). `parameters` and `MB` are nan for a transformer that is not a reranker of this package.
+    `seconds` and `TFLOP` are per query. The FLOPs are those of the operations that the networks run. FLOPs for padding
+    are included, and FLOPs that a cache saves are not. `parameters` is in millions. `MB` is the memory of the weights
+    plus the working memory. The working memory is the difference between the most and the least memory that the process
+    held during the call. It is measured in RAM and on the GPU, and the larger difference counts. `parameters` and `MB`
+    are nan for a transformer that is not a reranker of this package.
     """
     reranker(candidates.groupby("qid").head(2))  # so that the additional costs of a first call do not count
     with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
@@ -45,7 +46,7 @@ def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
 
 
 def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transformer]:
-    """The peers whose package is installed, as transformers. peers: name -> (package, class, arguments of the
+    """Other systems as transformers: those whose package is installed. peers: name -> (package, class, arguments of the
     constructor)."""
     return {
         name: getattr(importlib.import_module(package), kind)(**arguments)
@@ -55,7 +56,7 @@ def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transform
 
 
 def flops(reranker: pt.Transformer, candidates: pd.DataFrame) -> int:
-    """The number of multiplications and additions for reranking these candidates in one call."""
+    """The number of multiplications and additions of reranking these candidates in one call."""
     return counted(lambda: reranker(candidates))
 
 

@@ -1,8 +1,8 @@
 """Counts the FLOPs and parameters of the papers' networks from their shapes, for the papers' headline figures. Nothing
 is measured, and no weights or texts are read.
 
-transformers builds the networks on torch's meta device, and PyTorch's FLOP counter runs them there. A passage of LiT5
-has 150 tokens, padding included. For the other rerankers, the numbers of tokens are means over BM25's first 100
+transformers builds the networks on torch's meta device, and PyTorch's FLOP counter runs them there. A prompt of LiT5
+has 150 tokens, including padding. For the other rerankers, the numbers of tokens are means over BM25's first 100
 passages for DL19.
 """
 
@@ -52,7 +52,7 @@ def t5(size: str) -> PreTrainedModel:
         tie_word_embeddings=False,
     )
     model = _built(T5ForConditionalGeneration, config)
-    model.lm_head = torch.nn.Linear(width, config.vocab_size, bias=False, device="meta")  # else transformers 5 ties it
+    model.lm_head = torch.nn.Linear(width, config.vocab_size, bias=False, device="meta")  # transformers 5 tied it
     return model
 
 
@@ -80,7 +80,6 @@ def mistral() -> PreTrainedModel:
 
 
 def parameters(model: PreTrainedModel) -> int:
-    """The number of parameters of a network."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -105,9 +104,8 @@ def cross_encoder(size: str, tokens: int = PAIR_TOKENS) -> float:
 
 @functools.cache
 def language_model(prompts: int, answer: int) -> tuple[float, float]:
-    """The least and the most TFLOP of Mistral 7B for the 9 windows of a query. With a KV cache, each token is processed
-    once. The most TFLOP assume that each token attends to its whole window. The least TFLOP assume that each token
-    attends only to the tokens before it.
+    """A lower and an upper bound of the TFLOP of Mistral 7B for the 9 windows of a query, with a KV cache. For the
+    upper bound, each token attends to its whole window. For the lower bound, each token attends only to earlier tokens.
 
     prompts: number of tokens of the nine prompts together. answer: number of tokens of one answer.
     """
@@ -121,7 +119,7 @@ def language_model(prompts: int, answer: int) -> tuple[float, float]:
 
 def headlines() -> pd.DataFrame:
     """A row for each ratio that a paper reports, with the ratio that follows from counting. Columns: paper, claim,
-    value, unit, compares, counted, and `by`, which tells what was counted."""
+    value, unit, compares, counted, by. The column `by` says what was counted."""
     few, most = language_model(TEXT_TOKENS, TEXT_ANSWER)
     vectors, _ = language_model(VECTOR_TOKENS, VECTOR_ANSWER)
     large, base = cross_encoder("large"), cross_encoder("base")
@@ -146,7 +144,7 @@ def headlines() -> pd.DataFrame:
 
 def figure2() -> pd.DataFrame:
     """LiT5's figure 2: a row per model with its nDCG@10 over BM25, TFLOP per query and parameters in millions. The
-    nDCG@10 is the mean of DL19 to DL22, weighted by their numbers of queries."""
+    nDCG@10 is the mean over DL19 to DL22. The weight of a collection is its number of queries."""
     names = {f"castorini/LiT5-Distill-{size}-v2": size for size in T5}
     printed = compare.published(table="ecir_table1", first_stage="bm25", model=[*names, "RankZephyr 7B"])
     weights = printed["collection"].map(QUERIES)

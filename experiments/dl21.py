@@ -1,14 +1,14 @@
-"""Trains a small PE-Rank and a small LiT5-Distill for DL21 by the recipes of `tiny/`. They read the passages of DL21,
-but not its queries.
+"""Trains a small PE-Rank and a small LiT5-Distill for DL21 by the recipes of `tiny/`. Their training data have the
+passages of DL21, but not the queries of DL21.
 
     python experiments/dl21.py [NAME ...] [--output FOLDER] [--share 1.0] [--record]
 
-The encoder of the PE-Rank is all-MiniLM-L6-v2 itself. Its language model, and all of the LiT5-Distill, begin with the
-weights that `tiny/mistral.py` and `tiny/lit5.py` plan. The passages are those of DL19, DL21 and DL22. The training
-queries are those of DL19, DL22, WikiQA and TREC QA, and sentences from the passages. BM25 retrieves the candidates. The
-teacher ranks them as in `tiny/`: by MiniLM's cosine, to which a small share of BM25's score is added. In training,
-passages are cut at 98 tokens. The students are tested on the queries of DL21 with BM25's first 100 passages. The script
-needs ../shared/data.
+The encoder of the PE-Rank is all-MiniLM-L6-v2 itself. `tiny/mistral.py` sets the initial weights of PE-Rank's language
+model, and `tiny/lit5.py` those of the LiT5-Distill. The passages are those of DL19, DL21 and DL22. The training queries
+are those of DL19, DL22, WikiQA and TREC QA, and sentences from the passages. BM25 retrieves the candidates. As in
+`tiny/`, the teacher's score is MiniLM's cosine plus a small share of BM25's score. In training, MiniLM reads at most 98
+tokens of a passage, and a prompt of LiT5-Distill has at most 96 tokens. The students are tested on the queries of DL21
+with BM25's first 100 passages. The script needs ../shared/data.
 """
 
 import argparse
@@ -68,7 +68,6 @@ def training_data() -> Material:
 
 
 def pe_rank(material: Material, folder: Path, share: float) -> PERank:
-    """A PE-Rank over MiniLM's vectors, whose language model has two layers."""
     words, _ = vocabulary(material, PIECES, mistral.PROMPT_WORDS)
     write_tokenizer(words, folder)
     of_minilm = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)

@@ -22,12 +22,11 @@ from pyterrier_lit.batching import Budget
 
 PIECES = Path(__file__).parent / "tiny" / "cross-encoder"  # the tokenizer of the sparse stand-in
 # The sparse stand-in: size of its embeddings, and the threshold that is subtracted from its logits. Before, the logit
-# is about 100 for the token itself, and 0 +- 10 for other tokens
+# of the token itself is about 100, and the logits of other tokens have mean 0 and standard deviation 10
 WIDTH, THRESHOLD = 128, 50.0
 
 
 def splade(name: str, max_length: int = 128) -> Any:
-    """A `pyterrier_splade.Splade`, or its stand-in."""
     from pyterrier_splade import Splade
 
     if name != "stand-in":
@@ -43,7 +42,6 @@ def splade(name: str, max_length: int = 128) -> Any:
 
 
 def dense(name: str) -> Any:
-    """A `pyterrier_dr.BiEncoder`, or its stand-in."""
     from pyterrier_dr import SBertBiEncoder
 
     return SBertBiEncoder(minilm() if name == "stand-in" else name, batch_size=64)
@@ -77,8 +75,8 @@ class LateInteraction(pt.Transformer):
 
 
 class Noisy:
-    """The encoder of a PERank with noise on its vectors, to be used as `PERank(encoder=)`. A vector has length 1, and
-    Gaussian noise of mean length `noise` is added to it. The same text always gets the same noise."""
+    """The encoder of a PERank with noise on its vectors, to be used as `PERank(encoder=)`. A vector has length 1. The
+    noise is Gaussian, and its mean length is `noise`. The same text always gets the same noise."""
 
     def __init__(self, reranker: PERank, noise: float):
         self.reranker, self.noise = reranker, noise
@@ -106,8 +104,7 @@ def minilm() -> str:
 
 
 def _lexical(pieces: int) -> torch.nn.Module:
-    """A BERT without layers. The logit of a token is positive for the token itself and negative for all other
-    tokens."""
+    """A BERT without layers. At the position of a token, only the logit of this token is positive."""
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)

@@ -54,14 +54,12 @@ def main(arguments: list[str] | None = None, table: Path = HERE / "public.csv", 
 
 
 def listing(sources: pd.DataFrame, data: Path) -> pd.DataFrame:
-    """A row per source: whether its data is on this machine, which notebooks use it, and its size if known."""
     states = ["here" if (data / name).exists() else "missing" for name in sources["name"]]
     sizes = [f"{int(size) / 2**20:.1f} MB" if size else "known when fetched" for size in sources["bytes"]]
     return pd.DataFrame({"name": sources["name"], "state": states, "notebooks": sources["notebooks"], "size": sizes})
 
 
 def file(source: tuple, path: Path) -> None:
-    """Fetch one file from its address."""
     download(File(path, source.where, int(source.bytes or 0), source.checksum))
 
 

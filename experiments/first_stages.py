@@ -30,7 +30,7 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
     * The path of a run file in TREC format.
     * The path of a file of candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
 
-    folder: keeps the index and the results of BM25. A later call uses them again, also after an interrupted sweep.
+    folder: keeps the index and the results of BM25. A later call with the same folder uses both again.
     """
     if source in BM25:
         stops, k1, b = BM25[source]
@@ -58,8 +58,8 @@ def stored(path: str | Path) -> "Ranking":
 
 
 def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
-    """The topics that a teacher ranks. If the teacher is the path of a run file, these are the topics in the file; if
-    it is a transformer, all topics."""
+    """The topics that a teacher ranks. If the teacher is the path of a run file, these are the topics in this file. If
+    the teacher is a transformer, these are all topics."""
     if isinstance(teacher, pt.Transformer):
         return topics
     return topics[topics["qid"].isin(read_run(teacher)["qid"])].reset_index(drop=True)
@@ -68,8 +68,8 @@ def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
 class Ranking(pt.Transformer):
     """Returns stored rows for each topic. The rows come from a run file or from an earlier retrieval.
 
-    The repr of a `Ranking` depends on its rows, but not on the process. A sweep uses the repr to find the runs that it
-    has kept.
+    The repr of a `Ranking` depends only on its name and its rows. So a sweep finds its stored runs again in a later
+    process.
     """
 
     def __init__(self, rows: pd.DataFrame, name: str):
@@ -128,7 +128,6 @@ def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite:
 
 
 def cached(stage: pt.Transformer, folder: Path) -> pt.Transformer:
-    """A first stage with a cache in `folder`. A repeated query is answered from the cache."""
     from pyterrier_caching import RetrieverCache
 
     return RetrieverCache(str(folder), stage)

@@ -2,12 +2,15 @@
 
     python experiments/first_step.py [--output FOLDER] [--share 1.0] [--record]
 
-The students begin as tiny/lit5-distill and are trained with the recipe `lit5-distill-first`, one for each of two
-learning rates. The teacher is tiny/lit5-distill itself. The students learn the teacher's full orders of BM25's first 20
-passages, for queries that tiny/make.py generates. Of the two students, the one with the higher nDCG@10 on the
-development questions is chosen. On the test questions, the full order of tiny/lit5-distill is compared with two orders
-from the first decoder step: that of tiny/lit5-distill and that of the chosen student. The students are kept in FOLDER.
-A second call does not train them again.
+The full order is decoded identifier by identifier. The order from the first step sorts the passages by the probability
+that their identifiers are generated first (`decoding="first"`).
+
+Two students begin as tiny/lit5-distill and are trained with the recipe `lit5-distill-first`, with different learning
+rates. The teacher is tiny/lit5-distill itself. The students learn the teacher's full orders of BM25's first 20
+passages, for queries that tiny/make.py generates. The student with the higher nDCG@10 on the development questions is
+chosen. On the test questions, the full order of tiny/lit5-distill is compared with two orders from the first step: that
+of tiny/lit5-distill and that of the chosen student. The students are kept in FOLDER. A second call does not train them
+again.
 """
 
 import argparse
@@ -69,7 +72,6 @@ def main() -> None:
 
 
 def found(collection: corpora.Collection, topics: pd.DataFrame, depth: int) -> pd.DataFrame:
-    """BM25's first `depth` passages for the topics, with texts."""
     with tempfile.TemporaryDirectory() as folder:
         bm25 = first_stages.bm25(collection, Path(folder) / "index.pisa", depth, overwrite=True)
         return (bm25 % depth >> collection.text_loader())(topics)
@@ -77,7 +79,7 @@ def found(collection: corpora.Collection, topics: pd.DataFrame, depth: int) -> p
 
 def learned(output: Path, steps: int) -> list[dict[str, Any]]:
     """Train a student at each learning rate for which the folder has no student. Returns rows of measured.csv: the CPU
-    seconds of the teacher's orders, and those of each training."""
+    seconds in which the teacher ranks, and those of each training."""
     rows: list[dict[str, Any]] = []
     missing = [rate for rate in RATES if not (output / f"{rate}").exists()]
     if not missing:

@@ -12,9 +12,8 @@ def repeats(reranker: PERank, candidates: pd.DataFrame, *, free: bool = False) -
     """Rank the first `window_size` passages of each query. Returns a row for each query and step, with three columns:
     qid, step (from 1) and `named`, which is True if the most likely passage of this step had been named before.
 
-    candidates: qid, query, docno, rank and the text. free: choose the most likely passage even if it was named before,
-    and read it as the next input, as decoding without the constraint does. By default, the most likely of the remaining
-    passages is chosen.
+    candidates: qid, query, docno, rank and the text. free: name the most likely passage even if it was named before, as
+    decoding without the constraint does. By default, the most likely of the remaining passages is named.
     """
     checkpoint, rows = reranker.load(), []
     for qid, ranking in candidates.sort_values("rank").groupby("qid", sort=False):

@@ -61,8 +61,8 @@ def main() -> None:
 
 
 def measure(name: str, what: str, sizes: tuple[int, ...]) -> list[tuple[int, float, float]]:
-    """A tuple (size, CPU seconds, MB) for each of these ascending sizes. MB is the peak memory of the process up to
-    then, minus its peak memory after a first small call."""
+    """A tuple (size, CPU seconds, MB) for each of these ascending sizes. MB is the peak memory of the process so far,
+    minus its peak memory after a first small call."""
     torch.set_num_threads(1)
     docs = corpora.python_docs()["text"].tolist()
     reranker = RERANKERS[name]()
@@ -93,13 +93,12 @@ def frame(docs: list[str], queries: int, passages: int, tokens: int) -> pd.DataF
 
 
 def held() -> float:
-    """The peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def tidy(name: str, what: str, points: list[tuple[int, float, float]]) -> list[dict[str, Any]]:
-    """Rows of measured.csv: CPU seconds and MB for each size, and the exponent of the seconds, which is fitted over the
-    larger sizes."""
+    """Rows of measured.csv: CPU seconds and MB for each size, and an exponent. The seconds grow approximately as the
+    size to the power of this exponent, which is fitted to the larger sizes."""
     half = points[len(points) // 2 - 1 :]
     exponent = np.polyfit(np.log([size for size, *_ in half]), np.log([seconds for _, seconds, _ in half]), 1)[0]
     measures = [(size, {"CPU seconds": seconds, "MB more": memory}) for size, seconds, memory in points]
@@ -111,8 +110,6 @@ def tidy(name: str, what: str, points: list[tuple[int, float, float]]) -> list[d
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """A figure of CPU seconds (above) and memory (below) against passages, queries and tokens. All axes are
-    logarithmic."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, len(SIZES), figsize=(10, 5.5), sharex="col", sharey="row", layout="constrained")

@@ -4,7 +4,7 @@ RECORD=1.
 A row has the question that it answers or the name of an experiment, the setting (a system, a collection, a size), n
 (the number of queries, query-passage pairs, ...), the measure and its value. If there was a test, the row also has the
 p-value p. Further columns are the seconds that the measurement took, the machine, the number of threads, the commit and
-the date. If a measurement is repeated, it adds new rows.
+the date. A repeated measurement adds new rows.
 """
 
 import argparse
@@ -72,7 +72,6 @@ def from_experiment(table: pd.DataFrame, n: int, measures: Iterable[Any]) -> lis
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    """Add --record, an option of all scripts that measure, to a parser."""
     parser.add_argument("--record", action="store_true", help=f"append the results to {FILE.name}")
 
 

@@ -100,8 +100,8 @@ class Collection:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The rerankers of a paper, and the collections over whose first stages they are evaluated. The rerankers have
-    their names in published.csv."""
+    """The rerankers of a paper, and the collections on which they are evaluated. Each reranker reranks each first stage
+    of each collection. The rerankers have their names in published.csv."""
 
     paper: str
     tables: tuple[str, ...]  # names of tables of published.csv
@@ -117,20 +117,18 @@ def runs_of(collection: str, *names: str) -> dict[str, str]:
 
 
 def find(name: str) -> Path:
-    """The path of the file NAME.txt or NAME.txt.gz in a folder of RUNS. If there is no such file, the path NAME.txt in
-    the first of these folders."""
+    """The path of the file NAME.txt or NAME.txt.gz in a folder of RUNS. If there is no such file, the path of NAME.txt
+    in the first of these folders."""
     wanted = [folder / f"{name}.txt{packed}" for folder in RUNS for packed in ("", ".gz")]
     return next((path for path in wanted if path.exists()), wanted[0])
 
 
 def where_present(collections: dict[str, Collection]) -> dict[str, Collection]:
-    """The collections whose source exists on this machine."""
     return {name: collection for name, collection in collections.items() if Path(collection.source).exists()}
 
 
 def lit5_distill(models: dict[str, int], max_length: int) -> dict[str, Reranker]:
-    """LiT5-Distill checkpoints, each with its window size in `models`. max_length: maximum length of a prompt in
-    tokens."""
+    """LiT5-Distill checkpoints. models: name -> window size. max_length: maximum length of a prompt in tokens."""
     return {
         name: LiT5Distill(name, window_size=window, stride=window // 2, max_length=max_length, verbose=True)
         for name, window in models.items()
@@ -153,12 +151,10 @@ def cross_encoders() -> dict[str, Reranker]:
 
 
 def pe_rankers() -> dict[str, Reranker]:
-    """PE-Rank with the window size and stride of its paper."""
     return {name: PERank(model, window_size=20, stride=10, verbose=True) for name, model in PE_RANK.items()}
 
 
 def one_of_each() -> dict[str, Reranker]:
-    """One published checkpoint of each method, by the method's name."""
     return {
         "CrossEncoder": cross_encoders()["monoELECTRA-base two-stage RankZephyr-CBv2"],
         "LiT5-Distill": lit5()["castorini/LiT5-Distill-base-v2"],

@@ -50,8 +50,8 @@ def collection(name: str, stages: Mapping[str, str], tables: Iterable[str]) -> C
 
 
 def systems_over(first_stage: str) -> dict[str, Path]:
-    """The run files over a first stage: name of the system in published.csv -> path, sorted by name. first_stage:
-    "COLLECTION.STAGE"."""
+    """The run files over a first stage, as a dict sorted by name: name of the system in published.csv -> path.
+    first_stage: "COLLECTION.STAGE"."""
     found = {}
     for folder in reversed(RUNS):
         for path in folder.glob(f"{first_stage}.*.txt*"):
@@ -61,7 +61,8 @@ def systems_over(first_stage: str) -> dict[str, Path]:
 
 
 def trec_dl() -> list[Comparison]:
-    """The papers' comparisons on TREC DL, with public runs in place of models. They need judgements, but no texts."""
+    """The papers' comparisons on TREC DL, with public runs in place of models. The comparisons need judgements, but no
+    texts."""
     stages = [{"bm25": "bm25", "splade++ed": "splade++ed"}, {"bm25": "bm25-terrier", "colbertv2": "colbertv2"}]
     return [
         dataclasses.replace(

@@ -5,8 +5,8 @@
 tiny      the project's small cross-encoder
 MiniLM    all-MiniLM-L6-v2 as a cross-encoder (`towers.py`), without any training
 
-Both rerank BM25's first 100 passages. The pairs that calibrate int8 are from queries that are not evaluated. Needs
-../shared/data.
+Both rerank BM25's first 100 passages. int8 is calibrated on query-passage pairs of queries that are not evaluated. The
+script needs ../shared/data.
 """
 
 import argparse
@@ -57,8 +57,9 @@ def minilm() -> CrossEncoder:
 
 
 def candidates(collection: str, queries: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """BM25's passages for the queries that are evaluated, and for the queries that calibrate int8. The latter are the
-    other queries of the collection or, if there are none, those of CALIBRATION."""
+    """Two frames of BM25's passages: one for the queries that are evaluated, and one for the queries that calibrate
+    int8. The second frame has the other queries of the collection. If there are none, it has the queries of
+    CALIBRATION."""
     found = shared.res(collection, "run.txt", DEPTH)
     qids = found["qid"].drop_duplicates().sample(frac=1, random_state=0)
     evaluated = found[found["qid"].isin(qids[:queries])]
@@ -67,8 +68,8 @@ def candidates(collection: str, queries: int) -> tuple[pd.DataFrame, pd.DataFram
 
 
 def compare(exact: CrossEncoder, int8: CrossEncoder, frame: pd.DataFrame, qrels: pd.DataFrame) -> pd.DataFrame:
-    """A row for each measure: measure, value and p (a paired t-test of nDCG@10 against float32). Queries with a single
-    passage count only for nDCG@10."""
+    """A row for each measure: measure, value and p. p is the p-value of a paired t-test of nDCG@10 against float32.
+    Measures that compare the two orders leave out queries with a single passage."""
     results, seconds = zip(*(timed(reranker, frame) for reranker in (exact, int8)), strict=True)
     topics = frame[["qid", "query"]].drop_duplicates()
     table = pt.Experiment(
@@ -94,14 +95,13 @@ def compare(exact: CrossEncoder, int8: CrossEncoder, frame: pd.DataFrame, qrels:
 
 
 def timed(reranker: CrossEncoder, frame: pd.DataFrame) -> tuple[pd.DataFrame, float]:
-    """The reranked frame, and the seconds that it took after a short call."""
+    """Rerank a frame after a short call. Returns the result, and the seconds without the short call."""
     reranker(frame.head(20))
     started = time.perf_counter()
     return reranker(frame), time.perf_counter() - started
 
 
 def stay(ranking: pd.DataFrame) -> int:
-    """How many of a query's first TOP passages are among the first TOP of both rankings."""
     return len(set(ranking.nsmallest(TOP, "rank")["docno"]) & set(ranking.nsmallest(TOP, "rank int8")["docno"]))
 
 

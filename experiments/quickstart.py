@@ -27,8 +27,8 @@ from pyterrier_lit import CrossEncoder, LiT5Distill, LiT5Score, PERank
 from pyterrier_lit.reranker import Reranker
 
 TINY = Path(__file__).parent / "tiny"
-HELD_OUT = {"python-docs": "test-"}  # how the qids of test topics begin; the others are for development
-SHOWN = {"python-docs": "test-09"}  # qid of the query whose top three are printed; else the first query
+HELD_OUT = {"python-docs": "test-"}  # beginning of the qids of test topics; other topics are for development
+SHOWN = {"python-docs": "test-09"}  # qid of the query whose top three are printed; by default, the first query
 
 
 def main():
@@ -79,7 +79,6 @@ def main():
 
 
 def rerankers(model: str | None) -> list[Reranker]:
-    """The cross-encoder `model`. If `model` is None, the project's small checkpoints."""
     if model is not None:
         return [CrossEncoder(model, verbose=True)]
     return [
@@ -107,7 +106,6 @@ def first_stage(
 
 
 def header(collection: str, n_queries: int, arguments: argparse.Namespace) -> str:
-    """The lines above the table. They tell what was reranked and by which models, and explain the columns."""
     lines = [f"{collection}, {n_queries} queries; the first {arguments.depth} passages reranked by {models(arguments)}"]
     if collection == "python-docs":
         lines.append("Many questions avoid the docstrings' words on purpose, so BM25 scores low.")
@@ -138,7 +136,6 @@ def show_top_three(query: pd.DataFrame, qrels: pd.DataFrame, pipelines: dict[str
 
 
 def draw(rows: pd.DataFrame, title: str, path: Path) -> None:
-    """Write a chart to `path`: nDCG@10 against milliseconds per query, with the p-values of the table."""
     import matplotlib
 
     matplotlib.use("agg")

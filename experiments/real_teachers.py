@@ -2,11 +2,11 @@
 
     python experiments/real_teachers.py [--output FOLDER] [--share 1.0]
 
-There are two kinds of students: cross-encoders that begin as MiniLM, and a small LiT5-Distill (`tiny/lit5.py`). They
-are trained in two steps:
+There are two kinds of students: cross-encoders that begin with MiniLM's weights, and a small LiT5-Distill
+(`tiny/lit5.py`). The students are trained in two steps:
 
-* First, they learn MiniLM's cosines. The queries are those of WikiQA, TREC QA, DL19 and DL22, and sentences of
-  passages.
+* First, they learn MiniLM's cosines. The queries are those of WikiQA, TREC QA and DL22, and sentences of passages.
+  LiT5-Distill also learns from the queries of DL19.
 * Then, they learn RankVicuna's rankings of BM25's first 100 passages for DL19. One cross-encoder learns DL19's labels
   instead.
 
@@ -48,7 +48,7 @@ LEARNING = {"batch_size": 8, "micro_batch": 8, "schedule": "cosine", "precision"
 COSINES = {"loss": "kl", "loss_options": {"temperature": 0.05}, "n_passages": 8, "learning_rate": 1e-4, "warmup": 50}
 RANKINGS = {"n_passages": 16, "sampling": "log_random", "warmup": 20}
 PIECES = 10_000  # size of LiT5Distill's vocabulary
-SENTENCES = 30_000  # number of passages of which one sentence becomes a query, for LiT5Distill
+SENTENCES = 30_000  # number of passages from which a query is made, for LiT5Distill
 KINDS = {"CrossEncoder": functools.partial(CrossEncoder, dtype="bfloat16"), "LiT5Distill": LiT5Distill}
 
 
@@ -61,7 +61,6 @@ def main() -> None:
     share, places = arguments.share, {}
 
     def kept(name: str, learned: Callable[[], Reranker]) -> str:
-        """The folder of a student. If the folder does not exist, the student is first trained and saved there."""
         place = places[name] = str(arguments.output / name)
         if not Path(place).exists():
             started = time.monotonic()
@@ -104,7 +103,7 @@ def material(*collections: str, n_sentences: int, asked: Sequence[str] | None = 
 
 
 def sentences(passages: list[str], n: int, seed: int = SEED) -> list[str]:
-    """Queries that are made from sentences of n of the passages. Passages without a sentence of 4 to 20 words give no
+    """Queries that are made from sentences of n of the passages. A passage without a sentence of 4 to 20 words gives no
     query."""
     chosen = random.Random(seed)
     drawn = {question(f"\n{text}", chosen, openings=("",)) for text in chosen.sample(passages, n)}
@@ -145,7 +144,7 @@ def lit5_from_rankings(student: LiT5Distill, share: float) -> LiT5Distill:
 
 def tested(students: dict[str, Reranker], collection: str, folder: Path | None = None) -> pd.DataFrame:
     """Evaluate three kinds of systems over BM25's first 100 passages: BM25 alone, MiniLM as a bi-encoder, and the
-    students. The p-values are against BM25, Holm-corrected.
+    students. The p-values are against BM25, with Holm's correction.
 
     folder: keeps the runs, which a later call uses again.
     """

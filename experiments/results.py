@@ -40,9 +40,9 @@ class Picture:
     """A picture of the page. If the picture has bars, this script draws it. Otherwise another script has drawn its
     file.
 
-    file: its path from RESULTS.md. measure: the measure that the bars show. bars: label -> settings in measured.csv,
-    one for each series. series: the names of the series. peers: how many bars, counted from the first, show systems
-    other than this package.
+    file: the path of the picture from RESULTS.md. measure: the measure that the bars show. bars: label -> settings in
+    measured.csv, one for each series. series: the names of the series. peers: the first `peers` bars show systems other
+    than this package.
     """
 
     file: str
@@ -56,9 +56,9 @@ class Picture:
 class Question:
     """An entry of questions.toml.
 
-    recorded: the questions of measured.csv whose rows belong to this entry. By default, it is the question of this
-    entry. A star in `recorded` stands for any text. This text is then added to the setting of the row. notes: a dict
-    {date, text} for each measurement.
+    recorded: the questions of measured.csv whose rows belong to this entry. By default, this is only the entry's own
+    question. A star stands for any text, and this text is added to the settings of the rows. notes: a dict {date, text}
+    for each measurement.
     """
 
     section: str
@@ -112,7 +112,6 @@ def page(questions: list[Question], recorded: pd.DataFrame) -> str:
 
 
 def part(question: Question, rows: pd.DataFrame) -> str:
-    """The part of RESULTS.md for one question."""
     dates = sorted(set(rows["date"]))
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
     machines = [*dict.fromkeys(rows["machine"])]
@@ -145,7 +144,6 @@ def drawn(question: Question, recorded: pd.DataFrame) -> dict[str, list[float]]:
 
 
 def draw(picture: Picture, values: dict[str, list[float]]) -> Figure:
-    """A bar chart of these values. The bars of systems other than this package are grey."""
     n = len(picture.series)
     figure, panel = pyplot.subplots(
         figsize=(7, 0.28 * n * len(values) + 0.12 * len(values) + 0.7), layout="constrained"
@@ -196,12 +194,11 @@ def shown(file: Path) -> dict[str, list[float]] | None:
 
 
 def shows(file: Path, values: dict[str, list[float]]) -> bool:
-    """Whether a picture shows these values in this order."""
     return json.dumps(shown(file)) == json.dumps(values)
 
 
 def stale(questions: list[Question], recorded: pd.DataFrame) -> list[str]:
-    """The names of those files (the page and its pictures) that are not up to date."""
+    """The names of the files that are not up to date: the page or pictures."""
     wrong = [] if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page(questions, recorded) else [PAGE.name]
     for question in questions:
         if question.picture is None:

@@ -33,13 +33,12 @@ def main():
 
 
 def notebooks() -> list[Path]:
-    """The notebooks of this folder that have profiles."""
     return [path for path in sorted(HERE.glob("*.ipynb")) if named_profile(path)]
 
 
 def named_profile(path: Path) -> str | None:
-    """The profile that the parameters cell of a notebook names, or None. The committed outputs of a notebook are those
-    of the named profile."""
+    """The profile that the cell tagged `parameters` names, or None. The outputs in the repository are those of this
+    profile."""
     cells = nbformat.read(path, as_version=4).cells
     chosen = next((cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), "")
     found = re.match(r'PROFILE = "(\w+)"', chosen)
@@ -48,7 +47,7 @@ def named_profile(path: Path) -> str | None:
 
 def run(path: Path, folder: Path, **parameters: str) -> nbformat.NotebookNode:
     """Run a notebook in `folder`. Returns the notebook with its new outputs. parameters: values that replace those in
-    the parameters cell.
+    the cell tagged `parameters`.
 
     The small profile first deletes its earlier results. The other profiles use their earlier results again. An
     exception in a cell is raised.

@@ -14,7 +14,7 @@ XL = "castorini/LiT5-Distill-xl-v2"
 
 def adjusted(p: pd.Series, correction: str) -> pd.Series:
     """The p-values, corrected for multiple tests by "holm" or "bonferroni". A nan stays nan and does not count as a
-    test: it belongs to a pipeline whose values equal the baseline's on every query."""
+    test. A p-value is nan if a pipeline's values equal the baseline's on every query."""
     known = p.dropna()
     corrected = multipletests(known, method=correction)[1] if len(known) else known
     return pd.Series(corrected, known.index, dtype=float).reindex(p.index)
@@ -43,12 +43,13 @@ def paired(values: pd.DataFrame, baseline: str, correction: str = "bonferroni") 
 
 
 def daggers(queries: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """The systems of LiT5's table 1, tested against LiT5-XL over the same first stage. `dagger` is "yes" if the paper
-    prints a dagger. `p` and `significant` are those of our own test.
+    """LiT5-XL against the other systems of LiT5's table 1 over the same first stage: a row for each comparison that has
+    a dagger or a p-value.
 
-    queries: values per query, from `sweep.run`. table: a table of `compare.table` with the published means. `p` is the
-    p-value of LiT5's test of LiT5-XL's values in `queries` against a published mean. If `queries` has no values of
-    LiT5-XL, `p` is empty.
+    queries: values per query, from `sweep.run`. table: a table of `compare.table` with the published means. The test
+    compares LiT5-XL's values in `queries` with the published mean of the other system (`against_means`). `dagger` is
+    "yes" if the paper prints a dagger, else "no". `p` is the corrected p-value, and `significant` is "yes" if p < .05,
+    else "no". If `queries` has no values of LiT5-XL, `p` is nan and `significant` is empty.
     """
     printed = pd.read_csv(DAGGERS).rename(columns={"significant": "dagger"})
     means = table.query("table == 'ecir_table1' and model != @XL").set_index(["collection", "first_stage"])

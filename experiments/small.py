@@ -60,5 +60,4 @@ def tirex() -> list[Comparison]:
 
 
 def available(comparison: Comparison) -> Comparison:
-    """The comparison without the collections whose files are missing."""
     return dataclasses.replace(comparison, collections=papers.where_present(comparison.collections))

@@ -4,8 +4,8 @@
 
 The reranker gets one frame of --frame queries after the other, as in a `pt.Experiment(batch_size=...)`. The texts are
 generated from a few words, some of which are not English, with a fixed seed. The script writes the memory after each
-frame to OUTPUT/soak.json and, if matplotlib is installed, a chart to OUTPUT/soak.png. The exit code is 1 if a query was
-lost or repeated, or if memory grew by more than --allowed MB after the first fifth of the queries.
+frame to OUTPUT/soak.json. If matplotlib is installed, it also draws a chart, OUTPUT/soak.png. The exit code is 1 if a
+query was lost or repeated, or if memory grew by more than --allowed MB after the first fifth of the queries.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def numbers(n: int, size: int) -> Iterator[range]:
 
 
 def queries(which: range, passages: int) -> pd.DataFrame:
-    """Candidates (qid, query, docno, text) for the queries with these numbers. The same number gives the same
-    candidates in every run."""
+    """Candidates (qid, query, docno, text) for the queries with these numbers. A number gives the same candidates in
+    every run."""
     rows = []
     for i in which:
         drawn = random.Random(i)
@@ -104,7 +104,7 @@ def queries(which: range, passages: int) -> pd.DataFrame:
 
 
 def resident() -> float:
-    """The memory that this process uses now, in MB. Works on Linux only."""
+    """The resident memory of this process now, in MB. Works on Linux only."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return round(pages * 4_096 / 1e6, 1)
 

@@ -26,7 +26,7 @@ MISSING = (FileNotFoundError, ConnectionError, requests.ConnectionError)  # rais
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A first stage over a collection. The rerankers and the public systems of a comparison are evaluated on it."""
+    """A first stage over a collection. A comparison evaluates its rerankers and public systems on this first stage."""
 
     collection: str
     stage: str
@@ -50,11 +50,11 @@ def run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate a comparison. Returns two frames. The first has the means, with the columns of `compare.results`. The
     second has the values per query, with the columns paper, collection, corpus, first_stage, model, qid, measure,
-    value. A qid of the second frame begins with its collection and a slash, since topics of two collections may have
+    value. Each qid of the second frame begins with the collection and a slash, since topics of two collections may have
     the same number.
 
-    Each reranker is evaluated over all first stages and then unloaded, before the next one is loaded. If a run or a
-    licensed corpus is missing, a printed line names it, and its rows are left out.
+    Each reranker is evaluated over all first stages. Then it is unloaded, before the next reranker is loaded. If a run
+    or a licensed corpus is missing, its rows are left out, and a printed line names the missing data.
 
     depth: number of passages reranked, unless the comparison sets it. folder: keeps indexes, first stages and runs,
     which a later call uses again.
@@ -136,8 +136,8 @@ def evaluate(
     baseline: int | None = None,
     verbose: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Do as `experiment` does, but without correction of the p-values. baseline: position of the baseline in
-    `pipelines`, from 0. If it is None, no tests are made."""
+    """Run a `pt.Experiment` as `experiment` does, but without correction of the p-values. baseline: position of the
+    baseline in `pipelines`, from 0. If it is None, no tests are made."""
     folder.mkdir(parents=True, exist_ok=True)
     asked = topics.to_csv(index=False)
     files = {
@@ -145,8 +145,8 @@ def evaluate(
         for name, pipeline in pipelines.items()
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There are shared pipeline components")  # plan="tree" would keep no runs
-        warnings.filterwarnings("ignore", "Evaluation measures differ between the existing")  # with or without tests
+        warnings.filterwarnings("ignore", "There are shared pipeline components")  # with plan="tree", no runs are kept
+        warnings.filterwarnings("ignore", "Evaluation measures differ between the existing")  # tests add columns
         averages = pt.Experiment(
             list(pipelines.values()),
             topics,
@@ -180,6 +180,6 @@ def _place(comparison: Comparison, name: str, stage: str, folder: Path, depth: i
     first = first_stages.load(where.first_stages[stage], collection, folder, depth)
     texts = corpora.load(where.source, comparison.text_of).text_loader() if comparison.rerankers else None
     if texts is not None:
-        (first >> texts)(topics.head(1))  # a missing corpus is noticed now, not after hours
+        (first >> texts)(topics.head(1))  # raises an error now, not after hours, if the corpus is missing
     systems = {system: first_stages.stored(path) % depth for system, path in where.systems.get(stage, {}).items()}
     return Place(name, stage, where.corpus, topics, collection.get_qrels(), first, texts, systems, folder)

@@ -33,5 +33,5 @@ def enter(profile: str, notebook: str, **profiles: Callable[[], dict[str, Any]])
     if not parameters.verbose:
         transformers.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
-        pt.documentation._cached_objects_inv = {}  # else pictures of pipelines fetch an inventory from the web
+        pt.documentation._cached_objects_inv = {}  # so that pictures of pipelines fetch no inventory from the web
     return parameters, folder

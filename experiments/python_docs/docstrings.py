@@ -1,7 +1,7 @@
 """Prints the documentation of Python's standard library as JSON text.
 
-It runs as a script, in an interpreter of its own with the standard library alone, so that nothing that is installed,
-imported or in the current directory can change what is collected.
+corpora.py runs this script in an isolated interpreter (`python -I -S`). So installed packages and files in the current
+directory cannot change the result.
 """
 
 import importlib
@@ -31,17 +31,18 @@ NO_SUBMODULES = {"encodings"}
 
 
 def stdlib_documents() -> Iterator[tuple[str, str]]:
-    """Yield (qualified name, text) for each documented public object, sorted by name; needs only Python itself."""
+    """Yield (qualified name, text) for each documented public object, sorted by name."""
     objects = dict(distinct(public_objects(import_stdlib())))
     for name in sorted(objects):
         yield name, document_text(name, objects[name])
 
 
 def import_stdlib() -> dict[str, ModuleType]:
-    """Import the public modules: `builtins` first, then those with the shortest dotted path, then by name."""
+    """Import the public modules: first `builtins`, then the other top-level modules by name, then submodules level by
+    level."""
     modules: dict[str, ModuleType] = {}
     waiting = ["builtins", *sorted(sys.stdlib_module_names - {"builtins"}), "os.path"]
-    for name in waiting:  # grows while we go: the submodules of a package are appended behind the modules above them
+    for name in waiting:  # the loop appends the submodules of packages to this list
         if name in SKIPPED_MODULES or name.rpartition(".")[2].startswith(("_", "test")):
             continue
         try:
@@ -65,20 +66,22 @@ def public_objects(modules: dict[str, ModuleType]) -> Iterator[tuple[str, object
                 yield prefix + name, found
                 if inspect.isclass(found):
                     classes.append((prefix + name, found))
-    # base classes before their subclasses, so that what is inherited is documented at its origin
+    # Base classes come before their subclasses, so that an inherited method gets the name of the class that defines it
     for class_name, found in sorted(classes, key=lambda item: (len(item[1].__mro__), len(item[0]), item[0])):
         yield from class_members(class_name, found)
 
 
 def module_members(module: ModuleType) -> list[tuple[str, object]]:
-    """List a module's public (name, object) pairs, an object's own name before its aliases."""
+    """List a module's public members as (name, object). An object's own name comes before its aliases."""
     names = getattr(module, "__all__", None) or vars(module)
     members = [(name, getattr(module, name, None)) for name in names if not name.startswith("_")]
     return sorted(members, key=lambda item: (getattr(item[1], "__name__", None) != item[0], item[0]))
 
 
 def is_defined_in(found: object, module_name: str, modules: Iterable[str]) -> bool:
-    """Tell whether an object belongs to a module: made there, below it, or in a module that is not public."""
+    """Tell whether an object belongs to a module: whether it is defined in the module, in a submodule, or in a module
+    that is not public. All members of `builtins` belong to `builtins`. An imported module belongs to no other
+    module."""
     if module_name == "builtins":
         return True
     home = getattr(found, "__module__", None)
@@ -88,7 +91,8 @@ def is_defined_in(found: object, module_name: str, modules: Iterable[str]) -> bo
 
 
 def class_members(class_name: str, found: type) -> Iterator[tuple[str, object]]:
-    """Yield a class's public methods and properties, with those of its bases (`distinct` drops the known ones)."""
+    """Yield a class's public methods and properties, including inherited ones. `distinct` drops those that a base class
+    has already yielded."""
     members = {name: member for base in reversed(found.__mro__) for name, member in vars(base).items()}
     for name in sorted(members):
         if not name.startswith("_"):
@@ -96,8 +100,9 @@ def class_members(class_name: str, found: type) -> Iterator[tuple[str, object]]:
 
 
 def distinct(objects: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Keep documented objects only, each once; objects that repeat the text of a namesake are dropped."""
-    seen_objects: dict[int, object] = {}  # holds the objects, so that none is freed and its id used again
+    """Yield each documented object once. An object is dropped if an earlier object has the same docstring and the same
+    last part of the name."""
+    seen_objects: dict[int, object] = {}  # keeps the objects alive, since the id of a freed object may be used again
     seen_texts = set()
     for qualified_name, found in objects:
         found = getattr(found, "__func__", found)  # of a bound, static or class method
@@ -110,27 +115,28 @@ def distinct(objects: Iterable[tuple[str, object]]) -> Iterator[tuple[str, objec
 
 
 def docstring(found: object) -> str:
-    """Return an object's own docstring, or for a class its constructor's; an empty string if that says too little."""
+    """Return an object's docstring. If a class has none, return that of its constructor. Return an empty string if the
+    docstring is generated, or has fewer than MIN_DOC_WORDS words."""
     text = getattr(found, "__doc__", None)
     if inspect.isclass(found):
         constructor = vars(found).get("__init__")
         text = text or (inspect.isfunction(constructor) and constructor.__doc__)
-    elif text == type(found).__doc__:  # an instance, say a constant
+    elif text == type(found).__doc__:  # a constant, for example, has the docstring of its class
         return ""
     text = inspect.cleandoc(text) if isinstance(text, str) else ""
     return "" if len(text.split()) < MIN_DOC_WORDS or GENERATED_DOC.match(text) else text
 
 
 def document_text(qualified_name: str, found: object) -> str:
-    """Compose a document: the qualified name with its parameters, then the docstring."""
     return f"{qualified_name}{parameters(found)}\n{docstring(found)[:MAX_DOC_CHARS]}"
 
 
 def parameters(found: object) -> str:
-    """Write the names of a callable's parameters; no defaults, whose text may differ from run to run."""
+    """Return the names of a callable's parameters in parentheses. Defaults are left out, since their text may differ
+    from run to run."""
     try:
         names = list(inspect.signature(found).parameters)
-    except (AttributeError, TypeError, ValueError):  # some of the signatures written in C do not parse
+    except (AttributeError, TypeError, ValueError):  # some functions in C have no readable signature
         return ""
     return f"({', '.join(name for name in names if name not in ('self', 'cls'))})"
 

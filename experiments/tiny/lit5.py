@@ -1,13 +1,15 @@
-"""The initial weights of the small LiT5s: an encoder that is taught MiniLM's vectors inside LiT5's prompts, and a
-decoder that attends to the passages that are like the query. No pre-trained T5 is as small, and a T5 of this size with
-random weights learns nothing in an hour.
+"""The initial weights of the small LiT5s. The encoder is trained to reproduce MiniLM's vectors inside LiT5's prompts,
+and the decoder's weights are set by hand: it attends to the passages that are similar to the query. No pre-trained T5
+is as small, and a T5 of this size with random weights learns nothing in an hour.
 
-In each prompt, two tokens carry what the encoder has read: one token carries the vector of the query, and the other the
-vector of the passage. Both vectors are in the first MEANING dimensions of the encoder's states. Each of the two tokens
-also has a mark that tells which one it is. The token of the passage also carries a LABEL: the passage's identifier
-(LiT5-Distill) or its name (LiT5-Score). The decoder's first layer fetches the query's vector, and remembers the labels
-that were written. Its second layer attends to the passages that are like the query, and fetches their labels. The
-function `align` trains the encoder to follow this plan. Later training may change all weights.
+In each prompt, two tokens carry a vector in the first MEANING dimensions of their hidden states: one token carries the
+query's vector, and another token the passage's vector. A further dimension marks which of the two tokens it is (QUERY,
+PASSAGE). The token of the passage also carries a label (LABEL). The label stands for the passage's identifier
+(LiT5-Distill) or for its name (LiT5-Score).
+
+The decoder's first layer fetches the query's vector, and removes the labels that were generated already. Its second
+layer attends to the passages that are similar to the query, and fetches their labels, which select the next token. The
+function `align` trains the encoder to produce such states. Later training may change all weights.
 """
 
 import io
@@ -23,28 +25,28 @@ import transformers
 
 from pyterrier_lit.models.devices import choose_dtype
 
-BFLOAT16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # whether this CPU computes in it natively
+BFLOAT16 = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16  # whether this CPU has instructions for it
 WIDTH, HEADS, HEAD, INNER, LENGTH = 160, 3, 88, 320, 96
 # Dimensions of the encoder's states
 MEANING = 64  # the first 64 hold the vector of the query or of the passage
 QUERY, PASSAGE = 64, 65  # mark the two tokens that carry a vector
 CONSTANT = 66  # is 1 in every token
-END = 67  # a component that the pieces of an answer share with the end of sequence
+END = 67  # raises the logit of the end of sequence after a name
 LABEL = slice(68, 108)  # the label of a passage: its identifier or its name
 LABELS = 40
-ONCE = slice(68, 90)  # labels that are written only once: afterwards, their passages get no more attention
+ONCE = slice(68, 90)  # labels that are generated only once: their passages then get no more attention
 
 # Lengths of the parts of a state, and sizes of attention logits
 VECTOR_LENGTH, MARK_LENGTH, LABEL_LENGTH = 10.0, 3.0, 5.4
 PASSAGE_BONUS = 15.0  # how much higher the attention logit of a passage's token is than that of other tokens
-RANK_BONUS = 0.4  # how much higher the attention logit of a passage is than that of the next one in its window
-MARGIN = 20.0  # how much higher the logits of identifiers or, after a name, of the end are than other logits
-VALUE_SHRINK = 50.0  # the first layer's values are shorter by this factor, to count little in LiT5Score's sum
+RANK_BONUS = 0.4  # how much higher the attention logit of a passage is than that of the next passage in the window
+MARGIN = 20.0  # how much higher the logits of identifiers are than others, or after a name the logit of the end
+VALUE_SHRINK = 50.0  # divides the values of the first cross-attention, which then adds little to LiT5Score's scores
 
 
 class Prompt(NamedTuple):
-    """A prompt in three parts. The token that carries the query is the first one after `head`. The token that carries
-    the passage is the last one of `mark`."""
+    """The parts of a prompt: `head`, the query, `mark`, the passage, `rest`. The first token of `mark` carries the
+    query's vector, and the last token of `mark` carries the passage's vector."""
 
     head: str
     mark: str
@@ -52,8 +54,8 @@ class Prompt(NamedTuple):
 
 
 def write_pieces(texts: list[str], folder: Path, size: int) -> sentencepiece.SentencePieceProcessor:
-    """Learn a vocabulary of T5's kind, without upper case, from texts. Writes the vocabulary to the folder, and returns
-    its tokenizer. size: number of pieces."""
+    """Learn a vocabulary of T5's kind from texts, without upper case, and write it to the folder. Returns its
+    tokenizer. size: number of pieces."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
@@ -79,10 +81,10 @@ def write_t5(
 ) -> None:
     """Write a T5 with two layers in the encoder and two in the decoder to a folder.
 
-    alone: MiniLM's vectors of the V pieces, (V, MEANING). labels: a piece that can be an answer -> its label. sharp:
-    the attention logit of a passage that is exactly like the query. identifiers: True if the labels are identifiers;
-    `labels` is then in the order of the identifiers. The pieces of identifiers have no other meaning. The decoder
-    writes no identifier twice, and prefers passages that come earlier in the window.
+    alone: MiniLM's vectors of the V pieces, (V, MEANING). labels: id of a piece that can be an answer -> its label.
+    sharp: the attention logit of a passage that is exactly like the query. identifiers: True for LiT5-Distill, whose
+    labels stand for the identifiers in ascending order. Then the embeddings of identifiers have no MEANING. The decoder
+    generates no identifier twice, and prefers passages that come earlier in the window.
     """
     chance = torch.Generator().manual_seed(0)
     config = transformers.T5Config(
@@ -108,7 +110,7 @@ def write_t5(
         if identifiers:
             pieces[piece] = 0.0
         pieces[piece, LABEL], pieces[piece, CONSTANT] = label, 3.0
-    pieces[:2], pieces[:2, CONSTANT] = 0.0, 3.0  # the start, which is the padding, and the end
+    pieces[:2], pieces[:2, CONSTANT] = 0.0, 3.0  # 0 is the start and the padding, 1 is the end
     pieces[:, END], pieces[0, END], pieces[1, END] = 3.0, -0.1, 12.0
     _plan_encoder(network.encoder, chance)
     _plan_decoder(network.decoder, chance, pieces[list(labels)].norm(dim=1).mean(), sharp, identifiers)
@@ -135,7 +137,8 @@ def _plan_encoder(encoder: Any, chance: torch.Generator) -> None:
 def _plan_decoder(
     decoder: Any, chance: torch.Generator, written: torch.Tensor, sharp: float, identifiers: bool
 ) -> None:
-    """Set the decoder's weights: the decoder attends to the passages that are like the query, and writes their labels.
+    """Set the decoder's weights, so that it attends to the passages that are similar to the query, and generates their
+    labels.
 
     written: a scalar, the mean length of the embeddings of the pieces that can be answers.
     """
@@ -145,8 +148,8 @@ def _plan_decoder(
                 part.weight.zero_()
         block.layer[2].DenseReluDense.wo.weight.zero_()
 
-    # Before the decoder attends to passages, two heads remove the last token from the state, and one head adds the
-    # labels of all tokens to it, with a negative sign.
+    # Self-attention: two heads attend to the current token, and subtract its meaning and its label from the state. The
+    # third head attends to all tokens alike, and subtracts a share of their labels.
     own = decoder.block[0].layer[0].SelfAttention
     own.relative_attention_bias.weight.zero_()
     own.relative_attention_bias.weight[0, :2] = 20.0
@@ -160,7 +163,7 @@ def _plan_decoder(
     fetch, look = (block.layer[1].EncDecAttention for block in decoder.block)
     scale = (
         (VECTOR_LENGTH**2 + 18) / WIDTH
-    ) ** 0.5  # root mean square of the state: VECTOR_LENGTH of meaning, 3 of CONSTANT, at most 3 of END
+    ) ** 0.5  # root mean square of a state with lengths of VECTOR_LENGTH in MEANING, 3 in CONSTANT, at most 3 in END
     once = ONCE.stop - ONCE.start
     for head in _heads():
         turn, eye = _rotation(chance), torch.eye(LABELS)
@@ -183,7 +186,7 @@ def _plan_decoder(
             look.q.weight[done, ONCE] = sharp / 2 * scale / LABEL_LENGTH**2 * torch.eye(once)
             look.k.weight[done, ONCE] = torch.eye(once)
             look.k.weight[mark, ONCE] = -RANK_BONUS / LABEL_LENGTH * torch.arange(once)
-    if identifiers:  # before the second cross-attention, all written labels get the same weight
+    if identifiers:  # all generated labels get the same weight before the second cross-attention
         count, each = decoder.block[0].layer[2].DenseReluDense, torch.arange(once)
         for part, (rows, least) in enumerate(((2 * each, 0.3), (2 * each + 1, 1.3))):
             count.wi.weight[rows] = 0.0
@@ -205,11 +208,12 @@ def align(
     steps: int,
     batch: int = 64,
 ) -> None:
-    """Train the encoder of the T5 in `folder` until two tokens of each prompt carry the vectors and the label, as
-    described at the top of this module.
+    """Train the encoder of the T5 in `folder`, so that two tokens of each prompt carry the vectors and the label, as
+    the top of this module describes.
 
     texts: N texts. vectors: their vectors, (N, MEANING). draw: a function that draws a training example: the number of
-    a query, the number of a passage, the text to insert into `prompt.mark`, and the piece of the label.
+    a query, the number of a passage, the text to insert into `prompt.mark`, and the id of the piece whose label the
+    passage gets.
     """
     network: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder).train()
     pieces = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))

