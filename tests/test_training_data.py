@@ -293,6 +293,8 @@ def test_samples_are_what_their_names_say():
     for sampled in samples("single_relevant", 4, values):
         assert sampled[0] in (1, 4) and not {1, 4} & set(sampled[1:]) and len(sampled) == 4
     assert {sampled[0] for sampled in samples("single_relevant", 4, values)} == {1, 4}
+    with pytest.raises(ValueError, match=r"single_relevant.*positive target.*highest of these 2 targets is -1\.0"):
+        samples("single_relevant", 4, [-1.0, -2.0])
 
 
 @pytest.mark.parametrize("how", data.SAMPLERS)

@@ -145,7 +145,7 @@ def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random
         how: the name of the sampling, a key of SAMPLERS. lightning-ir uses the same names.
         rng: the random generator.
 
-    Raises ValueError if SAMPLERS does not have the name.
+    Raises ValueError if SAMPLERS does not have the name, or if "single_relevant" finds no positive target.
     """
     if how not in SAMPLERS:
         raise ValueError(f"sampling={how!r}; wanted one of {', '.join(map(repr, SAMPLERS))}")
@@ -158,6 +158,12 @@ def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[
     passages without a positive target."""
     relevant = [i for i, target in enumerate(targets) if target > 0]
     others = [i for i, target in enumerate(targets) if target <= 0]
+    if not relevant:
+        raise ValueError(
+            f"sampling='single_relevant' needs a passage with a positive target in each list, but the highest of these "
+            f"{len(targets)} targets is {max(targets)}. For a teacher whose scores are not labels, use another "
+            "sampling, such as 'log_random'"
+        )
     return [rng.choice(relevant), *rng.sample(others, min(n - 1, len(others)))]
 
 
