@@ -3,12 +3,12 @@ passages of DL21, but not the queries of DL21.
 
     python experiments/dl21.py [NAME ...] [--output FOLDER] [--share 1.0] [--record]
 
-The encoder of the PE-Rank is all-MiniLM-L6-v2 itself. `tiny/mistral.py` sets the initial weights of PE-Rank's language
-model, and `tiny/lit5.py` those of the LiT5-Distill. The passages are those of DL19, DL21 and DL22. The training queries
-are those of DL19, DL22, WikiQA and TREC QA, and sentences from the passages. BM25 retrieves the candidates. As in
-`tiny/`, the teacher's score is MiniLM's cosine plus a small share of BM25's score. In training, MiniLM reads at most 98
-tokens of a passage, and a prompt of LiT5-Distill has at most 96 tokens. The students are tested on the queries of DL21
-with BM25's first 100 passages. The script needs ../shared/data.
+PE-Rank's passage encoder is all-MiniLM-L6-v2 (MiniLM), not a smaller encoder as in `tiny/`. `tiny/mistral.py` sets the
+initial weights of PE-Rank's language model, and `tiny/lit5.py` those of the LiT5-Distill. The passages are those of
+DL19, DL21 and DL22. The training queries are those of DL19, DL22, WikiQA and TREC QA, and sentences from the passages.
+BM25 retrieves the candidates. As in `tiny/`, the teacher's score is MiniLM's cosine plus a small share of BM25's score.
+In training, MiniLM reads at most 98 tokens of a passage, and a prompt of LiT5-Distill has at most 96 tokens. The
+students are tested on the queries of DL21 with BM25's first 100 passages. The script needs ../shared/data.
 """
 
 import argparse

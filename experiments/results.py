@@ -114,8 +114,7 @@ def page(questions: list[Question], recorded: pd.DataFrame) -> str:
 def part(question: Question, rows: pd.DataFrame) -> str:
     dates = sorted(set(rows["date"]))
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
-    machines = [*dict.fromkeys(rows["machine"])]
-    where = f"{len(machines)} machines: {'; '.join(machines)}" if len(machines) > 1 else machines[0]
+    where = ", and on ".join(dict.fromkeys(map(named, rows["machine"])))
     picture = f"![{question.question}]({question.picture.file})\n\n" if question.picture else ""
     notes = [f"{note['date']}: {note['text'].strip()}" for note in question.notes] + [f"Measured on {where}."]
     listed = "".join(textwrap.indent(f"- {note}", "  ")[2:] + "\n" for note in notes)
@@ -124,6 +123,13 @@ def part(question: Question, rows: pd.DataFrame) -> str:
         f"Measure it again: `{question.command}`\n\n"
         f"<details><summary>Notes: {len(rows)} values, {when}</summary>\n\n{listed}\n</details>\n"
     )
+
+
+def named(machine: str) -> str:
+    """The words for a machine of measured.csv, such as "2 cores with AVX2 and VNNI"."""
+    cores, *extensions = (part for part in machine.split(", ") if part != "no GPU")
+    listed = " and ".join(filter(None, [", ".join(extensions[:-1]), *extensions[-1:]]))
+    return f"{cores} with {listed}" if listed else cores
 
 
 def anchor(heading: str) -> str:

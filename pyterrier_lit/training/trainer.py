@@ -234,7 +234,7 @@ def training_arguments(
         validated: whether `train` has a function `validate`.
 
     Raises ValueError, as `train` does, if there are no lists, if the batch sizes do not match, or if there would be
-    less than one step. Warns if the warm-up is as long as the training.
+    less than one step. Warns if the warm-up is at least as long as the training.
     """
     micro_batch, accumulated = _micro_batches(n_lists, recipe)
     steps = _steps(n_lists, recipe)
