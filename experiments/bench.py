@@ -153,9 +153,9 @@ def known() -> list[str]:
 def compare(
     row: Row, data: str, passages: int, turns: int, threads: int, pythons: Mapping[str, str], before: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """Run all systems of a row. Returns a dict for each system. Its keys are "seconds" (the shortest time), "peak GB"
-    and "results". Systems of this package, except those in int8, also have "flops" and "bytes". A system that is not
-    installed has only "not run", the reason."""
+    """Run all systems of a row. Returns a dict: name of a system -> its dict. The keys of a system's dict are "seconds"
+    (the shortest time), "peak GB" and "results". Systems of this package, except those in int8, also have "flops" and
+    "bytes". If a system is not installed, its dict has only the key "not run", with the reason as its value."""
     systems = {system: (system, pythons.get(system, sys.executable), SYSTEMS.parents[1]) for system in row.systems}
     if before:
         systems["before"] = ("ours", sys.executable, before.resolve())

@@ -53,8 +53,9 @@ def make(kind: str, size: str, dtype: str, queries: list[str], passages: list[li
 
 def read(data: str, queries: int, passages: int, scratch: Path) -> tuple[list[str], list[list[str]]]:
     """The first `queries` queries of a collection that have `passages` passages, and the texts of these passages. The
-    passages are the first ones of the collection's run. If the collection has no run, BM25 retrieves them. Raises
-    ValueError if there are fewer such queries."""
+    passages are the first ones of the collection's run. If the collection has no run, BM25 retrieves the passages, but
+    only for the first 4 * `queries` topics. Raises ValueError if fewer than `queries` queries with enough passages are
+    found."""
     collection = corpora.load(data)
     loader = collection.text_loader()
     if collection.run is None:

@@ -150,8 +150,9 @@ def progress(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def tolerance(paper: str, model: str, measure: str) -> float:
-    """The largest difference from a published figure that a faithful reproduction may have. It is nan for measures that
-    depend on the machine, such as seconds and memory."""
+    """The largest difference from a published figure that a faithful reproduction may have. Only nDCG@k, alpha-nDCG@k,
+    MAP@k, R@k, RR@k and P@k have a tolerance. For any other measure, the result is nan. It is also nan if no line of
+    TOLERANCES matches the paper and the model."""
     if not re.match(r"(nDCG|MAP|alpha-nDCG|R|RR|P)@\d+$", measure):
         return float("nan")
     fitting = (t for papers, models, t in TOLERANCES if re.fullmatch(papers, paper) and re.fullmatch(models, model))

@@ -1,5 +1,6 @@
-"""Estimates what reranking costs at scale. It measures the time of each stage of reranking. From these times, it
-computes how many queries a second several workers rerank, and how many machines are needed."""
+"""Estimates what reranking costs at scale. It runs each stage of reranking except the network several times, and takes
+the shortest time. From these times, it computes how many queries a second several workers rerank, and how many machines
+are needed."""
 
 import functools
 import math

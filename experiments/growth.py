@@ -1,5 +1,5 @@
-"""Measures the seconds and the memory of each reranker as the numbers of passages, queries and tokens grow. Fits the
-exponent with which the seconds grow. Run by hand.
+"""Measures the seconds and the memory of each reranker as the number of passages, the number of queries and the length
+of the passages grow. Fits the exponent with which the seconds grow. Run by hand.
 
     python experiments/growth.py [--only passages queries tokens] [--rerankers PERank]
         [--plot pyterrier_lit/pt_docs/growth.svg] [--record]

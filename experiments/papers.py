@@ -87,9 +87,9 @@ CORPORA: dict[str, str] = {  # corpus of a task of TIREx -> its name in publishe
 class Collection:
     """A collection and its first stages.
 
-    source: the name of the collection for `corpora.load`. first_stages: name of a first stage -> its source for
-    `first_stages.load`. systems: the public runs over each first stage, as name of the first stage -> name of the
-    system -> file.
+    source: what `corpora.load` loads, such as `python-docs/test`, `irds:ID`, a folder or a qrels file. first_stages:
+    name of a first stage -> its source for `first_stages.load`. systems: the public runs over each first stage, as name
+    of the first stage -> name of the system -> file.
     """
 
     source: str

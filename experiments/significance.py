@@ -1,5 +1,8 @@
-"""The papers' significance tests: p-values of rerankers against a baseline, corrected for multiple tests. The tests
-read only values per query."""
+"""The papers' significance tests: p-values of rerankers against a baseline, corrected for multiple tests.
+
+The tests take a reranker's value for each query, such as its nDCG@10. They take no runs or qrels. LiT5's test also
+takes the published means of the other systems.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -60,7 +60,7 @@ def counted_tokens() -> Iterator[Tokens]:
     manager yields a `Tokens`, which is updated after each batch.
 
     If the function that computes a batch calls `map_batches` itself, only the batches of this inner call are counted.
-    For example, a LiT5 reranker calls `map_batches` to encode the prompts of each batch.
+    For example, the function of a LiT5 reranker calls `map_batches` to encode the prompts of each batch.
     """
     tokens = Tokens()
     before = _counting.set(tokens)

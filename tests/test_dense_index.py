@@ -76,7 +76,7 @@ def firsts(encoder, index, tmp_path_factory):
 
 
 @pytest.mark.parametrize("first", ["dense", "bm25"])
-def test_three_pipelines_give_identical_orders(firsts, first, folder, index, encoder, text):
+def test_four_pipelines_give_identical_orders(firsts, first, folder, index, encoder, text):
     first = firsts[first]
     pipelines = {
         "column": first >> index.vec_loader() >> PERank(folder, device="cpu"),

@@ -250,7 +250,7 @@ def test_a_folder_is_refused_to_other_data_and_other_weights(encoder, candidates
         ({"student": encoder(doc_length=9)}, "student"),
     ):
         with pytest.raises(
-            ValueError, match=f"has checkpoints of training with another {name}: .*, now .*; give another folder"
+            ValueError, match=rf"has checkpoints of training with another {name} \(.*; now .*\): give another folder"
         ):
             fit(**what)
 

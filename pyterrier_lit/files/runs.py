@@ -1,4 +1,5 @@
-"""Reranks candidates and writes a TREC run, in chunks of queries. This module does not deal with models."""
+"""Reranks candidates and writes a TREC run, in chunks of queries. An unfinished run is in a file called a part. This
+module does not deal with models."""
 
 import contextlib
 import gzip
@@ -222,7 +223,8 @@ class Part:
 
 
 def _parts(output: Path) -> dict[Path, list[str]]:
-    """The non-empty parts of an output: path of the part -> the hashes in its name."""
+    """The unfinished runs of an output, as path of the part -> the hashes in the name of the part. Empty files are left
+    out."""
     found = {
         part: re.fullmatch(re.escape(output.name) + PARTS, part.name) for part in sorted(output.parent.glob("*.part"))
     }

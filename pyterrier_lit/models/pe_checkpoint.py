@@ -115,8 +115,8 @@ class PERankCheckpoint:
         weight = words.weight.detach() if tied else self.folder.weight("lm_head.weight")
         if weight is None:
             raise ValueError(
-                f"{self.folder} has no lm_head.weight, which saving a PE-Rank drops: run alignment before saving,"
-                " right after PERank.from_backbone"
+                f"{self.folder} has no lm_head.weight, because `save` leaves it out of a PE-Rank: run alignment right"
+                " after PERank.from_backbone, before you save"
             )
         return weight
 

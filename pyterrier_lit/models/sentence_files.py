@@ -22,8 +22,9 @@ class SentenceFiles:
         prompt: a text that is put before each query.
         max_length: the maximum input length in tokens. None means that these files set no maximum.
         lower_case: whether texts are lower-cased.
-        chat: whether sentence-transformers uses a chat template with placeholders for a query and a document, if the
-            tokenizer has one.
+        chat: False if these files rule out a chat template, so that sentence-transformers ignores a chat template of
+            the tokenizer. If True, sentence-transformers builds its inputs with the tokenizer's chat template, provided
+            that this template has placeholders for a query and a document.
         files: the files themselves, as name -> content.
     """
 

@@ -74,8 +74,8 @@ class TextEncoder:
 
 
 def read_text_encoder(folder: Folder, pooling: str) -> TextEncoder:
-    """Load a trained encoder from a folder. `pooling` is "mean", "cls" or "last_token". Raises the same errors as
-    `text_encoder`."""
+    """Load a trained encoder from a folder. `pooling` is "mean", "cls" or "last_token". Raises FileNotFoundError if a
+    file is missing, and ValueError if a file cannot be read. Also raises the errors of `text_encoder`."""
     return text_encoder(folder.config, folder.weights(), folder.tokenizer(), pooling, str(folder))
 
 

@@ -90,6 +90,7 @@ def _encode_alone(tokenizer: tokenizers.Tokenizer, text: str, special_tokens: bo
 
 def settle(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any]) -> None:
     """Let BERT's settings for characters in tokenizer_config.json override those in tokenizer.json, as in transformers.
+    These settings are lower-casing, stripping accents, and splitting Chinese characters.
 
     Args:
         tokenizer: the tokenizer, which is changed in place.

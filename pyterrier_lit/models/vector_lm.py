@@ -232,8 +232,9 @@ def _can_be_cut(cache: Any) -> bool:
 
 @functools.cache
 def _cache_argument(model: Any) -> str:
-    """Return the name of a model's cache argument in this version of transformers. A model ignores an argument with any
-    other name. Raises RuntimeError if the model has no cache argument with a known name."""
+    """Return the name of a model's cache argument in this version of transformers. If the cache is passed under another
+    name, the model ignores it without an error. Raises RuntimeError if the model has no cache argument with a known
+    name."""
     names = inspect.signature(model.forward).parameters
     known = [name for name in ("cache", "past_key_values") if name in names]
     if not known:

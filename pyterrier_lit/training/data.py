@@ -516,8 +516,9 @@ def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
 
 
 def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
-    """Yield (qid, docno, value) for each row of a frame, with the values of `column`. Error messages call the frame
-    `who`.
+    """Yield (qid, docno, value) for each row of a frame, with the values of `column`.
+
+    who: the words for the frame in error messages, such as "the qrels".
 
     Raises ValueError if a column is missing, if a row has no qid or docno, or if a value is not a finite number.
     """

@@ -314,8 +314,8 @@ def _claim(folder: Path, started: dict[str, Any]) -> None:
         name = next((name for name in started if held.get(name) != started[name]), None)
         if name is not None:
             raise ValueError(
-                f"{folder} has checkpoints of training with another {name}: {held.get(name)}, now {started[name]};"
-                " give another folder, or delete it"
+                f"{folder} has checkpoints of training with another {name} ({held.get(name)}; now {started[name]}):"
+                " give another folder, or delete this folder"
             )
     folder.mkdir(parents=True, exist_ok=True)
     written = file.with_name(f"{STARTED_WITH}.{os.getpid()}")
