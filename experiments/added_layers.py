@@ -26,7 +26,7 @@ from pyterrier_lit.batching import like_lengths, padded
 from pyterrier_lit.training import losses
 from pyterrier_lit.training.data import sample
 
-BEGINS = 12  # the position id of a passage's first token. In a pair, it depends on the query's length
+BEGINS = 5, 24  # the position ids from which that of a passage's first token is drawn. In a pair, the query precedes it
 RATE = {
     "attention": 2e-4,
     "units": 1e-3,
@@ -75,13 +75,13 @@ def _read(student: CrossEncoder, texts: list[str], length: int, passages: bool) 
     body, tokenizer = student.load().network.body, copy.deepcopy(student.load().tokenizer)
     tokenizer.no_padding(), tokenizer.enable_truncation(length + 2)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    found: list[Tensor] = [torch.empty(0)] * len(texts)
+    drawn, found = random.Random(0), [torch.empty(0)] * len(texts)
     for batch in pt.tqdm([*like_lengths([len(row) for row in ids], 2_048)], desc="states"):
         rows, mask = padded([ids[i] for i in batch])
         types, positions = torch.zeros_like(rows), torch.arange(rows.shape[1]).expand_as(rows).clone()
         if passages:
             types[:, 1:] = 1
-            positions[:, 1:] += BEGINS - 1
+            positions[:, 1:] += torch.tensor([[drawn.randint(*BEGINS) - 1] for _ in batch])
         hidden = body.embeddings(input_ids=rows, token_type_ids=types, position_ids=positions)
         minus = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[:, None, None]
         for layer in body.encoder.layer[: -towers.ADDED]:
