@@ -1,10 +1,8 @@
-"""Trains a cross-encoder that begins as a bi-encoder (`towers.py`) on rankings for some 6,000 queries: does its nDCG@10
-rise?
+"""Trains a cross-encoder that begins as a bi-encoder (`towers.py`) on 4,381 rankings: does its nDCG@10 rise?
 
     python experiments/student.py [--output FOLDER] [--seeds 1 2] [--share 1.0] [--test COLLECTION ...] [--record]
 
-The cross-encoder begins as all-MiniLM-L6-v2. Only its added layers are trained (`added_layers.py`), with RankNet on
-these rankings:
+The cross-encoder begins as all-MiniLM-L6-v2 and is trained with RankNet on these rankings:
 
 * For 28 queries of DL19, the passages of five first stages are ranked by the reciprocal rank fusion of 28 runs of large
   language models.
@@ -16,10 +14,10 @@ these rankings:
 
 The weights are kept from the step with the highest nDCG@10 on the other 15 queries of DL19. With several seeds, one
 student is trained for each seed, and the mean of their weights is the final student (model soups, arXiv 2203.05482).
-Averaging works because all seeds begin with the same weights. The final student is tested on DL21 and Vaswani, whose
-queries, judgements and texts it has not seen, and on the test queries of NFCorpus. The script needs ../shared/data and
-../shared/models. An interrupted call resumes: the teacher's scores, the hidden states and the students are kept in
-FOLDER.
+Averaging works because all seeds begin with the same weights. Once the first call has written the training data,
+further seeds can be trained in calls of their own, also at the same time. The final student is tested on DL21 and
+Vaswani, whose queries, judgements and texts it has not seen, and on the test queries of NFCorpus. The script needs
+../shared/data and ../shared/models. An interrupted call resumes.
 """
 
 import argparse
@@ -27,22 +25,18 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import added_layers
 import encoders
 import measured
 import pandas as pd
-import pyterrier as pt
 import tokenizers
 import torch
 import torch.nn.functional as F
 import towers
 import transformers
-from added_layers import States
 from first_stages import silence
-from ir_measures import nDCG
 from papers import SHARED
 from real_teachers import DEPTH, report, sentences, similarity, tested
 
@@ -51,15 +45,22 @@ import load as shared
 
 from pyterrier_lit import CrossEncoder
 from pyterrier_lit.batching import like_lengths, padded
+from pyterrier_lit.training import Distil
 
 SPLADE = SHARED.parent / "models" / "splade-tiny"
 TIMES = {"dl19": 8, "dl22": 3}  # collection -> how often each of its queries is repeated in the training data
 HELD_OUT = 15  # queries of DL19, for validation
+OF_NFCORPUS = 1_000  # number of sampled queries
 SENTENCES = 3_000  # number of passages of which one sentence becomes a query
 FUSION = 10  # the constant of reciprocal rank fusion
 LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
+FROZEN = 3  # number of layers, from the first one, that are not trained
 LENGTHS = {"query_length": 24, "doc_length": 64}  # maximum lengths in tokens, in training
-STEPS = 400  # for each seed; 256 query-passage pairs a step
+LEARNING = {
+    "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "schedule": "cosine", "warmup": 15,
+    "learning_rate": 2.5e-5, "clip": 1.0, "precision": "float32", "verbose": False, "every": 110,
+}  # fmt: skip
+STEPS = 220  # for each seed; 64 query-passage pairs a step
 
 
 def main() -> None:
@@ -79,47 +80,26 @@ def main() -> None:
     places = [output / f"seed {seed}" for seed in arguments.seeds]
     for seed, place in zip(arguments.seeds, places, strict=True):
         if not place.exists():
-            student, lists = CrossEncoder(str(untrained), device="cpu"), taught(output)
-            queries, passages = stored(student, lists, output)
             started = time.monotonic()
-            steps = int(STEPS * arguments.share)
-            added_layers.train(student, lists, queries, passages, steps, seed, validation(queries, passages))
-            student.save(place)
+            learned(CrossEncoder(str(untrained)), taught(output), seed, arguments.share, output).save(place)
             print(f"seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-    name = f"added layers, mean of the seeds {', '.join(map(str, arguments.seeds))}"
+    name = f"mean of the seeds {', '.join(map(str, arguments.seeds))}"
     student = mean([CrossEncoder(str(place), query_length=32, doc_length=128) for place in places])
     for collection in arguments.test:
         question = f"Does a cross-encoder that begins as a bi-encoder become better, on {collection}?"
         report(tested({name: student}, collection, output / collection), question, arguments.record)
 
 
-def stored(student: CrossEncoder, lists: pd.DataFrame, output: Path) -> tuple[States, States]:
-    """The hidden states of the queries and passages of training and validation."""
-    both = pd.concat([lists, to_validate()])
-    queries = added_layers.states(student, both["query"], LENGTHS["query_length"], False, output / "queries.pt")
-    return queries, added_layers.states(student, both["text"], LENGTHS["doc_length"], True, output / "passages.pt")
-
-
-def to_validate() -> pd.DataFrame:
+def learned(student: CrossEncoder, lists: pd.DataFrame, seed: int, share: float, output: Path) -> CrossEncoder:
+    body = student.load().network.body
+    for part in (body.embeddings, *body.encoder.layer[:FROZEN]):
+        part.requires_grad_(False)
     candidates = shared.res("dl19", "run.bm25.txt", DEPTH)
-    return candidates[candidates.qid.isin(held_out())]
-
-
-def validation(queries: States, passages: States) -> Callable[[added_layers.Score], float]:
-    """A function that returns the nDCG@10 of a student on the held-out queries of DL19."""
-    candidates, qrels = to_validate(), shared.qrels("dl19")
-    qrels = qrels[qrels.qid.isin(candidates.qid)]
-
-    @torch.inference_mode()
-    def validate(scored: added_layers.Score) -> float:
-        scores = [
-            pd.Series(scored(queries[query], *passages.padded(rows["text"])).tolist(), rows.index)
-            for query, rows in candidates.groupby("query")
-        ]
-        run = candidates.assign(score=pd.concat(scores))
-        return float(pt.Evaluate(run, qrels, metrics=[nDCG @ 10])["nDCG@10"])
-
-    return validate
+    Distil(
+        student, lists[["qid", "docno", "score"]], steps=int(STEPS * share), seed=seed,
+        folder=output / f"training of seed {seed}", **LEARNING,
+    ).fit(lists, None, candidates[candidates.qid.isin(held_out())], shared.qrels("dl19"))  # fmt: skip
+    return student
 
 
 def held_out() -> list[str]:
@@ -167,10 +147,13 @@ def of_encoders() -> pd.DataFrame:
     questions = pd.concat([shared.topics("wikiqa"), shared.topics("trecqa"), made]).drop_duplicates("query")
     qrels = shared.qrels("nfcorpus", "qrels.train.txt")
     asked = shared.topics("nfcorpus", "queries.all.tsv")
-    of_nfcorpus = retrieved(asked[asked.qid.isin(qrels.qid)], shared.docs("nfcorpus"))
+    asked = asked[asked.qid.isin(qrels.qid)].sample(OF_NFCORPUS, random_state=0)
+    of_nfcorpus = retrieved(asked, shared.docs("nfcorpus"))
     found = pd.concat([of_dl22, retrieved(questions, passages), of_nfcorpus], ignore_index=True)
-    of_encoder = (similarity(found["query"], found["text"]), products(found))
-    found["score"] = sum(standard(pd.Series(scores, found.index), found.qid) for scores in of_encoder)
+    found["score"] = sum(
+        standard(pd.Series(scores, found.index), found.qid)
+        for scores in (similarity(found["query"], found["text"]), products(found))
+    )
     label = found[["qid", "docno"]].merge(qrels, on=["qid", "docno"], how="left").label.fillna(0)
     found["score"] += LABEL * (label.to_numpy() > 0)
     found = found.groupby("qid").filter(lambda rows: len(rows) > 8)

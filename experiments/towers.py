@@ -9,17 +9,14 @@ Here, the initial weights already make this comparison:
   both dimensions alike. For two tokens with marks m and m', each head adds a constant times (m m' - 1 1') to the
   attention logit, where 1 1' is the product of the two tokens' other dimension. The added term is 0 if both tokens are
   in the same text, and negative otherwise.
-* Four more dimensions for each head carry the code of the token's word piece. Equal word pieces have equal codes.
-* In a first added layer, some heads attend to tokens with the same code, and the others to similar tokens of the other
-  text. So each token knows how much of a head's attention goes to the passage rather than the query. For a token of
-  the query, the feed-forward network computes a number from this: how well the passage matches the token. Before
-  training, the number is 0.
+* A first added layer attends to similar tokens of the other text. Before training, its attention adds nothing to the
+  state.
 * A second added layer computes, for each token, the mean of all tokens of the same text. Its LayerNorm scales all means
   to the same length.
 * A third added layer is the last one. Half of its heads read the query's mean u, and the other half the passage's mean
   v. Its feed-forward network computes the product of u and v from the equation 4 u v = (u + v)^2 - (u - v)^2, where z^2
-  is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products over all dimensions, and the mean of
-  the numbers of the query's tokens, replace the mark. The model's head reads this mark.
+  is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products over all dimensions replaces the
+  mark, and the model's head reads this sum.
 
 Training may change all weights, and the checkpoint has BERT's ordinary architecture. The score is only "nearly" the
 cosine, above all because the position ids of the passage begin after the query, and the passage has no [CLS].
@@ -42,12 +39,6 @@ TOLD = 6.0  # the logit by which the last two layers tell marks apart
 ALIKE = 1.2  # how sharply the first added layer prefers similar tokens
 POOLED, SMALL = 30.0, 0.35  # how far means outweigh the state to which they are added; factor of u and v
 READ, SCALE = 3.0, 5.0  # the mark for a cosine of 1; the score for a mark of 1
-ADDED = 3  # number of added layers
-CODE = 4  # dimensions of the code for each head
-LEXICAL, SAME = 4, 12.0  # number of heads that compare codes; their attention logit for equal word pieces
-ROUNDING = 3  # number of units that round marks
-UNITS, OFF = 128, 4.0  # number of units that compute the numbers; how far they are switched off for the passage
-SEEN, MATCHED = 0.5, 0.5  # size of a head's share of attention in the state; the mark for a mean number of 1
 
 
 def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> CrossEncoder:
@@ -67,9 +58,9 @@ def begin(folder: str, texts: list[str], seed: int = 42, **lengths: int) -> Cros
         student = CrossEncoder.from_backbone(place, device="cpu", **lengths)
         network = student.load().network
     with torch.no_grad():
-        plan = Plan(network.body.config)
+        heads = encoder.config.num_attention_heads
         network.linear.weight.zero_()
-        network.linear.weight[0, plan.marks] = SCALE / plan.heads * plan.signs
+        network.linear.weight[0, encoder.config.hidden_size : -heads] = SCALE / heads * _signs(heads)
     return student
 
 
@@ -101,46 +92,23 @@ def _measured(
     return sizes, _rotation(half, seed) @ main
 
 
-class Plan:
-    """Where the components of the wider state are, and the directions that no layer of the bi-encoder uses."""
-
-    def __init__(self, config: transformers.BertConfig):
-        heads = config.num_attention_heads
-        self.heads, self.head = heads, config.hidden_size // heads  # the number of heads, and their width
-        self.part = self.head - 2 - CODE  # a head's width in the bi-encoder
-        self.width = self.part * heads
-        self.marks = slice(self.width, self.width + heads)
-        self.ones = slice(self.marks.stop, self.marks.stop + heads)
-        self.codes = slice(self.ones.stop, config.hidden_size)
-        # The mark of a token of the query. Half of its components are negative, so that the state's mean stays the same
-        self.signs = torch.tensor([1.0, -1.0]).repeat(heads // 2)
-        ones = torch.ones(heads)
-        basis = torch.linalg.qr(torch.cat([torch.stack([self.signs, ones], 1), torch.eye(heads)[:, 2:]], 1))[0].T
-        free = torch.cat([basis[2:], basis[1:2]])  # a LayerNorm changes only the last one, as the others have mean 0
-        padding = (self.width, CODE * heads)
-        # One direction for how well a token is matched, and one for the share of attention that each head reads
-        self.of_number, *of_heads = F.pad(torch.block_diag(free, free), padding)
-        self.of_heads = torch.stack(of_heads[:heads])
-
-    def by_head(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.view(self.heads, self.head, -1)
-
-
-class _Wide(Plan):
+class _Wide:
     """The wider BERT of the cross-encoder, built from the bi-encoder."""
 
     def __init__(self, encoder: transformers.BertModel, sizes: dict[str, float], directions: torch.Tensor, seed: int):
-        self.encoder, self.sizes, self.directions, self.seed = encoder, sizes, directions, seed
+        self.encoder, self.sizes, self.directions = encoder, sizes, directions
         config = encoder.config
-        hidden = config.hidden_size + (2 + CODE) * config.num_attention_heads
+        self.heads, self.width = config.num_attention_heads, config.hidden_size
+        self.part = self.width // self.heads  # width of a head, without the two added components
+        self.signs = _signs(self.heads)
         wide = transformers.BertConfig.from_dict(
             config.to_dict()
-            | {"hidden_size": hidden, "num_hidden_layers": config.num_hidden_layers + ADDED}
+            | {"hidden_size": self.width + 2 * self.heads, "num_hidden_layers": config.num_hidden_layers + 3}
             | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         )
-        super().__init__(wide)
         torch.manual_seed(seed)
         self.model = transformers.BertModel(wide, add_pooling_layer=False).eval()
+        self.seed = seed
         with torch.no_grad():
             self.embeddings()
             layers = self.model.encoder.layer
@@ -154,28 +122,19 @@ class _Wide(Plan):
     def embeddings(self) -> None:
         ours, theirs = self.model.embeddings, self.encoder.embeddings
         size = self.sizes["embeddings.LayerNorm"]
-        mark = size * MARK
         for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
             weight = getattr(ours, name).weight
             weight.zero_()
             weight[:, : self.width] = getattr(theirs, name).weight
         ours.token_type_embeddings.weight[1, : self.width] = ours.token_type_embeddings.weight[0, : self.width]
         marks = torch.stack([torch.cat([m * self.signs, self.signs]) for m in (1, -1)])
-        ours.token_type_embeddings.weight[:, self.width : self.codes.start] = mark * marks
-        ours.word_embeddings.weight[:, self.codes] = mark * self.coded(theirs.word_embeddings.weight)
-        self.norm(ours.LayerNorm, theirs.LayerNorm, size, came=mark)
-
-    def coded(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The codes of the word pieces, (V, CODE heads). A code has mean 0 and variance 1. Similar embeddings have
-        similar codes."""
-        centred = embeddings - embeddings.mean(0)
-        rows = _rotation(self.width, self.seed)[: CODE * self.heads]
-        return F.layer_norm(centred @ rows.T, [len(rows)], eps=0.0)
+        ours.token_type_embeddings.weight[:, self.width :] = size * marks
+        self.norm(ours.LayerNorm, theirs.LayerNorm, size, came=size)
 
     def layer(self, ours: torch.nn.Module, theirs: torch.nn.Module, name: str, last: bool) -> None:
         """Copy a layer of the bi-encoder. last: leave out the weight and bias of the layer's last LayerNorm."""
         own, attention = ours.attention.self, theirs.attention.self
-        stretch = (self.head / self.part) ** 0.5  # transformers divides by the root of a head's width
+        stretch = ((self.part + 2) / self.part) ** 0.5  # transformers divides by the root of a head's width
         for to, given, factor in (
             (own.query, attention.query, stretch), (own.key, attention.key, 1.0), (own.value, attention.value, 1.0),
         ):  # fmt: skip
@@ -187,7 +146,7 @@ class _Wide(Plan):
         self.see_mark(own, APART, MARK)
         out, dense = ours.attention.output, theirs.attention.output.dense
         out.dense.weight.zero_(), out.dense.bias.zero_()
-        out.dense.weight.view(-1, self.heads, self.head)[: self.width, :, : self.part] = dense.weight.view(
+        out.dense.weight.view(-1, self.heads, self.part + 2)[: self.width, :, : self.part] = dense.weight.view(
             self.width, self.heads, self.part
         )
         out.dense.bias[: self.width] = dense.bias
@@ -200,43 +159,28 @@ class _Wide(Plan):
         self.norm(ours.output.LayerNorm, theirs.output.LayerNorm, self.sizes[f"{name}.output.LayerNorm"], last=last)
 
     def look(self, layer: torch.nn.Module) -> None:
-        """Set the weights of the first added layer. Some of its heads compare codes, and the others attend to similar
-        tokens of the other text. All heads write the share of their attention that goes to the passage into the state.
-        Units of the MLP read it. The layer also rounds every mark to 1 or -1."""
+        """Set the weights of the first added layer, whose heads attend to similar tokens of the other text. Before
+        training, the heads add nothing to the state. The layer also rounds every mark to 1 or -1."""
         own, turned = layer.attention.self, _rotation(self.width, self.seed).view(self.heads, self.part, self.width)
         for to, factor in ((own.query, ALIKE), (own.key, ALIKE), (own.value, 1.0)):
             to.weight.zero_(), to.bias.zero_()
             self.by_head(to.weight)[:, : self.part, : self.width] = factor * turned
         self.see_mark(own, TOWARDS, MARK)
-        own.key.weight[self.part :: self.head] *= -1
-        for head in range(LEXICAL):
-            rows = _rotation(CODE * self.heads, self.seed + head)[: self.part]
-            scale = (SAME * self.head**0.5 / self.part) ** 0.5 / MARK
-            for to in (own.query, own.key):
-                self.by_head(to.weight)[head] = 0
-                self.by_head(to.weight)[head, : self.part, self.codes] = scale * rows
+        own.key.weight[self.part :: self.part + 2] *= -1
         first, second = layer.intermediate.dense, layer.output.dense
-        out = layer.attention.output.dense
-        for added in (out, second):
+        for added in (layer.attention.output.dense, second):
             added.weight.zero_(), added.bias.zero_()
-        own.value.weight[self.part :: self.head, self.marks] = -self.signs / self.heads / MARK
-        out.weight[:, self.part :: self.head] = SEEN * self.of_heads.T
-        units = first.weight[ROUNDING : ROUNDING + UNITS]
-        units += torch.randn(UNITS, self.heads) @ self.of_heads / SEEN
-        units[:, self.marks] += OFF / MARK * self.signs / self.heads
-        first.bias[ROUNDING : ROUNDING + UNITS] = -OFF
         # For a mark m = MARK x, gelu(16 S x + S) - gelu(16 S x - S) is 2 S if x = 1, S if x = 0, and 0 if x = -1. And
         # gelu(m + S) is nearly m + S. The second matrix divides the difference by S, and subtracts 1 and m: the new
         # mark is 1, 0 or -1
-        first.weight[:ROUNDING] = 0
-        first.weight[:2, self.marks] = STEEP * STEP / MARK * self.signs / self.heads
-        first.weight[2, self.marks] = self.signs / self.heads
-        first.bias[:ROUNDING] = torch.tensor([STEP, -STEP, STEP])
+        first.weight[:3] = 0
+        first.weight[:2, self.width : -self.heads] = STEEP * STEP / MARK * self.signs / self.heads
+        first.weight[2, self.width : -self.heads] = self.signs / self.heads
+        first.bias[:3] = torch.tensor([STEP, -STEP, STEP])
         rounded = torch.tensor([1 / STEP, -1 / STEP, -1.0])
-        second.weight[self.marks, :ROUNDING] = torch.outer(self.signs, rounded)
-        second.bias[self.marks] = (STEP - 1) * self.signs
-        size = self.head * self.heads
-        layer.output.LayerNorm.weight[:] = (self.width * (size + self.heads)) ** 0.5 / size
+        second.weight[self.width : -self.heads, :3] = torch.outer(self.signs, rounded)
+        second.bias[self.width : -self.heads] = (STEP - 1) * self.signs
+        layer.output.LayerNorm.weight[:] = ((self.width + self.heads) / (self.width + 2 * self.heads)) ** 0.5
 
     def average(self, layer: torch.nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> None:
         """Set the weights of the second added layer. The state of each token becomes the mean of its text's tokens,
@@ -245,19 +189,19 @@ class _Wide(Plan):
         weight, bias: those of the bi-encoder's last LayerNorm (d).
         """
         own = self.pool(layer)
-        own.query.weight.copy_(TOLD * self.head**0.5 * own.key.weight)
+        own.query.weight.copy_(TOLD * (self.part + 2) ** 0.5 * own.key.weight)
         own.query.bias[:] = 1.0  # not 0, so that the keys can learn which tokens count
         self.by_head(own.value.weight)[:, : self.part, : self.width] = torch.diag(weight).view(
             self.heads, self.part, self.width
         )
         own.value.bias.view(self.heads, -1)[:, : self.part] = bias.view(self.heads, self.part)
-        layer.attention.output.LayerNorm.weight[self.marks] = POOLED * self.sizes["mean"]
+        layer.attention.output.LayerNorm.weight[self.width : -self.heads] = POOLED * self.sizes["mean"]
 
     def compare(self, layer: torch.nn.Module) -> None:
         """Set the weights of the last layer. It reads the means of query and passage, and replaces the mark by the
-        sum of the products of the two means over their dimensions, to which the query's mean number is added."""
+        sum of the products of the two means over their dimensions."""
         own, half = self.pool(layer), self.width // 2
-        told = TOLD * self.head**0.5
+        told = TOLD * (self.part + 2) ** 0.5
         of_query = torch.arange(self.heads) < self.heads // 2
         own.query.bias.view(self.heads, -1)[:, self.part] = torch.where(of_query, told, -told)
         both = torch.cat([self.directions, self.directions])
@@ -267,11 +211,9 @@ class _Wide(Plan):
         first = torch.cat([torch.cat([u * one, v * one], 1) for u, v, _ in signed]) * SMALL
         layer.intermediate.dense.weight[: len(first), : self.width] = first
         layer.intermediate.dense.weight[: len(first), self.width :] = 0
-        own.value.weight[self.part] = self.of_number  # of the first head, which reads the query
-        layer.attention.output.dense.weight[self.marks, self.part] = MATCHED * POOLED * self.signs
         product = torch.tensor([sign for _, _, sign in signed]).repeat_interleave(half).float()
         square = (2 / torch.pi) ** 0.5 * SMALL**2  # nearly gelu(z) + gelu(-z) for z = SMALL
-        layer.output.dense.weight[self.marks, : len(first)] = (
+        layer.output.dense.weight[self.width : -self.heads, : len(first)] = (
             READ / (4 * square * half) * torch.outer(self.signs, product)
         )
 
@@ -282,19 +224,22 @@ class _Wide(Plan):
         own = layer.attention.self
         for to in (own.query, own.key, own.value, layer.attention.output.dense, layer.output.dense):
             to.weight.zero_(), to.bias.zero_()
-        own.key.weight[self.part :: self.head, self.marks] = self.signs / self.heads
-        out = layer.attention.output.dense.weight.view(-1, self.heads, self.head)
+        own.key.weight[self.part :: self.part + 2, self.width : -self.heads] = self.signs / self.heads
+        out = layer.attention.output.dense.weight.view(-1, self.heads, self.part + 2)
         out[: self.width, :, : self.part] = POOLED * torch.eye(self.width).view(self.width, self.heads, self.part)
         return own
 
     def see_mark(self, attention: torch.nn.Module, apart: float, mark: float) -> None:
         """Make all heads attend less to tokens with the other mark: the attention logits of these tokens are lower by
         `apart`. mark: the size of the marks."""
-        seen = (apart / 2 * self.head**0.5) ** 0.5 / mark / self.heads * self.signs
+        seen = (apart / 2 * (self.part + 2) ** 0.5) ** 0.5 / mark / self.heads * self.signs
         for to in (attention.query, attention.key):
-            to.weight[self.part :: self.head, self.marks] = seen
-            to.weight[self.part + 1 :: self.head, self.ones] = seen
-        attention.key.weight[self.part + 1 :: self.head] *= -1
+            to.weight[self.part :: self.part + 2, self.width : -self.heads] = seen
+            to.weight[self.part + 1 :: self.part + 2, -self.heads :] = seen
+        attention.key.weight[self.part + 1 :: self.part + 2] *= -1
+
+    def by_head(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.view(self.heads, self.part + 2, -1)
 
     def norm(
         self, ours: torch.nn.LayerNorm, theirs: torch.nn.LayerNorm, size: float, came: float = MARK, last: bool = False
@@ -302,14 +247,20 @@ class _Wide(Plan):
         """Set a LayerNorm. It does to states of this size what the bi-encoder's LayerNorm does, and gives marks the
         size MARK. came: the size of the marks in its input. last: leave out the weight and bias of the bi-encoder's
         LayerNorm."""
-        added = (2 + CODE) * self.heads
-        all_of_it = ((self.width * size**2 + added * came**2) / (self.width + added)) ** 0.5
+        marks = 2 * self.heads
+        all_of_it = ((self.width * size**2 + marks * came**2) / (self.width + marks)) ** 0.5
         ours.bias.zero_()
         ours.weight[: self.width] = all_of_it / size
         if not last:
             ours.weight[: self.width] *= theirs.weight
             ours.bias[: self.width] = theirs.bias
         ours.weight[self.width :] = all_of_it * MARK / came
+
+
+def _signs(heads: int) -> torch.Tensor:
+    """The mark of a token of the query, (heads). Half of its components are negative, so that the mark does not change
+    the mean of the state."""
+    return torch.tensor([1.0, -1.0]).repeat(heads // 2)
 
 
 def _rotation(width: int, seed: int) -> torch.Tensor:

@@ -1,13 +1,10 @@
 """experiments/towers.py: before training, the score of the cross-encoder is nearly the cosine of a bi-encoder."""
 
-import contextlib
 import itertools
 import random
 from pathlib import Path
 
-import added_layers
 import corpora
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,63 +50,6 @@ def test_a_student_begins_as_the_bi_encoder_and_is_read_again_as_such(folder, tm
     scores = torch.tensor(CrossEncoder(str(tmp_path / "student"), device="cpu").predict(pairs))
     found = torch.stack([scores, cosines(folder, pairs)])
     assert torch.corrcoef(found)[0, 1] > 0.9
-
-
-def test_the_score_from_the_states_of_a_pair_is_nearly_that_of_the_network(folder):
-    student = towers.begin(str(folder), texts(200), query_length=16, doc_length=32)
-    scored = added_layers.Score(student)
-    scored.of_units.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
-    scored.store()
-    network, tokenizer = student.load().network, student.load().tokenizer
-    scores, numbers = [], []
-    for query, passage in zip(texts(30), texts(60)[30:], strict=True):
-        pair = tokenizer.encode(query, passage)
-        ids, in_passage = torch.tensor([pair.ids]), torch.tensor(pair.type_ids) == 1
-        before: list[torch.Tensor] = []  # the states before the first and before the second added layer
-        with torch.no_grad(), contextlib.ExitStack() as hooks:
-            for layer in network.body.encoder.layer[-towers.ADDED : -1]:
-                hook = layer.register_forward_pre_hook(lambda _, given, before=before: before.append(given[0][0]))
-                hooks.callback(hook.remove)
-            whole = network(input_ids=ids, token_type_ids=in_passage.long()[None], attention_mask=torch.ones_like(ids))
-            asked, given = before[0][~in_passage], before[0][None, in_passage]
-            mask = torch.ones(given.shape[:2], dtype=torch.bool)
-            scores.append([whole.item(), scored(asked, given, mask).item()])
-            numbers.append(
-                [scored.numbers(asked, given, mask).mean(), before[1][1 : len(asked)].mean(0) @ scored.plan.of_number]
-            )
-    assert torch.corrcoef(torch.tensor(scores).T)[0, 1] > 0.95
-    assert torch.corrcoef(torch.tensor(numbers).T)[0, 1] > 0.99
-
-
-def test_training_on_stored_states_teaches_the_network_to_match_tokens(folder, tmp_path, monkeypatch):
-    """The relevant passages have the query's word."""
-    student = towers.begin(str(folder), texts(200), query_length=16, doc_length=32)
-    monkeypatch.setitem(added_layers.RATE, "units", 1e-2)  # for few steps
-    drawn = random.Random(1)
-    lists = pd.DataFrame(
-        {
-            "qid": word,
-            "query": word,
-            "text": f"{' '.join(drawn.choices(WORDS, k=6))} {word if i < 2 else ''}",
-            "score": float(i < 2),
-        }
-        for word in WORDS[:40]
-        for i in range(6)
-    )
-    queries = added_layers.states(student, lists["query"], 8, False, tmp_path / "queries.pt")
-    passages = added_layers.states(student, lists["text"], 16, True, tmp_path / "passages.pt")
-
-    pairs = list(zip(lists["query"], lists["text"], strict=True))
-
-    def ordered():
-        """The share of pairs of a relevant and another passage in which the network scores the relevant one higher."""
-        scored = lists.assign(found=student.predict(pairs))
-        both = scored[scored.score > 0].merge(scored[scored.score == 0], on="qid")
-        return (both.found_x > both.found_y).mean()
-
-    before = ordered()
-    added_layers.train(student, lists, queries, passages, 30, 0, lambda scored: 0.0)
-    assert ordered() > before + 0.08
 
 
 @torch.no_grad()
