@@ -3,8 +3,8 @@
     python experiments/bench_drafts.py [--queries 8] [--only small base costs] [--record]
 
 Draft and verify is speculative decoding without a draft model. The logits of a pass rank the remaining passages. The
-identifiers of the first passages in this ranking are the draft. The next pass processes the whole draft, and keeps the
-tokens that greedy decoding would have chosen. There are three benchmarks:
+tokens of the first passages in this ranking are the draft. The next pass verifies the draft: it keeps the drafted
+tokens before the first one that constrained greedy decoding would not choose. There are three benchmarks:
 
 small           the project's small checkpoints on Python's documentation, one query at a time, in float32
 base            a decoder of T5-base's size with random weights. Its window has 12,363 tokens (100 passages of DL19) or
@@ -85,14 +85,14 @@ def candidates(n: int) -> pd.DataFrame:
 
 
 class Counted:
-    """A wrapper of a `decoding.Reader`. It counts the reader's passes and their seconds, and keeps the returned logits,
-    each of shape (B, R). B is the number of prompts, and R the number of tokens that may be generated.
+    """A wrapper of a `decoding.Drafting`. It counts passes and their seconds, and keeps the returned logits, each of
+    shape (B, R). B is the number of prompts, and R the number of tokens that may be generated.
 
     costs: the cost of a pass over 1, 2, ... tokens, relative to a pass over one token. Decoding chooses the length of a
     draft by these costs. None takes the costs of the wrapped reader.
     """
 
-    def __init__(self, reader: decoding.Reader, costs: tuple[float, ...] | None = None):
+    def __init__(self, reader: decoding.Drafting, costs: tuple[float, ...] | None = None):
         self.reader, self.said, self.device = reader, costs, reader.device
         self.passes, self.seconds, self.logits = 0, 0.0, []
 

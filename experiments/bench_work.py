@@ -32,7 +32,7 @@ MISTRAL = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
 }  # fmt: skip
 PROMPT_TOKENS = 108.8  # mean number of tokens of a LiT5 prompt on TREC DL 2019, with T5's own vocabulary
-# Approximate mean number of tokens of a passage with Mistral's vocabulary. For a query of DL19, the prompts of rank_llm
+# Mean number of tokens of a passage with Mistral's vocabulary, estimated: for a query of DL19, the prompts of rank_llm
 # (9 windows of 20 passages) have 19,724 tokens
 PASSAGE_TOKENS = 100
 

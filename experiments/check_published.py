@@ -8,8 +8,8 @@ The script first prints the sizes of the downloads. An interrupted download resu
 process of its own, and a failed check does not stop the other checks. The report has a table of all checks: each one
 passed, failed or was not run. You can attach the report to an issue. --report names the file of the report.
 
-The collection DL19 is read from ir_datasets, as in trec_dl.ipynb. When ir_datasets first reads these texts, it fetches
-the texts of MS MARCO (1 GB). --dl19 names a folder from which DL19 is read instead.
+The collection DL19 is read from ir_datasets, as in trec_dl.ipynb. When ir_datasets first reads the texts of DL19's
+passages, it fetches all texts of MS MARCO (1 GB). --dl19 names a folder from which DL19 is read instead.
 """
 
 import argparse

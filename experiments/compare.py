@@ -94,9 +94,9 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
     row.
 
     Columns: those of `results`, `published`, `difference` (measured - published), `tolerance`, `reproduced`, `table`,
-    `source`, `status`. `reproduced` is "within" or "outside" the tolerance. It is empty if there is nothing to compare,
-    or if the status is "recalled" or "erratum". If a system has several runs, a published figure between the lowest and
-    the highest of them counts as "within", too.
+    `source`, `status`. `reproduced` is "within" or "outside" the tolerance. It is empty if the measured figure, the
+    published figure or the tolerance is missing, or if the status is "recalled" or "erratum". If a system has several
+    runs, a published figure between the lowest and the highest of them counts as "within", too.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")

@@ -79,7 +79,7 @@ def found(collection: corpora.Collection, topics: pd.DataFrame, depth: int) -> p
 
 def learned(output: Path, steps: int) -> list[dict[str, Any]]:
     """Train a student at each learning rate for which the folder has no student. Returns rows of measured.csv: the CPU
-    seconds in which the teacher ranks, and those of each training."""
+    seconds that the teacher's ranking takes, and those of each training."""
     rows: list[dict[str, Any]] = []
     missing = [rate for rate in RATES if not (output / f"{rate}").exists()]
     if not missing:

@@ -43,11 +43,11 @@ class CrossEncoder(Reranker):
             first. A sequence classifier is used with its own tokenizer, token types and default prompt, as in
             sentence-transformers. A folder that `save` wrote can be given, too. Code inside a checkpoint is never run.
         query_length: maximum length of a query in tokens. None takes the maximum that the checkpoint records. If the
-            checkpoint records no maximum, a cross-encoder of lightning-ir has the maximum 32, and a sequence classifier
-            has no maximum.
+            checkpoint records no maximum, the maximum is 32 for a cross-encoder of lightning-ir, and there is none for
+            a sequence classifier.
         doc_length: maximum length of a passage in tokens. None takes the maximum that the checkpoint records. If the
-            checkpoint records no maximum, a cross-encoder of lightning-ir has the maximum 256, and a sequence
-            classifier has no maximum. If a query and a passage together exceed the model's maximum input length, the
+            checkpoint records no maximum, the maximum is 256 for a cross-encoder of lightning-ir, and there is none for
+            a sequence classifier. If a query and a passage together exceed the model's maximum input length, the
             longer of the two texts is truncated first, as in sentence-transformers. If the passage is truncated in more
             than half of the query-passage pairs of a call, a warning appears. With `verbose`, the progress bar shows
             the number of such pairs.

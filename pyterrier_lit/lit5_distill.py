@@ -35,10 +35,11 @@ class LiT5Distill(ListwiseReranker):
             (v1) were trained with windows of 20 passages. The checkpoints `castorini/LiT5-Distill-{base,large,xl}-v2`
             (v2) were trained with one window of 100 passages. A folder that `save` wrote can be given, too.
         window_size: number of passages per window, at most 100. None takes the size that the checkpoint records. If the
-            checkpoint records no size, its hub id or path decides: "v2" in this name means 100, and "LiT5-Distill"
-            without "v2" means 20. If this name has neither, the original name in the checkpoint's config decides. If
-            that name has neither, too, the size is 20, and a warning appears. A list shorter than the window is read in
-            one window.
+            checkpoint records no size, its hub id or path decides: "LiT5-Distill" followed by "v2" means 100, and
+            "LiT5-Distill" alone means 20. Without "LiT5-Distill", "v2" in the name of the last folder means 100. If
+            this shows nothing, the entry `_name_or_path` of the checkpoint's config decides in the same way. If that
+            shows nothing either, the size is 20, and a warning appears. A list shorter than the window is read in one
+            window.
         stride: number of passages by which the window moves up the list. None takes half of the window size, with one
             exception: if `window_size` is None, too, and the checkpoint records a stride, this stride is taken.
         passes: number of times that the windows slide over each list.
@@ -51,8 +52,8 @@ class LiT5Distill(ListwiseReranker):
             sets `top_k`: `((first_stage >> LiT5Distill()) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding without constraints,
-            followed by the clean-up of the original code. The clean-up drops repeated identifiers, and appends the
-            passages whose identifier is missing in their incoming order. If the freely generated text is a permutation,
+            followed by the clean-up of the original code. The clean-up drops repeated identifiers. The passages whose
+            identifier is missing are appended in their incoming order. If the freely generated text is a permutation,
             "constrained" and "free" give the same order. "first" sorts the passages by the probability of their
             identifiers at the first decoding step (FIRST, arXiv 2406.15657). A window then takes one decoding step, or
             two steps if it has more than 56 passages. The published checkpoints were not trained for "first"; the
@@ -143,8 +144,8 @@ class LiT5Distill(ListwiseReranker):
         """The family of the checkpoint, "v1" or "v2".
 
         The family is taken from the checkpoint's hub id or path, such as castorini/LiT5-Distill-base-v2. If this name
-        shows no family, the original name in the checkpoint's config decides. If neither name shows a family, the
-        family is "v1". For a trained checkpoint, a warning then says once that "v1" is an assumption.
+        shows no family, the entry `_name_or_path` of the checkpoint's config decides. If neither name shows a family,
+        the family is "v1". For a trained checkpoint, a warning then says once that "v1" is an assumption.
         """
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])

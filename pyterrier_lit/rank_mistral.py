@@ -38,8 +38,8 @@ class RankMistral(ListwiseReranker):
             sets `top_k`: `((first_stage >> RankMistral(...)) % 10).compile()` sets `top_k` to 10.
         decoding: how the order of a window is generated. "constrained" is greedy decoding that generates each
             identifier exactly once, so the result is a permutation. "free" is greedy decoding of at most 256 tokens
-            without constraints, followed by the clean-up of the original code. The clean-up drops repeated identifiers,
-            and appends the passages whose identifier is missing in their incoming order. If the freely generated text
+            without constraints, followed by the clean-up of the original code. The clean-up drops repeated identifiers.
+            The passages whose identifier is missing are appended in their incoming order. If the freely generated text
             is a permutation in the form "[4] > [2] > ...", "constrained" and "free" give the same order.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages. The texts are not truncated. If a prompt and its

@@ -128,8 +128,9 @@ class Reranker(pt.Transformer):
         return [{"corpus_id": i, "score": scores[i]} | text for i, text in zip(best, shown, strict=True)]
 
     def for_top(self, top_k: int | None) -> Self:
-        """The reranker that `rank` uses to find the `top_k` best passages. Most rerankers return themselves. A listwise
-        reranker returns a copy that decodes only `top_k` ranks. top_k: number of passages; None is all passages."""
+        """The reranker that `rank` uses to find the `top_k` best passages. A CrossEncoder or LiT5Score
+        returns itself. A `ListwiseReranker` returns a copy that decodes only `top_k` ranks. top_k: number of passages;
+        None is all passages."""
         return self
 
     def results(self, queries: list[str], columns: Columns) -> dict[str, list[Any]]:
@@ -200,7 +201,8 @@ class Reranker(pt.Transformer):
                     self._held = self._converted(held) if held.given and self._is_of(held) else Held()
 
     def hold(self, checkpoint: Any) -> None:
-        """Use the given checkpoint as if `load` had read it for the current arguments."""
+        """Use the given checkpoint instead of the one that `load` would read for the current arguments. If `device` or
+        `dtype` changes later, the given checkpoint is converted."""
         before = self._held
         self._held = Held(checkpoint, self._source(), given=True, trainings=before.trainings, card=before.card)
         _mind_forks()

@@ -175,8 +175,8 @@ def shards_of(costs: Sequence[int], workers: int) -> list[list[int]]:
 
     The most expensive queries come first. If the queries that are not yet in a shard cost C tokens in total, the next
     shard costs about C / (2 * workers) tokens. The last shards are therefore small, and all workers end at about the
-    same time. If there are enough tokens for all workers, a shard costs about SMALLEST tokens or more. A shard costs at
-    most LARGEST tokens, unless it is a single query that costs more.
+    same time. If there are at least SMALLEST tokens per worker, each shard except the last costs about SMALLEST tokens
+    or more. A shard costs at most LARGEST tokens, unless it is a single query that costs more.
     """
     order = deque(sorted(range(len(costs)), key=lambda i: -costs[i]))
     left = sum(costs)

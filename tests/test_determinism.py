@@ -2,7 +2,7 @@
 
 Padding changes how a matrix product is cut into blocks, and this changes the last bits of a score. Two calls with equal
 batches give scores that are equal to the last bit. The scores of listwise rerankers are computed from ranks, so they
-are always equal.
+are equal if the orders are. If the largest score is above 1, the 1e-5 is relative to this score.
 """
 
 import json

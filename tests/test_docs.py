@@ -2,7 +2,9 @@
 
 The blocks contain what users type. This file replaces what a test does not have: `CHECKPOINTS_OF` replaces checkpoints
 on the hub, `reader` defines the names that the blocks use, and `substitutes` replaces what needs Java, the network or a
-long time. The commands in `NOT_RUN` are not run.
+long time. The commands in `NOT_RUN` are not run, except for a quoted `python ...` command in them. A page may show
+scores only of "experiments/tiny/NAME", since this name is not replaced by another checkpoint. Frames are printed at
+pandas' 80 characters.
 
 A page shows the output of a block of Python or shell in a second block directly below it: `.. code-block:: text`, or
 ```text in Markdown. The output must be what the block prints; the last digit of a decimal number may differ. As in a

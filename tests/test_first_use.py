@@ -1,4 +1,5 @@
-"""First use without a network or with an incomplete checkpoint: an error names the missing file and how to get it."""
+"""First use without a network or with an incomplete checkpoint: an error names the missing file and how to get it,
+or the ranking is that of the whole checkpoint."""
 
 import shutil
 

@@ -1,4 +1,5 @@
-"""reranker: a checkpoint is read on first use, once for all copies. No reranker waits until another one is loaded."""
+"""reranker: a checkpoint is read on first use, once for all copies. A loaded reranker does not wait while another one
+loads."""
 
 import copy
 import threading

@@ -1,4 +1,5 @@
-"""files.tirex: TIRA's loader makes the input, and TIRA's checker accepts the output of every reranker."""
+"""files.tirex: TIRA's loader makes the input, and TIRA's checker accepts the output of every reranker.
+A failure leaves no run and no metadata."""
 
 import importlib.util
 import json

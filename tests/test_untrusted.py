@@ -1,7 +1,8 @@
 """Untrusted texts: no query and no passage changes the structure of a prompt, for each reranker.
 
-The structure of a prompt is the sequence of its control tokens, such as [SEP]. test_faults.py checks that no code of a
-checkpoint is run.
+The structure of a prompt is the sequence of its control tokens, such as [SEP]. For CrossEncoder, the token types are
+part of it. For LiT5, the last id is part of it, and for LiT5-Score also whether all prompts begin with the query.
+test_faults.py checks that no code of a checkpoint is run.
 """
 
 import pytest

@@ -7,9 +7,10 @@ query's vector, and another token the passage's vector. A further dimension mark
 PASSAGE). The token of the passage also carries a label (LABEL). The label stands for the passage's identifier
 (LiT5-Distill) or for its name (LiT5-Score).
 
-The decoder's first layer fetches the query's vector, and removes the labels that were generated already. Its second
-layer attends to the passages that are similar to the query, and fetches their labels, which select the next token. The
-function `align` trains the encoder to produce such states. Later training may change all weights.
+The decoder's first layer fetches the query's vector, and subtracts the labels that were generated already. Its second
+layer attends to the passages that are similar to the query (LiT5-Distill: only to those whose label was not generated
+yet). It fetches their labels, which select the next token. The function `align` trains the encoder to produce such
+states. Later training may change all weights.
 """
 
 import io
@@ -40,7 +41,7 @@ ONCE = slice(68, 90)  # labels that are generated only once: their passages then
 VECTOR_LENGTH, MARK_LENGTH, LABEL_LENGTH = 10.0, 3.0, 5.4
 PASSAGE_BONUS = 15.0  # how much higher the attention logit of a passage's token is than that of other tokens
 RANK_BONUS = 0.4  # how much higher the attention logit of a passage is than that of the next passage in the window
-MARGIN = 20.0  # how much higher the logits of identifiers are than others, or after a name the logit of the end
+MARGIN = 20.0  # how much higher than other logits those of identifiers are, or that of the end after a name
 VALUE_SHRINK = 50.0  # divides the values of the first cross-attention, which then adds little to LiT5Score's scores
 
 

@@ -226,12 +226,15 @@ def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairC
     a normal distribution with mean 0. The standard deviation is the field `initializer_range` of config.json.
 
     Any other encoder becomes a sequence classifier of transformers with one label. The weights that the checkpoint has
-    for the classifier's head are used. The other weights of the head are random.
+    for the classifier's head are used. The other weights of the head are random. The maximum lengths are those of
+    Rank-DistiLLM (`LENGTHS`).
 
     Args:
         folder: the folder of the encoder.
         device: the device of the network.
         dtype: the dtype of the weights.
+
+    Raises ValueError if transformers has no sequence classifier for the encoder.
     """
     backbone = _backbone(folder.config)
     if backbone not in BODIES:

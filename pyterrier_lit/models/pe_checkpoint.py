@@ -124,8 +124,8 @@ class PERankCheckpoint:
         """Write the checkpoint into an existing folder: config, weights and tokenizer of the language model, and those
         of the passage encoder.
 
-        If the config or the tokenizer of the encoder is not available, there is a warning. Only the weights and the
-        name of the encoder are then written.
+        If the config or the tokenizer of the encoder is not available, there is a warning. Of the encoder, only
+        the weights and the name are then written.
         """
         if self.encoder_weights:
             try:

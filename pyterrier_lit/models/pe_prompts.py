@@ -116,8 +116,9 @@ class ChatPrompter:
         return whole, len(asked)
 
     def _cleaned(self, text: str) -> str:
-        """Return a passage's text, cleaned as in the code of PE-Rank's authors. [12] becomes (12), since [12] could be
-        mistaken for an identifier."""
+        """Return a passage's text for a prompt. As in the code of PE-Rank's authors, white space around the text is
+        removed, and [12] becomes (12), since [12] could be mistaken for an identifier. Unlike in their code, each
+        special token gets a space (`_neutral`)."""
         return re.sub(r"\[(\d+)\]", r"(\1)", self._neutral(text.strip()))
 
     def _neutral(self, text: str) -> str:

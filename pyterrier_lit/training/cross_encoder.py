@@ -50,7 +50,8 @@ class PairRecipe(Recipe):
         sampling: how the passages are sampled. "top" takes the first passages of the ranking. "random" samples
             uniformly. "top_and_random" takes the first n_passages / 2 passages and samples the others uniformly.
             "log_random" samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r). "single_relevant" samples
-            one passage with a positive target, and n_passages - 1 passages without a positive target.
+            one passage with a positive target, and n_passages - 1 passages without a positive target. It raises
+            ValueError if a query has no passage with a positive target, for example if the targets are negative ranks.
         max_tokens: maximum tokens, including padding, in one forward pass. None is 1,024 on a CPU and 16,384 on a GPU.
 
     The fields of `trainer.Recipe` are accepted, too.

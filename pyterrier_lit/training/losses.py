@@ -108,8 +108,8 @@ def kl(scores: torch.Tensor, targets: torch.Tensor, mask: Mask = None, temperatu
     Args:
         temperature: T in the formula.
 
-    Source: Hinton et al., arXiv 1503.02531, who divide the scores by T, too. With T = 1, this loss equals the KL
-    divergence in lightning-ir.
+    Source: Hinton et al., arXiv 1503.02531. They divide the student's scores by T as well. Here, only the targets
+    are divided. With T = 1, this loss equals the KL divergence in lightning-ir.
     """
     inside = _inside(scores, mask)
     teacher = (targets / temperature).to(scores.dtype).masked_fill(~inside, float("-inf")).log_softmax(1)
