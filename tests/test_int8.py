@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 
+import openvino
 import pandas as pd
 import pytest
 import tokenizers
@@ -53,6 +54,22 @@ def test_the_order_is_nearly_that_of_float32(exact, int8):
     for left, right in zip(ours.split(len(ours) // len(QUERIES)), wanted.split(len(ours) // len(QUERIES)), strict=True):
         assert pd.Series(left).corr(pd.Series(right), method="kendall") > 0.9
         assert left.argmax() in right.topk(3).indices
+
+
+def test_weights_of_7_bits_do_not_overflow_on_a_cpu_without_vnni(int8):
+    network = int8.load().network
+    graph = openvino.Core().read_model(network.graph, network.weights)
+    products = [node for node in graph.get_ops() if node.get_type_name() == "MatMul"]
+    weights = [weight for product in products if (weight := constant(product.input_value(1).get_node())) is not None]
+    assert len(weights) == 13  # 6 for each of 2 layers, and the head's
+    assert all(-64 <= weight.min() and weight.max() <= 64 for weight in weights)
+
+
+def constant(node):
+    """The constant of int8 behind the input of a matrix product, or None if there is none."""
+    while node.get_type_name() in ("Convert", "Multiply", "Subtract", "Reshape", "Transpose"):
+        node = node.input_value(0).get_node()
+    return node.get_data() if node.get_type_name() == "Constant" and node.get_element_type().is_integral() else None
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -105,7 +105,14 @@ def quantized(network: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) ->
             network, example_input=batches[0], input=[(name, [-1, -1], ov.Type.i64) for name in INPUTS]
         )
         calibration = nncf.Dataset([{name: tensor.numpy() for name, tensor in batch.items()} for batch in batches])
-        graph = nncf.quantize(graph, calibration, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
+        graph = nncf.quantize(
+            graph,
+            calibration,
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(batches),
+            # A CPU without VNNI adds products of int8 in 16 bits. Weights of 7 bits do not overflow there
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+        )
     with tempfile.TemporaryDirectory() as folder:
         ov.save_model(graph, Path(folder) / GRAPH, compress_to_fp16=False)
         return read_int8(Folder(folder), network.pad_id)
