@@ -62,7 +62,7 @@ def test_weights_of_7_bits_do_not_overflow_on_a_cpu_without_vnni(int8):
     products = [node for node in graph.get_ops() if node.get_type_name() == "MatMul"]
     weights = [weight for product in products if (weight := constant(product.input_value(1).get_node())) is not None]
     assert len(weights) == 13  # 6 for each of 2 layers, and the head's
-    assert all(-64 <= weight.min() and weight.max() <= 64 for weight in weights)
+    assert all(weight.min() >= -64 and weight.max() <= 64 for weight in weights)
 
 
 def constant(node):
