@@ -1,4 +1,4 @@
-"""Compares the rankings of cross-encoders in int8 with their rankings in float32. Run by hand, on a CPU with VNNI.
+"""Compares the rankings of cross-encoders in int8 with their rankings in float32. Run by hand.
 
     python experiments/quantization.py [--models tiny MiniLM] [--data dl19 nfcorpus] [--queries 43] [--record]
 
