@@ -1,23 +1,24 @@
-"""Trains a cross-encoder that begins as a bi-encoder (`towers.py`) on 4,381 rankings: does its nDCG@10 rise?
+"""Trains a bi-encoder on rankings for 5,665 queries, and makes a cross-encoder of it (`towers.py`): does nDCG@10 rise?
 
     python experiments/student.py [--output FOLDER] [--seeds 1 2] [--share 1.0] [--test COLLECTION ...] [--record]
 
-The cross-encoder begins as all-MiniLM-L6-v2 and is trained with RankNet on these rankings:
+The bi-encoder is all-MiniLM-L6-v2. It is trained (`bi_encoder.py`) on these rankings:
 
 * For 28 queries of DL19, the passages of five first stages are ranked by the reciprocal rank fusion of 28 runs of large
   language models.
 * For DL22, BM25's first 100 passages are ranked by a sum of two scores: MiniLM's cosine and splade-tiny's score, each
   standardised within the query. The same holds for questions of WikiQA and TREC QA, and for sentences of passages, over
   the passages of DL19 and DL22.
-* For training queries of NFCorpus, BM25's first 100 passages are ranked by the same sum, but passages that are labelled
-  relevant come first.
+* For training queries of NFCorpus, BM25's first 100 passages are ranked by the same sum, to which 2 is added for
+  passages that are labelled relevant.
 
-The weights are kept from the step with the highest nDCG@10 on the other 15 queries of DL19. With several seeds, one
-student is trained for each seed, and the mean of their weights is the final student (model soups, arXiv 2203.05482).
-Averaging works because all seeds begin with the same weights. Once the first call has written the training data,
-further seeds can be trained in calls of their own, also at the same time. The final student is tested on DL21 and
-Vaswani, whose queries, judgements and texts it has not seen, and on the test queries of NFCorpus. The script needs
-../shared/data and ../shared/models. An interrupted call resumes.
+With several seeds, one bi-encoder is trained for each seed, and the mean of their weights is the final one (model
+soups, arXiv 2203.05482). Averaging works because all seeds begin with the same weights. Once the first call has written
+the training data, further seeds can be trained in calls of their own, also at the same time. The cross-encoder adds
+matches of word pieces to the cosine. The importance of a word piece is its idf in the passages of DL19 and DL22. The
+cross-encoder is not trained further. It is tested on DL21 and Vaswani, whose queries, judgements and texts no seed has
+seen, and on the test queries of NFCorpus. The script needs ../shared/data and ../shared/models. A call that is
+interrupted trains only the seeds that were not finished.
 """
 
 import argparse
@@ -25,13 +26,12 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import bi_encoder
 import encoders
 import measured
 import pandas as pd
-import tokenizers
 import torch
 import torch.nn.functional as F
 import towers
@@ -44,23 +44,15 @@ sys.path += [str(SHARED)]
 import load as shared
 
 from pyterrier_lit import CrossEncoder
-from pyterrier_lit.batching import like_lengths, padded
-from pyterrier_lit.training import Distil
 
 SPLADE = SHARED.parent / "models" / "splade-tiny"
 TIMES = {"dl19": 8, "dl22": 3}  # collection -> how often each of its queries is repeated in the training data
-HELD_OUT = 15  # queries of DL19, for validation
-OF_NFCORPUS = 1_000  # number of sampled queries
+HELD_OUT = 15  # queries of DL19 that are not in the training data, for trials
 SENTENCES = 3_000  # number of passages of which one sentence becomes a query
 FUSION = 10  # the constant of reciprocal rank fusion
-LABEL = 10.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
-FROZEN = 3  # number of layers, from the first one, that are not trained
-LENGTHS = {"query_length": 24, "doc_length": 64}  # maximum lengths in tokens, in training
-LEARNING = {
-    "n_passages": 16, "sampling": "log_random", "batch_size": 4, "micro_batch": 4, "schedule": "cosine", "warmup": 15,
-    "learning_rate": 2.5e-5, "clip": 1.0, "precision": "float32", "verbose": False, "every": 110,
-}  # fmt: skip
-STEPS = 220  # for each seed; 64 query-passage pairs a step
+LABEL = 2.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
+LENGTHS = {"query_length": 32, "doc_length": 128}  # maximum lengths in tokens, in the test
+STEPS = 180  # for each seed; 128 query-passage pairs a step
 
 
 def main() -> None:
@@ -73,45 +65,53 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    untrained = output / "untrained"
-    if not untrained.exists():
-        passages = shared.docs("dl22").text.sample(320, random_state=0).tolist()
-        towers.begin(encoders.minilm(), passages, **LENGTHS).save(untrained)
+    lists, minilm = taught(output), encoders.minilm()
     places = [output / f"seed {seed}" for seed in arguments.seeds]
     for seed, place in zip(arguments.seeds, places, strict=True):
         if not place.exists():
             started = time.monotonic()
-            learned(CrossEncoder(str(untrained)), taught(output), seed, arguments.share, output).save(place)
+            bi_encoder.train(minilm, lists, int(STEPS * arguments.share), seed).save_pretrained(place)
             print(f"seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-    name = f"mean of the seeds {', '.join(map(str, arguments.seeds))}"
-    student = mean([CrossEncoder(str(place), query_length=32, doc_length=128) for place in places])
+    name = f"trained as a bi-encoder, mean of the seeds {', '.join(map(str, arguments.seeds))}"
+    trained = [transformers.BertModel.from_pretrained(place, add_pooling_layer=False) for place in places]
+    student = made(mean(trained), output / "bi-encoder")
     for collection in arguments.test:
         question = f"Does a cross-encoder that begins as a bi-encoder become better, on {collection}?"
         report(tested({name: student}, collection, output / collection), question, arguments.record)
 
 
-def learned(student: CrossEncoder, lists: pd.DataFrame, seed: int, share: float, output: Path) -> CrossEncoder:
-    body = student.load().network.body
-    for part in (body.embeddings, *body.encoder.layer[:FROZEN]):
-        part.requires_grad_(False)
-    candidates = shared.res("dl19", "run.bm25.txt", DEPTH)
-    Distil(
-        student, lists[["qid", "docno", "score"]], steps=int(STEPS * share), seed=seed,
-        folder=output / f"training of seed {seed}", **LEARNING,
-    ).fit(lists, None, candidates[candidates.qid.isin(held_out())], shared.qrels("dl19"))  # fmt: skip
-    return student
+def made(encoder: transformers.BertModel, folder: Path) -> CrossEncoder:
+    """The cross-encoder of a bi-encoder. The bi-encoder is saved in the folder."""
+    encoder.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoders.minilm())
+    tokenizer.save_pretrained(folder)
+    texts = pd.concat([shared.docs("dl19"), shared.docs("dl22")]).text.drop_duplicates()
+    passages = shared.docs("dl22").text.sample(320, random_state=0).tolist()
+    return towers.begin(str(folder), passages, idf(texts.tolist(), tokenizer), **LENGTHS)
+
+
+def idf(texts: list[str], tokenizer: transformers.PreTrainedTokenizerFast) -> torch.Tensor:
+    """The inverse document frequencies of the word pieces (V,), as in BM25. They are 0 for punctuation and for special
+    tokens."""
+    frequency = torch.zeros(len(tokenizer))
+    for ids in tokenizer(texts, truncation=False)["input_ids"]:
+        frequency[list(set(ids))] += 1
+    values = torch.log(1 + (len(texts) - frequency + 0.5) / (frequency + 0.5))
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    values[[not any(map(str.isalnum, name)) for name in names]] = 0
+    values[tokenizer.all_special_ids] = 0
+    return values
 
 
 def held_out() -> list[str]:
     return shared.topics("dl19").qid.sample(HELD_OUT, random_state=0).tolist()
 
 
-def mean(students: list[CrossEncoder]) -> CrossEncoder:
-    """Set the first student's weights to the mean of all students' weights, and return the first student."""
-    networks = [student.load().network for student in students]
-    weights = [network.state_dict() for network in networks]
-    networks[0].load_state_dict({name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]})
-    return students[0]
+def mean(models: list[transformers.BertModel]) -> transformers.BertModel:
+    """Set the first model's weights to the mean of all models' weights, and return the first model."""
+    weights = [model.state_dict() for model in models]
+    models[0].load_state_dict({name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]})
+    return models[0]
 
 
 def taught(output: Path) -> pd.DataFrame:
@@ -137,9 +137,9 @@ def of_language_models() -> pd.DataFrame:
 
 def of_encoders() -> pd.DataFrame:
     """BM25's first 100 passages for four kinds of queries: those of DL22, questions and sentences over the passages of
-    DL19 and DL22, and queries of NFCorpus. The score of a passage is the sum of MiniLM's and splade-tiny's scores, each
-    standardised within the query. For NFCorpus, LABEL is added to the score of a relevant passage. Queries for which
-    BM25 finds at most eight passages are left out."""
+    DL19 and DL22, and the training queries of NFCorpus. The score of a passage is the sum of MiniLM's and splade-tiny's
+    scores, each standardised within the query. For NFCorpus, LABEL is added to the score of a relevant passage. Queries
+    for which BM25 finds at most eight passages are left out."""
     of_dl22 = shared.res("dl22", "run.bm25.txt", DEPTH)
     passages = pd.concat([shared.docs("dl19"), shared.docs("dl22")]).drop_duplicates("docno").drop_duplicates("text")
     made = pd.DataFrame({"query": sentences(passages.text.tolist(), SENTENCES, seed=0)})
@@ -147,8 +147,7 @@ def of_encoders() -> pd.DataFrame:
     questions = pd.concat([shared.topics("wikiqa"), shared.topics("trecqa"), made]).drop_duplicates("query")
     qrels = shared.qrels("nfcorpus", "qrels.train.txt")
     asked = shared.topics("nfcorpus", "queries.all.tsv")
-    asked = asked[asked.qid.isin(qrels.qid)].sample(OF_NFCORPUS, random_state=0)
-    of_nfcorpus = retrieved(asked, shared.docs("nfcorpus"))
+    of_nfcorpus = retrieved(asked[asked.qid.isin(qrels.qid)], shared.docs("nfcorpus"))
     found = pd.concat([of_dl22, retrieved(questions, passages), of_nfcorpus], ignore_index=True)
     found["score"] = sum(
         standard(pd.Series(scores, found.index), found.qid)
@@ -187,7 +186,8 @@ def products(frame: pd.DataFrame) -> list[float]:
     which the query expands."""
     model = transformers.BertForMaskedLM.from_pretrained(SPLADE).eval()
     head, decoder = model.cls.predictions.transform, model.cls.predictions.decoder
-    states = {text: head(found) for text, found in read(model.bert, SPLADE, [*frame["query"], *frame["text"]])}
+    texts = [*frame["query"], *frame["text"]]
+    states = {text: head(found) for text, found in bi_encoder.states(model.bert, SPLADE, texts, 128)}
 
     def weights(text: str, pieces: torch.Tensor | slice) -> torch.Tensor:
         return F.linear(states[text], decoder.weight[pieces], decoder.bias[pieces]).amax(0).relu().log1p()
@@ -198,20 +198,6 @@ def products(frame: pd.DataFrame) -> list[float]:
         pieces = asked.nonzero()[:, 0]
         scores[rows.index] = [float(asked[pieces] @ weights(text, pieces)) for text in rows["text"]]
     return scores.tolist()
-
-
-@torch.inference_mode()
-def read(model: torch.nn.Module, folder: Path, texts: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a tuple for each distinct text: the text, and its last hidden states (L, d)."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(128)
-    tokenizer.no_padding()
-    distinct = list(dict.fromkeys(texts))
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(distinct)]
-    for batch in like_lengths([len(row) for row in ids], 2_048):
-        rows, mask = padded([ids[i] for i in batch])
-        states = model(input_ids=rows, attention_mask=mask.long()).last_hidden_state
-        yield from ((distinct[i], row[: len(ids[i])]) for i, row in zip(batch, states, strict=True))
 
 
 if __name__ == "__main__":

