@@ -58,6 +58,10 @@ def sampled(ranking: pd.DataFrame, random: torch.Generator) -> pd.DataFrame:
 
 
 def loss_of(model: transformers.BertModel, folder: Path, batch: list[pd.DataFrame]) -> torch.Tensor:
+    """The mean loss of several queries. batch: a frame for each query, with query, text and the teacher's score.
+
+    folder: has tokenizer.json.
+    """
     queries = vectors(model, folder, [rows["query"].iloc[0] for rows in batch], QUERY_LENGTH)
     passages = vectors(model, folder, [text for rows in batch for text in rows["text"]], DOC_LENGTH)
     found = passages.split([len(rows) for rows in batch])

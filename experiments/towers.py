@@ -68,15 +68,14 @@ def begin(
     if importance is None:
         importance = torch.zeros(encoder.config.vocab_size)
     with tempfile.TemporaryDirectory() as place:
-        wide = _Wide(encoder, sizes, directions, importance, tokenizer.cls_token_id, seed).model
-        wide.save_pretrained(place)
+        wide = _Wide(encoder, sizes, directions, importance, tokenizer.cls_token_id, seed)
+        wide.model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         student = CrossEncoder.from_backbone(place, device="cpu", **lengths)
         network = student.load().network
     with torch.no_grad():
-        plan = Plan(network.body.config)
         network.linear.weight.zero_()
-        network.linear.weight[0, plan.marks] = SCALE / plan.heads * plan.signs
+        network.linear.weight[0, wide.marks] = SCALE / wide.heads * wide.signs
     return student
 
 
@@ -108,32 +107,11 @@ def _measured(
     return sizes, _rotation(half, seed) @ main
 
 
-class Plan:
-    """Where the components of the wider state are, and the directions that no layer of the bi-encoder uses."""
+class _Wide:
+    """The wider BERT of the cross-encoder, built from the bi-encoder.
 
-    def __init__(self, config: transformers.BertConfig):
-        heads = config.num_attention_heads
-        self.heads, self.head = heads, config.hidden_size // heads  # the number of heads, and their width
-        self.part = self.head - 2 - CODE  # a head's width in the bi-encoder
-        self.width = self.part * heads
-        self.marks = slice(self.width, self.width + heads)
-        self.ones = slice(self.marks.stop, self.marks.stop + heads)
-        self.codes = slice(self.ones.stop, config.hidden_size)
-        # The mark of a token of the query. Half of its components are negative, so that the state's mean stays the same
-        self.signs = torch.tensor([1.0, -1.0]).repeat(heads // 2)
-        ones = torch.ones(heads)
-        basis = torch.linalg.qr(torch.cat([torch.stack([self.signs, ones], 1), torch.eye(heads)[:, 2:]], 1))[0].T
-        free = torch.cat([basis[2:], basis[1:2]])  # a LayerNorm changes only the last one, as the others have mean 0
-        # Three directions of the marks' dimensions: for matches, for a token's importance, and for [CLS]
-        padding = (self.width, config.hidden_size - self.marks.stop)
-        self.of_match, self.of_importance, self.of_cls = F.pad(free[:3], padding)
-
-    def by_head(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.view(self.heads, self.head, -1)
-
-
-class _Wide(Plan):
-    """The wider BERT of the cross-encoder, built from the bi-encoder."""
+    sizes, directions: as `_measured` returns them. importance: as in `begin`. cls: the id of [CLS].
+    """
 
     def __init__(
         self,
@@ -148,13 +126,27 @@ class _Wide(Plan):
         self.importance = importance / importance.max().clamp(min=1e-9)
         self.seed, self.cls = seed, cls
         config = encoder.config
-        hidden = config.hidden_size + (2 + CODE) * config.num_attention_heads
+        heads = config.num_attention_heads
+        hidden = config.hidden_size + (2 + CODE) * heads
+        self.heads, self.head = heads, hidden // heads  # the number of heads, and their width
+        # In the bi-encoder: the width of a head, and of the state
+        self.part, self.width = config.hidden_size // heads, config.hidden_size
+        self.marks = slice(self.width, self.width + heads)
+        self.ones = slice(self.marks.stop, self.marks.stop + heads)
+        self.codes = slice(self.ones.stop, hidden)
+        # The mark of a token of the query. Half of its components are negative, so that the state's mean stays the same
+        self.signs = torch.tensor([1.0, -1.0]).repeat(heads // 2)
+        ones = torch.ones(heads)
+        basis = torch.linalg.qr(torch.cat([torch.stack([self.signs, ones], 1), torch.eye(heads)[:, 2:]], 1))[0].T
+        free = torch.cat([basis[2:], basis[1:2]])  # a LayerNorm changes only the last one, as the others have mean 0
+        # Three directions of the marks' dimensions: for matches, for a token's importance, and for [CLS]
+        padding = (self.width, hidden - self.marks.stop)
+        self.of_match, self.of_importance, self.of_cls = F.pad(free[:3], padding)
         wide = transformers.BertConfig.from_dict(
             config.to_dict()
             | {"hidden_size": hidden, "num_hidden_layers": config.num_hidden_layers + ADDED}
             | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         )
-        super().__init__(wide)
         torch.manual_seed(seed)
         self.model = transformers.BertModel(wide, add_pooling_layer=False).eval()
         with torch.no_grad():
@@ -317,6 +309,9 @@ class _Wide(Plan):
             to.weight[self.part :: self.head, self.marks] = seen
             to.weight[self.part + 1 :: self.head, self.ones] = seen
         attention.key.weight[self.part + 1 :: self.head] *= -1
+
+    def by_head(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.view(self.heads, self.head, -1)
 
     def norm(
         self, ours: torch.nn.LayerNorm, theirs: torch.nn.LayerNorm, size: float, came: float = MARK, last: bool = False
