@@ -58,8 +58,8 @@ def stored(path: str | Path) -> "Ranking":
 
 
 def ranked(topics: pd.DataFrame, teacher: str | pt.Transformer) -> pd.DataFrame:
-    """The topics that a teacher ranks. If the teacher is the path of a run file, these are the topics in this file. If
-    the teacher is a transformer, these are all topics."""
+    """The topics for which a teacher ranks passages. If the teacher is the path of a run file, these are the topics in
+    this file. If the teacher is a transformer, these are all topics."""
     if isinstance(teacher, pt.Transformer):
         return topics
     return topics[topics["qid"].isin(read_run(teacher)["qid"])].reset_index(drop=True)

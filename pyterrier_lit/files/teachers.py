@@ -59,8 +59,8 @@ def read_taught(path: Path, orders: Path | None = None) -> Iterator[Taught]:
 
     Raises OSError if a file cannot be read. Raises ValueError for any other format, and for an order that names no
     passage. Raises ValueError for a prompt that contains two different queries or states a wrong number of passages.
-    These messages name the file and the line. Also raises ValueError if the file has no records, or if `orders` does
-    not have one order for each record.
+    These messages name the file, and the line or the item of a JSON array. Also raises ValueError if the file has no
+    records, or if `orders` does not have one order for each record.
     """
     given = None if orders is None else _orders(orders)
     seen: set[str] = set()

@@ -234,8 +234,8 @@ def the_passage(passage: Ranking, rng: random.Random) -> Ranking:
 def collate_conversations(
     prompter: Prompter, max_length: int, text_field: str, passages: list[Ranking]
 ) -> AlignmentBatch:
-    """Tokenise, for each passage, a prompt with a placeholder and the answer, which is the text of the passage. The
-    prompt and the answer are truncated to max_length tokens in total.
+    """For each passage, tokenise a prompt and its answer. The prompt has a placeholder for the passage's vector. The
+    answer is the text of the passage. Prompt and answer are truncated to max_length tokens in total.
 
     Args:
         prompter: the prompter of the checkpoint.
