@@ -50,6 +50,7 @@ TIMES = {"dl19": 8, "dl22": 3}  # collection -> how often each of its queries is
 HELD_OUT = 15  # queries of DL19 that are not in the training data, for trials
 SENTENCES = 3_000  # number of passages of which one sentence becomes a query
 FUSION = 10  # the constant of reciprocal rank fusion
+STEMMER = "porter2"
 LABEL = 2.0  # added to the score of a relevant passage; other scores have a standard deviation of at most 2
 LENGTHS = {"query_length": 32, "doc_length": 128}  # maximum lengths in tokens, in the test
 STEPS = 180  # for each seed; 128 query-passage pairs a step
@@ -87,15 +88,30 @@ def made(encoder: transformers.BertModel, folder: Path) -> CrossEncoder:
     tokenizer.save_pretrained(folder)
     texts = pd.concat([shared.docs("dl19"), shared.docs("dl22")]).text.drop_duplicates()
     passages = shared.docs("dl22").text.sample(320, random_state=0).tolist()
-    return towers.begin(str(folder), passages, idf(texts.tolist(), tokenizer), **LENGTHS)
+    stem = stems(tokenizer)
+    return towers.begin(str(folder), passages, idf(texts.tolist(), stem, tokenizer), stem, **LENGTHS)
 
 
-def idf(texts: list[str], tokenizer: transformers.PreTrainedTokenizerFast) -> torch.Tensor:
-    """The inverse document frequencies of the word pieces (V,), as in BM25. They are 0 for punctuation and for special
-    tokens."""
+def stems(tokenizer: transformers.PreTrainedTokenizerFast) -> torch.Tensor:
+    """For each word piece, the id of the first word piece with the same stem (V,). A piece that is not a word is its
+    own stem."""
+    from pyterrier_pisa import tokenize
+
+    first: dict[str, int] = {}
+    found = []
+    for number, name in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        stem = "".join(tokenize(name, STEMMER)) if name.isalpha() else name
+        found.append(first.setdefault(stem or name, number))
+    return torch.tensor(found)
+
+
+def idf(texts: list[str], stem: torch.Tensor, tokenizer: transformers.PreTrainedTokenizerFast) -> torch.Tensor:
+    """The inverse document frequency of each word piece's stem (V,), as in BM25. It is 0 for punctuation and for
+    special tokens. stem: as `stems` returns it."""
     frequency = torch.zeros(len(tokenizer))
     for ids in tokenizer(texts, truncation=False)["input_ids"]:
-        frequency[list(set(ids))] += 1
+        frequency[stem[ids].unique()] += 1
+    frequency = frequency[stem]
     values = torch.log(1 + (len(texts) - frequency + 0.5) / (frequency + 0.5))
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     values[[not any(map(str.isalnum, name)) for name in names]] = 0
@@ -165,7 +181,7 @@ def retrieved(asked: pd.DataFrame, passages: pd.DataFrame) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder, silence():
         from pyterrier_pisa import PisaIndex
 
-        index = PisaIndex(folder, text_field="text", stemmer="porter2", overwrite=True)
+        index = PisaIndex(folder, text_field="text", stemmer=STEMMER, overwrite=True)
         index.index(passages.to_dict("records"))
         run = index.bm25(num_results=DEPTH)(asked.assign(query=asked["query"].str.replace(r"[^\w\s]", " ", regex=True)))
     return run[["qid", "docno", "score", "rank"]].merge(asked, on="qid").merge(passages, on="docno")

@@ -9,7 +9,8 @@ Here, the initial weights already compare the mean vectors of query and passage:
   both dimensions alike. For two tokens with marks m and m', each head adds a constant times (m m' - 1 1') to the
   attention logit, where 1 1' is the product of the two tokens' other dimension. The added term is 0 if both tokens are
   in the same text, and negative otherwise.
-* Two more dimensions for each head carry the code of the token's word piece. Equal word pieces have equal codes.
+* Two more dimensions for each head carry a code of the token's word piece. Word pieces with the same stem have the same
+  code.
 * In a first added layer, before those of the bi-encoder, one head matches word pieces. A token of the query attends to
   the tokens of the passage with the same code, and to [CLS]. The attention to [CLS] is such that n tokens with the same
   code have about the share n / (n + 0.7) of the attention. The head's value is the importance of the word piece, such
@@ -52,23 +53,31 @@ MATCHED = 3.5  # the mark for a match of importance 1, divided by the number of 
 
 
 def begin(
-    folder: str, texts: list[str], importance: torch.Tensor | None = None, seed: int = 42, **lengths: int
+    folder: str,
+    texts: list[str],
+    importance: torch.Tensor | None = None,
+    stems: torch.Tensor | None = None,
+    seed: int = 42,
+    **lengths: int,
 ) -> CrossEncoder:
     """Build a cross-encoder whose score is nearly the cosine of a bi-encoder's vectors, to which matches of word pieces
     are added. The bi-encoder is a BERT. Its vector of a text is the mean of the last hidden states.
 
     folder: the bi-encoder. texts: some hundred passages, on which the main directions of the vectors and the sizes of
     the states are measured. importance: how much a match of a word piece counts, for each word piece (V,), for example
-    its idf, and 0 for special tokens. None: matches do not count. lengths: query_length and doc_length, the maximum
-    lengths of query and passage in tokens.
+    its idf, and 0 for special tokens. None: matches do not count. stems: a number for the stem of each word piece (V,),
+    less than V; word pieces with the same number match. None: a word piece matches only itself. lengths: query_length
+    and doc_length, the maximum lengths of query and passage in tokens.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     encoder = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     sizes, directions = _measured(encoder, tokenizer, texts, seed)
     if importance is None:
         importance = torch.zeros(encoder.config.vocab_size)
+    if stems is None:
+        stems = torch.arange(encoder.config.vocab_size)
     with tempfile.TemporaryDirectory() as place:
-        wide = _Wide(encoder, sizes, directions, importance, tokenizer.cls_token_id, seed)
+        wide = _Wide(encoder, sizes, directions, importance, stems, tokenizer.cls_token_id, seed)
         wide.model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         student = CrossEncoder.from_backbone(place, device="cpu", **lengths)
@@ -110,7 +119,7 @@ def _measured(
 class _Wide:
     """The wider BERT of the cross-encoder, built from the bi-encoder.
 
-    sizes, directions: as `_measured` returns them. importance: as in `begin`. cls: the id of [CLS].
+    sizes, directions: as `_measured` returns them. importance, stems: as in `begin`. cls: the id of [CLS].
     """
 
     def __init__(
@@ -119,12 +128,13 @@ class _Wide:
         sizes: dict[str, float],
         directions: torch.Tensor,
         importance: torch.Tensor,
+        stems: torch.Tensor,
         cls: int,
         seed: int,
     ):
         self.encoder, self.sizes, self.directions = encoder, sizes, directions
         self.importance = importance / importance.max().clamp(min=1e-9)
-        self.seed, self.cls = seed, cls
+        self.seed, self.cls, self.stems = seed, cls, stems
         config = encoder.config
         heads = config.num_attention_heads
         hidden = config.hidden_size + (2 + CODE) * heads
@@ -176,7 +186,7 @@ class _Wide:
         places = theirs.position_embeddings.weight
         stds = (given + places[1:64].mean(0)).std(1, correction=0, keepdim=True)
         stds[self.cls] = (given[self.cls] + places[0]).std(correction=0)
-        codes = self.coded(len(given))
+        codes = self.coded(len(given))[self.stems]
         codes[self.importance <= 0] = 0
         ours.word_embeddings.weight[:, self.codes] = MARK * stds * codes
         ours.word_embeddings.weight += MARK * stds * torch.outer(self.importance, self.of_importance)
@@ -202,9 +212,9 @@ class _Wide:
         out.dense.weight[:, self.part] = SEEN * self.of_match
         self.norm(layer.output.LayerNorm, self.encoder.embeddings.LayerNorm, 1.0)
 
-    def coded(self, pieces: int) -> torch.Tensor:
-        """The random codes of the word pieces, (V, CODE heads). A code has mean 0 and variance 1."""
-        drawn = torch.randn(pieces, CODE * self.heads, generator=torch.Generator().manual_seed(self.seed))
+    def coded(self, number: int) -> torch.Tensor:
+        """Random codes, (number, CODE heads). A code has mean 0 and variance 1."""
+        drawn = torch.randn(number, CODE * self.heads, generator=torch.Generator().manual_seed(self.seed))
         return F.layer_norm(drawn, drawn.shape[1:], eps=0.0)
 
     def layer(self, ours: torch.nn.Module, theirs: torch.nn.Module, name: str, last: bool) -> None:

@@ -44,11 +44,23 @@ def test_the_lists_of_language_models_are_ranked_by_their_fused_score(shared):
     assert not {qid.partition("#")[0] for qid in lists.qid} & set(student.held_out())
 
 
-def test_rare_word_pieces_are_important_and_punctuation_is_not(tmp_path):
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "tree", "##s", ",", "river"]
-    (tmp_path / "vocab.txt").write_text("\n".join(names) + "\n")
-    tokenizer = transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
-    found = dict(zip(names, student.idf(["the tree, the trees", "the tree", "the"], tokenizer).tolist(), strict=True))
+NAMES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "tree", "##s", ",", "river", "rivers", "s"]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(NAMES) + "\n")
+    return transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"))
+
+
+def test_words_with_the_same_stem_are_equal_and_other_pieces_are_not_words(tokenizer):
+    found = [NAMES[i] for i in student.stems(tokenizer).tolist()]
+    assert found == [*NAMES[:10], "river", "s"]
+
+
+def test_rare_stems_are_important_and_punctuation_is_not(tokenizer):
+    texts = ["the tree, the trees", "the tree", "the river and rivers", "the rivers", "the"]
+    found = dict(zip(NAMES, student.idf(texts, student.stems(tokenizer), tokenizer).tolist(), strict=True))
     assert [found[name] for name in ("[CLS]", "[SEP]", ",")] == [0, 0, 0]
-    assert 0 < found["the"] < found["tree"] < found["##s"] < found["river"]
-    assert found["tree"] == pytest.approx(float(torch.log(torch.tensor(1 + 1.5 / 2.5))))
+    assert 0 < found["the"] < found["tree"] == found["river"] == found["rivers"] < found["##s"]
+    assert found["tree"] == pytest.approx(float(torch.log(torch.tensor(1 + 3.5 / 2.5))))

@@ -96,16 +96,19 @@ def test_a_match_adds_its_importance_which_saturates(minilm, passages, student):
     importance = torch.ones(len(names))
     importance[names.all_special_ids] = 0
     importance[names.convert_tokens_to_ids("tree")] = 0.5
-    matching = towers.begin(minilm, passages[:200], importance, query_length=24, doc_length=DOC_LENGTH)
+    stems = torch.arange(len(names))
+    stems[names.convert_tokens_to_ids("lists")] = names.convert_tokens_to_ids("list")
+    matching = towers.begin(minilm, passages[:200], importance, stems, query_length=24, doc_length=DOC_LENGTH)
 
     def added(query, *texts):
         pairs = [(query, text) for text in texts]
         return [ours - plain for ours, plain in zip(matching.predict(pairs), student.predict(pairs), strict=True)]
 
     other = "we met at the river in the morning and walked home together"
-    texts = [other, f"list {other}", f"list {other} list", f"list {other} list list list"]
-    none, once, twice, often = added("list", *texts)
+    texts = [other, f"lists {other}", f"list {other}", f"list {other} list", f"list {other} list list list"]
+    none, stem, once, twice, often = added("list", *texts)
     assert abs(none) < 0.05 * once
+    assert 0.5 * once < stem < 1.5 * once
     assert 1.1 < twice / once < 1.7
     assert 1.1 * twice < often < 3 * once
     less, more = added("tree list", f"tree {other}", f"list {other}")
