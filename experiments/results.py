@@ -114,7 +114,8 @@ def page(questions: list[Question], recorded: pd.DataFrame) -> str:
 def part(question: Question, rows: pd.DataFrame) -> str:
     dates = sorted(set(rows["date"]))
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]]))
-    where = ", and on ".join(dict.fromkeys(map(named, rows["machine"])))
+    machines = rows.groupby("machine", sort=False)["threads"]
+    where = ", and on ".join(named(machine, sorted(used.dropna().unique())) for machine, used in machines)
     picture = f"![{question.question}]({question.picture.file})\n\n" if question.picture else ""
     notes = [f"{note['date']}: {note['text'].strip()}" for note in question.notes] + [f"Measured on {where}."]
     listed = "".join(textwrap.indent(f"- {note}", "  ")[2:] + "\n" for note in notes)
@@ -125,11 +126,13 @@ def part(question: Question, rows: pd.DataFrame) -> str:
     )
 
 
-def named(machine: str) -> str:
-    """The words for a machine of measured.csv, such as "2 cores with AVX2 and VNNI"."""
+def named(machine: str, threads: list[int]) -> str:
+    """The words for a machine of measured.csv and the numbers of threads that were used, such as "2 cores with AVX2 and
+    VNNI (1 thread)". threads: empty if they are not known."""
     cores, *extensions = (part for part in machine.split(", ") if part != "no GPU")
     listed = " and ".join(filter(None, [", ".join(extensions[:-1]), *extensions[-1:]]))
-    return f"{cores} with {listed}" if listed else cores
+    used = f" ({' or '.join(map(str, threads))} thread{'s' * (threads != [1])})" if threads else ""
+    return (f"{cores} with {listed}" if listed else cores) + used
 
 
 def anchor(heading: str) -> str:

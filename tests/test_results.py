@@ -91,6 +91,12 @@ def test_a_question_without_rows_and_rows_without_a_question_are_named():
         results.drawn(lost, ROWS)
 
 
+def test_a_machine_is_named_with_its_threads():
+    assert results.named("2 cores, AVX2, VNNI, no GPU", [1]) == "2 cores with AVX2 and VNNI (1 thread)"
+    assert results.named("2 cores", [1, 2]) == "2 cores (1 or 2 threads)"
+    assert results.named("1 of 2 cores, AMX", []) == "1 of 2 cores with AMX"
+
+
 def test_an_entry_may_take_the_rows_of_several_questions():
     two = pd.concat([ROWS.assign(question=f"Is it fast on {name}?") for name in ("dl19", "dl21")])
     question = results.Question(**ENTRY, recorded=["Is it fast on *?"])
