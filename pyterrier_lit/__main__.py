@@ -26,7 +26,7 @@ RERANKERS: dict[str, type[Reranker]] = {  # name on the command line -> class
 # Constructor arguments for which `add_reranker` does not generate an option from the constructor's signature
 SET_HERE = ("model", "text_field", "answer_field", "verbose")
 
-Parameters = dict[str, dict[str, inspect.Parameter]]  # argument name -> reranker -> parameter of its constructor
+Parameters = dict[str, dict[str, inspect.Parameter]]  # argument name -> name of a reranker -> parameter
 
 
 def rerank(parser: argparse.ArgumentParser, named: str | None) -> Callable[[argparse.Namespace], None]:
@@ -147,7 +147,8 @@ def add_candidates(parser: argparse.ArgumentParser) -> None:
 def candidates(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, path: Path
 ) -> Callable[[], Iterator[Candidates]]:
-    """Returns a function that reads the candidates in a file. Each call of this function reads the file from the start.
+    """Returns a function that reads the candidates in a file. Each call of the returned function reads the file from
+    its start.
 
     arguments: the parsed options. path: the file. If the options do not fit the file, the program ends with a message.
     """
@@ -213,7 +214,7 @@ def documented(kind: Callable[..., Any]) -> dict[str, str]:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the options that the commands `rerank` and `tirex` share, since both write a run."""
+    """Add the options for writing a run, to the commands `rerank` and `tirex`."""
     parser.add_argument("--depth", type=positive, help="maximum number of candidates to rerank per query; default: all")
     meaning = "name in the last column of the run; default: the names of the reranker and of its model"
     parser.add_argument("--system", help=meaning)
@@ -324,8 +325,8 @@ def reranker(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
 
 
 def student(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Reranker:
-    """The reranker to train. With --backbone, it is an untrained reranker on top of the pre-trained model that
-    --backbone names. Otherwise it is the reranker that --model names."""
+    """The reranker to train. With --backbone, this is an untrained reranker from the pre-trained model that --backbone
+    names. Without --backbone, this is the result of `reranker`."""
     kind, named = RERANKERS[arguments.reranker], reranker(parser, arguments)
     if arguments.backbone is None:
         return named
@@ -349,8 +350,8 @@ def run_settings(arguments: argparse.Namespace, named: Reranker) -> dict[str, An
 
 
 def constructor_options() -> Parameters:
-    """The constructor arguments that are command line options: argument name -> reranker -> parameter. The inner dict
-    has each reranker that has the argument."""
+    """The constructor arguments that are command line options: argument name -> name of each reranker with this
+    argument -> parameter."""
     found: Parameters = {}
     for name, kind in RERANKERS.items():
         for parameter in inspect.signature(kind).parameters.values():
@@ -360,8 +361,8 @@ def constructor_options() -> Parameters:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """Parse NAME=VALUE into (name, value). VALUE is read as a Python literal. If it is not a Python literal, the value
-    is the text itself."""
+    """Parse NAME=VALUE into (name, value): "steps=1000" -> ("steps", 1000). A VALUE that is not a Python literal stays
+    a string."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -372,8 +373,8 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def value_types(parameter: inspect.Parameter) -> list[type]:
-    """Those of the types int, float and str that a parameter accepts, in this order. The list is empty if the parameter
-    accepts only objects of other types."""
+    """Those of the types int, float and str that a parameter accepts, in this order: [int] for `int | None`, [] for
+    `bool`."""
     kinds = get_args(parameter.annotation) or (parameter.annotation,)
     return [kind for kind in (int, float, str) if kind in kinds]
 

@@ -18,8 +18,8 @@ class Budget:
     """The maximum number of tokens in a batch, including padding.
 
     If a batch does not fit into memory, the budget becomes half the number of tokens in this batch. Several calls of
-    `map_batches` can share a budget. The size that fits into memory is then found only once, with one warning. Raises
-    ValueError if the initial maximum, `tokens`, is not a positive whole number.
+    `map_batches` can share a budget. The number of tokens that fits into memory is then found only once, with one
+    warning. Raises ValueError if the initial maximum, `tokens`, is not a positive whole number.
     """
 
     def __init__(self, tokens: int):
@@ -121,8 +121,8 @@ def map_batches(
 
     Args:
         function: a function that takes a list of items and returns one result per item, in a list or in a tensor whose
-            first dimension is the batch. A returned tensor is read only after the next batch has started, so that a GPU
-            never waits.
+            first dimension is the batch. A returned tensor is copied to the CPU only after the next batch has started,
+            so that a GPU does not wait.
         items: the inputs of `function`.
         lengths: the number of tokens of each item.
         max_tokens: the maximum number of tokens in a batch, including padding, or a `Budget` that several calls share.
@@ -131,8 +131,9 @@ def map_batches(
             progress bar.
 
     Returns a list of results in the order of the items. Results in a tensor become numbers or nested lists. If a batch
-    does not fit into memory, its items are computed again in batches of at most half its tokens. This maximum holds
-    for all later batches, too. One warning appears. Raises MemoryError if a single item does not fit into memory.
+    does not fit into memory, the maximum becomes half the number of tokens in this batch, and its items are computed
+    again. The new maximum holds for all later batches, too. One warning appears. Raises MemoryError if a single item
+    does not fit into memory.
     """
     budget = max_tokens if isinstance(max_tokens, Budget) else Budget(max_tokens)
     answers: list[Any] = [None] * len(items)

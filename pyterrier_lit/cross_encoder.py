@@ -1,9 +1,9 @@
 """CrossEncoder: one encoder reads a query and a passage together and returns one score.
 
 The encoder reads "[CLS] query [SEP] passage [SEP]", so every word of the passage can attend to every word of the query.
-The score is a linear function of the encoder's last hidden state at [CLS]. Each query-passage pair is scored on its own
-(pointwise). The default model, Rank-DistiLLM's monoELECTRA (arXiv 2405.07920), was distilled from rankings by large
-language models.
+A scoring head computes the score from the encoder's last hidden state at [CLS]. Each query-passage pair is scored on
+its own (pointwise). The default model, Rank-DistiLLM's monoELECTRA (arXiv 2405.07920), was distilled from rankings by
+large language models.
 """
 
 import copy
@@ -32,7 +32,8 @@ SPECIAL_TOKENS = {"parse": False, "text": True}
 class CrossEncoder(Reranker):
     """Rerank by a cross-encoder that reads each (query, passage) pair: score(q, d) = w . h_[CLS] + b.
 
-    h_[CLS] is the encoder's last hidden state at the token [CLS]; w and b are the weights of the scoring head.
+    In this formula of Rank-DistiLLM, h_[CLS] is the encoder's last hidden state at the token [CLS]. w and b are the
+    weights of the scoring head. A sequence classifier of transformers may have another scoring head.
 
     Args:
         model: hub id or folder of a checkpoint. The checkpoint is a cross-encoder of lightning-ir or a sequence
@@ -47,10 +48,10 @@ class CrossEncoder(Reranker):
             a sequence classifier.
         doc_length: maximum length of a passage in tokens. None takes the maximum that the checkpoint records. If the
             checkpoint records no maximum, the maximum is 256 for a cross-encoder of lightning-ir, and there is none for
-            a sequence classifier. If a query and a passage together exceed the model's maximum input length, the
-            longer of the two texts is truncated first, as in sentence-transformers. If the passage is truncated in more
-            than half of the query-passage pairs of a call, a warning appears. With `verbose`, the progress bar shows
-            the number of such pairs.
+            a sequence classifier. If a query and a passage together exceed the model's maximum input length, the longer
+            of the two texts is truncated first, as in sentence-transformers. If the passage is truncated in more than
+            half of the query-passage pairs of a call, a warning appears. With `verbose`, the progress bar shows the
+            number of pairs with a truncated passage.
         special_tokens: how the characters of a special token, such as [SEP], are read inside a query or passage.
             "parse" reads these characters as a control token, as lightning-ir does. "text" reads them as plain
             characters; choose "text" for untrusted queries or passages.
@@ -133,7 +134,7 @@ class CrossEncoder(Reranker):
         return torch.tensor(scores, dtype=torch.float32).reshape(-1).numpy()
 
     def quantize(self, frame: pd.DataFrame, n_pairs: int = 64) -> "CrossEncoder":
-        """Return this reranker in int8, which is faster on a CPU with VNNI instructions.
+        """Return this reranker in int8. On a CPU with VNNI instructions, int8 is faster than float32.
 
         NNCF quantises the weights and the activations of the network, and OpenVINO computes the scores. Quantisation
         takes some 10 seconds for a model of MiniLM's size, and longer for a larger model. The scores and the rankings
@@ -170,8 +171,8 @@ class CrossEncoder(Reranker):
     def pairs(self, texts: Sequence[tuple[str, str]]) -> tuple[PairLayout, list[Pair]]:
         """Tokenise and truncate P query-passage pairs.
 
-        texts: P (query, passage) tuples of texts. Returns the layout of the model's inputs, and P tuples (token ids of
-        the query, token ids of the passage). Each distinct text is tokenised once.
+        texts: P (query, passage) tuples of texts. Returns the `PairLayout` that joins a query and a passage into one
+        input, and P tuples (token ids of the query, token ids of the passage). Each distinct text is tokenised once.
         """
         layout, pairs, _ = self.cut_pairs(texts)
         return layout, pairs
@@ -211,15 +212,16 @@ class CrossEncoder(Reranker):
         Args:
             path: the folder, which is created if necessary.
             layout: the format of the written checkpoint. None keeps the format of the loaded checkpoint. "transformers"
-                writes a sequence classifier with the same scores, which sentence-transformers, Text Embeddings
-                Inference, vLLM and ONNX exporters can read. The sequence classifier is an ELECTRA if the embeddings are
-                smaller than the hidden states, else a BERT.
+                writes a sequence classifier, which sentence-transformers, Text Embeddings Inference, vLLM and ONNX
+                exporters can read. The sequence classifier is an ELECTRA if the sizes of embeddings and hidden states
+                differ, else a BERT. An ELECTRA gives the same scores. A BERT changes a score of 20 by 4e-5, and smaller
+                scores by less.
 
         A model card, README.md, is written too. If the folder has a model card that `save` wrote earlier, the new card
         replaces it and keeps its license and language. Any other README.md is left as it is.
 
-        Raises ValueError if no sequence classifier computes the same scores. Raises OSError if the checkpoint cannot be
-        written; an older checkpoint in the folder is then unchanged.
+        Raises ValueError if no sequence classifier can compute the scores, as for a checkpoint in int8. Raises OSError
+        if the checkpoint cannot be written; an older checkpoint in the folder is then unchanged.
         """
         if layout not in (None, "transformers"):
             raise ValueError(f"layout={layout!r}; wanted None or 'transformers'")

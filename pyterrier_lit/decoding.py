@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-# Two lists with one entry per row. The first has the chosen candidates, best first. The second has 0 if the logits of
-# all choices were finite, else nan or an infinity
+# Two lists with one entry per row. The first list has each row's chosen candidates, best first. The second list has 0
+# for a row if the logits of all its choices were finite, else nan or an infinity
 Choices = tuple[list[list[int]], list[float]]
 
 
@@ -33,20 +33,20 @@ class Reader(Protocol):
 
 
 class Drafting(Reader, Protocol):
-    """A reader that can remove the tokens of its last pass from its cache. The function `in_turn` requires such a
+    """A reader that can remove the tokens of the latest pass from its cache. The function `in_turn` requires such a
     reader."""
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The costs of passes over 1, 2, ... tokens, divided by the cost of a pass over one token. They are available
-        after `start`.
+        """The costs of passes over 1, 2, ... tokens, divided by the cost of a pass over one token. The costs are
+        available after `start` was called.
 
         A pass has at most as many tokens as this tuple has entries. If the tuple has a single entry, `keep` is never
         called.
         """
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Of the tokens that the last pass processed in row b, keep the first counts[b] and remove the rest.
+        """Of the tokens that the latest pass processed in row b, keep the first counts[b] and remove the rest.
 
         A row that keeps no token has ended; its later logits are meaningless.
         """
@@ -57,8 +57,9 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
 
     The method is draft and verify: speculative decoding without a draft model. The logits of one step rank all
     remaining candidates, so they also predict the tokens of the next steps. The predicted tokens are the draft. One
-    pass processes the last chosen token and the draft. Each row keeps the drafted tokens that greedy decoding would
-    have chosen. The result is the same order as with one token per pass, in fewer passes. `Pace` sets the length of the
+    pass processes the last chosen token and the draft without its last token. The logits of this pass show which token
+    greedy decoding chooses at the place of each drafted token. Each row keeps its drafted tokens up to the first
+    difference. The result is the same order as with one token per pass, in fewer passes. `Pace` sets the length of the
     draft.
 
     Args:
@@ -66,9 +67,8 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
         counts: the number of candidates of each row. Row b has the first counts[b] candidates.
         tops: the number of candidates that each row must choose.
 
-    Returns for each row the indices of the chosen candidates, best first, and a number that is 0 if the logits of all
-    choices were finite. If a row must choose all its candidates, the last candidate is not decoded and is not among the
-    chosen candidates.
+    Returns the chosen candidates of each row as `Choices`. If a row must choose all its candidates, the last candidate
+    is not decoded and is not among the chosen candidates.
     """
     needed = [min(top, count - 1) for top, count in zip(tops, counts, strict=True)]
     speller = Speller(words, counts, needed)
@@ -100,12 +100,12 @@ def in_turn(reader: Drafting, words: Sequence[Sequence[int]], counts: Sequence[i
 class Pace:
     """Chooses the length of the next draft: the length that maximises the expected number of tokens per unit of cost.
 
-    The acceptance rate of drafted tokens is estimated from recent passes. A pass processes all drafted tokens except
-    the last. The last drafted token is also compared with the token that greedy decoding chooses, so it counts for the
-    estimate, too.
+    The acceptance rate is estimated from recent passes. It is the share of equal tokens among the drafted tokens that
+    were compared with the choice of greedy decoding.
     """
 
-    # Prior of the acceptance rate. With this prior, the first pass drafts only if longer passes cost little
+    # Prior of the acceptance rate: as if greedy decoding had chosen 1 of 2.5 drafted tokens. With this prior, the first
+    # pass drafts only if longer passes cost little
     HITS, TRIALS = 1.0, 2.5
     MEMORY = 0.9  # the weight of earlier passes is multiplied by this number after each pass
 
@@ -127,11 +127,11 @@ class Pace:
 
 
 def at_once(reader: Reader, words: Sequence[Sequence[int]], counts: Sequence[int]) -> Choices:
-    """Order the candidates by their probability of being generated first. This takes one pass, or two passes if there
-    are candidates of two tokens.
+    """Order the candidates by their probability of being generated first. The function takes one pass, or two passes if
+    there are candidates of two tokens.
 
     words: the tokens of each of N candidates. counts: the number of candidates of each row; row b has the first
-    counts[b] candidates. Returns all candidates of each row, best first. Raises the same errors as `first_scores`.
+    counts[b] candidates. Returns `Choices` with all candidates of each row. Raises the same errors as `first_scores`.
     Source: FIRST, arXiv 2406.15657, section 3.
     """
     likelihood, usable = first_scores(reader, words, counts)
@@ -161,7 +161,7 @@ def first_scores(
         )
     device, n = reader.device, torch.tensor(counts, device="cpu")[:, None]
     usable = (torch.arange(len(words), device="cpu") < n).to(device)  # (B, N)
-    # One softmax gives the probabilities of all first tokens. Its normalising constant does not change the order
+    # log p(token) is the token's logit minus a constant per row. The constant does not change the order
     likelihood = reader.start().float()[:, torch.tensor([word[0] for word in words], device=device)]
     if begins:
         two = torch.tensor([len(word) > 1 for word in words], device=device) & usable
@@ -250,8 +250,8 @@ class Speller:
         that starts with these tokens.
 
         The probability of a candidate is the product of the probabilities of its tokens. If there are no logits yet for
-        the i-th token of a candidate, all tokens there count as equally likely. Equally likely candidates keep their
-        order.
+        the i-th token of a candidate, all tokens at this place count as equally likely. Equally likely candidates keep
+        their order.
         """
         likelihood = torch.zeros(self.unused.shape, device="cpu")
         for place, logits in enumerate(self.seen):

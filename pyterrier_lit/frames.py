@@ -1,5 +1,5 @@
-"""Converts a result frame into a reranker's input, and new scores into a result frame. Rerankers use pandas only in
-this module. The module does not deal with models."""
+"""Converts a result frame into a reranker's input, and new scores into a result frame. Rerankers read and write frames
+only through this module. The module does not deal with models."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyterrier as pt
 
-Columns = dict[str, list[list[Any]]]  # column name -> per query, a list of its passages' values, best first
+Columns = dict[str, list[list[Any]]]  # column name -> a list per query, with one value per passage, best first
 ColumnSets = Sequence[Mapping[str, type]]  # alternative sets of columns, each a mapping: column name -> str or object
 
 
@@ -28,7 +28,7 @@ def rerank(
         results: a function that is called once, with the list of all queries and a dict: column name -> a list per
             query, with one value per passage, such as {"docno": [["d1", "d2"], ["d7"]]}. The columns are `docno` and
             the columns of the set in `column_sets` that is used. The passages of a query are ordered by `rank`. Without
-            a column `rank`, they are ordered by descending `score`. Without both columns, they are in the order of
+            a column `rank`, they are ordered by descending `score`. Without either column, they are in the order of
             their rows. The function returns a dict. Its entry `score` has one list per query, with one score per
             passage (higher is better). For each name in `query_columns`, the dict also has an entry with one value per
             query.

@@ -34,7 +34,7 @@ Decode = Callable[[list[Prompt]], Choices]  # decodes a batch of prompts
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ListwiseReranker(Reranker):
-    """A reranker that decodes the order of its passages and can stop after the first `top_k` ranks.
+    """A reranker that decodes the order of the passages in a window and can stop after the first `top_k` ranks.
 
     Compiling `reranker % k` sets `top_k` to k. A subclass implements `order_columns`, which calls `slide`.
     """

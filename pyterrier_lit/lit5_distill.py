@@ -35,13 +35,12 @@ class LiT5Distill(ListwiseReranker):
             (v1) were trained with windows of 20 passages. The checkpoints `castorini/LiT5-Distill-{base,large,xl}-v2`
             (v2) were trained with one window of 100 passages. A folder that `save` wrote can be given, too.
         window_size: number of passages per window, at most 100. None takes the size that the checkpoint records. If the
-            checkpoint records no size, its hub id or path decides: "LiT5-Distill" followed by "v2" means 100, and
-            "LiT5-Distill" alone means 20. Without "LiT5-Distill", "v2" in the name of the last folder means 100. If
-            this shows nothing, the entry `_name_or_path` of the checkpoint's config decides in the same way. If that
-            shows nothing either, the size is 20, and a warning appears. A list shorter than the window is read in one
-            window.
-        stride: number of passages by which the window moves up the list. None takes half of the window size, with one
-            exception: if `window_size` is None, too, and the checkpoint records a stride, this stride is taken.
+            checkpoint records no size, its hub id or path decides, else the entry `_name_or_path` of its config. A name
+            with "LiT5-Distill" means 100 if "v2" follows, else 20. For any other name, "v2" in the last folder's name
+            means 100. If no name decides, the size is 20, and a warning appears. A list shorter than the window is read
+            in one window.
+        stride: number of passages by which the window moves up the list. None takes half of the window size. If
+            `window_size` is None, too, a stride that the checkpoint records comes first.
         passes: number of times that the windows slide over each list.
         max_length: maximum length of a prompt in tokens. A longer prompt is truncated on the right, where the text of
             the passage is. None takes the maximum that the checkpoint records. If the checkpoint records no maximum,
@@ -143,9 +142,9 @@ class LiT5Distill(ListwiseReranker):
     def family(self) -> str:
         """The family of the checkpoint, "v1" or "v2".
 
-        The family is taken from the checkpoint's hub id or path, such as castorini/LiT5-Distill-base-v2. If this name
-        shows no family, the entry `_name_or_path` of the checkpoint's config decides. If neither name shows a family,
-        the family is "v1". For a trained checkpoint, a warning then says once that "v1" is an assumption.
+        The family is taken from the checkpoint's hub id or path, such as castorini/LiT5-Distill-base-v2, else from the
+        entry `_name_or_path` of the checkpoint's config. If neither shows a family, "v1" is assumed. For a trained
+        checkpoint, one warning then says so.
         """
         checkpoint: T5Checkpoint = self.load()
         known = family([str(self.model).rstrip("/"), checkpoint.path, came_from(checkpoint.config)])
@@ -205,7 +204,8 @@ def greedy(checkpoint: T5Checkpoint, batch: list[Prompt], max_length: int) -> tu
     """Generate token ids for each prompt by greedy decoding.
 
     Returns two lists with one entry per prompt. The first list has the generated token ids before EOS, at most
-    max_length - 1 ids per prompt. The second list has 0 if all logits were finite, else nan or an infinity.
+    max_length - 1 ids per prompt. The second list has 0 for a prompt if all its logits were finite, else nan or an
+    infinity.
     """
     fid = FiD(checkpoint.network)
     memory = fid.read_prompts([prompt.content for prompt in batch], max_length)

@@ -42,8 +42,8 @@ class LiT5Score(Reranker):
 
     a[l, t, s] is the attention mass of token s in decoder layer l at decoding step t. l runs over all decoder layers. t
     runs from the start token to the position that predicts the end of the answer. s runs over the tokens in the prompt
-    of passage d, except the tokens of the query, which each prompt repeats. The softmax that gives the attention
-    weights is over the tokens of all prompts of the query.
+    of passage d, except the tokens of "question: QUERY" at its start. The softmax that gives the attention weights is
+    over the tokens of all prompts of the query.
 
     Args:
         model: hub id or folder of a LiT5-Score checkpoint: `castorini/LiT5-Score-{base,large,xl}`, or a folder that
@@ -60,10 +60,11 @@ class LiT5Score(Reranker):
             maximum that the checkpoint records. If the checkpoint records none, the maximum is 20, as in the paper.
         aggregation: how the attention mass of a passage's tokens becomes the passage's score. "mean", as in the paper,
             sums the mass over tokens, layers and decoding steps, and divides the sum by 256 times the number of layers.
-            (256 is a constant of the authors' code; it does not affect the order.) "max" is like "mean", but takes the
-            maximum over the tokens of the passage instead of their sum. "late" is like "mean", but layer l of n layers
-            (l from 1) gets the weight 2l/(n+1). "max" and "late" are not from the paper.
-        answer_field: name of a new column with the generated answer, which is the same in all rows of a query. None
+            (256 is a constant of the authors' code; it does not affect the order.) "max" is like "mean", but at each
+            decoding step, the largest mass of a token in the passage replaces the sum over tokens. "late" is like
+            "mean", but layer l of n layers (l from 1) gets the weight 2l/(n+1). "max" and "late" are not from the
+            paper.
+        answer_field: name of a new column with the generated answer. All rows of a query have the same answer. None
             adds no column.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
         text_field: name of the column with the texts of the passages.
@@ -167,7 +168,7 @@ class Prompts(NamedTuple):
     """The prompts of a query's passages."""
 
     ids: list[list[int]]  # the token ids of each prompt
-    question: int  # how many tokens at the start of each prompt belong to the query
+    question: int  # number of tokens of "question: QUERY" at the start of each prompt
 
 
 class Attended(NamedTuple):
@@ -219,8 +220,8 @@ def attend(
 
 
 def _owners(prompts: list[Prompts], nobody: int) -> torch.Tensor:
-    """For each token of the prompts, the index of its passage, as a tensor (B, S). For tokens of the query and for
-    padding, the index is `nobody`."""
+    """For each token of the prompts, the index of its passage, as a tensor (B, S). For the tokens of "question: QUERY"
+    and for padding, the index is `nobody`."""
     rows = [
         [passage if at >= each.question else nobody for passage, ids in enumerate(each.ids) for at in range(len(ids))]
         for each in prompts

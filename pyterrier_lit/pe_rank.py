@@ -68,9 +68,9 @@ class PERank(ListwiseReranker):
     "mlp2x_gelu" (with any digit from 1 to 9 in place of 2) or "identity".
 
     In a list of n passages, the first passage of the decoded order gets the score n, the second gets n - 1, and the
-    last gets 1. In float32, the orders equal those of the original code, liuqi6777/pe_rank, with two exceptions: texts
-    that contain special tokens, and lists of window_size - stride passages, which liuqi6777/pe_rank does not rank.
-    Source: Liu et al., WWW 2025.
+    last gets 1. In float32, the orders equal those of the original code, liuqi6777/pe_rank, with two exceptions. One is
+    texts that contain special tokens. The other is lists of window_size - stride passages: liuqi6777/pe_rank does not
+    rank them. Source: Liu et al., WWW 2025.
     """
 
     model: str = "liuqi6777/pe-rank-mistral-jina"

@@ -1,8 +1,8 @@
 """RankMistral: a language model reads the texts of a window of passages and generates their identifiers, best first.
 
 RankMistral is the baseline without compression in the paper on PE-Rank. It has the same language model, the same
-windows and nearly the same prompt as PE-Rank, but its prompt contains the full text of each passage. A prompt of
-RankMistral has thousands of tokens; a prompt of PE-Rank has hundreds. To decode one rank, RankMistral takes several
+windows and nearly the same prompt as PE-Rank, but RankMistral's prompt contains the full text of each passage. A prompt
+of RankMistral has thousands of tokens; a prompt of PE-Rank has hundreds. To decode one rank, RankMistral takes several
 decoding steps, one for each token of an identifier; PE-Rank takes one step. Source: arXiv 2406.14848, section 4.
 """
 

@@ -321,7 +321,7 @@ class Reranker(pt.Transformer):
 
     def _card(self, name: str, checkpoint: Any, settings: Mapping[str, Any]) -> str:
         """The text of the model card that is saved with the checkpoint. If the weights are unchanged and `model` is a
-        folder with a card, this card is kept, and only its checkpoint is renamed to `name`."""
+        folder with a card, the text is that card with the new name of the checkpoint, `name`."""
         held, model, stock = self._held, Path(self.model).expanduser(), getattr(checkpoint, "stock", False)
         before = held.card
         if before is not None and not held.given and model.is_dir():
@@ -361,8 +361,8 @@ class Reranker(pt.Transformer):
         return reranker
 
     def apply_attributes(self, **changes: Any) -> Self:
-        """A copy with changed arguments and the same weights. `pt.inspect.transformer_apply_attributes` calls this
-        method.
+        """A copy with changed arguments. The copy has the same weights, unless `model` or `revision` changes.
+        `pt.inspect.transformer_apply_attributes` calls this method.
 
         changes: argument name -> new value. Raises pt.inspect.InspectError for an unknown argument.
         """

@@ -25,8 +25,8 @@ READ = 2_048  # maximum number of characters of a text that count in the estimat
 # a few full batches, and LARGEST. Several shards of size LARGEST fit into memory
 SMALLEST, LARGEST = 32_768, 1_000_000
 IN_FLIGHT = 2  # number of shards that a worker has at a time: it computes one of them, and the other one waits
-# An error is raised after ATTEMPTS deaths of workers over the same shard. While n workers load the model, an error is
-# raised after ATTEMPTS * n deaths
+# If ATTEMPTS workers die over the same shard, an error is raised. While n workers load the model, an error is raised
+# after ATTEMPTS * n deaths
 ATTEMPTS = 3
 PATIENCE = 30  # maximum number of seconds to wait for GPUs and CPU cores that are in use
 
@@ -102,7 +102,7 @@ class Distributed(pt.Transformer):
         """The pipeline that `compile` puts in place of `self >> RankCutoff(k)`: a copy of this object that uses the
         same workers and computes only the first k ranks, followed by RankCutoff(k).
 
-        Returns None if the reranker cannot stop after k ranks.
+        Returns None if the reranker has no method `fuse_rank_cutoff`, or if this method returns None.
         """
         fused = self.reranker.fuse_rank_cutoff(k) if hasattr(self.reranker, "fuse_rank_cutoff") else None
         if fused is None:
@@ -406,8 +406,8 @@ def _arguments(reranker: Reranker) -> dict[str, Any]:
 
 
 def _is_light(reranker: Reranker, name: str, value: Any) -> bool:
-    """Whether an argument of the reranker can be sent to the workers with each call. Its value must be a text,
-    a number or None, and must not affect which weights are loaded."""
+    """Whether an argument of the reranker can be sent to the workers with each call. The argument's value must be a
+    text, a number or None. The argument must not be one on which the loaded weights depend."""
     return name not in reranker.loads_from and isinstance(value, str | int | float | None)
 
 

@@ -24,7 +24,7 @@ class _Symbol(ctypes.Structure):
 
 
 def jvm() -> bool:
-    """Whether this process has a JVM, such as the JVM that PyTerrier starts."""
+    """Whether this process has the JVM that PyTerrier starts: whether the library jnius is imported."""
     return "jnius" in sys.modules
 
 

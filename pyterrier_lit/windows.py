@@ -30,9 +30,10 @@ def sliding_windows(n: int, size: int, stride: int, k: int | None = None) -> lis
         size: number of passages per window. The last window, at the top, is shorter if the strides do not end exactly
             at the top of the list.
         stride: number of passages by which the window moves up the list.
-        k: how many ranks of the final order are needed; None is all ranks. With k, a window must order the ranks that
-            the next window reads (all except the last `stride`) and the ranks among the final k. With size=20,
-            stride=10 and k=5, the window at the top must order 5 ranks, and each other window 10.
+        k: how many ranks of the final order are needed; None is all ranks. With k, a window orders only the ranks that
+            are still needed. The next window needs all ranks except the last `stride`. The final order needs the first
+            k positions of the list. With size=20, stride=10 and k=5, the window at the top must order 5 ranks, and each
+            other window 10.
 
     Raises ValueError if the stride is not between 1 and `size`, or if k is less than 1.
     """

@@ -17,7 +17,7 @@ BLOB = r"[0-9a-f]{40}|[0-9a-f]{64}"  # the name of a file in the hub's cache is 
 
 
 class _Loads(Exception):
-    """Raised by `check_values` where the reranker would load its model."""
+    """Raised in `check_values` at the point where the reranker would load its model."""
 
 
 def check_values(reranker: Reranker) -> None:

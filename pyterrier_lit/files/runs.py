@@ -66,7 +66,8 @@ def write_run(
 
     The queries of the run are in the order of the input. The passages of a query are ordered by rank, from 1, with
     strictly decreasing scores (see `falling`). A run that is not complete yet is in another file, called a part. A
-    later call can resume this part. The name of the part is {output}.{hashes of arguments, weights and input}.part.
+    later call can resume this part. The name of the part has hashes of arguments, weights and input:
+    run.txt.0a1b2c3d-4e5f6a7b-8c9d0e1f.part for the output run.txt.
 
     Args:
         reranker: a transformer that keeps every row.
@@ -83,10 +84,10 @@ def write_run(
             that identifies the reranker's weights. The function is called after the input is checked.
 
     Raises FileExistsError if the output exists, or if a part exists and `resume` is False. Raises BlockingIOError if
-    another process writes the output. Raises ValueError if `system` or `chunk` is invalid, if a part has other
-    arguments, weights or input, or if the input changes during the call. Raises OSError if the run cannot be written.
-    Errors of `read` and of the reranker are not caught. If a part is kept after an error, a note on the error names the
-    part.
+    another process writes the output. Raises ValueError if `system` or `chunk` is invalid, if a part was written with
+    other arguments, weights or input, or if the input changes during the call. Raises OSError if the run cannot be
+    written. Errors of `read` and of the reranker are not caught. If a part is kept after an error, a note on the error
+    names the part.
     """
     check_settings(system, chunk)
     output = Path(os.path.realpath(output)) if output.is_symlink() else output
@@ -132,10 +133,10 @@ def check_new(output: Path, resume: bool) -> None:
 def falling(scores: Sequence[float]) -> Iterator[float]:
     """Make the scores of a ranking strictly decreasing as float32 numbers. Yields the scores, best first.
 
-    scores: the scores of the ranking, best first. A score that is not smaller than the score yielded before it becomes
-    the next float32 number below that score. Other scores are only rounded to float32. The reason is that trec_eval
-    reads scores as float32, orders a run by these scores, and breaks ties by docno. With equal scores, trec_eval would
-    therefore lose the order in which the reranker ranked the passages.
+    scores: the scores of the ranking, best first. If a score is not smaller than the last yielded score, the next
+    float32 number below the last yielded score is yielded instead. Other scores are only rounded to float32. The reason
+    is that trec_eval reads scores as float32, orders a run by these scores, and breaks ties by docno. With equal
+    scores, trec_eval would therefore lose the order in which the reranker ranked the passages.
     """
     numbers = torch.tensor([math.inf, -math.inf, *scores], dtype=torch.float32, device="cpu")
     below, lowest, *given = numbers.unbind()
@@ -159,8 +160,8 @@ class Part:
         self.end = path.stat().st_size  # after an error, the file is cut to this number of bytes
 
     def skip(self, queries: list[Candidates], system: str) -> bool:
-        """Skip the rankings of the given queries if they come next in the file and are complete. Returns whether the
-        rankings were skipped."""
+        """Skip the rankings of the given queries if these rankings come next in the file and are complete. Returns
+        whether the rankings were skipped."""
         start = self.file.tell()
         if all(_is_ranking(list(islice(self.file, len(query.docnos))), query, system) for query in queries):
             return True
@@ -282,7 +283,6 @@ def _chunks(queries: Iterable[Candidates], pairs: int) -> Iterator[list[Candidat
 
 
 def _is_ranking(lines: list[bytes], query: Candidates, system: str) -> bool:
-    """Whether the given lines of a run are the complete ranking of a query, as `_ranked` writes it."""
     columns = [line.decode(errors="replace").split(" ") for line in lines]
     fixed = [[*given[:2], *given[3:4], *given[5:]] for given in columns]
     wanted = [[query.qid, "Q0", str(rank), f"{system}\n"] for rank in range(1, len(query.docnos) + 1)]
