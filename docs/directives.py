@@ -1,6 +1,6 @@
 """Local versions of the directives of PyTerrier's documentation that pt_docs uses, for `make docs`.
 
-The directives of PyTerrier's own site do more: they fetch citations from DBLP, and link related pages both ways.
+The directives of PyTerrier's own site do more: they fetch citations from DBLP, and link related pages to each other.
 """
 
 import ast
@@ -23,7 +23,8 @@ PAPERS = {  # DBLP key -> papers that are not in CITATION.cff
 
 
 class Schematic(Directive):
-    """Runs its content, and draws the pipeline in the last line. `:show_code:` also shows the code after `# FOLD`."""
+    """Runs the Python code inside the directive, and draws the pipeline in the last line. `:show_code:` also shows the
+    code after `# FOLD`."""
 
     has_content = True
     option_spec = {"show_code": directives.flag, "input_columns": directives.unchanged}  # noqa: RUF012

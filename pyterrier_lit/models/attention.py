@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 NAME = "few_queries"  # the name under which the attention function of this module is registered in transformers
-# Up to this many queries, matrix products were not slower than the fused kernel on CPUs with and without AVX512-BF16.
-# FEW applies if each head has its own keys. FEW_WITH_SHARED_KEYS applies if several heads share keys. It is larger,
-# since the fused kernel reads shared keys again for each head
+# Up to this number of queries, matrix products were not slower than the fused kernel on CPUs with and without
+# AVX512-BF16. FEW applies if each head has its own keys. FEW_WITH_SHARED_KEYS applies if several heads share keys. This
+# limit is larger, since the fused kernel reads shared keys again for each head
 FEW, FEW_WITH_SHARED_KEYS = 4, 16
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -74,8 +74,8 @@ def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def use_for_few_queries(model: Any) -> None:
-    """Let a model of transformers choose between the fused kernel and matrix products in each forward pass, as `attend`
-    does. A model that does not use the fused kernel is unchanged."""
+    """Let a model of transformers use matrix products for few queries, as `attend` does. In training mode, the model
+    still uses the fused kernel. A model that never uses the fused kernel is unchanged."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -94,11 +94,11 @@ def _library_attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls in each layer: query (B, H, m, d), key and value (B, K, S, d) ->
-    output (B, m, H, d). The second value that it returns, in place of the attention weights, is None."""
+    """The attention function that a model of transformers calls in each layer: query (B, H, m, d), key and value (B, K,
+    S, d) -> output (B, m, H, d), and None in place of the attention weights."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    causal = attention_mask is None and query.shape[2] > 1  # without a mask, the fused kernel masks causally
+    causal = attention_mask is None and query.shape[2] > 1  # without a mask, transformers' function masks later tokens
     if module.training or causal or not _few(query, key):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     weights = attention_weights(query, key, attention_mask, scaling)

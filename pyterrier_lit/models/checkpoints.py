@@ -27,8 +27,7 @@ ADAPTER = "adapter_config.json"
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")  # always fetched from the hub
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 INT8_FILES = ("int8.xml", "int8.bin")  # a network in OpenVINO's format: its graph and its weights
-# The files that make up a checkpoint. If a checkpoint is saved over an older one, files of the older checkpoint with
-# these names are replaced or removed
+# The files that make up a checkpoint. Saving into a folder replaces or removes the folder's files with these names
 FILES = (
     *("config.json", "generation_config.json", "modules.json", "adapter_config.json", "encoder_tokenizer.json"),
     *("config_sentence_transformers.json", "sentence_bert_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -58,7 +57,7 @@ class Folder:
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
-        """The fields of tokenizer_config.json, or {} if there is no such file. Raises ValueError if the field
+        """The fields of tokenizer_config.json, or {} if there is no such file. Raises ValueError if the value of
         model_max_length is not a positive number."""
         name = "tokenizer_config.json"
         fields = _read_json(self, name) if (self.path / name).exists() else {}
@@ -68,8 +67,8 @@ class Folder:
         return fields
 
     def weights(self) -> Weights:
-        """Read all weights. Returns a dict name -> tensor. The tensors are on the CPU in their stored dtype. If the
-        folder has safetensors files, the tensors are read from these, else from pytorch_model*.bin.
+        """Read all weights. Returns a dict name -> tensor. The tensors are on the CPU in their stored dtype. They are
+        read from safetensors files if the folder has such files, else from pytorch_model*.bin.
 
         Tensors from a safetensors file are copied. Without the copy, a tensor would be a memory map of the file, and
         overwriting the file would change a loaded model. Reading a file of 1 GB takes 0.7 seconds (0.5 seconds without
@@ -104,8 +103,8 @@ class Folder:
         return bare_tokenizer(self.library_tokenizer(kind))
 
     def library_tokenizer(self, kind: str | None = None) -> "PreTrainedTokenizerFast":
-        """Return the tokenizer of the folder as an object of transformers. It has the folder's vocabulary, and the
-        class and settings of tokenizer_config.json.
+        """Return the tokenizer of the folder as an object of transformers. The tokenizer has the folder's vocabulary,
+        and the class and settings of tokenizer_config.json.
 
         Args:
             kind: a model type, such as "bert", or None. The tokenizer class of this model type is used if
@@ -222,7 +221,7 @@ def fetch_from_hub(
         model: a hub id.
         revision: as in `fetch`.
         weights: whether to fetch the weights, too.
-        use: advice for the error message: what to do with a copy of the files on a machine without a network.
+        use: what the error message says to do with a copy of the checkpoint's folder.
 
     Raises FileNotFoundError if the hub does not provide the checkpoint, and ValueError if it contains an adapter.
     """
@@ -260,7 +259,7 @@ def how_to_fetch(name: str = "NAME", use: str = "pass its path as model=", revis
 
     Args:
         name: the hub id of the checkpoint.
-        use: what to do with the checkpoint's folder on the machine without a network.
+        use: what to do with the checkpoint's folder on that machine, such as "pass its path as model=".
         revision: as in `fetch`.
     """
     which = f"{name} --revision {revision}" if revision else name
@@ -294,9 +293,9 @@ def write(path: str | Path, fill: Callable[[Path], None]) -> None:
     """Save a checkpoint into the folder `path`. `fill` gets the path of a new temporary folder, and writes the
     checkpoint's files there. When all files are written, they are moved to `path`.
 
-    Before the move, an older checkpoint at `path` is unchanged. After the move, files of the older checkpoint that the
-    new checkpoint lacks are removed, since they would be loaded together with the new files. Files that are not part of
-    a checkpoint are kept.
+    Before the move, an older checkpoint at `path` is unchanged. The move replaces files with the same names. Files that
+    only the older checkpoint has are then removed: they would be loaded together with the new files. Files that are not
+    part of a checkpoint (see FILES) are kept.
 
     Raises OSError if the checkpoint cannot be written, for example on a full disk.
     """

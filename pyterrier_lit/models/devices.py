@@ -77,7 +77,7 @@ def converted(checkpoint: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a copy of a loaded checkpoint, with all parameters on the given device and in the given dtype.
 
     Buffers, such as position tables, are moved to the device but keep their dtype. A network in int8 has no parameters.
-    For such a network, this function raises ValueError in the same cases as `check_int8`.
+    For such a network, this function raises ValueError unless the device is a CPU and the dtype is float32.
     """
     networks = [part.network for part in (checkpoint, getattr(checkpoint, "encoder", None)) if part is not None]
     fixed = any(next(network.parameters(), None) is None for network in networks)

@@ -32,8 +32,8 @@ def as_classifier(checkpoint: PairCheckpoint, lengths: dict[str, int | None]) ->
     Args:
         checkpoint: the cross-encoder.
         lengths: the maximum lengths of a query and of a passage in tokens. If both are given, the classifier truncates
-            its input to their sum plus the number of special tokens. If the checkpoint's own limit is lower, this limit
-            applies.
+            its input to their sum plus the number of special tokens. The checkpoint's own limit applies if it is lower,
+            or if a length is None.
 
     Raises ValueError if the checkpoint is in int8, or if the score is not a linear function of the first token's hidden
     state.

@@ -12,6 +12,7 @@ from pyterrier_lit.models.errors import first_line
 
 CARD = "README.md"
 KEPT = ("license", "language")  # a new card keeps the older card's header fields that start with these words
+# A card without this line counts as written by a user
 MARK = (
     "<!-- Written by `save` of pyterrier_lit, which replaces it when it saves here again, unless this line is gone."
     " Give your license above, as `license: ...` -->"
@@ -91,7 +92,7 @@ def again(text: str, old: str, new: str, *, classifier: bool = False) -> str:
         old: the checkpoint's name in `text`.
         new: the new name of the checkpoint.
         classifier: whether transformers can load the renamed checkpoint as a sequence classifier. If so, the new card
-            shows how other libraries load it.
+            shows how other libraries load the checkpoint.
     """
     from huggingface_hub import ModelCard
 
@@ -160,7 +161,7 @@ def push(
     Args:
         folder: the checkpoint's folder.
         repo_id: owner/name of the repository, which is created if necessary.
-        private: whether a new repository is private. None is the default of the account.
+        private: whether a new repository is private. None takes the default of the user's account.
         revision: the branch, which is created if necessary. None is main.
         message: the message of the commit.
         token: an access token of the hub. None uses the environment variable HF_TOKEN or the token of `hf auth login`.

@@ -28,8 +28,8 @@ GRAPH, WEIGHTS = INT8_FILES
 
 
 class Int8Scorer(nn.Module):
-    """The network of a cross-encoder in int8, which OpenVINO runs on the CPU. It has no parameters of torch, so it
-    cannot be trained.
+    """The network of a cross-encoder in int8, which OpenVINO runs on the CPU. The network has no parameters of torch,
+    so it cannot be trained.
 
     Args:
         graph: the content of int8.xml, the network's graph in OpenVINO's format.
@@ -143,9 +143,9 @@ def _module(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Disable gradients, and hide Python's warnings and NNCF's messages except errors. OpenVINO traces a network with
-    one example input. Torch then warns that other inputs may take other branches in the code. In these networks, all
-    inputs take the same branches."""
+    """Disable gradients, hide Python's warnings, and let NNCF log only errors. OpenVINO traces a network with one
+    example input. Torch then warns that other inputs may take other branches in the code. In these networks, all inputs
+    take the same branches."""
     log = logging.getLogger("nncf")
     level = log.level
     log.setLevel(logging.ERROR)

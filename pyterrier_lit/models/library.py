@@ -18,8 +18,8 @@ NORM = {"gamma": "LayerNorm.weight", "beta": "LayerNorm.bias"}  # layer norm wei
 _OLD_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 # Fields of a config.json that do not affect the shape of the network
 NO_SHAPE = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "tie_word_embeddings")
-# Fields of a config.json that are ignored. They would let a checkpoint choose transformers' code, kernels, quantisation
-# and devices, and what its models return. Fields whose names begin with _ are ignored, too
+# Fields of a config.json that are ignored. They would let a checkpoint choose the code, kernels, quantisation and
+# devices that transformers uses, and what a model returns. Fields whose names begin with _ are ignored, too
 NOT_HANDED_ON = (
     *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation", "use_kernels"),
     *("quantization_config", "compression_config", "base_model_tp_plan", "base_model_pp_plan", "device_map"),
@@ -33,7 +33,8 @@ LAYERS = (
 
 
 def library_config(config: dict[str, Any], config_class: type) -> Any:
-    """Return a configuration object of transformers with those fields of a config.json that describe the network.
+    """Return a configuration object of transformers with the fields of a config.json that `config_class` knows. Fields
+    in NO_SHAPE and NOT_HANDED_ON are left out.
 
     Args:
         config: the fields of config.json.
@@ -85,7 +86,7 @@ def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights,
         source: the name of the checkpoint, for error messages.
 
     Raises ValueError if the config describes more layers than the checkpoint has weight tensors. Raises ValueError,
-    too, if the network would have more than twice as many parameters as the checkpoint. Both are checked before memory
+    too, if the network would have more than twice as many parameters as the checkpoint. These checks come before memory
     is allocated.
     """
     check_size(make, config, weights, source)
@@ -94,7 +95,8 @@ def build(make: Callable[[], Network], config: dict[str, Any], weights: Weights,
 
 
 def check_size(make: Callable[[], nn.Module], config: dict[str, Any], weights: Weights, source: str) -> None:
-    """Raise ValueError in the same cases as `build`. The arguments are those of `build`."""
+    """Raise ValueError if the network has too many layers or parameters for the checkpoint, as `build` does. The
+    arguments are those of `build`."""
     check_layers(config, weights, source)
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in make().parameters())
@@ -153,8 +155,8 @@ def library_model(
         source: the name of the checkpoint, for error messages.
         dtype: the dtype of the weights in the model.
 
-    Raises KeyError if transformers has no model of this type in `mapping`. Raises ValueError if a weight is missing,
-    unexpected or of another shape, and in the same cases as `build`.
+    Raises KeyError if `mapping` has no model of this type. Raises ValueError if a weight is missing, unexpected or of
+    another shape. Also raises the errors of `build`.
     """
     model, found = _library_model(mapping, config, kind, weights, source, dtype)
     _refuse(found, ("missing", "unexpected", "mismatched"), source)
@@ -162,8 +164,8 @@ def library_model(
 
 
 def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    """Return the body of a model of the transformers library (the model without its head). `weights` may include the
-    weights of a head, which are ignored. The arguments are those of `library_model`.
+    """Return a model of the transformers library without its head. Weights of a head in `weights` are ignored. The
+    arguments are explained at `library_model`.
 
     Raises the same errors as `library_model`, but no error for unexpected weights.
     """
@@ -175,12 +177,12 @@ def library_body(config: dict[str, Any], weights: Weights, source: str, dtype: t
 
 
 def library_student(config: dict[str, Any], weights: Weights, source: str) -> "PreTrainedModel":
-    """Return a sequence classifier of the transformers library with a pre-trained body (the model without its head), in
-    float32. Weights of the head that are missing in `weights` or have another shape are initialised at random. The
-    arguments are those of `library_model`.
+    """Return a sequence classifier of the transformers library in float32, whose body has the given weights. The body
+    is the model without its head. Weights of the head that are missing in `weights` or have another shape are
+    initialised at random. The arguments are explained at `library_model`.
 
     Raises KeyError if transformers has no such classifier. Raises ValueError if a weight of the body is missing or of
-    another shape, and in the same cases as `build`.
+    another shape. Also raises the errors of `build`.
     """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 

@@ -25,8 +25,8 @@ V2 = re.compile(r"(?<![a-z0-9])v2(?![a-z0-9])", re.IGNORECASE)
 def reader(kind: str) -> Callable[[Folder, torch.device, torch.dtype], T5Checkpoint]:
     """Return the function that loads trained checkpoints of one reranker: folder, device, dtype -> checkpoint.
 
-    The returned function raises ValueError if `save` recorded that the checkpoint belongs to another reranker. If
-    `save` recorded no reranker, the function warns if the checkpoint's path or hub id names the other LiT5 reranker.
+    The returned function raises ValueError if `save` recorded that the checkpoint belongs to another reranker. Without
+    such a record, the function warns if the checkpoint's path or hub id names the other LiT5 reranker.
 
     Args:
         kind: "LiT5Distill" or "LiT5Score".
@@ -82,12 +82,12 @@ def came_from(config: dict[str, Any]) -> str:
 
 
 def family(places: Iterable[str]) -> str | None:
-    """Return the family of a LiT5-Distill checkpoint, "v1" or "v2". `places` are its paths and hub ids. The first place
-    that shows a family decides. Returns None if no place shows a family.
+    """Return the family of a LiT5-Distill checkpoint, "v1" or "v2". `places` are the checkpoint's paths and hub ids.
+    The first place that shows a family decides. Returns None if no place shows a family.
 
     A place that contains "LiT5-Distill" shows "v2" if "v2" follows, else "v1": "castorini/LiT5-Distill-base-v2" shows
-    "v2", "castorini/LiT5-Distill-base" shows "v1". In any other place, only the last file or folder counts. It shows
-    "v2" if "v2" is in its name, else no family.
+    "v2", "castorini/LiT5-Distill-base" shows "v1". In any other place, only the name of the last file or folder counts.
+    This name shows "v2" if it contains "v2", else no family.
     """
     for place in places:
         *_, named = [None, *NAME.finditer(place)]
@@ -99,13 +99,13 @@ def family(places: Iterable[str]) -> str | None:
 
 
 def warn_of_full_prompts(checkpoint: T5Checkpoint, queries: Sequence[str], heads: Sequence[str], length: int) -> None:
-    """Warn if a query leaves no room for passages, because the text before the passage fills the prompt. All such
-    queries together cause a single warning.
+    """Warn if the text before the passage fills the prompts of a query, so that a passage has no room. All such queries
+    together cause a single warning.
 
     Args:
         checkpoint: the checkpoint, whose tokenizer counts the tokens.
         queries: the queries.
-        heads: for each query, the text of its prompt before the passage.
+        heads: for each query, the text that precedes the passage in its prompts.
         length: the maximum length of a prompt in tokens.
     """
     # A text of n characters has at most n + 1 tokens

@@ -1,9 +1,8 @@
 """Cross-encoders, which read two texts as one input and return one score, and their checkpoints.
 
-Two published checkpoint formats are supported. The first is lightning-ir's format since 2024, which Rank-DistiLLM's
-monoELECTRA has. The second is that of sequence classifiers of transformers with one or two labels. A checkpoint in int8
-has a third format, which only this package uses. The inputs and outputs of a cross-encoder are tensors. This module
-does not deal with rankings.
+Two published checkpoint formats are supported. The first is lightning-ir's format since 2024. Rank-DistiLLM's
+monoELECTRA has this format. The second is that of sequence classifiers of transformers with one or two labels. A
+checkpoint in int8 has a third format, which only this package uses. This module does not deal with rankings.
 """
 
 import copy
@@ -52,7 +51,7 @@ BODIES = {"electra": "Electra", "bert": "Bert"}
 # Without these fields, sentence-transformers would apply a sigmoid to the score of a classifier with a single label.
 # High scores would then tie
 IDENTITY = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
-INT8 = "int8"  # the field of config.json that only a checkpoint in int8 has. It states how pairs are read
+INT8 = "int8"  # the field of config.json that only a checkpoint in int8 has. The field states how pairs are read
 POOLINGS = ("first", "mean", "sum", "max")  # lightning-ir's names for how hidden states are pooled
 UNLIMITED = 10**9  # for a tokenizer without a maximum length, transformers writes a number above 10**9
 LENGTHS = {"query_length": 32, "doc_length": 256}  # maximum tokens of a query and of a passage in Rank-DistiLLM
@@ -191,7 +190,7 @@ def in_int8(checkpoint: PairCheckpoint, pairs: Sequence[Pair]) -> PairCheckpoint
         checkpoint: the cross-encoder.
         pairs: the token ids of the calibration pairs (see the module `int8`).
 
-    Raises ImportError and ValueError in the same cases as `int8.quantized`.
+    Raises the errors of `int8.quantized`.
     """
     layout = checkpoint.layout()
     by_length = sorted(pairs, key=layout.length)
@@ -208,7 +207,7 @@ def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
     pad_id = fields.pop("pad_id")
     checkpoint = PairCheckpoint(
         read_int8(folder, pad_id),
-        folder.saved_tokenizer(),  # with the settings of tokenizer_config.json and of sentence-transformers
+        folder.saved_tokenizer(),  # already has the settings of the other JSON files
         folder.config,
         folder.tokenizer_config,
         Reading(**fields),
@@ -221,9 +220,10 @@ def _read_int8(folder: Folder, device: torch.device, dtype: torch.dtype) -> Pair
 def new_pairs(folder: Folder, device: torch.device, dtype: torch.dtype) -> PairCheckpoint:
     """Return an untrained cross-encoder with a new head on a pre-trained encoder.
 
-    An ELECTRA or BERT becomes a cross-encoder in lightning-ir's format, also if it is the body of another
-    cross-encoder. The head is then a random vector w without bias. Torch's random generator draws each number in w from
-    a normal distribution with mean 0. The standard deviation is the field `initializer_range` of config.json.
+    An ELECTRA or BERT becomes a cross-encoder in lightning-ir's format. If the folder already has a cross-encoder, its
+    head is not used. The new head is a random vector w without bias. Torch's random generator draws each number in w
+    from a normal distribution with mean 0. The standard deviation is the field `initializer_range` of config.json, or
+    0.02 if there is no such field.
 
     Any other encoder becomes a sequence classifier of transformers with one label. The weights that the checkpoint has
     for the classifier's head are used. The other weights of the head are random. The maximum lengths are those of
@@ -266,7 +266,7 @@ def _new_classifier(folder: Folder, device: torch.device, dtype: torch.dtype) ->
 def _lightning_ir(
     folder: Folder, network: PooledScorer, config: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> PairCheckpoint:
-    """Return a cross-encoder in lightning-ir's format, which always uses token types."""
+    """Return a cross-encoder in lightning-ir's format. Such a cross-encoder always uses token types."""
     tokenizer = folder.library_tokenizer(config["backbone_model_type"])
     reading = Reading(
         _limit(network.body, tokenizer), types=config.get("type_vocab_size") or 2, clean_up=_cleans_up(folder)
@@ -325,9 +325,9 @@ def _check(checkpoint: PairCheckpoint, pieces: int, source: str) -> None:
 def _padded_rightly(checkpoint: PairCheckpoint, network: LabelScorer, source: str) -> PairCheckpoint:
     """Choose the padding for which the score of a query-passage pair does not depend on the other pairs in the batch.
 
-    Padding on the right is tried first, then padding on the left. In networks that ignore the attention mask, the score
-    depends on the other pairs with padding on either side. For these networks, each forward pass gets only inputs of
-    equal length, without padding. Raises ValueError if the score depends on the other pairs even then.
+    Padding on the right is tried first, then padding on the left. If a network ignores the attention mask, padding on
+    either side changes the score. Each forward pass of such a network gets only inputs of equal length, without
+    padding. Raises ValueError if the score depends on the other pairs even then.
     """
     for side, reads_padding in (("right", False), ("left", False), ("right", True)):
         network.reads_padding = reads_padding

@@ -96,16 +96,16 @@ class PERankCheckpoint:
         return position_limit(self.network.body.config)
 
     def text_encoder(self) -> TextEncoder:
-        """Return the passage encoder inside the checkpoint. It is built on first use, because it is not needed if the
-        vectors are given. Raises ValueError if the checkpoint has no encoder. Raises FileNotFoundError if the config or
-        the tokenizer of the encoder is not available."""
+        """Return the passage encoder inside the checkpoint. The encoder is built on first use, because it is not needed
+        if the vectors are given. Raises ValueError if the checkpoint has no encoder. Raises FileNotFoundError if the
+        config or the tokenizer of the encoder is not available."""
         if self.encoder is None:
             self.encoder = _inner_encoder(self)
         return self.encoder
 
     def head(self) -> torch.Tensor:
-        """Return the weight matrix (vocabulary size, width) of the language model's output layer, which is not used for
-        ranking. If the output layer is tied to the input embedding, this is the matrix of the input embedding.
+        """Return the weight matrix (vocabulary size, width) of the language model's output layer. PE-Rank does not use
+        this layer for ranking. If the output layer is tied to the input embedding, both have the same matrix.
         Otherwise, the matrix is read from the checkpoint.
 
         Raises ValueError if the checkpoint has no output layer.
@@ -124,8 +124,8 @@ class PERankCheckpoint:
         """Write the checkpoint into an existing folder: config, weights and tokenizer of the language model, and those
         of the passage encoder.
 
-        If the config or the tokenizer of the encoder is not available, there is a warning. Of the encoder, only
-        the weights and the name are then written.
+        If the config or the tokenizer of the encoder is not available, there is a warning. The saved checkpoint then
+        has the encoder's weights and name, which do not suffice to encode passages.
         """
         if self.encoder_weights:
             try:

@@ -43,8 +43,8 @@ class ChatPrompter:
     """The base class of all prompters. A prompter builds prompts with a tokenizer and its chat template.
 
     Each prompt is a single user turn. If the query or a passage contains a special token such as `</s>`, the prompter
-    puts a space into this token: `< /s>`. The tokenizer then reads plain text. In the texts of the passages, `[12]`
-    becomes `(12)`.
+    puts a space into this token: `< /s>`. The tokenizer reads `< /s>` as plain text. In the texts of the passages,
+    `[12]` becomes `(12)`.
 
     Args:
         tokenizer: a tokenizer of transformers with a chat template.
@@ -203,9 +203,10 @@ class TextPrompter(ChatPrompter):
         return " > ".join(f"[{position + 1}]" for position in order)
 
     def identifiers(self, n: int) -> tuple[list[int], list[list[int]]]:
-        """Return the token ids of the parts of an answer for n passages. The first item has the token ids of "[", with
-        which each answer starts. The second item has a list of token ids for each of the n identifiers, from its number
-        up to the "[" of the next identifier: "1] > [", "2] > [", ...
+        """Return the token ids of the parts of an answer for n passages. An answer, such as "[2] > [1]", starts with
+        "[". Then follow parts such as "2] > [": an identifier's number, up to the "[" of the next identifier. The
+        function returns the token ids of the first "[", and a list with the token ids of each of the parts "1] > [",
+        "2] > [", ..., "n] > [".
 
         Raises ValueError if the tokens of a whole answer are not the tokens of these parts.
         """
@@ -291,8 +292,7 @@ def _try(folder: Folder, render: Callable[[], str]) -> None:
 
 
 def _read_tokenizer(folder: Folder) -> Any:
-    """Return the tokenizer of a folder as an object of transformers. It is read from tokenizer.json if that file
-    exists.
+    """Return the tokenizer of a folder as an object of transformers. If there is a tokenizer.json, this file is read.
 
     In transformers 5, AutoTokenizer would not read tokenizer.json as it is. It would build a new tokenizer of the class
     that tokenizer_config.json names or, for Mistral, of another class. This new tokenizer would give other token ids.

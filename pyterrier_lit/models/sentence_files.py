@@ -22,9 +22,9 @@ class SentenceFiles:
         prompt: a text that is put before each query.
         max_length: the maximum input length in tokens. None means that these files set no maximum.
         lower_case: whether texts are lower-cased.
-        chat: False if these files rule out a chat template, so that sentence-transformers ignores a chat template of
-            the tokenizer. If True, sentence-transformers builds its inputs with the tokenizer's chat template, provided
-            that this template has placeholders for a query and a document.
+        chat: False if sentence-transformers ignores the tokenizer's chat template because of these files. If True,
+            sentence-transformers builds its inputs with a chat template that has placeholders for a query and a
+            document.
         files: the files themselves, as name -> content.
     """
 

@@ -5,9 +5,10 @@ passages of a window. This module does not deal with texts, identifiers or ranki
 
 Sources: Izacard and Grave (arXiv 2007.01282) for Fusion-in-Decoder, and arXiv 2312.16098 for LiT5.
 
-Shapes: B is the number of windows. L is the number of tokens of a prompt, and S that of all prompts of a window. In one
-pass, the decoder processes m tokens per window. D is the width of the model, H the number of its heads, and d the width
-of a head. V is the number of tokens in the vocabulary, and R the number of different tokens that may be generated.
+Shapes: B is the number of windows. L is the number of tokens of a prompt, and S the number of tokens of all prompts of
+a window. In one pass, the decoder processes m tokens per window. D is the width of the model, H the number of its
+heads, and d the width of a head. V is the number of tokens in the vocabulary, and R the number of different tokens that
+may be generated.
 """
 
 import dataclasses
@@ -28,9 +29,9 @@ from pyterrier_lit.models.library import check_layers, library_config, load_stri
 from pyterrier_lit.models.t5_pieces import SentencePieces, read_pieces
 from pyterrier_lit.models.tokenization import check_pieces
 
-# The time of a decoder pass over 1, 2, 3 and 4 tokens, divided by the time of a pass over one token. bench_drafts.py
-# measured these times for a T5-base on two cores. Passes have at most four tokens, because for more than
-# `attention.FEW` tokens, attention would use another kernel
+# The time of a decoder pass over 1, 2, 3 and 4 tokens, divided by the time of a pass over one token.
+# experiments/bench_drafts.py measured these times for a T5-base on two cores. Passes have at most four tokens: with
+# more than `attention.FEW` tokens, attention would use the fused kernel
 COSTS = {torch.float32: (1.0, 1.5, 1.7, 1.8), torch.bfloat16: (1.0, 1.1, 1.2, 1.3)}
 START, EOS = 0, 1  # the decoder's first input (T5's pad token), and the end of sequence
 
@@ -198,8 +199,7 @@ class FiD:
         Args:
             windows: for each window, the token ids of its prompts.
             steps: the number of decoder tokens per window for which the cache has room.
-            mass: whether `read` should also return the attention mass of each token, which the docstring of `read`
-                defines.
+            mass: whether `read` should also return the attention mass of each token (defined at `read`).
         """
         prompts = list(dict.fromkeys(tuple(prompt) for window in windows for prompt in window))
         lengths = [len(prompt) for prompt in prompts]
@@ -247,9 +247,9 @@ class FiD:
             ids: the token ids (B, m).
 
         Returns the hidden states (B, m, D) after the final norm, and a list. The list is empty if `memory.norms` is
-        None. Otherwise, the list has one tensor (B, m, S) per layer, with the attention mass of the S tokens of the
-        passages for each of the m tokens. The attention mass of a passage's token is the token's weight in
-        cross-attention, times the norm of the token's value vector, averaged over heads.
+        None. Otherwise, the list has one tensor (B, m, S) per layer: for each of the m tokens, the attention mass of
+        the S passage tokens. In one head, the attention mass of a passage token is its cross-attention weight times the
+        norm of its value vector. The tensor has the averages over all heads.
         """
         decoder, mass = self.network.decoder, []
         places = torch.tensor(memory.read, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
@@ -298,8 +298,7 @@ class FiD:
 
         - the generated token ids (B,);
         - a mask (B,) of the windows that had no EOS before this step;
-        - a number per window (B,), which is NaN or infinite if the logits of the window contain NaN or an infinity,
-          else 0;
+        - a number per window (B,), which is NaN or infinite if the window's logits contain NaN or an infinity, else 0;
         - a list with the attention mass that `read` returned, per layer (B, S).
         """
         rows = memory.own_keys.shape[1]

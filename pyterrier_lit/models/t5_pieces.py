@@ -27,7 +27,7 @@ class SentencePieces:
         # A protobuf message that is merged into the model. It sets add_dummy_prefix (field 3 of normalizer_spec) to
         # false. normalizer_spec is field 3 of the model and has two bytes here
         no_dummy_prefix = b"\x1a\x02\x18\x00"
-        self.model = model  # the bytes that `save` writes
+        self.model = model  # the bytes that `T5Checkpoint.save` writes
         self.processor = sentencepiece.SentencePieceProcessor()
         self.processor.LoadFromSerializedProto(self.model + no_dummy_prefix)
         self._guard = len(self.processor.encode("<unk>"))

@@ -126,8 +126,9 @@ def empty_encoder(config: dict[str, Any]) -> nn.Module:
 
 
 def bare(weights: Weights) -> Weights:
-    """Return weights under the names that `empty_encoder` uses. The weights of pooler and heads are left out. If
-    the encoder's weights have a common prefix, such as "bert.", this prefix is removed."""
+    """Return weights under the names that `empty_encoder` uses. The names of the encoder's weights may have a prefix,
+    such as "bert.". This prefix is removed, and weights without the prefix, such as those of a head, are left out. The
+    weights of the pooler are left out, too."""
     names = [name for name in weights if name.endswith(WORDS)]
     body = below(today(weights), names[0].removesuffix(WORDS)) if names else today(weights)
     return {name: tensor for name, tensor in body.items() if not name.startswith("pooler.")}

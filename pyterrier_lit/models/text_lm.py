@@ -1,8 +1,8 @@
 """A causal language model of transformers that continues text prompts, and its checkpoint.
 
-The prompts are processed as in `vector_lm`, but contain no vectors. They are padded on the left. If the model attends
-to all previous tokens, a common prefix of all prompts is processed only once. Shapes: B is the number of prompts, R the
-number of different tokens that may be generated, and H the width of the model.
+The prompts are processed as in the module `vector_lm`, but contain no vectors. They are padded on the left. If the
+model attends to all previous tokens, a common prefix of all prompts is processed only once. Shapes: B is the number of
+prompts, R the number of different tokens that may be generated, and H the width of the model.
 """
 
 import dataclasses

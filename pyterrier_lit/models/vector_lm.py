@@ -1,9 +1,9 @@
 """A causal language model whose prompts contain vectors, and whose next token is one of these vectors.
 
 A projector maps the vectors into the space of the model's input embeddings. Each projected vector replaces the
-embedding of a placeholder in the prompt. After a prompt, the model generates only vectors of this prompt. The logit of
-a vector is the dot product of the projected vector with the last hidden state. This module does not deal with texts or
-queries.
+embedding of a placeholder in the prompt. After a prompt, the model generates only tokens that stand for vectors of this
+prompt. The logit of such a token is the dot product of its projected vector with the last hidden state. This module
+does not deal with texts or queries.
 
 Shapes: B is the number of prompts, and L their length in tokens. The KV cache has C tokens. N is the largest number of
 vectors in one prompt, and d the dimension of the vectors. One forward pass reads m vectors per prompt. H is the width
@@ -138,8 +138,8 @@ class VectorLM(nn.Module):
 
 
 class VectorReader:
-    """A `decoding.Reader` for B prompts. The tokens that it generates stand for the vectors of a prompt: token i stands
-    for vector i, counted from 0.
+    """A `decoding.Reader` for B prompts. Each generated token stands for a vector of its prompt: token i stands for
+    vector i, counted from 0.
 
     Args:
         network: the language model.
@@ -155,7 +155,7 @@ class VectorReader:
         self.network = network
         self.inputs = inputs
         self.mask = mask
-        self.positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -inputs.shape[1] :]  # 0 at the first token after padding
+        self.positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -inputs.shape[1] :]  # padding is not counted
         self.passages = passages
         self.cache = cache
 
@@ -166,9 +166,10 @@ class VectorReader:
 
     @property
     def costs(self) -> tuple[float, ...]:
-        """The time of a pass over 1, 2, ... vectors, divided by the time of a pass over one vector. If padding between
-        the tokens of a prompt would change the result, or if tokens cannot be removed from the cache, the tuple has a
-        single entry. Each pass then processes one vector."""
+        """The time of a pass over 1, 2, ... vectors, divided by the time of a pass over one vector. `keep` removes
+        rejected tokens from the cache, or masks them. With some models, masked tokens between other tokens would change
+        the result, or tokens cannot be removed from the cache. The tuple then has a single entry: each pass processes
+        one vector."""
         if not _minds_no_gaps(self.network.body) or not _can_be_cut(self.cache):
             return COSTS[torch.float32][:1]
         return COSTS.get(self.network.body.dtype, COSTS[torch.bfloat16])
@@ -190,9 +191,10 @@ class VectorReader:
     def keep(self, counts: Sequence[int]) -> None:
         """Keep the first counts[b] tokens of the last pass for prompt b, and remove the other tokens of this pass.
 
-        The cache has equally many tokens for each prompt, so it is cut to the largest of the counts. If prompt b has a
-        smaller count, the cache still contains tokens that prompt b does not keep. These tokens are masked, and the
-        next token of prompt b gets the position after the last token that prompt b keeps.
+        The cache has equally many tokens for each prompt. Its number of tokens from the last pass is therefore the
+        largest of the counts. If prompt b has a smaller count, the cache still contains tokens that prompt b does not
+        keep. These tokens are masked, and the next token of prompt b gets the position after the last token that prompt
+        b keeps.
         """
         kept, most = torch.tensor(counts, device=self.device)[:, None], max(counts)
         read = self.inputs.shape[1]
@@ -210,11 +212,11 @@ class VectorReader:
 
 
 def _minds_no_gaps(body: Any) -> bool:
-    """Return whether masked padding between the tokens of a prompt leaves the result of a model unchanged, if the
-    positions do not count the padding.
+    """Return whether masked tokens between other tokens leave the result of a model unchanged. The positions do not
+    count masked tokens.
 
-    The result is False for sliding-window and chunked attention, because they count padding as tokens. It is also False
-    for models of transformers that have no argument `position_ids`.
+    The result is False for sliding-window and chunked attention, because a window or chunk counts masked tokens, too.
+    The result is also False for models of transformers that have no argument `position_ids`.
     """
     kinds = getattr(body.config, "layer_types", None)
     limits = [getattr(body.config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
@@ -223,8 +225,8 @@ def _minds_no_gaps(body: Any) -> bool:
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Return whether tokens can be removed from a cache of transformers. The result is False before the first
-    forward pass, and if a layer of the cache stores anything other than the keys and values of all tokens."""
+    """Return whether tokens can be removed from a cache of transformers. The result is False if the cache has no
+    layers, or if a layer stores anything other than the keys and values of all tokens."""
     from transformers.cache_utils import DynamicLayer
 
     return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -233,8 +235,8 @@ def _can_be_cut(cache: Any) -> bool:
 @functools.cache
 def _cache_argument(model: Any) -> str:
     """Return the name of a model's cache argument in this version of transformers. If the cache is passed under another
-    name, the model ignores it without an error. Raises RuntimeError if the model has no cache argument with a known
-    name."""
+    name, the model ignores the cache and raises no error. Raises RuntimeError if the model has no cache argument with a
+    known name."""
     names = inspect.signature(model.forward).parameters
     known = [name for name in ("cache", "past_key_values") if name in names]
     if not known:
