@@ -10,8 +10,9 @@ If a system is installed in another environment, --python names the interpreter 
 
 The lower bound is called the floor: the least time in which this machine can do the reranker's computations. The floor
 is the sum of two times. The first time is the reranker's FLOPs, divided by the FLOP/s that the machine reaches in
-matrix products. The second time is the bytes that the decoder's passes read, divided by the memory bandwidth. These
-bytes are weights, keys and values (for PE-Rank, only weights). The script measures the FLOP/s and the bandwidth.
+matrix products. The second time is the bytes that the decoder reads in its forward passes, divided by the memory
+bandwidth. These bytes are the decoder's weights and, for LiT5, also keys and values. The script measures the FLOP/s and
+the bandwidth.
 """
 
 import argparse
@@ -35,7 +36,7 @@ import torch
 from pyterrier_lit.models.devices import choose_dtype
 
 SYSTEMS = Path(__file__).with_name("bench_systems.py")
-TOP = 10  # two rankings are compared on pairs of passages; one passage of each pair is among our first 10
+TOP = 10  # `alike` compares pairs of passages; one passage of each pair is among our first TOP passages
 QUESTION = "How fast is each reranker beside what else does its work?"
 
 
@@ -85,7 +86,7 @@ ROWS = {
     ),
     "pe-rank, 44 M, against texts": Row("pe-rank", "44 M", "float32", ("ours", "ours, top_k=10", "passages as text")),
 }
-# Without ROW, --quick runs the rows whose names begin with one of these
+# If no ROW is given, --quick runs the rows whose names begin with one of these
 QUICK = ("cross-encoder, MiniLM", "lit5-distill", "pe-rank, 44 M, float32")
 
 
@@ -153,9 +154,10 @@ def known() -> list[str]:
 def compare(
     row: Row, data: str, passages: int, turns: int, threads: int, pythons: Mapping[str, str], before: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """Run all systems of a row. Returns a dict: name of a system -> its dict. The keys of a system's dict are "seconds"
-    (the shortest time), "peak GB" and "results". Systems of this package, except those in int8, also have "flops" and
-    "bytes". If a system is not installed, its dict has only the key "not run", with the reason as its value."""
+    """Run all systems of a row. Returns a dict: name of a system -> its answer. An answer has the keys "seconds" (the
+    shortest time), "peak GB" and "results". Systems whose names begin with "ours" also answer with "flops" and
+    "bytes", except in int8. If a system is not installed, its answer has only the key "not run", with the reason as its
+    value."""
     systems = {system: (system, pythons.get(system, sys.executable), SYSTEMS.parents[1]) for system in row.systems}
     if before:
         systems["before"] = ("ours", sys.executable, before.resolve())
@@ -169,7 +171,7 @@ def compare(
         for _, name in itertools.product(range(turns - 1), running):
             answers[name] = min(answers[name], processes[name].ask("run"), key=lambda answer: answer["seconds"])
         for name in running:
-            if name.startswith("ours") and "int8" not in name:  # in int8, PyTorch's counter sees no products
+            if name.startswith("ours") and "int8" not in name:  # PyTorch's counter does not count products in int8
                 answers[name] |= processes[name].ask("cost")
         for process in processes.values():
             process.end()
@@ -188,7 +190,7 @@ class Process:
         )  # fmt: skip
 
     def ask(self, request: str) -> dict[str, Any]:
-        """Send a request and return the answer. Raises RuntimeError if the process died. The message has the end of the
+        """Send a request and return the answer. If the process died, RuntimeError is raised with the end of the
         process's log."""
         assert self.process.stdin and self.process.stdout
         try:
@@ -209,8 +211,8 @@ class Process:
 
 
 def machine_rates(dtype: torch.dtype, seconds: float = 1.0) -> tuple[float, float]:
-    """Measure two rates: FLOP/s of matrix products, and bytes/s of reading memory. Each rate is the best of the calls
-    that fit into `seconds`."""
+    """Measure two rates: FLOP/s of matrix products, and bytes/s of reading memory. Each rate is measured for `seconds`,
+    and the fastest call counts."""
     left, right = torch.randn(1024, 768).to(dtype), torch.randn(768, 3072).to(dtype)
     large = torch.zeros(2**28, dtype=torch.uint8).view(torch.int64)
     flops = best(lambda: left @ right, seconds)
@@ -227,10 +229,13 @@ def best(call: Any, seconds: float) -> float:
 
 
 def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tuple[float, float]) -> list[dict]:
-    """Rows of measured.csv. Each system has its seconds per query and its peak memory. A system of this package also
-    has, for each peer, how many times as fast as the peer it is. If the peer returns scores, another row has the share
-    of pairs of passages that both order alike (`alike`). If the FLOPs are counted, two more rows have the floor, and
-    the floor divided by the measured seconds."""
+    """Rows of measured.csv. Each system has its seconds per query and its peak memory. A system of this package has
+    more rows:
+
+    * For each peer: how many times as fast as the peer the system is. If the peer returns scores, also the share of
+      pairs of passages that the two systems order alike (`alike`).
+    * If the FLOPs are counted: the floor, and the floor divided by the measured seconds.
+    """
     rows = []
     peers = {name: answer for name, answer in found.items() if not name.startswith("ours") and "not run" not in answer}
     for name, answer in found.items():
@@ -254,8 +259,8 @@ def tidy(setting: str, row: Row, found: Mapping[str, dict[str, Any]], rates: tup
 
 
 def alike(ours: list[list[float]], theirs: list[list[float]], top: int = TOP) -> float:
-    """The share of pairs of passages that two systems order alike. A pair is one of our first `top` passages of a
-    query, and a passage that we rank below it. ours, theirs: the scores of each query's passages."""
+    """The share of pairs of passages that two systems order alike. Each pair has one of our first `top` passages of a
+    query, and a passage that we rank below this passage. ours, theirs: the scores of each query's passages."""
     same = total = 0
     for left, right in zip(ours, theirs, strict=True):
         ranked = sorted(range(len(left)), key=lambda passage: -left[passage])
@@ -286,8 +291,8 @@ def table(name: str, rows: list[dict], found: Mapping[str, dict[str, Any]]) -> s
 
 
 def plot(rows: pd.DataFrame) -> Any:
-    """A chart of the seconds per query: one panel for each row, and one bar for each system. Only values with two
-    threads are drawn, and of these the newest. Bars of this package are blue."""
+    """A chart of the seconds per query: one panel for each row, and one bar for each system. Only the newest values
+    that were measured with two threads are drawn. Bars of this package are blue."""
     import matplotlib.pyplot as plt
 
     rows = measured.latest(rows[(rows["measure"] == "seconds a query") & (rows["threads"] == 2)])

@@ -2,15 +2,16 @@
 
     python experiments/bench_drafts.py [--queries 8] [--only small base costs] [--record]
 
-Draft and verify is speculative decoding without a draft model. The logits of a pass rank the remaining passages. The
-tokens of the first passages in this ranking are the draft. The next pass verifies the draft: it keeps the drafted
-tokens before the first one that constrained greedy decoding would not choose. There are three benchmarks:
+Draft and verify is speculative decoding without a draft model. A pass is a forward pass of the decoder. The logits of a
+pass rank the passages that are not yet in the order. The tokens of the first passages in this ranking are the draft.
+The next pass verifies the draft: it keeps the drafted tokens before the first one that constrained greedy decoding
+would not choose. There are three benchmarks:
 
 small           the project's small checkpoints on Python's documentation, one query at a time, in float32
 base            a decoder of T5-base's size with random weights. Its window has 12,363 tokens (100 passages of DL19) or
-                2,400 tokens (20 passages). First it decodes by its own logits. Then it decodes by the logits of
-                tiny/lit5-distill, so that drafts are right as often as with this trained checkpoint
-costs           the time of one pass of the decoder of `base` over 1 to 8 tokens
+                2,400 tokens (20 passages). First, the decoder follows its own logits. Then, the logits of
+                tiny/lit5-distill replace them, so that drafts are right as often as with this trained checkpoint
+costs           the time of one pass over 1 to 8 tokens, with the decoder of `base`
 
 The ways to decode take turns, so that other jobs on the machine slow down all ways alike. Each way is measured several
 times, and the shortest time counts.
@@ -89,7 +90,7 @@ class Counted:
     shape (B, R). B is the number of prompts, and R the number of tokens that may be generated.
 
     costs: the cost of a pass over 1, 2, ... tokens, relative to a pass over one token. Decoding chooses the length of a
-    draft by these costs. None takes the costs of the wrapped reader.
+    draft by these costs. By default, the costs are those of the wrapped `Drafting`.
     """
 
     def __init__(self, reader: decoding.Drafting, costs: tuple[float, ...] | None = None):
@@ -117,8 +118,8 @@ class Counted:
 
 @contextlib.contextmanager
 def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
-    """A context in which decoding is counted. It yields a list, to which each call of `in_turn` appends a tuple. The
-    tuple has the reader of the call, wrapped in a `Counted`, and the arguments words, counts and tops of the call."""
+    """In this context, each call of `decoding.in_turn` is counted. The context yields a list, which gets a tuple for
+    each call: the reader of the call, wrapped in a `Counted`, and the arguments words, counts and tops of the call."""
     readers: list[tuple[Counted, Any, Any, Any]] = []
 
     def in_turn(reader, words, counts, tops) -> Choices:
@@ -146,8 +147,8 @@ def of_reranker(setting: str, reranker: ListwiseReranker, frame: pd.DataFrame, r
 
 
 def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: int) -> list[dict]:
-    """The rows of `compared` for a decoder of T5-base's size over one window. It decodes by its own logits and by those
-    of tiny/lit5-distill, each with and without top_k=10."""
+    """The rows of `compared` for one window and a decoder of T5-base's size. The decoder follows its own logits, and
+    then those of tiny/lit5-distill, each with and without top_k=10."""
     reranker = LiT5Distill(str(TINY / "lit5-distill"), window_size=size)
     with counted(WAYS["one token a pass"]) as readers:
         reranker(frame[(frame["qid"] == frame["qid"].iloc[0]) & (frame["rank"] < size)])
@@ -168,8 +169,8 @@ def of_base_size(fid: FiD, size: int, frame: pd.DataFrame, dtype: str, repeat: i
 
 
 class Replayed(PieceReader):
-    """A decoder over random encoder states of `tokens` tokens. If `logits` are given, it returns them, position by
-    position, instead of its own logits."""
+    """A decoder over random encoder states of `tokens` tokens. If `logits` are given, the decoder returns these logits,
+    position by position, instead of its own."""
 
     def __init__(self, fid: FiD, tokens: int, words: Any, logits: list[torch.Tensor] | None):
         states = torch.randn(tokens, fid.network.config.d_model, generator=torch.Generator().manual_seed(0))
@@ -188,10 +189,11 @@ class Replayed(PieceReader):
 
 
 def compared(setting: str, n: int, decode: Any, ways: Iterable[str], repeat: int) -> list[dict]:
-    """Rows of measured.csv with the passes and seconds of each way to decode. The first way is the baseline of the
-    others. The ways take turns.
+    """Rows of measured.csv with the passes and seconds of each way to decode. Each further way is compared with "one
+    token a pass", which must be the first way. The ways take turns.
 
-    decode: a function that takes costs, and returns the orders and the readers. repeat: how often each way is measured.
+    decode: a function that takes the argument `costs` of `Counted`, and returns the orders and the `Counted` readers.
+    repeat: how often each way is measured.
     """
     with torch.inference_mode():
         turns = [{way: decode(WAYS[way]) for way in ways} for _ in range(repeat)]

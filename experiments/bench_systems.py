@@ -102,7 +102,8 @@ def numbers(tensors: Any) -> int:
 
 
 def ours(**settings: Any) -> Callable[[Path, dict], Run]:
-    """This package, with all queries in one call. settings: arguments of the reranker."""
+    """This package, with all queries in one call. settings: arguments of the reranker. int8=True quantises a
+    cross-encoder."""
 
     def prepare(folder: Path, work: dict) -> Run:
         import pyterrier_lit
@@ -180,8 +181,8 @@ def sentence_transformers(backend: str, int8: bool = False) -> Callable[[Path, d
 
 
 def options(backend: str, work: dict) -> dict[str, Any]:
-    """The settings of a backend: the number of threads and, for OpenVINO, the precision. Without this setting, OpenVINO
-    chooses the precision itself."""
+    """The settings of a backend: the number of threads and, for OpenVINO, the precision. If the precision is not set,
+    OpenVINO chooses it itself."""
     if backend == "openvino":
         precision = {"float32": "f32", "bfloat16": "bf16"}[work["dtype"]]
         return {"ov_config": {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work["threads"]}}
@@ -248,7 +249,7 @@ def library_t5(folder: Path, work: dict) -> Run:
 
 
 def rank_llm(folder: Path, work: dict) -> Run:
-    """LiT5-Distill in rank_llm, which runs on transformers 4 only."""
+    """LiT5-Distill in rank_llm. rank_llm runs on transformers 4 only."""
     from rank_llm.data import Candidate, Query, Request
     from rank_llm.rerank.listwise.rank_fid import RankFiDDistill
 

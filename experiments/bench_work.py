@@ -32,8 +32,8 @@ MISTRAL = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "rope_theta": 1e6, "initializer_range": 0.05,
 }  # fmt: skip
 PROMPT_TOKENS = 108.8  # mean number of tokens of a LiT5 prompt on TREC DL 2019, with T5's own vocabulary
-# Mean number of tokens of a passage with Mistral's vocabulary, estimated: for a query of DL19, the prompts of rank_llm
-# (9 windows of 20 passages) have 19,724 tokens
+# Mean number of tokens of a passage with Mistral's vocabulary, estimated from the prompts of rank_llm: for a query of
+# DL19, these prompts (9 windows of 20 passages) have 19,724 tokens
 PASSAGE_TOKENS = 100
 
 
@@ -99,7 +99,7 @@ def cut(
 ) -> list[list[str]]:
     """Shorten all passages to the same share of their characters, so that the mean of the lengths is `wanted`.
 
-    lengths: a function that takes a query and its passages and returns their lengths in tokens.
+    lengths: a function that takes a query and its passages, and returns a length in tokens for each passage.
     """
     low, high = 0.0, 1.0
     for _ in range(12):  # halves the interval that contains the share

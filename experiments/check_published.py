@@ -159,7 +159,7 @@ def bring_runs() -> None:
 
 
 def apart(name: str, dl19: str) -> list[dict[str, Any]]:
-    """Run `examine` in a new process, and return its rows. So the peak memory is that of this checkpoint alone. If
+    """Run `examine` in a new process, and return its rows. The peak memory is then that of this checkpoint alone. If
     memory runs out, only the new process is killed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -324,8 +324,8 @@ def over_bm25(subject: Subject) -> Finding:
 
 
 def public_run(name: str) -> Finding:
-    """Check the nDCG@10 on DL19 of a public run, cut to its first 100 passages. The run is LiT5's BM25 or a system over
-    it. The check passes if the nDCG@10 is within the tolerance of a published figure."""
+    """Check the nDCG@10 on DL19 of a public run, cut to its first 100 passages. The run is LiT5's BM25, or that of a
+    system that reranks this BM25. The check passes if the nDCG@10 is within the tolerance of a published figure."""
     runs = {compare.FIRST_STAGE: papers.find("dl19.bm25")} | public_runs.systems_over("dl19.bm25")
     if name not in runs:
         raise NotRun(f"its run is missing; wanted it at experiments/data/runs/dl19.bm25.{name}.txt")
@@ -337,8 +337,8 @@ def public_run(name: str) -> Finding:
 
 
 def beside(paper: str, frames: dict[str, pd.DataFrame], qrels: pd.DataFrame) -> dict[str, Finding]:
-    """Compare the nDCG@10 of rankings over DL19's BM25 with published figures. Returns a finding for each ranking whose
-    name has published figures. A ranking passes if its nDCG@10 is within the tolerance of one of these figures.
+    """Compare the nDCG@10 of rankings over DL19's BM25 with published figures. Returns a `Finding` for each ranking
+    whose name has published figures. A ranking passes if its nDCG@10 is within the tolerance of one of these figures.
 
     frames: name of a system in published.csv -> its ranking.
     """
@@ -367,7 +367,7 @@ def collection(subject: Subject) -> corpora.Collection:
         raise NotRun(str(error)) from error
 
 
-CHECKS = [  # name, regular expression for the checkpoints to check, function, its arguments after the checkpoint
+CHECKS = [  # name, regular expression for the checkpoints' names, function, its arguments after `subject`
     ("names of weights", "LiT5", weight_names),
     ("loads", "", loads),
     ("window and stride", r"LiT5-Distill-\w+-v2$", window, 100, 50),

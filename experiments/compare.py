@@ -24,7 +24,7 @@ TOLERANCES = [
     ("LiT5", r"castorini/LiT5-Distill-(base|large|xl)", 0.008),
     ("LiT5", ".*", 0.005),
     ("Rank-DistiLLM", ".*", 0.003),
-    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; the tolerance is LiT5's, since both run in bfloat16
+    ("PE-Rank", ".*", 0.005),  # only one evaluation is known; as for LiT5, which also runs in bfloat16
 ]
 
 
@@ -89,14 +89,13 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
 
     A measured figure is compared with each published figure of the same paper, collection, first stage, depth, model
     and measure. For a first stage, the depth is ignored. If `tables` is empty, the rows are the measured figures, and
-    all of published.csv is searched. If `tables` is given, only these tables are searched. Then each figure of these
-    tables has a row, even if nothing was measured for it. Figures of a measure that does not occur in `results` have no
-    row.
+    all of published.csv is searched. If `tables` is given, only these tables are searched, and each of their figures
+    has a row, even if nothing was measured for it. Figures of a measure that does not occur in `results` have no row.
 
     Columns: those of `results`, `published`, `difference` (measured - published), `tolerance`, `reproduced`, `table`,
     `source`, `status`. `reproduced` is "within" or "outside" the tolerance. It is empty if the measured figure, the
     published figure or the tolerance is missing, or if the status is "recalled" or "erratum". If a system has several
-    runs, a published figure between the lowest and the highest of them counts as "within", too.
+    runs, a published figure between `lowest` and `highest` counts as "within", too.
     """
     tables = list(tables)
     figures = (published(table=tables) if tables else published()).query("measure in @results.measure")
@@ -134,8 +133,8 @@ def table(results: pd.DataFrame, tables: Iterable[str] = ()) -> pd.DataFrame:
 
 def progress(table: pd.DataFrame) -> pd.DataFrame:
     """A row for each paper and table of published.csv. `cells` is the number of published figures in the table.
-    `measured`, `within`, `outside` and `waiting` count those that are measured, within or outside the tolerance, and
-    not measured.
+    `measured` counts the cells that have a measured figure, and `waiting` counts those that have none. `within` and
+    `outside` count the measured figures that are within and outside the tolerance.
 
     table: a table that the function `table` returned.
     """

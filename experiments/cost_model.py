@@ -47,8 +47,8 @@ def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: floa
     """The seconds that each stage adds to the time of a query, with one driver and this many workers.
 
     The driver first loads the texts and checks the frame. Then packing, sending and computing (tokenising and model)
-    run in parallel. Only the slowest of these three counts and is returned. cores: number of cores on which each worker
-    tokenises. network: bytes a second.
+    run in parallel, so only the slowest of these three adds to the time. Only this one is returned. cores: number of
+    cores on which each worker tokenises. network: bytes a second.
     """
     beside: list[dict[str, float]] = [
         {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},

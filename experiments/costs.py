@@ -46,8 +46,8 @@ def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
 
 
 def installed(peers: dict[str, tuple[str, str, dict]]) -> dict[str, pt.Transformer]:
-    """Other systems as transformers: those whose package is installed. peers: name -> (package, class, arguments of the
-    constructor)."""
+    """The systems of `peers` whose package is installed, as transformers. peers: name -> (package, class, arguments of
+    the constructor)."""
     return {
         name: getattr(importlib.import_module(package), kind)(**arguments)
         for name, (package, kind, arguments) in peers.items()

@@ -21,8 +21,8 @@ from pyterrier_lit import PERank
 from pyterrier_lit.batching import Budget
 
 PIECES = Path(__file__).parent / "tiny" / "cross-encoder"  # the tokenizer of the sparse stand-in
-# The sparse stand-in: size of its embeddings, and the threshold that is subtracted from its logits. Before, the logit
-# of the token itself is about 100, and the logits of other tokens have mean 0 and standard deviation 10
+# The sparse stand-in: size of its embeddings, and the threshold that is subtracted from its logits. Before subtraction,
+# the logit of the token itself is about 100. The logits of other tokens have mean 0 and standard deviation 10
 WIDTH, THRESHOLD = 128, 50.0
 
 
@@ -75,8 +75,8 @@ class LateInteraction(pt.Transformer):
 
 
 class Noisy:
-    """The encoder of a PERank with noise on its vectors, to be used as `PERank(encoder=)`. A vector has length 1. The
-    noise is Gaussian, and its mean length is `noise`. The same text always gets the same noise."""
+    """The encoder of a PERank with noise on its vectors, to be used as `PERank(encoder=)`. Without noise, a vector has
+    length 1. The noise is Gaussian, and its mean length is `noise`. The same text always gets the same noise."""
 
     def __init__(self, reranker: PERank, noise: float):
         self.reranker, self.noise = reranker, noise

@@ -5,8 +5,8 @@ python experiments/fetch.py trec_dl beir         fetches all data that these not
 python experiments/fetch.py runs/dl22.qrels.txt  fetches the data of this name
 
 The data goes to experiments/data. public.csv has the source of each item: a file, the files of a record of Zenodo, a
-data set on the Hugging Face hub, or the first stage of TIREx's tasks. An interrupted download resumes. If the checksum
-of a file is known, the file is kept only if it has this checksum. Archives are not unpacked. Unpack them yourself, and
+data set on the Hugging Face hub, or the first stage of TIREx's tasks. An interrupted download resumes. A file whose
+checksum is known is kept only if its content has this checksum. Archives are not unpacked. Unpack them yourself, and
 put the runs in them into data/runs under the names that public_runs.py reads.
 """
 
@@ -79,8 +79,8 @@ def hub(source: tuple, folder: Path) -> None:
 
 
 def tirex(source: tuple, folder: Path) -> None:
-    """Fetch the first stage of TIREx's tasks with TIRA's client. Runs that are already on this machine are not fetched
-    again."""
+    """Fetch the first stage of TIREx's tasks with TIRA's client. The run of the task antique/test, for example, is
+    written to antique-test.txt. Runs that are already on this machine are not fetched again."""
     from tira.rest_api_client import Client
 
     client = Client()

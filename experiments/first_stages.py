@@ -17,7 +17,7 @@ from pyterrier_lit.training.data import read_run
 # Name of a source -> settings of PISA's BM25 with Porter2 stemming: stop words, k1, b
 BM25 = {
     "bm25": ("terrier", 0.9, 0.4),
-    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables; `load` leaves out a document that is the query
+    "bm25:anserini": ("lucene", 0.9, 0.4),  # as in BEIR's tables; `load` adds `WithoutItself`
     "bm25:terrier": ("terrier", 1.2, 0.75),  # as in TIREx
 }
 
@@ -30,7 +30,7 @@ def load(source: str, collection: corpora.Collection, folder: Path, depth: int) 
     * The path of a run file in TREC format.
     * The path of a file of candidates with their texts (.json, .jsonl[.gz]), as the papers' authors publish them.
 
-    folder: keeps the index and the results of BM25. A later call with the same folder uses both again.
+    folder: keeps the index and the results of BM25. A later call with the same folder uses them again.
     """
     if source in BM25:
         stops, k1, b = BM25[source]
@@ -117,8 +117,8 @@ def bm25(
 
 
 def terrier(collection: corpora.Collection, folder: Path, depth: int, overwrite: bool = False) -> pt.Transformer:
-    """Terrier's BM25 with k1 = 0.9 and b = 0.4, the defaults of `bm25` above, but with Porter's first stemmer. The
-    index in `folder` is built if it is missing or if `overwrite` is True. Needs Java."""
+    """Terrier's BM25 with k1 = 0.9 and b = 0.4, as by default in `bm25`, but with Porter's first stemmer. The index in
+    `folder` is built if it is missing or if `overwrite` is True. Needs Java."""
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     index = pt.terrier.TerrierIndex(str(folder))

@@ -105,7 +105,7 @@ def compared(ways: dict[str, LiT5Distill], collection: corpora.Collection, part:
     """Rows of measured.csv for each reranker: its nDCG@10 over BM25's first 100 passages, with the p-value against the
     first reranker, and its CPU seconds per query.
 
-    part: the beginning of the qids of the questions.
+    part: the beginning of the questions' qids, "dev-" or "test-".
     """
     topics = collection.get_topics(part)
     candidates = found(collection, topics, DEPTH)

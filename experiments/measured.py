@@ -1,10 +1,10 @@
 """Records results in measured.csv, a row for each value of a measure. Scripts record with --record, notebooks with
 RECORD=1.
 
-A row has the question that it answers or the name of an experiment, the setting (a system, a collection, a size), n
-(the number of queries, query-passage pairs, ...), the measure and its value. If there was a test, the row also has the
-p-value p. Further columns are the seconds that the measurement took, the machine, the number of threads, the commit and
-the date. A repeated measurement adds new rows.
+A row has a measure and its value. The row also has the question that the value answers (or the name of an experiment),
+the setting (a system, a collection, a size), and n (the number of queries, query-passage pairs, ...). If there was a
+test, the row also has the p-value p. Further columns are the seconds that the measurement took, the machine, the number
+of threads, the commit and the date. A repeated measurement adds new rows.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from pyterrier_lit.reranker import Reranker
 
 HERE = Path(__file__).parent
 DATA = os.path.relpath(HERE / "data")  # the user's own files: runs in TREC format, collections in folders
-SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # only some machines have it; never required
+SHARED = Path(os.path.relpath(HERE.parents[1] / "shared" / "data"))  # only some machines have this folder
 RUNS = [Path(DATA) / "runs", SHARED / "runs"]  # the user's own files and those of fetch.py come first
 
 # Checkpoint -> window size; the stride is half of the window size
@@ -101,7 +101,8 @@ class Collection:
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """The rerankers of a paper, and the collections on which they are evaluated. Each reranker reranks each first stage
-    of each collection. The rerankers have their names in published.csv."""
+    of each collection. The keys of `rerankers` are the rerankers' names. A published checkpoint has the same name as in
+    published.csv."""
 
     paper: str
     tables: tuple[str, ...]  # names of tables of published.csv
@@ -164,8 +165,8 @@ def one_of_each() -> dict[str, Reranker]:
 
 
 def trec_dl() -> list[Comparison]:
-    """The comparisons on TREC DL: LiT5's table 1, Rank-DistiLLM's table 1, and PE-Rank's rows. BM25 is Anserini's for
-    LiT5 and PE-Rank, and Terrier's for Rank-DistiLLM."""
+    """The comparisons on TREC DL: LiT5's table 1, Rank-DistiLLM's table 1, and the figures of PE-Rank. BM25 is
+    Anserini's for LiT5 and PE-Rank, and Terrier's for Rank-DistiLLM."""
     return [
         Comparison(
             "LiT5",
@@ -214,7 +215,8 @@ def beir() -> list[Comparison]:
 
 def tirex() -> list[Comparison]:
     """The comparison on the 31 tasks of Rank-DistiLLM's table 2. The first stage is a run of 100 passages per query:
-    PyTerrier's BM25 or, for ClueWeb, ChatNoir."""
+    PyTerrier's BM25 or, for ClueWeb, ChatNoir. The run of the task antique/test, for example, is the file
+    tirex/antique-test.txt in a folder of RUNS."""
     tasks = TASKS[["corpus", "ir_datasets_id"]].itertuples(index=False)
     collections = {
         task: Collection(f"irds:{task}", {TIREX: str(find(f"tirex/{task.replace('/', '-')}"))}, CORPORA[corpus])

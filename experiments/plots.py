@@ -8,8 +8,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
-    """A chart with one panel per collection. A panel has one line per model and first stage, on which a ring shows the
-    published figure and a disc the measured one."""
+    """A chart with one panel per collection. A panel has one line per model and first stage. On a line, a ring shows
+    the published figure, and a disc shows the measured one."""
     lines = list(dict.fromkeys(table["model"] + " over " + table["first_stage"]))
     collections = list(dict.fromkeys(table["collection"]))
     columns, rows_of_panels = min(per_row, len(collections)), -(-len(collections) // per_row)

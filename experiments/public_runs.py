@@ -1,8 +1,8 @@
 """Finds run files, public ones and your own, and gives their systems the names of published.csv.
 
 Files are called COLLECTION.qrels.txt, COLLECTION.STAGE.txt (a first stage) and COLLECTION.STAGE.SYSTEM.txt (reranked).
-They are in TREC format, gzipped or not. In the name of a system, "--" stands for a slash. Nothing is ranked or measured
-in this module.
+For example, dl19.bm25.rankzephyr.txt is RankZephyr over BM25 on DL19. All files are in TREC format, gzipped or not. In
+the name of a system, "--" stands for a slash. Nothing is ranked or measured in this module.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def collection(name: str, stages: Mapping[str, str], tables: Iterable[str]) -> C
 
 def systems_over(first_stage: str) -> dict[str, Path]:
     """The run files over a first stage, as a dict sorted by name: name of the system in published.csv -> path.
-    first_stage: "COLLECTION.STAGE"."""
+    first_stage: the collection and the first stage, such as "dl19.bm25"."""
     found = {}
     for folder in reversed(RUNS):
         for path in folder.glob(f"{first_stage}.*.txt*"):

@@ -5,8 +5,8 @@
 tiny      the project's small cross-encoder
 MiniLM    all-MiniLM-L6-v2 as a cross-encoder (`towers.py`), without any training
 
-Both rerank BM25's first 100 passages. int8 is calibrated on query-passage pairs of queries that are not evaluated. The
-script needs ../shared/data.
+The two models rerank BM25's first 100 passages. int8 is calibrated on query-passage pairs of queries that are not
+evaluated. The script needs ../shared/data.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pyterrier_lit import CrossEncoder
 
 QUESTION = "What does int8 do to the order of a trained cross-encoder?"
 TINY = Path(__file__).parent / "tiny" / "cross-encoder"
-CALIBRATION = "dl22"  # the collection whose passages calibrate a model that reranks MS MARCO's passages
+CALIBRATION = "dl22"  # the collection that calibrates int8 if all queries of a collection are evaluated
 DEPTH, TOP = 100, 10
 
 
@@ -58,8 +58,8 @@ def minilm() -> CrossEncoder:
 
 def candidates(collection: str, queries: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Two frames of BM25's passages: one for the queries that are evaluated, and one for the queries that calibrate
-    int8. The second frame has the other queries of the collection. If there are none, it has the queries of
-    CALIBRATION."""
+    int8. The second frame has the other queries of the collection. If the collection has no other queries, the second
+    frame has the queries of CALIBRATION."""
     found = shared.res(collection, "run.txt", DEPTH)
     qids = found["qid"].drop_duplicates().sample(frac=1, random_state=0)
     evaluated = found[found["qid"].isin(qids[:queries])]
@@ -95,7 +95,6 @@ def compare(exact: CrossEncoder, int8: CrossEncoder, frame: pd.DataFrame, qrels:
 
 
 def timed(reranker: CrossEncoder, frame: pd.DataFrame) -> tuple[pd.DataFrame, float]:
-    """Rerank a frame after a short call. Returns the result, and the seconds without the short call."""
     reranker(frame.head(20))
     started = time.perf_counter()
     return reranker(frame), time.perf_counter() - started

@@ -92,8 +92,8 @@ def rerankers(model: str | None) -> list[Reranker]:
 def first_stage(
     collection: corpora.Collection, held_out: str | None, arguments: argparse.Namespace
 ) -> tuple[str, pt.Transformer]:
-    """The name and the transformer of the first stage. The first stage is the collection's own run. If there is no run,
-    it is BM25 (k1 = 0.9, b = 0.4) in PISA or Terrier over a new index."""
+    """The name and the transformer of the first stage: the collection's own run or, if there is no run, BM25 (k1 = 0.9,
+    b = 0.4) over a new index in PISA or Terrier."""
     if collection.run is not None:
         return "run.txt", pt.Transformer.from_df(collection.get_results(held_out))
     if arguments.first_stage == "terrier":

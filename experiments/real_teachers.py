@@ -8,11 +8,11 @@ There are two kinds of students: cross-encoders that begin with MiniLM's weights
 * First, they learn MiniLM's cosines. The queries are those of WikiQA, TREC QA and DL22, and sentences of passages.
   LiT5-Distill also learns from the queries of DL19.
 * Then, they learn RankVicuna's rankings of BM25's first 100 passages for DL19. One cross-encoder learns DL19's labels
-  instead.
+  instead of these rankings.
 
-For comparison, another cross-encoder learns the rankings without the cosines. The students are tested on DL21 and
-Vaswani, whose queries and judgements they have not seen. The script needs ../shared/data, and writes table.csv and the
-students to FOLDER.
+For comparison, another cross-encoder learns only the rankings. The students are tested on DL21 and Vaswani, whose
+queries and judgements they have not seen. The script needs ../shared/data, and writes table.csv and the students to
+FOLDER.
 """
 
 import argparse

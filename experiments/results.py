@@ -37,12 +37,12 @@ have not been run.
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of the page. If the picture has bars, this script draws it. Otherwise another script has drawn its
-    file.
+    """A picture of the page. If the picture has bars, this script draws it. Otherwise, another script has drawn the
+    file of the picture.
 
-    file: the path of the picture from RESULTS.md. measure: the measure that the bars show. bars: label -> settings in
-    measured.csv, one for each series. series: the names of the series. peers: the first `peers` bars show systems other
-    than this package.
+    file: the path of the picture, relative to the folder of RESULTS.md. measure: the measure that the bars show. bars:
+    label -> settings in measured.csv, one setting for each series. series: the names of the series. peers: the first
+    `peers` labels are systems other than this package.
     """
 
     file: str
@@ -56,9 +56,9 @@ class Picture:
 class Question:
     """An entry of questions.toml.
 
-    recorded: the questions of measured.csv whose rows belong to this entry. By default, this is only the entry's own
-    question. A star stands for any text, and this text is added to the settings of the rows. notes: a dict {date, text}
-    for each measurement.
+    recorded: the questions of measured.csv whose rows belong to this entry; by default, only the entry's own question.
+    A star in such a question stands for any text, and this text is added to the settings of the rows. notes: a dict
+    {date, text} for each measurement.
     """
 
     section: str

@@ -49,8 +49,8 @@ def run(path: Path, folder: Path, **parameters: str) -> nbformat.NotebookNode:
     """Run a notebook in `folder`. Returns the notebook with its new outputs. parameters: values that replace those in
     the cell tagged `parameters`.
 
-    The small profile first deletes its earlier results. The other profiles use their earlier results again. An
-    exception in a cell is raised.
+    In the small profile, the notebook's earlier results are deleted first. In the other profiles, the notebook uses its
+    earlier results again. An exception in a cell is raised.
     """
     notebook = nbformat.read(path, as_version=4)
     chosen = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))

@@ -33,23 +33,17 @@ def named() -> dict[str, Reranker]:
 
 
 def trec_dl() -> list[Comparison]:
-    """The comparisons on TREC DL: the small checkpoints on Python's documentation, and the public runs that are
-    available."""
     collections = {"python-docs": PYTHON_DOCS}
     first = dataclasses.replace(papers.trec_dl()[0], collections=collections, rerankers=named())
     return [first, *map(available, public_runs.trec_dl())]
 
 
 def beir() -> list[Comparison]:
-    """The comparisons on BEIR: the small checkpoints on Python's documentation, and the public runs that are
-    available."""
     first = dataclasses.replace(papers.beir()[0], collections={"python-docs": PYTHON_DOCS}, rerankers=named())
     return [first, *map(available, public_runs.beir())]
 
 
 def tirex() -> list[Comparison]:
-    """The comparisons on TIREx: the small cross-encoder on Python's documentation, and the corpora of TIREx that are
-    available."""
     parts = {
         f"python-docs/{part}": Collection(f"python-docs/{part}", {TIREX: "bm25"}, "python-docs")
         for part in ("dev", "test")

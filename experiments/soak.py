@@ -5,7 +5,7 @@
 The reranker gets one frame of --frame queries after the other, as in a `pt.Experiment(batch_size=...)`. The texts are
 generated from a few words, some of which are not English, with a fixed seed. The script writes the memory after each
 frame to OUTPUT/soak.json. If matplotlib is installed, it also draws a chart, OUTPUT/soak.png. The exit code is 1 if a
-query was lost or repeated, or if memory grew by more than --allowed MB after the first fifth of the queries.
+query was lost or repeated. It is also 1 if memory grew by more than --allowed MB after the first fifth of the queries.
 """
 
 import argparse

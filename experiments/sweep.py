@@ -50,11 +50,11 @@ def run(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate a comparison. Returns two frames. The first has the means, with the columns of `compare.results`. The
     second has the values per query, with the columns paper, collection, corpus, first_stage, model, qid, measure,
-    value. Each qid of the second frame begins with the collection and a slash, since topics of two collections may have
-    the same number.
+    value. Each qid of the second frame begins with the collection and a slash, since two collections may use the same
+    qid.
 
-    Each reranker is evaluated over all first stages. Then it is unloaded, before the next reranker is loaded. If a run
-    or a licensed corpus is missing, its rows are left out, and a printed line names the missing data.
+    Each reranker is evaluated over all first stages, and then unloaded before the next reranker is loaded. If a run or
+    a licensed corpus is missing, its rows are left out, and a printed line names the missing data.
 
     depth: number of passages reranked, unless the comparison sets it. folder: keeps indexes, first stages and runs,
     which a later call uses again.

@@ -1,16 +1,16 @@
 """The initial weights of the small LiT5s. The encoder is trained to reproduce MiniLM's vectors inside LiT5's prompts,
-and the decoder's weights are set by hand: it attends to the passages that are similar to the query. No pre-trained T5
-is as small, and a T5 of this size with random weights learns nothing in an hour.
+and the decoder's weights are set by hand: the decoder attends to the passages that are similar to the query. No
+pre-trained T5 is as small, and a T5 of this size with random weights learns nothing in an hour.
 
 In each prompt, two tokens carry a vector in the first MEANING dimensions of their hidden states: one token carries the
-query's vector, and another token the passage's vector. A further dimension marks which of the two tokens it is (QUERY,
-PASSAGE). The token of the passage also carries a label (LABEL). The label stands for the passage's identifier
-(LiT5-Distill) or for its name (LiT5-Score).
+query's vector, and another token the passage's vector. The dimension QUERY marks the token of the query, and the
+dimension PASSAGE marks the token of the passage. The token of the passage also carries a label in the dimensions LABEL.
+The label stands for the passage's identifier (LiT5-Distill) or for its name (LiT5-Score).
 
-The decoder's first layer fetches the query's vector, and subtracts the labels that were generated already. Its second
-layer attends to the passages that are similar to the query (LiT5-Distill: only to those whose label was not generated
-yet). It fetches their labels, which select the next token. The function `align` trains the encoder to produce such
-states. Later training may change all weights.
+The decoder's first layer fetches the query's vector, and subtracts the labels that were generated already. The
+decoder's second layer attends to the passages that are similar to the query. In LiT5-Distill, this layer ignores a
+passage whose label was already generated. The layer fetches the labels of the passages, and these labels select the
+next token. The function `align` trains the encoder to produce such states. Later training may change all weights.
 """
 
 import io
@@ -35,14 +35,14 @@ CONSTANT = 66  # is 1 in every token
 END = 67  # raises the logit of the end of sequence after a name
 LABEL = slice(68, 108)  # the label of a passage: its identifier or its name
 LABELS = 40
-ONCE = slice(68, 90)  # labels that are generated only once: their passages then get no more attention
+ONCE = slice(68, 90)  # labels that are generated at most once: after that, their passages get no attention
 
 # Lengths of the parts of a state, and sizes of attention logits
 VECTOR_LENGTH, MARK_LENGTH, LABEL_LENGTH = 10.0, 3.0, 5.4
 PASSAGE_BONUS = 15.0  # how much higher the attention logit of a passage's token is than that of other tokens
 RANK_BONUS = 0.4  # how much higher the attention logit of a passage is than that of the next passage in the window
-MARGIN = 20.0  # how much higher than other logits those of identifiers are, or that of the end after a name
-VALUE_SHRINK = 50.0  # divides the values of the first cross-attention, which then adds little to LiT5Score's scores
+MARGIN = 20.0  # how much higher the logit of an identifier is than other logits, or that of the end after a name
+VALUE_SHRINK = 50.0  # divides the values of the first cross-attention: they then add little to LiT5Score's scores
 
 
 class Prompt(NamedTuple):
@@ -83,9 +83,12 @@ def write_t5(
     """Write a T5 with two layers in the encoder and two in the decoder to a folder.
 
     alone: MiniLM's vectors of the V pieces, (V, MEANING). labels: id of a piece that can be an answer -> its label.
-    sharp: the attention logit of a passage that is exactly like the query. identifiers: True for LiT5-Distill, whose
-    labels stand for the identifiers in ascending order. Then the embeddings of identifiers have no MEANING. The decoder
-    generates no identifier twice, and prefers passages that come earlier in the window.
+    sharp: the attention logit of a passage whose vector equals the query's. identifiers: True for LiT5-Distill, False
+    for LiT5-Score.
+
+    If `identifiers` is True, the labels stand for the identifiers in ascending order. The embeddings of identifiers are
+    0 in the first MEANING dimensions. The decoder generates no identifier twice, and prefers passages that come earlier
+    in the window.
     """
     chance = torch.Generator().manual_seed(0)
     config = transformers.T5Config(
@@ -138,8 +141,8 @@ def _plan_encoder(encoder: Any, chance: torch.Generator) -> None:
 def _plan_decoder(
     decoder: Any, chance: torch.Generator, written: torch.Tensor, sharp: float, identifiers: bool
 ) -> None:
-    """Set the decoder's weights, so that it attends to the passages that are similar to the query, and generates their
-    labels.
+    """Set the decoder's weights, so that the decoder attends to the passages that are similar to the query, and
+    generates their labels.
 
     written: a scalar, the mean length of the embeddings of the pieces that can be answers.
     """
@@ -149,8 +152,9 @@ def _plan_decoder(
                 part.weight.zero_()
         block.layer[2].DenseReluDense.wo.weight.zero_()
 
-    # Self-attention: two heads attend to the current token, and subtract its meaning and its label from the state. The
-    # third head attends to all tokens alike, and subtracts a share of their labels.
+    # Self-attention: two heads attend to the current token. One of them subtracts the token's meaning from the state,
+    # and the other subtracts the token's label. The third head attends to all tokens alike, and subtracts a share of
+    # their labels.
     own = decoder.block[0].layer[0].SelfAttention
     own.relative_attention_bias.weight.zero_()
     own.relative_attention_bias.weight[0, :2] = 20.0
@@ -164,7 +168,7 @@ def _plan_decoder(
     fetch, look = (block.layer[1].EncDecAttention for block in decoder.block)
     scale = (
         (VECTOR_LENGTH**2 + 18) / WIDTH
-    ) ** 0.5  # root mean square of a state with lengths of VECTOR_LENGTH in MEANING, 3 in CONSTANT, at most 3 in END
+    ) ** 0.5  # root mean square of a state whose length is VECTOR_LENGTH in MEANING, 3 in CONSTANT, at most 3 in END
     once = ONCE.stop - ONCE.start
     for head in _heads():
         turn, eye = _rotation(chance), torch.eye(LABELS)
@@ -209,12 +213,12 @@ def align(
     steps: int,
     batch: int = 64,
 ) -> None:
-    """Train the encoder of the T5 in `folder`, so that two tokens of each prompt carry the vectors and the label, as
-    the top of this module describes.
+    """Train the encoder of the T5 in `folder`. After training, two tokens of each prompt carry the vectors and the
+    label (see the docstring of this module).
 
-    texts: N texts. vectors: their vectors, (N, MEANING). draw: a function that draws a training example: the number of
-    a query, the number of a passage, the text to insert into `prompt.mark`, and the id of the piece whose label the
-    passage gets.
+    texts: N texts. vectors: their vectors, (N, MEANING). draw: a function that draws a training example. An example has
+    the positions in `texts` of a query and of a passage, the text to insert into `prompt.mark`, and the id of the piece
+    whose label the passage gets.
     """
     network: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder).train()
     pieces = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))

@@ -96,8 +96,8 @@ def main():
 class Material:
     """The training data: passages (docno, text), queries, BM25's candidates, and MiniLM's vectors of all texts.
 
-    bm25: the weight of BM25 in the teacher's scores. The teacher's score of a passage is MiniLM's cosine + bm25 * r,
-    where r is the BM25 score of the passage, divided by the highest BM25 score for the query.
+    bm25: the weight of BM25 in the teacher's scores. The teacher's score of a passage is MiniLM's cosine + bm25 * r.
+    Here, r is the BM25 score of the passage, divided by the highest BM25 score for the query.
     """
 
     def __init__(self, minilm: Path, docs: pd.DataFrame, queries: list[str], bm25: float):
@@ -215,9 +215,9 @@ def pieces(folder: Path, texts: list[str]) -> list[list[int]]:
 
 
 def vocabulary(material: Material, size: int, prompt: str = "") -> tuple[list[str], list[int]]:
-    """A vocabulary of `size` word pieces of MiniLM: the pieces in the prompt, and pieces that are frequent in the texts
-    or in English. A piece with a small id in MiniLM's vocabulary counts as frequent in English. Returns the pieces, and
-    their ids in MiniLM."""
+    """A vocabulary of `size` word pieces of MiniLM: the special tokens, single characters, the pieces in the prompt,
+    and pieces that are frequent in the texts or in English. A piece with a small id in MiniLM's vocabulary counts as
+    frequent in English. Returns the pieces, and their ids in MiniLM."""
     tokenizer = tokenizers.Tokenizer.from_file(str(material.minilm / "tokenizer.json"))
     counts = collections.Counter(id for row in pieces(material.minilm, material.texts[:20_000]) for id in row)
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda piece: piece[1])
@@ -278,7 +278,8 @@ def align(
 
 def alignment_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The loss of B unit vectors (B, d), a sum of two terms. The first term grows with the distance of each vector from
-    the wanted vector. The second term grows with the difference between the vectors' cosines and the wanted cosines."""
+    the wanted vector. The second term compares the cosines of pairs of vectors with the cosines of pairs of wanted
+    vectors."""
     return 1 - (found * wanted).sum(1).mean() + 5 * (found @ found.T - wanted @ wanted.T).square().mean()
 
 
@@ -327,8 +328,7 @@ def cross_encoder(material: Material, folder: Path, share: float) -> CrossEncode
 
 def pe_rank(material: Material, folder: Path, share: float) -> PERank:
     """A PE-Rank with an encoder and a language model of two layers each. The encoder is trained on MiniLM's vectors,
-    reduced to 128 dimensions. The language model is trained to find the query's vector in the prompt, and to rank by
-    this vector."""
+    reduced to 128 dimensions. The language model is trained by `taught_pe_rank`."""
     words, _ = vocabulary(material, 5_000, mistral.PROMPT_WORDS)
     of_minilm = centred(material, [word.removeprefix("##") for word in words], mistral.WIDTH)
     encoder = transformers.BertModel(
@@ -375,7 +375,8 @@ def taught_pe_rank(
     middle: torch.Tensor,
     directions: torch.Tensor,
 ) -> PERank:
-    """A PE-Rank whose language model is trained to find the query's vector, and to rank by it.
+    """A PE-Rank whose language model is trained on two tasks. The model computes MiniLM's vector of the query from the
+    words of the query, and ranks the passages by their dot products with this vector.
 
     model, encoder: the folders of the language model and of the encoder. vectors: the vectors of the training data's
     texts, (N, mistral.WIDTH). middle, directions: those of the encoder's vectors, as in `mistral.plan_projector`.
@@ -391,8 +392,8 @@ def taught_pe_rank(
 def word_vectors(
     folder: Path, texts: list[str], vectors: torch.Tensor, alone: torch.Tensor, steps: int, batch: int = 256
 ) -> torch.Tensor:
-    """Train a vector for each word piece of the tokenizer in a folder, so that the sum of these vectors over a text has
-    the direction of the text's vector. Returns the vectors of the V pieces, (V, d).
+    """Train a vector for each word piece of the tokenizer in a folder. The sum of these vectors over a text learns the
+    direction of the text's vector. Returns the vectors of the V pieces, (V, d).
 
     vectors: the vectors of the N texts, (N, d). alone: the initial vectors of the pieces, (V, d).
     """

@@ -1,11 +1,12 @@
 """The language model of the small PE-Rank before training: it already averages the words of the query.
 
-The sum of the word embeddings of a text is near MiniLM's vector of that text. One word of the prompt comes before the
-query (ANNOUNCES), and another comes after the query (ENDS). The first layer marks the tokens after each of these two
-words. So the second layer can average the words between them, which are mainly those of the query. The passages also
-have small weights in this average, most of all the first passages. The state at the end of the prompt is then near the
-query's vector. So the dot products of this state with the passages rank as dense retrieval does, with a preference for
-the first stage's order. The function `teach` trains the model from there.
+The weighted average of the word embeddings of a text has about the direction of MiniLM's vector of the text. One word
+of the prompt comes before the query (ANNOUNCES), and another comes after the query (ENDS). Between these two words are
+mainly the words of the query. The first layer marks the tokens after each of the two words, so that the second layer
+can average the words between them. The passages also have small weights in this average; the first passages have the
+largest of these. So the state at the end of the prompt has about the direction of the query's vector. The dot products
+of this state with the passages rank as dense retrieval does, with a preference for the first stage's order. The
+function `teach` trains the model from there.
 """
 
 import math
@@ -47,7 +48,7 @@ SURE = 15.0  # of the tokens ANNOUNCES and ENDS
 INSIDE = 8.0  # of tokens between ANNOUNCES and ENDS
 LEAST, MOST = -8.0, 2.0  # of a word, relative to a word of the median weight
 SOME = -3.5  # of a passage, relative to a word of the median weight
-RAMP, FAR = 3.0, 180  # added for a passage that is FAR tokens back
+RAMP, FAR = 3.0, 180  # RAMP is added for a passage that is FAR tokens back, and less for other passages
 
 NOISE = 0.1  # standard deviation of the noise on the teacher's scores, with which `teach` orders the passages
 
@@ -65,9 +66,9 @@ class Taught(NamedTuple):
 def write_mistral(folder: Path, vocabulary: Sequence[str], words: torch.Tensor) -> None:
     """Write a Mistral of two layers to a folder.
 
-    vocabulary: the V words. words: a vector for each word, (V, WIDTH). The sum of these vectors over a text is near the
-    vector of the text. The direction of a word's vector is its meaning, and its length is the word's weight in the
-    average.
+    vocabulary: the V words. words: a vector for each word, (V, WIDTH). The sum of these vectors over a text has about
+    the direction of the text's vector. The direction of a word's vector is its meaning, and its length is the word's
+    weight in the average.
     """
     config = transformers.MistralConfig(
         vocab_size=len(vocabulary),
@@ -95,7 +96,7 @@ def write_mistral(folder: Path, vocabulary: Sequence[str], words: torch.Tensor) 
 
 
 def _plan(body: Any) -> None:
-    """Set the weights of both attention layers. The MLPs and the unused heads of the first layer keep their random
+    """Set the weights of the two attention layers. The MLPs and the unused heads of the first layer keep their random
     weights."""
     first, second = (layer.self_attn for layer in body.layers)
     one = math.sqrt(HEAD) / (NORM * MARK)  # CONSTANT times this, with a key of 1, is an attention logit of 1
