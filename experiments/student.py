@@ -46,8 +46,8 @@ import load as shared
 from pyterrier_lit import CrossEncoder
 
 SPLADE = SHARED.parent / "models" / "splade-tiny"
-TIMES = {"dl19": 8, "dl22": 3}  # collection -> how often each of its queries is repeated in the training data
-HELD_OUT = 15  # queries of DL19 that are not in the training data, for trials
+TIMES = {"dl19": 8, "dl22": 3, "cranfield": 3}  # collection -> how often each of its queries is repeated
+HELD_OUT = {"dl19": 15, "cranfield": 75}  # number of queries that are not in the training data, for trials
 SENTENCES = 3_000  # number of passages of which one sentence becomes a query
 FUSION = 10  # the constant of reciprocal rank fusion
 STEMMER = "porter2"
@@ -119,8 +119,8 @@ def idf(texts: list[str], stem: torch.Tensor, tokenizer: transformers.PreTrained
     return values
 
 
-def held_out() -> list[str]:
-    return shared.topics("dl19").qid.sample(HELD_OUT, random_state=0).tolist()
+def held_out(collection: str) -> list[str]:
+    return shared.topics(collection).qid.sample(HELD_OUT[collection], random_state=0).tolist()
 
 
 def mean(models: list[transformers.BertModel]) -> transformers.BertModel:
@@ -148,7 +148,7 @@ def of_language_models() -> pd.DataFrame:
     fused = runs.assign(score=1 / (FUSION + 1 + runs["rank"])).groupby(["qid", "docno"], as_index=False).score.sum()
     fused["rank"] = fused.groupby("qid").score.rank(ascending=False, method="first").astype(int) - 1
     found = fused.merge(shared.topics("dl19"), on="qid").merge(shared.docs("dl19"), on="docno")
-    return repeated(found[~found.qid.isin(held_out())], TIMES["dl19"])
+    return repeated(found[~found.qid.isin(held_out("dl19"))], TIMES["dl19"])
 
 
 def of_encoders() -> pd.DataFrame:
@@ -161,10 +161,15 @@ def of_encoders() -> pd.DataFrame:
     made = pd.DataFrame({"query": sentences(passages.text.tolist(), SENTENCES, seed=0)})
     made["qid"] = "sentence" + made.index.astype(str)
     questions = pd.concat([shared.topics("wikiqa"), shared.topics("trecqa"), made]).drop_duplicates("query")
-    qrels = shared.qrels("nfcorpus", "qrels.train.txt")
+    of_train = shared.qrels("nfcorpus", "qrels.train.txt")
     asked = shared.topics("nfcorpus", "queries.all.tsv")
-    of_nfcorpus = retrieved(asked[asked.qid.isin(qrels.qid)], shared.docs("nfcorpus"))
-    found = pd.concat([of_dl22, retrieved(questions, passages), of_nfcorpus], ignore_index=True)
+    of_nfcorpus = retrieved(asked[asked.qid.isin(of_train.qid)], shared.docs("nfcorpus"))
+    of_cranfield, judged = (
+        frame[~frame.qid.isin(held_out("cranfield"))].assign(qid=lambda frame: "cranfield" + frame.qid)
+        for frame in (shared.res("cranfield"), shared.qrels("cranfield"))
+    )
+    qrels = pd.concat([of_train, judged])
+    found = pd.concat([of_dl22, retrieved(questions, passages), of_nfcorpus, of_cranfield], ignore_index=True)
     found["score"] = sum(
         standard(pd.Series(scores, found.index), found.qid)
         for scores in (similarity(found["query"], found["text"]), products(found))
@@ -172,8 +177,10 @@ def of_encoders() -> pd.DataFrame:
     label = found[["qid", "docno"]].merge(qrels, on=["qid", "docno"], how="left").label.fillna(0)
     found["score"] += LABEL * (label.to_numpy() > 0)
     found = found.groupby("qid").filter(lambda rows: len(rows) > 8)
-    again = found.qid.isin(of_dl22.qid)
-    return pd.concat([repeated(found[again], TIMES["dl22"]), found[~again]])
+    again = {"dl22": found.qid.isin(of_dl22.qid), "cranfield": found.qid.isin(of_cranfield.qid)}
+    return pd.concat(
+        [found[~again["dl22"] & ~again["cranfield"]], *(repeated(found[of], TIMES[name]) for name, of in again.items())]
+    )
 
 
 def retrieved(asked: pd.DataFrame, passages: pd.DataFrame) -> pd.DataFrame:

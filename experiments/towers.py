@@ -18,10 +18,11 @@ Here, the initial weights already compare the mean vectors of query and passage:
 * A second added layer, after those of the bi-encoder, rounds all marks to 1, 0 or -1.
 * A third added layer computes, for each token, the mean of all tokens of the same text. Its LayerNorm scales all means
   to the same length.
-* A fourth added layer is the last one. Half of its heads read the query's mean u, and the other half the passage's mean
-  v. Its feed-forward network computes the product of u and v from the equation 4 u v = (u + v)^2 - (u - v)^2, where z^2
-  is nearly proportional to gelu(z) + gelu(-z) for small z. The sum of the products over all dimensions, and the mean of
-  the matches of the query's tokens, replace the mark. The model's head reads this mark.
+* A fourth added layer is the last one. Half of its heads project the query's mean onto d / 2 directions, and the other
+  half project the passage's mean onto the same directions. In each direction, its feed-forward network computes the
+  product of the two projections u and v from the equation 4 u v = (u + v)^2 - (u - v)^2, where z^2 is nearly
+  proportional to gelu(z) + gelu(-z) for small z. The sum of these products, and the mean of the matches of the query's
+  tokens, replace the mark. The model's head reads this mark.
 
 Training may change all weights, and the checkpoint has BERT's ordinary architecture. Without importances, the score is
 nearly the cosine. It is only "nearly" the cosine, above all because the position ids of the passage begin after the
@@ -278,8 +279,9 @@ class _Wide:
         layer.attention.output.LayerNorm.weight[self.marks] = POOLED * self.sizes["mean"]
 
     def compare(self, layer: torch.nn.Module) -> None:
-        """Set the weights of the last layer. It reads the means of query and passage, and replaces the mark by the
-        sum of the products of the two means over their dimensions, to which the query's mean number is added."""
+        """Set the weights of the last layer. It projects the query's mean and the passage's mean onto d / 2 directions,
+        and computes the dot product of the two projections. The dot product plus the mean of the matches of the query's
+        tokens replaces the mark."""
         own, half = self.pool(layer), self.width // 2
         told = TOLD * self.head**0.5
         of_query = torch.arange(self.heads) < self.heads // 2
