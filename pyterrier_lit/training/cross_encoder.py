@@ -2,9 +2,9 @@
 
 A training example is a query with some of its passages. Each passage has a target: its label in the qrels, or its score
 from a teacher. The network scores each query-passage pair, and a loss compares the scores with the targets.
-Rank-DistiLLM (arXiv 2405.07920) trains in two stages. Stage 1 learns from labels with the loss "lce". Each example has
-one relevant passage and several passages that are not relevant. Stage 2 learns from the rankings of a large language
-model with the loss "ranknet", which compares all pairs of passages in a ranking.
+Rank-DistiLLM (arXiv 2405.07920) trains in two stages. In stage 1, the student learns from labels with the loss "lce".
+Each example has one relevant passage and several passages that are not relevant. In stage 2, the student learns from
+the rankings of a large language model with the loss "ranknet". This loss compares all pairs of passages in a ranking.
 """
 
 import dataclasses
@@ -48,10 +48,11 @@ class PairRecipe(Recipe):
             the sampling "single_relevant", None takes one passage with a positive target and all passages without a
             positive target.
         sampling: how the passages are sampled. "top" takes the first passages of the ranking. "random" samples
-            uniformly. "top_and_random" takes the first n_passages / 2 passages and samples the others uniformly.
-            "log_random" samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r). "single_relevant" samples
-            one passage with a positive target, and n_passages - 1 passages without a positive target. It raises
-            ValueError if a query has no passage with a positive target, for example if the targets are negative ranks.
+            uniformly. "top_and_random" takes the first n_passages / 2 passages, and samples the same number of the
+            later passages uniformly. "log_random" samples the passage at rank r = 1, 2, ... with weight 1 / log(1 + r).
+            "single_relevant" samples one passage with a positive target, and n_passages - 1 passages without a positive
+            target. If no passage of a query has a positive target, for example because the targets are negative ranks,
+            "single_relevant" raises ValueError.
         max_tokens: maximum tokens, including padding, in one forward pass. None is 1,024 on a CPU and 16,384 on a GPU.
 
     The fields of `trainer.Recipe` are accepted, too.
@@ -118,14 +119,8 @@ def objective(student: CrossEncoder, recipe: PairRecipe) -> Objective:
 
 
 def sample_passages(text_field: str, recipe: PairRecipe, given: Ranking, rng: random.Random) -> Example:
-    """Sample some of a query's passages, and return them as a training example.
-
-    Args:
-        text_field: the name of the column with the texts.
-        recipe: the recipe. Its `n_passages` and `sampling` determine the sample.
-        given: the query with its passages, and the columns `text_field` and `target`.
-        rng: the random generator.
-    """
+    """Sample some of a query's passages, and return them as a training example. The recipe's `n_passages` and
+    `sampling` determine the sample."""
     passages, targets = given.columns[text_field], given.columns["target"]
     positions = sample(targets, recipe.n_passages, recipe.sampling, rng)
     return Example(given.query, take(passages, positions), [targets[i] for i in positions])
@@ -138,8 +133,8 @@ def collate(student: CrossEncoder, examples: list[Example]) -> PairBatch:
 
 
 def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, batch: PairBatch) -> torch.Tensor:
-    """Return the recipe's loss for Q queries, a scalar tensor. The loss compares the scores (Q, N) with the targets (Q,
-    N). N is the largest number of passages of a query."""
+    """Return the recipe's loss for Q queries, a scalar tensor. The loss compares the scores with the targets. Both are
+    tensors (Q, N), where N is the largest number of passages of a query."""
     counts = [len(targets) for targets in batch.targets]
     scores = pad_sequence(
         list(score(checkpoint, layout, batch.pairs, recipe.max_tokens).split(counts)), batch_first=True
@@ -151,14 +146,8 @@ def loss(checkpoint: PairCheckpoint, layout: PairLayout, recipe: PairRecipe, bat
 
 def score(checkpoint: PairCheckpoint, layout: PairLayout, pairs: list[Pair], max_tokens: int | None) -> torch.Tensor:
     """Return the scores (P,) of P query-passage pairs, in the order of the pairs. The scores are computed in batches of
-    pairs with similar lengths.
-
-    Args:
-        checkpoint: the cross-encoder.
-        layout: the layout of the cross-encoder's inputs.
-        pairs: the token ids of the pairs.
-        max_tokens: maximum tokens, including padding, in one batch. None is 1,024 on a CPU and 16,384 on a GPU.
-    """
+    pairs with similar lengths. A batch has at most `max_tokens` tokens, including padding. None is 1,024 on a CPU and
+    16,384 on a GPU."""
     lengths = [layout.length(pair) for pair in pairs]
     parts = list(like_lengths(lengths, max_tokens or encoder_tokens(checkpoint.device)))
     computed = torch.cat(

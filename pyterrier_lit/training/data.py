@@ -48,13 +48,13 @@ def with_labels(frame: pd.DataFrame, qrels: pd.DataFrame | None, what: str = "pa
 
 def with_teacher(frame: pd.DataFrame, teacher: Teacher) -> pd.DataFrame:
     """Return a result frame with a teacher's scores as targets. If the teacher gives ranks but no scores, the targets
-    are the negative ranks. Passages that the teacher does not rank are left out, with a warning.
+    are the negative ranks. Passages that the teacher does not rank are left out, and a warning gives their number.
 
     Args:
         frame: the result frame.
         teacher: a transformer that reranks the frame, or a run. The run is a frame, or a file that `read_run` reads.
-            If None, the targets follow the incoming order of the passages: in each list, the first passage has target
-            0, the second has target -1, and so on.
+            If None, the targets follow the incoming order of the passages: 0 for the first passage of each list, -1 for
+            the second, and so on.
 
     Raises ValueError if no passage is left, or if a score is not a finite number.
     """
@@ -126,8 +126,8 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _content(value: Any) -> Any:
-    """Convert a value that JSON cannot hold. A vector or scalar of NumPy or torch becomes a digest. An array of
-    objects becomes a list. Any other value becomes its `repr`."""
+    """Convert a value that JSON cannot hold. A vector or scalar of NumPy or torch becomes a digest, an array of objects
+    a list, and any other value its `repr`."""
     if hasattr(value, "numpy"):  # a torch tensor
         value = value.numpy()
     is_vector = hasattr(value, "tobytes") and value.dtype != object
@@ -135,9 +135,9 @@ def _content(value: Any) -> Any:
 
 
 def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random) -> list[int]:
-    """Sample n passages of a list. Return their positions in the list (from 0). If the list has at most n passages or
-    if n is None, all positions are returned. The sampling "single_relevant" is an exception: it always samples exactly
-    one passage with a positive target.
+    """Sample n passages of a list. Return their positions in the list (from 0). If n is None or the list has at most n
+    passages, all positions are returned. The sampling "single_relevant" is an exception: it always samples exactly one
+    passage with a positive target.
 
     Args:
         targets: the targets of the passages, in the order of the first stage.
@@ -154,8 +154,6 @@ def sample(targets: Sequence[float], n: int | None, how: str, rng: random.Random
 
 
 def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
-    """Return the position of a random passage with a positive target, followed by the positions of up to n - 1 random
-    passages without a positive target."""
     relevant = [i for i, target in enumerate(targets) if target > 0]
     others = [i for i, target in enumerate(targets) if target <= 0]
     if not relevant:
@@ -169,7 +167,8 @@ def _one_relevant(targets: Sequence[float], n: int, rng: random.Random) -> list[
 
 def _log_random(targets: Sequence[float], n: int, rng: random.Random) -> list[int]:
     """Sample n positions without replacement. The passage at rank r = 1, 2, ... has the weight w = 1 / log(1 + r)."""
-    # Efraimidis and Spirakis (2006): draw a number u from [0, 1] for each passage, and take the n largest u^(1/w)
+    # Efraimidis and Spirakis (2006): draw u from [0, 1] for each passage, and take the n passages with the largest
+    # u^(1/w)
     keys = [rng.random() ** math.log1p(i + 1) for i in range(len(targets))]
     return sorted(sorted(range(len(targets)), key=lambda i: -keys[i])[:n])
 
@@ -189,9 +188,8 @@ SAMPLERS: dict[str, Callable[[Sequence[float], int, random.Random], list[int]]] 
 def window(
     targets: Sequence[float], smallest: int, largest: int, shuffle: float, rng: random.Random
 ) -> tuple[list[int], list[int]]:
-    """Sample a window of passages from a list. The size of the window is between `smallest` and `largest` passages, and
-    all these sizes are equally likely. If the list is shorter than the sampled size, the window has all passages of the
-    list.
+    """Sample a window of passages from a list. First, the size of the window is drawn: all sizes from `smallest` to
+    `largest` passages are equally likely. If the list has fewer passages, the window has all passages of the list.
 
     Args:
         targets: the targets of the passages, in the order of the list.
@@ -200,11 +198,11 @@ def window(
         shuffle: the probability that the window is shuffled.
         rng: the random generator.
 
-    Returns a pair, such as ([7, 2, 9], [2, 0, 1]). In this example, the student sees the passages at the positions 7, 2
-    and 9 of the list (from 0). This order is random with probability `shuffle`; otherwise, it is the order of the list.
-    The second part orders the places in the window (from 0) by target, highest first: in the example, place 2 (the
-    passage at position 9) has the highest target. Passages with equal targets keep the order in which the student sees
-    them.
+    Returns two lists of numbers, such as [7, 2, 9] and [2, 0, 1]. The first list has the passages in the order in which
+    the student sees them, as positions in the list of the query (from 0). This order is random with probability
+    `shuffle`. Otherwise, it is the order of the list of the query. The second list has the passages by target, highest
+    first, as positions in the first list (from 0). In the example, 2 stands for the third passage of the window, which
+    has the highest target. Passages with equal targets keep the order in which the student sees them.
     """
     size = min(rng.randint(smallest, largest), len(targets))
     shown = sorted(rng.sample(range(len(targets)), size))
@@ -214,7 +212,7 @@ def window(
 
 
 class Lists(Sequence[Ranking]):
-    """A view of a sequence of lists. It contains the lists at the indices `positions`, in the order of `positions`."""
+    """The lists at some positions of a longer sequence of lists, in the order of `positions`. No list is copied."""
 
     def __init__(self, lists: Sequence[Ranking], positions: Iterable[int]):
         self.lists, self.positions = lists, array("q", positions)
@@ -236,7 +234,7 @@ class Texts(Sequence[str]):
     """A column with the texts of a query's passages. The texts are looked up by docno on each access.
 
     Args:
-        look_up: a function: qid, docnos -> the texts of the docnos.
+        look_up: a function: qid, docnos -> the texts of these docnos.
         qid: the qid of the query.
         docnos: the docnos of the passages.
     """
@@ -271,7 +269,7 @@ def some_of(given: Ranking, positions: Sequence[int]) -> Ranking:
 
 
 class Passages(Sequence[Ranking]):
-    """The passages of some lists. Each item is a list with a single passage. Passages with empty texts are left out. Of
+    """The passages of some lists, each as a list with a single passage. Passages with empty texts are left out. Of
     several passages with equal texts, only the first is kept.
 
     Args:
@@ -298,21 +296,25 @@ class Passages(Sequence[Ranking]):
 
 
 def read_run(path: str | Path) -> pd.DataFrame:
-    """Read a run from a TREC file or JSON lines, both optionally gzipped, or from a parquet file. Among the accepted
-    files are those of Rank-DistiLLM, TIREx's re-ranking input, the rankings that rank_llm writes, permutations {qid,
-    final_list: [docno, ...]}, and the files that `pt.io.write_results` writes.
+    """Read a run from a TREC file, from JSON lines or from a parquet file. A TREC file and JSON lines may be gzipped.
+    The runs can come from
 
-    Returns a frame with qid, docno, score, rank (from 0) and, if the file has them, query and text. The ranks are
-    computed from the scores. If at least one row of the file has no score, the score of each row is its negative rank.
-    If a query has a passage twice, the first of the two rows is kept.
+    - Rank-DistiLLM;
+    - `pt.io.write_results`;
+    - rank_llm;
+    - TIREx: files with input for rerankers;
+    - JSON lines with permutations: {qid, final_list: [docno, ...]}, with the best docno first.
 
-    Raises ValueError, with the place in the file,
+    Returns a frame with qid, docno, score, rank (from 0) and, if the file has them, query and text. If at least one row
+    of the file has no score, the score of each row is its negative rank. The ranks in the frame are computed from the
+    scores. If a query has a passage twice, the first of the two rows is kept.
 
+    Raises ValueError
+
+    - if the file has no rows;
     - if a row has no qid or docno;
     - if a score or a rank is invalid;
     - if some rows have no score and some rows have no rank.
-
-    Also raises ValueError if the file has no rows.
     """
     path = Path(path).expanduser()
     rows = list(run_records(path))
@@ -330,8 +332,8 @@ def read_run(path: str | Path) -> pd.DataFrame:
 
 
 def run_records(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a run file that `read_run` can read. Each row is a dict with `where` (the place of the row in
-    the file), qid, docno, score, rank, query and text. Missing values are None.
+    """Yield the rows of a run file in one of the formats of `read_run`. Each row is a dict with qid, docno, score,
+    rank, query, text and `where`, the place of the row in the file. Missing values are None.
 
     Args:
         path: the file.
@@ -368,15 +370,16 @@ def is_trec(path: Path) -> bool:
 
 
 def basis_of(path: Path) -> str:
-    """Return the name of the column that determines the order of a run. It is "score" if all rows have a score, as in
-    TREC's format, else "rank"."""
+    """Return the name of the column that determines the order of a run: "score" if all rows have a score, as in TREC's
+    format, else "rank"."""
     if is_trec(path):
         return "score"
     return "score" if all(row["score"] is not None for row in run_records(path, ["qid", "docno", "score"])) else "rank"
 
 
 def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a parquet file, each as a dict. One batch of rows is in memory at a time. NaN becomes None."""
+    """Yield the rows of a parquet file, each as a dict. Only one batch of rows is in memory at a time. NaN becomes
+    None."""
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as file:
@@ -394,7 +397,7 @@ def _ranked(where: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a record {qid, final_list: [docno, ...]}, which lists the docnos best first."""
+    """Return the rows of a record {qid, final_list: [docno, ...]}. The docnos are in the order of the ranking."""
     docnos = record.get("final_list")
     if not isinstance(docnos, list) or not all(isinstance(docno, str | int) for docno in docnos):
         raise ValueError(f"{where} has no list of docnos in final_list")
@@ -404,19 +407,20 @@ def _permuted(where: str, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataFrame:
     """Read public teacher data that contains the passages, for `Distil`. The file is in one of three formats:
-    RankZephyr's conversations, PE-Rank's train.jsonl, or the permutations of RankGPT or TWOLAR. It contains JSON lines
-    or one JSON array, and may be gzipped.
+    RankZephyr's conversations, PE-Rank's train.jsonl, or the format that RankGPT and TWOLAR share. The file contains
+    JSON lines or one JSON array, and may be gzipped.
 
     Args:
         path: the file.
         orders: the second file of RankGPT's data, a JSON array of the teacher's answers. None for all other data. If
-            the data have the field `retrieved_passages` and `orders` is None, the passages in this field must already
-            be in the teacher's order, as in TWOLAR's data.
+            `orders` is None, the passages in the field `retrieved_passages` must already be in the teacher's order, as
+            in TWOLAR's data.
 
-    Returns a frame with qid, query, docno, text, rank (the rank that the teacher gave the passage, from 0) and shown
-    (the position of the passage in the teacher's input, from 0). If the teacher's order of a list does not name each
-    passage exactly once, the order is repaired: only the first mention of a passage counts. The passages that are not
-    named follow, in the order of the teacher's input. A warning states how many orders were repaired.
+    Returns a frame with qid, query, docno, text, rank and shown. The column `rank` has the rank that the teacher gave
+    the passage (from 0). The column `shown` has the position of the passage in the teacher's input (from 0). If the
+    teacher's order of a list does not name each passage exactly once, the order is repaired. Of several mentions of a
+    passage, the first counts. The passages that are not named follow at the end, in the order of the teacher's input. A
+    warning states how many orders were repaired.
 
     `files.teachers.read_taught` documents the formats and the errors.
     """
@@ -439,8 +443,8 @@ def read_qa(path: str | Path) -> pd.DataFrame:
     """Read questions with their answers and passages, to train a LiT5Score with `FineTune`.
 
     Args:
-        path: a file with JSON lines or one JSON array. Each record has the fields question, answers, and ctxs, a list
-            of passages. Each passage in ctxs has a text, and optionally title and docid (or id).
+        path: a file with JSON lines or one JSON array. Each record has the fields question, answers and ctxs. The field
+            ctxs is a list of passages. Each passage has a text, and optionally a title and a docid (or id).
 
     Returns a frame with qid, query, docno, text, answers (a list of texts) and rank (from 0), with one row per passage.
     A title is put before the text of its passage.
@@ -516,9 +520,8 @@ def score_values(run: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
 
 
 def _values(given: pd.DataFrame, column: str, who: str) -> Iterator[tuple[str, str, float]]:
-    """Yield (qid, docno, value) for each row of a frame, with the values of `column`.
-
-    who: the words for the frame in error messages, such as "the qrels".
+    """Yield (qid, docno, value) for each row of a frame, with the values of `column`. Error messages call the frame
+    `who`, for example "the qrels".
 
     Raises ValueError if a column is missing, if a row has no qid or docno, or if a value is not a finite number.
     """

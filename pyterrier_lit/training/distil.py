@@ -1,9 +1,9 @@
 """FineTune and Distil: train a student inside a pipeline, from labels or from a teacher's ranking.
 
 A student is a reranker that is trained. FineTune and Distil read the columns that the student needs from the
-training frame. They add a target (a number, higher is better) for each passage, and call `trainer.train` with the
-recipe. The recipes of a student are in its training module. For example, the training module of
-`pyterrier_lit.cross_encoder.CrossEncoder` is `pyterrier_lit.training.cross_encoder`.
+training frame. If the recipe needs targets, FineTune and Distil add a target for each passage (a number, higher is
+better). Then they call `trainer.train` with the recipe. The recipes of a student are in its training module. For
+example, the training module of `pyterrier_lit.cross_encoder.CrossEncoder` is `pyterrier_lit.training.cross_encoder`.
 """
 
 import copy
@@ -49,8 +49,8 @@ class Training(pt.Estimator):
     @property
     def log(self) -> pd.DataFrame:
         """The log of the last `fit`: a frame with one row per log entry. The frame has the columns `step`, `loss`,
-        `learning_rate`, `grad_norm` and, if `fit` had a validation frame, `nDCG@10`. The losses and the `nDCG@10` of a
-        step are in different rows. A value that a row does not have is NaN.
+        `learning_rate`, `grad_norm` and, if `fit` had a validation frame, `nDCG@10`. The loss of a step and the
+        `nDCG@10` after this step are in different rows. A value that a row does not have is NaN.
 
         Raises AttributeError before the first `fit`.
         """
@@ -139,8 +139,8 @@ class Training(pt.Estimator):
 
         If the two validation arguments are given, the `nDCG@10` of the student on the validation queries is measured
         several times during training. The setting `every` is the number of steps between two measurements. The measured
-        value equals the `nDCG@10` that `pt.Experiment` would return. At the end, the student has the weights with the
-        highest `nDCG@10`.
+        value equals the `nDCG@10` that `pt.Experiment` would return. At the end, the student has the weights for which
+        the measured `nDCG@10` was highest.
 
         If the student cannot read a frame, `fit` raises the same errors as the student's `transform`. It also raises
         the errors of StoredRun and of `trainer.train`. `fit` raises TypeError if the student cannot be trained or if a
@@ -183,14 +183,8 @@ class Training(pt.Estimator):
         self.student.note_training(self.told(recipe, objective, len(lists), log))
 
     def told(self, recipe: Recipe, objective: Objective, n_lists: int, log: Log) -> dict[str, str]:
-        """Return facts about one `fit` for the student's model card, as name -> text.
-
-        Args:
-            recipe: the recipe of this `fit`.
-            objective: the objective of this `fit`.
-            n_lists: the number of lists that the student learned from.
-            log: the log that `trainer.train` returned.
-        """
+        """Return facts about one `fit` for the student's model card, as name -> text. `n_lists` is the number of lists
+        that the student learned from."""
         name = self.default_recipe(training_module(self.student)) if self.recipe is None else self.recipe
         name = type(name).__name__ if isinstance(name, Recipe) else name
         fields = [f"{name}={value!r}" for name, value in vars(recipe).items() if value is not None and value != {}]
@@ -245,8 +239,8 @@ class Training(pt.Estimator):
         }
 
     def apply_attributes(self, **changes: Any) -> "Training":
-        """Return a copy in which some arguments of the constructor have other values. `changes` holds the names of
-        these arguments and the new values. `pt.inspect.transformer_apply_attributes` calls this method."""
+        """Return a copy in which some arguments of the constructor have other values: `changes` is name -> value.
+        `pt.inspect.transformer_apply_attributes` calls this method."""
         given = {attribute.name: attribute.value for attribute in pt.inspect.transformer_attributes(self)} | changes
         return type(self)(**given.pop("settings") | given)
 
@@ -265,10 +259,10 @@ class FineTune(Training):
         recipe: the name of one of the student's recipes, or a Recipe. None selects the student's default recipe.
         verbose: show progress.
         settings: any field of the recipe, such as steps=1_000, learning_rate=2e-5 or loss="lce". The class of the
-            recipe explains its fields. Also any field of `trainer.Settings`: folder= is the folder in which checkpoints
-            are saved, so that training can resume. every= is the number of steps between checkpoints, and between
-            measurements on the validation frame. patience= stops training after this many measurements in a row without
-            a better `nDCG@10`. seed= is the random seed (default 42).
+            recipe explains its fields. The fields of `trainer.Settings` are accepted, too. `folder` is the folder in
+            which checkpoints are saved, so that training can resume. `every` is the number of steps between two
+            checkpoints, and between two measurements on the validation frame. `patience` stops training after this many
+            measurements in a row without a better `nDCG@10`. `seed` is the random seed (default 42).
 
     A LiT5Score learns from answers instead of labels. It reads the answers from a column `answers`. For each query,
     this column holds a text or a list of texts. The recipe "pe-rank-alignment" of a PERank learns from the texts of the
@@ -280,7 +274,7 @@ class FineTune(Training):
         return str(module.FINE_TUNE)
 
     def learned_from(self, columns: set[str]) -> str:
-        """Return what the recipe learns from: "labels", "answers" or "the passages alone". `columns` are the names of
+        """Return what the student learns from: "labels", "answers" or "the passages alone". `columns` are the names of
         the columns that the student reads."""
         return "labels" if "target" in columns else "answers" if "answers" in columns else "the passages alone"
 
@@ -303,8 +297,8 @@ class Distil(Training):
         verbose: as for FineTune.
         settings: as for FineTune.
 
-    `first_stage % 50` limits each query to 50 passages, the depth in the Rank-DistiLLM paper. `topics.sample(1_000)`
-    samples 1,000 training queries.
+    In the pipeline, `first_stage % 50` limits each query to 50 passages, the depth in the Rank-DistiLLM paper.
+    `topics.sample(1_000)` samples 1,000 training queries.
     """
 
     def __init__(

@@ -6,8 +6,8 @@ The text to generate is called the answer. LiT5Distill generates a ranking of th
 generates the answer to a question. The encoder of the T5 reads each passage alone, in a prompt with the query. The
 decoder attends to the tokens of all passages and learns to generate the answer. The loss is the cross-entropy of the
 answer. The encoder's activations for a hundred passages would fill the memory of a GPU. With gradient checkpointing,
-only the encoder's output states are kept. The backward pass then recomputes the activations, for some of the passages
-at a time.
+the forward pass keeps only the encoder's output states. The backward pass then recomputes the activations, for some of
+the passages at a time.
 """
 
 import dataclasses
@@ -69,8 +69,8 @@ def set_dropout(network: Any, dropout: float) -> None:
 def answer_loss(
     t5: T5Checkpoint, decay: float, max_tokens: int | None, checkpointing: bool, batch: AnswerBatch
 ) -> torch.Tensor:
-    """Return the weighted mean cross-entropy of the tokens of B answers, a scalar tensor. The token at
-    position t of an answer (t = 0, 1, ...) has the weight `decay ** t`.
+    """Return the cross-entropy of B answers, a scalar tensor: the weighted mean over the tokens of all answers. The
+    token at position t of an answer (t = 0, 1, ...) has the weight `decay ** t`.
 
     Args:
         t5: the T5 to train.
@@ -88,7 +88,7 @@ def answer_loss(
 def text_loss(
     fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, answers: Sequence[Sequence[int]], decay: float
 ) -> torch.Tensor:
-    """Return the weighted mean cross-entropy of the tokens of B answers, a scalar tensor.
+    """Return the cross-entropy of B answers, a scalar tensor, weighted as in `answer_loss`.
 
     Args:
         fid: the T5.
@@ -103,14 +103,8 @@ def text_loss(
 
 
 def decode(fid: FiD, states: torch.Tensor, attention_mask: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """Run the decoder, and return its states (B, T, D).
-
-    Args:
-        fid: the T5.
-        states: the encoder states (B, S, D).
-        attention_mask: the mask (B, S) of these states.
-        written: the input ids (B, T) of the decoder.
-    """
+    """Run the decoder on its input ids `written` (B, T), and return the decoder's states (B, T, D). `states` (B, S, D)
+    are the encoder's states, and `attention_mask` (B, S) is their mask."""
     decoder = fid.network.decoder
     read = decoder(input_ids=written, encoder_hidden_states=states, encoder_attention_mask=attention_mask)
     decoded: torch.Tensor = read.last_hidden_state
@@ -121,7 +115,8 @@ def encode(
     fid: FiD, windows: Sequence[Sequence[Sequence[int]]], max_tokens: int | None, checkpointing: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode the prompts of B queries. Returns encoder states (B, S, D) and a mask (B, S). The states of a query are
-    the concatenated states of its prompts. S is the largest number of tokens that the prompts of a query have together.
+    those of its prompts, one prompt after another. S is the number of tokens in all prompts of a query, for the query
+    with the most tokens.
 
     Args:
         fid: the T5.

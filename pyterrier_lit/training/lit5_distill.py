@@ -1,10 +1,10 @@
 """Training of LiT5Distill: it learns to generate the teacher's order of a window of passages.
 
 A training example is a window of passages from a query's list. The student reads the passages with their identifiers
-and learns to generate the target ranking string: the identifiers in the teacher's order, best first, such as "3 1 2".
-The windows vary in size and some windows are shuffled, so that the student depends neither on the number of passages
-nor on their order. The first tokens of the target ranking string have larger weights in the loss than later tokens,
-because the first tokens name the best passages. Sources: LiT and Lean, ECIR 2025; arXiv 2312.16098.
+and learns to generate the target ranking string. This string has the identifiers in the teacher's order, best first,
+such as "3 1 2". The windows vary in size and some windows are shuffled, so that the student depends neither on the
+number of passages nor on their order. The first tokens of the target ranking string have larger weights in the loss
+than later tokens, because the first tokens name the best passages. Sources: LiT and Lean, ECIR 2025; arXiv 2312.16098.
 
 The recipe `lit5-distill-first` trains a student for `decoding="first"`. This recipe adds a second loss, which trains
 the logits of the first decoding step to rank all passages (FIRST, arXiv 2406.15657).
@@ -39,8 +39,7 @@ class WindowRecipe(FiDRecipe):
         largest: the largest number of passages in a window. None is the student's window size.
         shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
             stage.
-        decay: the weight of a token of the target ranking string in the loss, divided by the weight of the token
-            before it.
+        decay: the token at position t of the target ranking string (t = 0, 1, ...) has the weight decay^t in the loss.
         first_weight: the weight of the loss on the first decoding step, for decoding="first". 0 omits this loss.
         dropout: the dropout rate of the T5.
         max_tokens: maximum tokens, including padding, in one forward pass of the encoder. None is 1,024 on a CPU and
@@ -61,8 +60,8 @@ class WindowRecipe(FiDRecipe):
         return objective(student, self)
 
 
-# Source: LiT and Lean, section 3. The paper does not give the number of epochs: its authors used the checkpoint of the
-# epoch that was best on development queries
+# Source: LiT and Lean, section 3. The paper does not give the number of epochs. Its authors used the checkpoint of that
+# epoch after which the model was best on development queries
 V2 = WindowRecipe(5e-5, batch_size=64, epochs=10, warmup=100, schedule="linear", weight_decay=0.0)
 RECIPES: dict[str, Recipe] = {
     "lit5-distill-v2": V2,
@@ -101,15 +100,8 @@ def objective(student: LiT5Distill, recipe: WindowRecipe) -> Objective:
 def sample_window(
     text_field: str, recipe: WindowRecipe, largest: int, given: Ranking, rng: random.Random
 ) -> OrderExample:
-    """Sample a window of passages from a list, and return it as a training example.
-
-    Args:
-        text_field: the name of the column with the texts.
-        recipe: the recipe.
-        largest: the largest number of passages in the window.
-        given: the list, with the columns `text_field` and `target`.
-        rng: the random generator.
-    """
+    """Sample a window of at most `largest` passages from a list, and return it as a training example. The list has the
+    columns `text_field` and `target`."""
     shown, order = window(given.columns["target"], recipe.smallest, largest, recipe.shuffle, rng)
     return OrderExample(given.query, take(given.columns[text_field], shown), order)
 
@@ -135,8 +127,8 @@ def collate(student: LiT5Distill, examples: list[OrderExample]) -> WindowBatch:
 
 
 def loss(t5: T5Checkpoint, recipe: WindowRecipe, batch: WindowBatch) -> torch.Tensor:
-    """Return the loss of B windows, a scalar tensor: cross-entropy(target ranking string) + first_weight *
-    RankNet(first decoding step). Both terms are means over the batch."""
+    """Return the loss of B windows, a scalar tensor. The loss is the cross-entropy of the target ranking strings
+    (`text_loss`), plus first_weight times the RankNet loss of the first decoding step (`first_step_loss`)."""
     fid = FiD(t5.network)
     memory = encode(fid, batch.prompts, recipe.max_tokens, recipe.checkpointing)
     total = text_loss(fid, *memory, batch.answers, recipe.decay)
@@ -190,8 +182,8 @@ class Beginning:
         return self.read(self.pieces.new_empty((len(self.begin), 0)))[:, -1]
 
     def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Process m tokens after the start token: tokens (B, m) -> logits (B, m, R) after each of these tokens. For m =
-        0, the result is the logits (B, 1, R) after the start token."""
+        """Process m tokens (B, m) after the start token. Returns the logits (B, m, R) after each of these tokens. If m
+        is 0, returns the logits (B, 1, R) after the start token."""
         written = torch.cat([self.begin, self.pieces[tokens]], 1)
         states = decode(self.fid, *self.memory, written)
         return self.fid.logits(states[:, min(tokens.shape[1], 1) :], self.pieces)

@@ -1,9 +1,9 @@
 """Training of LiT5Score: it learns to answer questions from passages, without any relevance labels.
 
 A training example is a question with the first passages of its list and one of its answers. The student learns to
-generate the answer. To generate it, the student must attend to the passages that contain the answer. When the student
-ranks, this attention gives the scores of the passages. Source: arXiv 2312.16098. The model is the FiD reader of Izacard
-and Grave, arXiv 2007.01282.
+generate the answer. To do so, the student must attend to the passages that contain the answer. When the student ranks,
+this attention gives the scores of the passages. Source: arXiv 2312.16098. The model is the FiD reader of Izacard and
+Grave, arXiv 2007.01282.
 """
 
 import dataclasses
@@ -80,20 +80,13 @@ def answered(lists: Sequence[Ranking]) -> list[Ranking]:
 
 
 def sample_answer(text_field: str, n_passages: int, given: Ranking, rng: random.Random) -> AnswerExample:
-    """Return a training example: the first passages of a question, and one of its answers, chosen at random.
-
-    Args:
-        text_field: the name of the column with the texts.
-        n_passages: the number of passages.
-        given: the list of the question, with the columns `text_field` and `answers`.
-        rng: the random generator.
-    """
+    """Return a training example: the first passages of a question, and one of its answers, chosen at random."""
     return AnswerExample(given.query, given.columns[text_field][:n_passages], rng.choice(answers_of(given)))
 
 
 def read(student: LiT5Score, example: AnswerExample) -> PromptsAndAnswer:
-    """Tokenise an example. Returns the token ids of the prompts of its passages, and the token ids of its answer with
-    EOS. The answer is truncated to the student's answer_length."""
+    """Tokenise an example. Returns the token ids of each passage's prompt, and the token ids of the answer with EOS.
+    The answer is truncated to the student's answer_length."""
     pieces = student.load().pieces([example.answer])[0]
     most = student.lengths()["answer_length"] - 2  # answer_length includes START and EOS
     return student.prompts(example.query, example.passages).ids, [*pieces[:most], EOS]

@@ -13,12 +13,13 @@ from torch import nn
 
 @contextlib.contextmanager
 def adapted(network: Any, rank: int, seed: int) -> Iterator[None]:
-    """Return a context manager for training LoRA adapters. Inside it, the weights of `network` are frozen, and LoRA
-    adapters on all of its linear layers are trained. At the end, the adapters are merged into the weights. After an
-    error, the adapters are removed instead.
+    """Return a context manager that adds LoRA adapters to all linear layers of `network`. Inside the context manager,
+    the adapters can be trained, and the weights of `network` are frozen. At the end, the adapters are merged into the
+    weights. After an error, the adapters are removed instead.
 
-    An adapter replaces the output W x of a linear layer by W x + 2 B A x. The matrices A (rank, in) and B (out, rank)
-    are in float32. B starts at zero, and A is initialised at random.
+    Without an adapter, a linear layer with weights W maps its input x to W x. With an adapter, the layer maps x to
+    W x + 2 B A x. The matrices A (rank, input size) and B (output size, rank) are in float32. B starts at zero, and A
+    is initialised at random.
 
     Args:
         network: a model of transformers, which is changed in place.

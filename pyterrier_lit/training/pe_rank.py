@@ -7,10 +7,11 @@ Only the projector is trained. The projector maps the vector into the input spac
 
 Stage 2, ranking: a training example is a window of passages from a query's list. The prompt contains the vectors of the
 passages. After the prompt, the input contains these vectors once more, in the teacher's order. The student learns to
-predict each of these vectors from the hidden state before it (ListMLE): the dot product of this state with the next
-vector should be larger than with the vectors that come later. The student also learns the teacher's order from a second
-prompt, which contains both the vectors and the texts of the passages. A KL divergence distils the ranking that the
-student gives with the second prompt into the ranking that the student gives with the first prompt.
+predict each of these vectors from the hidden state of the token before the vector (ListMLE). The dot product of this
+state with the next vector should be larger than its dot products with the vectors that come later. The student also
+learns the teacher's order from a second prompt, which contains both the vectors and the texts of the passages. A KL
+divergence makes the ranking that the student gives with the first prompt similar to the ranking that it gives with the
+second prompt.
 """
 
 import dataclasses
@@ -37,12 +38,11 @@ from pyterrier_lit.training.trainer import Objective, Recipe, as_it_is, device_o
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentRecipe(Recipe):
-    """A recipe for alignment, the first stage of PERank's training. Only the projector is trained, and each passage is
-    a training example.
+    """A recipe for alignment, stage 1 of PERank's training. Only the projector is trained. Each passage is a training
+    example. The answer that the student must generate is the text of the passage.
 
     Args:
-        max_length: maximum tokens of the prompt and its answer together. The answer is the text of the passage. If the
-            prompt and the answer have more tokens, the answer is truncated.
+        max_length: maximum tokens of a prompt and its answer together. A longer answer is truncated.
 
     The fields of `trainer.Recipe` are accepted, too.
     """
@@ -52,8 +52,8 @@ class AlignmentRecipe(Recipe):
     def objective(self, student: PERank) -> Objective:
         """Return the training objective: the cross-entropy of a passage's text given its vector.
 
-        Raises ValueError for a PERank that `save` wrote, since `save` leaves out the language model's output layer.
-        There is no error if the output layer is tied to the input embeddings, because the input embeddings are saved.
+        Raises ValueError if the checkpoint has no output layer of the language model. A checkpoint that `save` wrote
+        has none, unless the output layer is tied to the input embeddings.
         """
         return alignment(student, self)
 
@@ -68,17 +68,16 @@ class RankingRecipe(Recipe):
         shuffle: the probability that a window is shuffled. A window that is not shuffled keeps the order of the first
             stage.
         text_weight: the weight of ListMLE for the prompt with texts. 0 omits this prompt and the KL divergence.
-        kl_weight: the weight of the KL divergence between the ranking of the prompt with texts and the ranking of the
-            prompt without texts.
+        kl_weight: the weight of the KL divergence between the rankings with and without texts in the prompt.
         reduction: "sum" or "mean" over the ranks of a window in ListMLE. The published code of PE-Rank used the sum
-            until October 2024 and has used the mean since. The KL divergence is always a sum over the ranks. With
-            "mean", the weight of the KL divergence relative to ListMLE is therefore n times as large as with "sum", for
-            a window of n passages. In the issue tracker of the published code, a user reports an `nDCG@10` of .6355 on
-            TREC DL 2019 after training with "mean", and an `nDCG@10` of .7046 after training with "sum".
+            until October 2024 and has used the mean since. The KL divergence is always a sum over the ranks. ListMLE of
+            a window of n passages is divided by n with "mean", so the KL divergence then weighs n times as much in
+            comparison. In the issue tracker of the published code, a user reports an `nDCG@10` of .6355 on TREC DL 2019
+            after training with "mean", and an `nDCG@10` of .7046 after training with "sum".
         max_length: maximum tokens of a prompt and its answer together.
         lora: the rank of LoRA adapters that are trained instead of the language model's weights. Training adapters
             needs less memory than training all weights, and is meant for a single GPU. After training, the adapters are
-            merged into the weights. None trains all weights. The projector is trained with and without LoRA.
+            merged into the weights. None trains all weights. The projector is trained in both cases.
 
     The fields of `trainer.Recipe` are accepted, too.
     """
@@ -93,14 +92,14 @@ class RankingRecipe(Recipe):
     lora: int | None = None
 
     def objective(self, student: PERank) -> Objective:
-        """Return the training objective: ListMLE with and without texts in the prompt, plus the KL divergence between
-        the two rankings."""
+        """Return the training objective: ListMLE without texts in the prompt, ListMLE with texts, and the KL divergence
+        between the two rankings."""
         return ranking(student, self)
 
 
-# Source: the published scripts. They use AdamW, a cosine schedule, and a warm-up of 3 % of the steps. The global batch
-# size of stage 1 is 4 GPUs x 1 in the README and 4 GPUs x 8 in the paper. The global batch size of stage 2 is 4 GPUs x
-# 4 x 2 accumulation steps
+# Source: the published scripts. They use AdamW, a cosine schedule, and a warm-up of 3 % of the steps. In stage 1, the
+# global batch size is 4 in the README (4 GPUs x 1) and 32 in the paper (4 GPUs x 8). In stage 2, it is 32 (4 GPUs x 4 x
+# 2 accumulation steps)
 RECIPES: dict[str, Recipe] = {
     "pe-rank-alignment": AlignmentRecipe(
         1e-3, batch_size=32, warmup=0.03, schedule="cosine", weight_decay=0.0, checkpointing=True
@@ -133,7 +132,7 @@ def read(
 ) -> Read:
     """Run the language model on B prompts with their answers. Each prompt has a placeholder for each of its passages.
     The inputs at the placeholders are the projected vectors of the passages. In stage 2, each answer has one token
-    <RANK> per passage. The inputs at these rank tokens are the projected vectors in the order that `orders` gives.
+    <RANK> per passage. The inputs at these rank tokens are the projected vectors once more, in the order of `orders`.
 
     Args:
         checkpoint: the PE-Rank model.
@@ -158,8 +157,8 @@ Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]
 
 
 def embedding(student: PERank) -> Embed:
-    """Return a function: lists -> for each list, the vectors (n, d) of its n passages. The vectors come from the
-    student's source of vectors: a column, an index or an encoder. An encoder is not trained."""
+    """Return a function: lists -> for each list, the vectors (n, d) of its n passages. The vectors come from a column,
+    from the student's index or from its encoder. The encoder is not trained."""
     checkpoint, budget, quiet = student.load(), Budget(student.max_tokens), student.apply_attributes(verbose=False)
 
     def embed(lists: Sequence[Ranking]) -> list[torch.Tensor]:
@@ -174,8 +173,8 @@ def embedding(student: PERank) -> Embed:
 
 
 def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
-    """Return the lists, unchanged. Before that, read the vectors of the first list, so that unusable vectors raise an
-    error before the first training step. If the lists have a column `doc_vec`, the vectors of all lists are read."""
+    """Return the lists, unchanged. First try to read the vectors of the first list, so that unusable vectors raise an
+    error before the first training step. If the lists have a column `doc_vec`, the vectors of all lists are tried."""
     for given in lists:
         embed([given])
         if "doc_vec" not in given.columns:
@@ -187,9 +186,9 @@ def tried(embed: Embed, lists: Sequence[Ranking]) -> Sequence[Ranking]:
 
 
 class AlignmentBatch(NamedTuple):
-    """A batch of B passages for stage 1. `conversations` holds the token ids of B prompts with their answers. `starts`
-    holds, for each conversation, the position of the first token of the answer (from 0). `passages` holds the passages,
-    each as a list of one passage."""
+    """A batch of B passages for stage 1. A conversation is a prompt with its answer. `conversations` holds the token
+    ids of B conversations. `starts` holds, for each conversation, the position of the first token of the answer (from
+    0). `passages` holds the passages, each as a list of one passage."""
 
     conversations: list[list[int]]
     starts: list[int]
@@ -218,8 +217,8 @@ def alignment(student: PERank, recipe: AlignmentRecipe) -> Objective:
 
 
 def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
-    """Return the language model's output layer (hidden size -> vocabulary size). This layer is used in stage 1 only,
-    and is not trained."""
+    """Return the language model's output layer (hidden size -> vocabulary size). Only stage 1 uses this layer. The
+    layer is not trained."""
     weight = checkpoint.head()
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     head.weight = nn.Parameter(weight, requires_grad=False)
@@ -227,22 +226,14 @@ def output_layer(checkpoint: PERankCheckpoint) -> nn.Linear:
 
 
 def the_passage(passage: Ranking, rng: random.Random) -> Ranking:
-    """Return the passage itself as the training example."""
     return passage
 
 
 def collate_conversations(
     prompter: Prompter, max_length: int, text_field: str, passages: list[Ranking]
 ) -> AlignmentBatch:
-    """For each passage, tokenise a prompt and its answer. The prompt has a placeholder for the passage's vector. The
-    answer is the text of the passage. Prompt and answer are truncated to max_length tokens in total.
-
-    Args:
-        prompter: the prompter of the checkpoint.
-        max_length: maximum tokens of a prompt and its answer together.
-        text_field: the name of the column with the texts.
-        passages: the passages, each as a list of one passage.
-    """
+    """Return a batch with the tokenised conversations of B passages. The prompt of a conversation has a placeholder for
+    the passage's vector. The answer is the text of the passage. A conversation is truncated to `max_length` tokens."""
     answered = [prompter.answered(*prompter.alignment(*passage.columns[text_field])) for passage in passages]
     return AlignmentBatch(
         conversations=[ids[:max_length] for ids, _ in answered],
@@ -266,10 +257,10 @@ def alignment_loss(checkpoint: PERankCheckpoint, head: nn.Linear, embed: Embed, 
 
 
 class RankingExample(NamedTuple):
-    """A window of passages for stage 2. `prompts` holds one or two lists of token ids. The first list is the prompt
-    without texts. The second list is the prompt with texts; it is absent if the recipe's text_weight is 0. After its
-    prompt, each list contains the answer, one rank token per passage. `window` holds the passages in the order in which
-    the student sees them. `order` holds the positions of the passages in the window (from 0), best first."""
+    """A window of passages for stage 2. `prompts` holds the token ids of two prompts: without texts and with texts. If
+    the recipe's text_weight is 0, there is no prompt with texts. Each prompt is followed by its answer, which has one
+    rank token per passage. `window` holds the passages in the order in which the student sees them. `order`
+    holds the positions of the passages in the window (from 0), best first."""
 
     prompts: list[list[int]]
     window: Ranking
@@ -277,10 +268,10 @@ class RankingExample(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """A batch of B windows for stage 2. `views` holds one or two lists. The first list has the token ids of the B
-    prompts without texts, each with its answer. The second list has the token ids of the B prompts with texts, each
-    with its answer; it is absent if the recipe's text_weight is 0. `windows` holds the passages of each window.
-    `orders` holds, for each window, the positions of its passages (from 0), best first."""
+    """A batch of B windows for stage 2. `views` holds the token ids of the B prompts without texts, and then those of
+    the B prompts with texts. If the recipe's text_weight is 0, there are no prompts with texts. Each prompt is followed
+    by its answer. `windows` holds the passages of each window. `orders` holds, for each window, the positions
+    of its passages (from 0), best first."""
 
     views: list[list[list[int]]]
     windows: list[Ranking]
@@ -312,15 +303,8 @@ def ranking(student: PERank, recipe: RankingRecipe) -> Objective:
 def sample_window(
     prompter: Prompter, recipe: RankingRecipe, size: int, text_field: str, given: Ranking, rng: random.Random
 ) -> RankingExample:
-    """Sample a window of passages from a list, and return it as a training example.
-
-    Args:
-        prompter: the prompter of the checkpoint.
-        recipe: the recipe.
-        size: the student's window size, in passages.
-        text_field: the name of the column with the texts.
-        given: the list.
-        rng: the random generator.
+    """Sample a window of passages from a list, and return it as a training example. `size` is the student's window
+    size, in passages.
 
     Raises ValueError if a prompt with its answer has more than the recipe's max_length tokens.
     """
@@ -349,11 +333,15 @@ def collate_windows(examples: list[RankingExample]) -> RankingBatch:
 def ranking_loss(
     checkpoint: PERankCheckpoint, recipe: RankingRecipe, embed: Embed, batch: RankingBatch
 ) -> torch.Tensor:
-    """Return the loss of B windows, the mean of L = MLE(vectors) + a MLE(vectors and texts) + b KL(vectors and texts ||
-    vectors).
+    """Return the loss of B windows, a scalar tensor. The student ranks the passages of each window twice: with the
+    prompt without texts and with the prompt with texts. The loss is the sum of three terms, each a mean over the B
+    windows:
 
-    MLE is ListMLE. "vectors" is the ranking of the prompt without texts, and "vectors and texts" is the ranking of the
-    prompt with texts. a is the recipe's text_weight, and b is its kl_weight. With a = 0, only the first term remains.
+    - ListMLE of the ranking without texts;
+    - ListMLE of the ranking with texts, times the recipe's text_weight;
+    - KL(ranking with texts || ranking without texts), times the recipe's kl_weight.
+
+    If text_weight is 0, only the first term remains.
     """
     vectors = embed(batch.windows)
     scores, insides = zip(*(rank_scores(checkpoint, view, vectors, batch.orders) for view in batch.views), strict=True)
@@ -369,9 +357,9 @@ def ranking_loss(
 def rank_scores(
     checkpoint: PERankCheckpoint, prompts: list[list[int]], vectors: list[torch.Tensor], orders: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two tensors for B windows with at most N passages. The first tensor (B, N, N) holds the scores: for each
-    rank, the dot products of the hidden state before the token of this rank with the vector of each passage. The second
-    tensor (B, N) is a mask of the passages.
+    """Return two tensors for B windows with at most N passages. The first tensor (B, N, N) holds, for each window and
+    each rank, the scores of the passages. The score of a passage is the dot product of its projected vector with the
+    hidden state of the token before the rank token. The second tensor (B, N) is a mask of the passages.
 
     Args:
         checkpoint: the PE-Rank model.
@@ -386,7 +374,7 @@ def rank_scores(
 
 
 def worth(order: list[int]) -> list[int]:
-    """Return the ListMLE target of each of the n passages in a prompt, in the order of the prompt. The target is n for
-    the passage that `order` lists first, and 1 for the passage that it lists last."""
+    """Return the ListMLE targets of n passages, in the order of the prompt. The target of the passage that `order`
+    lists first is n, and the target of the passage that `order` lists last is 1."""
     value_of = dict(zip(order, range(len(order), 0, -1), strict=True))
     return [value_of[position] for position in range(len(order))]

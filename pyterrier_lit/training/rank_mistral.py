@@ -1,9 +1,9 @@
 """Training of RankMistral: it learns to generate the teacher's order of a window of passages.
 
 A training example is a window of passages from a query's list. The language model reads the texts of the passages in
-one prompt and learns to generate the answer, which is the target ranking string, such as "[4] > [2] > [1] > [3]". As in
-instruction tuning, the loss is the cross-entropy of the answer's tokens, including the end token. RankMistral is a
-baseline of PE-Rank's authors. These authors publish no recipe for RankMistral. The hyperparameters used here are those
+one prompt and learns to generate the answer. The answer is a target ranking string, such as "[4] > [2] > [1] > [3]". As
+in instruction tuning, the loss is the cross-entropy of the answer's tokens, including the end token. RankMistral is a
+baseline of PE-Rank's authors, who have published no recipe for this baseline. The hyperparameters used here are those
 of PE-Rank's stage 2.
 """
 
@@ -82,16 +82,8 @@ def objective(student: RankMistral, recipe: TextRankingRecipe) -> Objective:
 def sample_window(
     prompter: TextPrompter, recipe: TextRankingRecipe, text_field: str, size: int, given: Ranking, rng: random.Random
 ) -> Conversation:
-    """Sample a window of passages from a list. Return a training example: the prompt of the window with its answer, the
-    target ranking string.
-
-    Args:
-        prompter: the prompter of the checkpoint.
-        recipe: the recipe.
-        text_field: the name of the column with the texts.
-        size: the student's window size, in passages.
-        given: the list.
-        rng: the random generator.
+    """Sample a window of passages from a list. Return a training example: the prompt with the texts of these passages,
+    and the answer, which is the target ranking string. `size` is the student's window size, in passages.
 
     Raises ValueError if the prompt with the answer has more than the recipe's max_length tokens.
     """

@@ -49,17 +49,17 @@ class StoredRun:
         Distil(student, "rankzephyr.run.gz").fit(first)
 
     Args:
-        path: a TREC run or JSON lines, both optionally gzipped, or a parquet file. The rows of a query must be
-            consecutive. The passages of a query are ordered by rank, and passages with equal ranks by descending score.
-            If a passage of a query has no rank, the passages of this query are ordered by descending score. If, in
-            addition, a passage of this query has no score, the passages of this query keep the order of the file.
-        topics: the text of each query: a frame with qid and query, a mapping qid -> text, or a file. The lines of the
-            file are a qid, a tab and the query, or {qid, query} in a .jsonl[.gz] file.
+        path: a TREC run, JSON lines or a parquet file. A TREC run and JSON lines may be gzipped. The rows of a query
+            must be consecutive. If all passages of a query have a rank, they are ordered by rank, and passages with
+            equal ranks by descending score. If some of them have no rank but all have a score, they are ordered by
+            descending score. Otherwise, they keep the order of the file.
+        topics: the text of each query: a frame with qid and query, a mapping qid -> text, or a file. Each line of the
+            file is a qid, a tab and the query. In a .jsonl[.gz] file, each line is {qid, query}.
         texts: the text of each docno: a text loader, a dataset or an index with a text loader, a document store of
-            ir_datasets, a mapping docno -> text, or a file. The lines of the file are a docno, a tab and the text, or
-            {docno, text} in a .jsonl[.gz] file. A text loader must add the column that the student's `text_field`
-            names.
-        depth: how many passages of each query to use, from the top. None uses all passages.
+            ir_datasets, a mapping docno -> text, or a file. Each line of the file is a docno, a tab and the text. In a
+            .jsonl[.gz] file, each line is {docno, text}. A text loader must add the column that the student's
+            `text_field` names.
+        depth: how many passages of each query to use, from the top of the ranking. None uses all passages.
 
     The constructor reads the run once. It raises OSError if the run cannot be read, and TypeError if `topics` has none
     of the types named above. It raises ValueError, with the line,
@@ -70,8 +70,8 @@ class StoredRun:
     - if a qid is missing from the topics.
 
     If a passage has no text, `fit` raises ValueError with the qid and the docno. Before the first step, `fit` checks
-    the texts of at least 100 queries (all, if the run has fewer), spread over the run. The texts of the other queries
-    are checked when their passages are sampled.
+    the texts of at least 100 queries, spread over the run. If the run has fewer queries, `fit` checks all. The texts of
+    the remaining queries are checked when their passages are sampled.
     """
 
     def __init__(self, path: str | Path, topics: Any, texts: Any, *, depth: int | None = None):
@@ -164,8 +164,8 @@ class StoredRun:
         return run
 
     def _joined(self, values: Values, missing: float) -> "array[float]":
-        """Return one value for each row of the run: the first of the values with the qid and the docno of the row, or
-        `missing` if there is no such value."""
+        """Return one value for each row of the run: the first value with the row's qid and docno. If there is no such
+        value, return `missing` for the row."""
         found, number_of = array("d", [math.nan]) * len(self), {qid: i for i, qid in enumerate(self.qids)}
         last, row_of = None, dict[str, int]()
         for qid, docno, value in values:
@@ -197,9 +197,9 @@ class StoredRun:
 class StoredLists(Sequence[Ranking]):
     """The lists of a stored run. Each list is built anew on each access.
 
-    The lists are ordered as in a frame with the same rows. If the run has targets, the queries are sorted by the rank
-    of their first passage that has a target. Queries with equal ranks keep the order of the run. If no passage of a
-    query has a target, the query has no list.
+    The lists are ordered as in a frame with the same rows. If the run has no targets, the lists are in the order of the
+    run. If the run has targets, the lists are sorted by the rank of the first passage that has a target. Lists for
+    which this rank is equal keep the order of the run. If no passage of a query has a target, the query has no list.
 
     Args:
         run: the stored run.
@@ -213,8 +213,8 @@ class StoredLists(Sequence[Ranking]):
         self.order = array("q", sorted((i for i, place in enumerate(first) if place >= 0), key=first.__getitem__))
 
     def _first(self, query: int) -> int:
-        """Return the rank (from 0) of a query's first passage that has a target. Returns -1 if none of its passages has
-        a target, and 0 if the run has no targets. `query` is the index of the query in the run."""
+        """Return the rank (from 0) of a query's first passage that has a target. Returns -1 if no passage of this query
+        has a target, and 0 if the run has no targets. `query` is the index of the query in the run."""
         start, targets = self.run.starts[query], self.run.targets
         if targets is None:
             return 0
@@ -292,8 +292,8 @@ def scores_in(path: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def queries_of(topics: Any) -> Lookup:
-    """Return a function: qids -> a dict with the text of each known query. Raises TypeError if StoredRun does not
-    accept topics of this type."""
+    """Return a function: qids -> a dict with the text of each known qid. Raises TypeError if StoredRun does not accept
+    topics of this type."""
     if isinstance(topics, str | Path):
         return topics_in(str(topics))
     if isinstance(topics, pd.DataFrame) and {"qid", "query"} <= set(topics.columns):
@@ -304,8 +304,8 @@ def queries_of(topics: Any) -> Lookup:
 
 
 def look_up(texts: Any, column: str, run: Path) -> Callable[[str, list[str]], list[str]]:
-    """Return a function: qid, docnos -> the texts of the docnos. The returned function raises ValueError if a docno has
-    no text.
+    """Return a function: qid, docnos -> the texts of these docnos. The returned function raises ValueError if a docno
+    has no text.
 
     Args:
         texts: the argument `texts` of StoredRun.
@@ -331,7 +331,7 @@ def look_up(texts: Any, column: str, run: Path) -> Callable[[str, list[str]], li
 
 
 def _texts(find: Lookup, run: Path, qid: str, docnos: list[str]) -> list[str]:
-    """Return the texts of some docnos of a query. Raises ValueError, with the path `run`, if a docno has no text."""
+    """Return the texts of docnos. Raises ValueError, with the path `run`, if a docno has no text."""
     try:
         found, error = find(docnos), None
     except TypeError:

@@ -1,8 +1,9 @@
 """The training loop: trains a network with the Trainer of transformers.
 
 A list is a query with its passages. Each step takes `batch_size` training lists, samples an example from each list, and
-updates the weights once with the mean loss of these examples. Gradients are accumulated over micro-batches that fit
-into memory. The functions that differ between rerankers are passed to `train` as an `Objective`.
+updates the weights once with the mean loss of these examples. The step processes the examples in micro-batches, which
+need less memory, and accumulates the gradients. The functions that differ between rerankers are passed to `train` as an
+`Objective`.
 
 This module does not deal with frames, texts or rerankers.
 """
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 
 MEASURE = "nDCG@10"  # the name of the result of `validate` in the log
 STARTED_WITH = "training.json"  # a file in the training folder: the recipe, seed, data and weights at the start
-WHOLE = "whole.json"  # a file in each checkpoint, written last: the sizes of the checkpoint's other files in bytes
+WHOLE = "whole.json"  # the file that is written last in each checkpoint. It has the sizes of all other files in bytes
 WEIGHTS = "digest of the starting weights"  # a key in STARTED_WITH
-# Each network that was trained with a folder -> the folder, and the digest of the network's initial weights. Resuming
-# in the same process needs this digest, since the network no longer has its initial weights
+# Network -> the training folder of its last training, and the digest of its weights before this training. Resuming in
+# the same process needs this digest, since the network no longer has these weights
 _began: weakref.WeakKeyDictionary[nn.Module, tuple[Path, str]] = weakref.WeakKeyDictionary()
 
 # Log entries in the order of the steps. Each entry has `step`. An entry of the training also has `loss`,
@@ -51,11 +52,11 @@ class Settings:
     """Settings of training that do not depend on the recipe.
 
     Args:
-        folder: the folder in which checkpoints are saved. If training is started again with the same recipe, data, seed
-            and initial weights, it resumes from the last checkpoint in this folder. If one of these four differs,
-            training raises ValueError. None saves no checkpoints.
-        every: steps between checkpoints, and between measurements on the validation frame. None is a tenth of all
-            steps.
+        folder: the folder in which checkpoints are saved. If training is started again with the same recipe, seed, data
+            and student, it resumes from the last checkpoint in this folder. If one of these four differs, training
+            raises ValueError. None saves no checkpoints.
+        every: steps between two checkpoints, and between two measurements on the validation frame. None is a tenth of
+            all steps.
         patience: stop after this many measurements in a row without a better `nDCG@10`. None never stops early.
         seed: the random seed. It determines the order of the lists and everything that is sampled.
         verbose: show progress.
@@ -70,8 +71,8 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of training. Each reranker has a subclass with more fields. An instance holds, for example,
-    the hyperparameters of a paper. A list is a query with its passages.
+    """The hyperparameters of training. Each reranker has a subclass with more fields. A list is a query with its
+    passages.
 
     Args:
         learning_rate: the peak learning rate of AdamW, the same for all parameters.
@@ -83,8 +84,8 @@ class Recipe:
         schedule: the learning rate schedule after warm-up: "constant", "linear" or "cosine".
         weight_decay: the weight decay of AdamW.
         clip: the maximum gradient norm. 0 does not clip gradients.
-        micro_batch: maximum lists per forward pass on a device (the micro-batch size). batch_size must be a multiple of
-            micro_batch times the number of devices.
+        micro_batch: maximum lists per forward pass on a device (the micro-batch size). The product of micro_batch and
+            the number of devices must divide batch_size.
         precision: "bfloat16" is mixed precision (autocast with float32 weights), "float32" is full precision. None is
             "bfloat16" on a GPU that supports bfloat16, else "float32".
         checkpointing: use gradient checkpointing, which saves memory by recomputing activations in the backward pass.
@@ -187,8 +188,8 @@ def train(
     - if there are no lists;
     - if batch_size is not a multiple of micro_batch times the number of devices;
     - if there would be less than one step;
-    - if `settings.folder` has checkpoints of training with another recipe, another seed, another `described` or other
-      initial weights.
+    - if `settings.folder` has a checkpoint from training with another recipe, another seed, another `described` or
+      other initial weights.
     """
     from transformers import TrainingArguments
 
@@ -224,14 +225,8 @@ def train(
 def training_arguments(
     n_lists: int, recipe: Recipe, settings: Settings, device: torch.device, *, validated: bool
 ) -> dict[str, Any]:
-    """Return the arguments of transformers.TrainingArguments for a recipe and settings, as name -> value.
-
-    Args:
-        n_lists: the number of training lists.
-        recipe: the hyperparameters.
-        settings: the settings that do not depend on the recipe.
-        device: the device of the network.
-        validated: whether `train` has a function `validate`.
+    """Return the arguments of transformers.TrainingArguments for a recipe and settings, as name -> value. `validated`
+    says whether `train` has a function `validate`.
 
     Raises ValueError, as `train` does, if there are no lists, if the batch sizes do not match, or if there would be
     less than one step. Warns if the warm-up is at least as long as the training.
@@ -306,8 +301,8 @@ def _steps(n_lists: int, recipe: Recipe) -> int:
 
 
 def _claim(folder: Path, started: dict[str, Any]) -> None:
-    """Record in a folder what training starts with. Raises ValueError if the folder has a checkpoint of training that
-    started with something else."""
+    """Record in a folder the values with which training starts: name -> value. Raises ValueError if the folder has a
+    checkpoint from training that started with other values."""
     file = folder / STARTED_WITH
     if _last_whole(folder) and file.exists():
         held = json.loads(file.read_text(encoding="utf-8"))
@@ -324,11 +319,9 @@ def _claim(folder: Path, started: dict[str, Any]) -> None:
 
 
 def _starting_weights(network: nn.Module, folder: Path) -> str:
-    """Return a digest of the weights with which training of a network in a folder started.
-
-    If this process has trained the network in this folder before, and the folder has a complete checkpoint, the result
-    is the digest of the weights before that earlier training. Otherwise, it is the digest of the current weights.
-    """
+    """Return a digest of a network's weights before training in a folder. Usually, these are the current weights. If
+    this process has already trained the network in this folder, and the folder has a complete checkpoint, these are the
+    weights before that earlier training."""
     before = _began.get(network)
     if before is None or before[0] != folder or not _last_whole(folder):
         before = _began[network] = folder, digest(network)
@@ -345,16 +338,16 @@ def digest(network: nn.Module) -> str:
 
 
 def _last_whole(folder: Path) -> str | None:
-    """Return the path of the last complete checkpoint in a folder, or None if there is none. If the process was
-    killed while it wrote a checkpoint, this checkpoint is incomplete."""
+    """Return the path of the last complete checkpoint in a folder, or None. A checkpoint is incomplete if the process
+    was killed while it wrote this checkpoint."""
     states = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     whole = [path for path in states if _is_whole(path)]
     return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def _find_best(state: Path) -> None:
-    """Correct the path of the best checkpoint in a checkpoint's trainer_state.json. The path is wrong if the training
-    folder was moved."""
+    """Correct trainer_state.json in the checkpoint `state`. The file names the path of the best checkpoint, which is
+    wrong if the training folder was moved."""
     file, whole = state / "trainer_state.json", state / WHOLE
     held = json.loads(file.read_text(encoding="utf-8"))
     best = held.get("best_model_checkpoint")
@@ -394,13 +387,8 @@ class Samples(torch.utils.data.Dataset[Any]):
     """Training examples by index. An index always gives the same example, so resumed training sees the same examples as
     training without interruption.
 
-    Each epoch is a block of len(lists) indices. Each epoch contains each list once, in a new order.
-
-    Args:
-        sample: the `sample` function of an Objective.
-        lists: the prepared lists.
-        count: the number of examples.
-        seed: the random seed.
+    Each epoch is a block of len(lists) indices. Each epoch contains each list once, in a new order. `sample` is the
+    function of an Objective, and `count` is the number of examples.
     """
 
     def __init__(self, sample: Callable[[Any, random.Random], Any], lists: Sequence[Any], count: int, seed: int):
@@ -420,16 +408,8 @@ class Samples(torch.utils.data.Dataset[Any]):
 
 
 class NetworkWithLoss(nn.Module):
-    """A network whose `forward` returns the loss of a batch. The Trainer calls this network and reads "loss" from the
-    result.
-
-    The loss is the mean over the examples of a micro-batch. The Trainer divides the loss by the number of micro-batches
-    per step.
-
-    Args:
-        network: the network to train.
-        loss: the `loss` function of an Objective.
-    """
+    """A network with a `forward` that returns the mean loss of a micro-batch, as the Trainer expects. The Trainer
+    divides this loss by the number of micro-batches per step. `loss` is the function of an Objective."""
 
     def __init__(self, network: nn.Module, loss: Callable[[Any], torch.Tensor]):
         super().__init__()
@@ -457,7 +437,7 @@ class NetworkWithLoss(nn.Module):
 
 
 def _first_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return a dict: each name of a tensor -> the first name of the same tensor."""
+    """Return a dict: each name -> the first name of the same tensor."""
     first: dict[tuple[int, torch.Size], str] = {}
     return {name: first.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in tensors.items()}
 
@@ -475,8 +455,8 @@ def _loop(
     validate: Callable[[], float] | None,
     patience: int | None,
 ) -> "Trainer":
-    """Return a transformers.Trainer with AdamW over all trainable parameters. The Trainer calls `validate` in place of
-    its own evaluation."""
+    """Return a transformers.Trainer with AdamW over all trainable parameters. Where the Trainer would evaluate, it
+    calls `validate`."""
     import transformers
 
     class Loop(transformers.Trainer):
@@ -509,8 +489,8 @@ def _loop(
 
 
 def _one_gpu(arguments: "TrainingArguments") -> "TrainingArguments":
-    """Set the number of GPUs in the arguments to at most one, and return the arguments. On a machine with several GPUs,
-    the Trainer would otherwise use DataParallel, in which each GPU would get the same batch."""
+    """Set the number of GPUs in the arguments to at most one, and return the arguments. Otherwise, the Trainer would
+    use DataParallel on a machine with several GPUs, and each GPU would get the same batch."""
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -549,12 +529,9 @@ def _disable_gradient_checkpointing(network: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _float32_in_training_mode(network: nn.Module, autocast: bool) -> Iterator[None]:
-    """Return a context manager in which all weights are float32 and dropout is on. If `autocast` is true, frozen
-    weights keep their dtype to save memory.
-
-    At the end, the network is on its former device, in its former dtypes and in evaluation mode, and gradient
-    checkpointing is off.
-    """
+    """Return a context manager in which the network is in training mode and all weights are float32. If `autocast` is
+    true, frozen weights keep their dtype to save memory. At the end, the network is in evaluation mode, with its former
+    device and dtypes, and gradient checkpointing is off."""
     device = device_of(network)
     dtypes = {name: tensor.dtype for name, tensor in _tensors(network)}
     try:
@@ -579,11 +556,9 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 @contextlib.contextmanager
 def _eager_attention_on_cpu(network: nn.Module) -> Iterator[Callable[[Callable[[], float]], Callable[[], float]]]:
     """Return a context manager in which a network on a CPU uses "eager" attention. On a CPU, the backward pass of
-    the fused kernel ("sdpa") is several times slower than the backward pass of "eager" attention.
-
-    The context manager yields a decorator. A decorated function runs with the network's usual attention. At the end,
-    every model of transformers in the network has its usual attention again.
-    """
+    "eager" attention is several times faster than that of the fused kernel ("sdpa"). At the end, the network has its
+    usual attention again. The context manager yields a decorator: a decorated function runs with the usual
+    attention."""
     models: list[Any] = [module for module in network.modules() if hasattr(module, "set_attn_implementation")]
     usual = [model.config._attn_implementation for model in models]
     in_training = ["eager"] * len(models) if device_of(network).type == "cpu" else usual
