@@ -210,8 +210,9 @@ class FiD:
     def memory(self, windows: Sequence[Sequence[torch.Tensor]], steps: int, mass: bool = False) -> Memory:
         """Return a decoder cache for B windows of encoded passages, with room for `steps` tokens per window.
 
-        The keys and values of the passages are computed once. Cross-attention in T5 does not depend on positions,
-        so the states of a window's passages are concatenated without padding between them.
+        The cross-attention's keys and values of each window's passages are computed here, once for all decoder steps.
+        Cross-attention in T5 does not depend on positions, so the states of a window's passages are concatenated
+        without padding between them.
 
         Args:
             windows: for each window, the encoder states of its passages, each (L, D).
