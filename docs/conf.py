@@ -11,6 +11,9 @@ default_role = "code"  # docstrings mark code with single backticks
 html_theme = "furo"
 html_title = project
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+pygments_dark_style = "github-dark"  # furo's default underlines module names, which hides their underscores
 copybutton_selector = "div:not(.highlight-text) > div.highlight > pre"  # outputs get no copy button
 
 autodoc_member_order = "bysource"

@@ -61,14 +61,17 @@ class Dblp(Directive):
 
 
 class HowTo(Directive):
-    """A question as a heading, and its answer."""
+    """A section with a question as its title, and the answer."""
 
     required_arguments, final_argument_whitespace, has_content = 1, True, True
 
     def run(self):
-        block = nodes.container()
-        self.state.nested_parse(self.content, self.content_offset, block)
-        return [nodes.rubric("", "", *self.state.inline_text(self.arguments[0], self.lineno)[0]), *block.children]
+        question = self.arguments[0]
+        section = nodes.section(names=[nodes.fully_normalize_name(question)])
+        section += nodes.title(question, "", *self.state.inline_text(question, self.lineno)[0])
+        self.state.document.note_implicit_target(section, section)
+        self.state.nested_parse(self.content, self.content_offset, section)
+        return [section]
 
 
 class Related(Directive):

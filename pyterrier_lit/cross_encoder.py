@@ -30,10 +30,10 @@ SPECIAL_TOKENS = {"parse": False, "text": True}
 
 @dataclasses.dataclass(eq=False, repr=False)
 class CrossEncoder(Reranker):
-    """Rerank by a cross-encoder that reads each (query, passage) pair: score(q, d) = w . h_[CLS] + b.
+    """Rerank by a cross-encoder that reads each (query, passage) pair: `score(q, d) = w . h_[CLS] + b`.
 
-    In this formula of Rank-DistiLLM, h_[CLS] is the encoder's last hidden state at the token [CLS]. w and b are the
-    weights of the scoring head. A sequence classifier of transformers may have another scoring head.
+    In this formula of Rank-DistiLLM, `h_[CLS]` is the encoder's last hidden state at the token [CLS]. `w` and `b` are
+    the weights of the scoring head. A sequence classifier of transformers may have another scoring head.
 
     Args:
         model: hub id or folder of a checkpoint. The checkpoint is a cross-encoder of lightning-ir or a sequence

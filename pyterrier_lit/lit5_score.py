@@ -40,10 +40,10 @@ class LiT5Score(Reranker):
         score(d) = sum over t, l, s of  a[l, t, s] / (256 * layers)
         a[l, t, s] = mean over heads of  attention weight * norm of value vector
 
-    a[l, t, s] is the attention mass of token s in decoder layer l at decoding step t. l runs over all decoder layers. t
-    runs from the start token to the position that predicts the end of the answer. s runs over the tokens in the prompt
-    of passage d, except the tokens of "question: QUERY" at its start. The softmax that gives the attention weights is
-    over the tokens of all prompts of the query.
+    `a[l, t, s]` is the attention mass of token `s` in decoder layer `l` at decoding step `t`. `l` runs over all decoder
+    layers. `t` runs from the start token to the position that predicts the end of the answer. `s` runs over the tokens
+    in the prompt of passage `d`, except the tokens of "question: QUERY" at its start. The softmax that gives the
+    attention weights is over the tokens of all prompts of the query.
 
     Args:
         model: hub id or folder of a LiT5-Score checkpoint: `castorini/LiT5-Score-{base,large,xl}`, or a folder that
@@ -62,8 +62,8 @@ class LiT5Score(Reranker):
             sums the mass over tokens, layers and decoding steps, and divides the sum by 256 times the number of layers.
             (256 is a constant of the authors' code; it does not affect the order.) "max" is like "mean", but at each
             decoding step, the largest mass of a token in the passage replaces the sum over tokens. "late" is like
-            "mean", but layer l of n layers (l from 1) gets the weight 2l/(n+1). "max" and "late" are not from the
-            paper.
+            "mean", but layer `l` of `n` layers (`l` from 1) gets the weight `2l/(n+1)`. "max" and "late" are not from
+            the paper.
         answer_field: name of a new column with the generated answer. All rows of a query have the same answer. None
             adds no column.
         revision: a branch, tag or commit of the model on the hub; None takes the main branch.
