@@ -15,10 +15,10 @@ The bi-encoder is all-MiniLM-L6-v2. It is trained (`bi_encoder.py`) on these ran
 With several seeds, one bi-encoder is trained for each seed, and the mean of their weights is the final one (model
 soups, arXiv 2203.05482). Averaging works because all seeds begin with the same weights. Once the first call has written
 the training data, further seeds can be trained in calls of their own, also at the same time. The cross-encoder adds
-matches of word pieces to the cosine. Word pieces match if they have the same stem. The importance of a word piece is the
-idf of its stem in the passages of DL19 and DL22. The cross-encoder is not trained further. It is tested on DL21 and Vaswani, whose queries, judgements and texts no seed has
-seen, and on the test queries of NFCorpus. The script needs ../shared/data and ../shared/models. A call that is
-interrupted trains only the seeds that were not finished.
+matches of word pieces to the cosine. Word pieces match if they have the same stem. The importance of a word piece is
+the idf of its stem in the passages of DL19 and DL22. The cross-encoder is not trained further. It is tested on DL21 and
+Vaswani, whose queries, judgements and texts no seed has seen, and on the test queries of NFCorpus. The script needs
+../shared/data and ../shared/models. A call that is interrupted trains only the seeds that were not finished.
 """
 
 import argparse
