@@ -44,6 +44,22 @@ def test_the_lists_of_language_models_are_ranked_by_their_fused_score(shared):
     assert not {qid.partition("#")[0] for qid in lists.qid} & set(student.held_out("dl19"))
 
 
+def test_the_lists_of_encoders_hold_no_held_out_query_and_relevant_passages_come_first(shared, monkeypatch):
+    columns = ["qid", "docno", "score", "rank", "query", "text"]
+    monkeypatch.setattr(student, "retrieved", lambda asked, passages: pd.DataFrame(columns=columns))
+    monkeypatch.setattr(student, "similarity", lambda queries, texts: [0.0] * len(texts))
+    monkeypatch.setattr(student, "products", lambda frame: [0.0] * len(frame))
+    lists = student.of_encoders()
+    assert set(lists.qid.str.extract("#(.*)")[0]) == {"0", "1", "2"}
+    cranfield = lists[lists.qid.str.startswith("cranfield")]
+    qids = cranfield.qid.str.extract("cranfield(.*)#")[0]
+    assert set(qids) == set(shared.topics("cranfield").qid) - set(student.held_out("cranfield"))
+    judged = shared.qrels("cranfield").query("label > 0")
+    relevant = pd.MultiIndex.from_frame(judged[["qid", "docno"]])
+    found = pd.MultiIndex.from_arrays([qids, cranfield.docno]).isin(relevant)
+    assert set(cranfield.score[found]) == {student.LABEL} and set(cranfield.score[~found]) == {0.0}
+
+
 NAMES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "tree", "##s", ",", "river", "rivers", "s"]
 
 
