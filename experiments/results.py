@@ -30,8 +30,8 @@ pictures and most other values are in [measured.csv](measured.csv), one per row,
 Results that did not turn out as hoped are kept. `python experiments/results.py --write` writes this page from
 [questions.toml](questions.toml).
 
-The small checkpoints are the project's own, of 2 to 6 million parameters ([tiny](tiny/README.md)). The published ones
-have not been run.
+On this page, small checkpoints are checkpoints with 2 to 6 million parameters that this project has trained itself
+([tiny](tiny/README.md)). The papers' published checkpoints have not been run.
 """
 
 

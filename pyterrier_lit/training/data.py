@@ -412,9 +412,9 @@ def read_teacher(path: str | Path, orders: str | Path | None = None) -> pd.DataF
 
     Args:
         path: the file.
-        orders: the second file of RankGPT's data, a JSON array of the teacher's answers. None for all other data. If
-            `orders` is None, the passages in the field `retrieved_passages` must already be in the teacher's order, as
-            in TWOLAR's data.
+        orders: the second file of RankGPT's data, a JSON array of the teacher's answers. None for all other data. The
+            format of RankGPT and TWOLAR has the passages in the field `retrieved_passages`. Without `orders`, these
+            must already be in the teacher's order, as in TWOLAR's data. The other two formats contain the order.
 
     Returns a frame with qid, query, docno, text, rank and shown. The column `rank` has the rank that the teacher gave
     the passage (from 0). The column `shown` has the position of the passage in the teacher's input (from 0). If the

@@ -157,8 +157,8 @@ Embed = Callable[[Sequence[Ranking]], list[torch.Tensor]]
 
 
 def embedding(student: PERank) -> Embed:
-    """Return a function: lists -> for each list, the vectors (n, d) of its n passages. The vectors come from a column,
-    from the student's index or from its encoder. The encoder is not trained."""
+    """Return a function: lists -> for each list, the vectors (n, d) of its n passages. The vectors come from the
+    column `doc_vec`, from the student's index or from its encoder. The encoder is not trained."""
     checkpoint, budget, quiet = student.load(), Budget(student.max_tokens), student.apply_attributes(verbose=False)
 
     def embed(lists: Sequence[Ranking]) -> list[torch.Tensor]:
