@@ -120,7 +120,8 @@ class Counted:
 @contextlib.contextmanager
 def counted(costs: tuple[float, ...] | None = None) -> Iterator[list[tuple[Counted, Any, Any, Any]]]:
     """In this context, the passes of each call of `in_turn` by LiT5Distill and PERank are counted and timed. The
-    context yields a list, which gets a tuple for each call: the reader of the call, wrapped in a `Counted`, and the arguments words, counts and tops of the call."""
+    context yields a list, which gets a tuple for each call: the reader of the call, wrapped in a `Counted`, and the
+    arguments words, counts and tops of the call."""
     readers: list[tuple[Counted, Any, Any, Any]] = []
 
     def in_turn(reader, words, counts, tops) -> Choices:
