@@ -4,10 +4,11 @@ python experiments/fetch.py                      lists the data with its noteboo
 python experiments/fetch.py trec_dl beir         fetches all data that these notebooks use
 python experiments/fetch.py runs/dl22.qrels.txt  fetches the data of this name
 
-The data goes to experiments/data. public.csv has the source of each item: a file, the files of a record of Zenodo, a
-data set on the Hugging Face hub, or the first stage of TIREx's tasks. An interrupted download resumes. A file whose
-checksum is known is kept only if its content has this checksum. Archives are not unpacked. Unpack them yourself, and
-put the runs in them into data/runs under the names that public_runs.py reads.
+The data goes to experiments/data. Each row of public.csv has the name of some data, and says where they are downloaded
+from: a URL, a record of Zenodo (all its files), the Hugging Face hub, or TIRA (the first stage's runs for the tasks of
+TIREx). An interrupted download resumes. A file whose checksum is known is kept only if its content has this checksum.
+Archives are not unpacked. Unpack them yourself, and put the runs in them into data/runs under the names that
+public_runs.py reads.
 """
 
 import argparse

@@ -166,7 +166,7 @@ def of_encoders() -> pd.DataFrame:
     asked = shared.topics("nfcorpus", "queries.all.tsv")
     of_nfcorpus = retrieved(asked[asked.qid.isin(of_train.qid)], shared.docs("nfcorpus"))
     of_cranfield, judged = (
-        frame[~frame.qid.isin(held_out("cranfield"))].assign(qid=lambda frame: "cranfield" + frame.qid)
+        frame[~frame.qid.isin(held_out("cranfield"))].assign(qid="cranfield" + frame.qid)
         for frame in (shared.res("cranfield"), shared.qrels("cranfield"))
     )
     qrels = pd.concat([of_train, judged])
@@ -178,9 +178,13 @@ def of_encoders() -> pd.DataFrame:
     label = found[["qid", "docno"]].merge(qrels, on=["qid", "docno"], how="left").label.fillna(0)
     found["score"] += LABEL * (label.to_numpy() > 0)
     found = found.groupby("qid").filter(lambda rows: len(rows) > 8)
-    again = {"dl22": found.qid.isin(of_dl22.qid), "cranfield": found.qid.isin(of_cranfield.qid)}
+    dl22, cranfield = found.qid.isin(of_dl22.qid), found.qid.isin(of_cranfield.qid)
     return pd.concat(
-        [found[~again["dl22"] & ~again["cranfield"]], *(repeated(found[of], TIMES[name]) for name, of in again.items())]
+        [
+            repeated(found[dl22], TIMES["dl22"]),
+            repeated(found[cranfield], TIMES["cranfield"]),
+            found[~(dl22 | cranfield)],
+        ]
     )
 
 
