@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -47,6 +48,26 @@ def test_all_files_have_this_version_and_a_tag_with_another_does_not_go_out():
         f"{name} has {pyterrier_lit.__version__}; the tag is v0.0.9"
         for name in ("pyterrier_lit/__init__.py", "CITATION.cff", "CHANGELOG.md")
     ]
+
+
+def test_a_released_package_links_to_its_repository(tmp_path):
+    changed = ("pyproject.toml", "README.md", "pyterrier_lit/pt_docs/index.rst")
+    for name in (".ci/address", *changed):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    address = "https://example.org/us/lit"
+    subprocess.run([sys.executable, tmp_path / ".ci" / "address", address, "v1"], check=True)
+    project, readme, index = ((tmp_path / name).read_text(encoding="utf-8") for name in changed)
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert tomllib.loads(project)["project"] == declared | {
+        "urls": declared["urls"]
+        | {"Repository": address, "Issues": f"{address}/issues", "Changelog": f"{address}/blob/v1/CHANGELOG.md"}
+    }
+    files = re.findall(rf"\]\({address}/(blob|raw)/v1/([^)]*)\)", readme)
+    assert files and all((ROOT / name).exists() for _, name in files)
+    assert {name for kind, name in files if kind == "raw"} == {"experiments/demo.png"}
+    assert not re.search(r"\]\((?!https:)", readme)
+    assert index.endswith(f"   Repository <{address}>\n")
 
 
 def test_the_citation_has_the_four_papers():
