@@ -6,7 +6,7 @@ import functools
 import math
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,24 +38,30 @@ class Stages:
     model: float  # the worker runs the model
     bytes: float  # sent to the worker for a query
 
+    @property
+    def driver(self) -> float:
+        """The seconds of the driver's own work."""
+        return self.loading + self.frame
+
     def with_model(self, queries_per_second: float) -> "Stages":
         """The same stages with a model of another speed, for example one that was measured on a GPU elsewhere."""
         return replace(self, model=1 / queries_per_second)
 
 
 def seconds(stages: Stages, workers: int = 1, *, cores: float = 1, network: float = NETWORK) -> dict[str, float]:
-    """The seconds that each stage adds to the time of a query, with one driver and this many workers.
+    """The seconds that each stage adds to the time of a query, with one driver and this many workers. Loading and frame
+    count as one stage, "driver".
 
-    The driver first loads the texts and checks the frame. Then packing, sending and computing (tokenising and model)
-    run in parallel, so only the slowest of these three adds to the time. Only this one is returned. cores: number of
-    cores on which each worker tokenises. network: bytes a second.
+    The driver's work comes first. Then packing, sending and computing (tokenising and model) run in parallel, so only
+    the slowest of these three adds to the time. Only this one is returned. cores: number of cores on which each worker
+    tokenises. network: bytes a second.
     """
     beside: list[dict[str, float]] = [
         {"tokenising": stages.tokenising / cores / workers, "model": stages.model / workers},
         {"packing": stages.packing},
         {"network": stages.bytes / network},
     ]
-    return {"loading": stages.loading, "frame": stages.frame} | max(beside, key=lambda part: sum(part.values()))
+    return {"driver": stages.driver} | max(beside, key=lambda part: sum(part.values()))
 
 
 def rate(stages: Stages, workers: int = 1, **machine: float) -> float:
@@ -65,7 +71,8 @@ def rate(stages: Stages, workers: int = 1, **machine: float) -> float:
 
 
 def bottleneck(stages: Stages, workers: int = 1, **machine: float) -> str:
-    """The name of the stage that takes most of the time. machine: `cores` and `network`, as in `seconds`."""
+    """The name of the stage with the largest share of the time, which can be less than half. Stages, `cores` and
+    `network` (in machine) are as in `seconds`."""
     parts = seconds(stages, workers, **machine)
     return max(parts, key=parts.__getitem__)
 
@@ -76,21 +83,27 @@ def machines(stages: Stages, queries: int, workers: int, **machine: float) -> in
     return math.ceil(queries / DAY / rate(stages, workers, **machine))
 
 
-def workers_fed(stages: Stages) -> float:
+def turning_point(stages: Stages, workers: int = 1, *, cores: float = 1) -> float:
+    """How many times as fast the model must be for tokenising or the driver to take as long as the model. cores: as in
+    `seconds`."""
+    return stages.model / max(stages.tokenising / cores, workers * stages.driver)
+
+
+def workers_half_idle(stages: Stages) -> float:
     """The number of workers at which the workers wait for the driver half of the time. With a quarter of this number,
     the workers wait a fifth of the time."""
-    return (stages.tokenising + stages.model) / (stages.loading + stages.frame)
+    return (stages.tokenising + stages.model) / stages.driver
 
 
-def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer) -> Stages:
-    """Measure the stages of reranking these candidates (qid, query, docno, text), with weights already loaded.
+def measure(rerankers: Mapping[str, Reranker], candidates: pd.DataFrame, loader: pt.Transformer) -> dict[str, Stages]:
+    """Measure the stages of reranking these candidates (qid, query, docno, text) with each reranker. Loading, frame,
+    packing and bytes do not depend on the reranker, so they are measured once. All rerankers must read the texts.
 
     Seconds are the CPU seconds of this process, summed over its threads, so that other jobs on the machine hardly
-    matter. If the model runs on a GPU, the seconds of the stage `model` are wall-clock seconds instead. Each stage is
-    run several times, and the fastest run counts. So `loader` is timed on texts that it has read before.
+    matter. If the model runs on a GPU, the seconds of the stage `model` are wall-clock seconds instead. The weights are
+    loaded before. Each stage is run several times, and the fastest run counts. So `loader` is timed on texts that it
+    has read before.
     """
-    on_cpu = next(reranker.load().network.parameters()).device.type == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
     asked: list[Any] = []
 
     def nothing(queries: list[str], columns: Columns) -> dict[str, list[list[float]]]:
@@ -98,16 +111,29 @@ def measure(reranker: Reranker, candidates: pd.DataFrame, loader: pt.Transformer
         return {"score": [[0.0] * len(docnos) for docnos in columns["docno"]]}
 
     without = candidates.drop(columns="text")
-    taken = {
-        "loading": best_of(lambda: loader(without)),
-        "frame": best_of(lambda: rerank(candidates, nothing, reranker.column_sets())),
-        "packing": best_of(lambda: pickle.loads(pickle.dumps(asked))),
-        "tokenising": best_of(lambda: tokenise(reranker, *asked)),
-        "model": best_of(lambda: reranker.results(*asked), 2, clock)
-        - best_of(lambda: tokenise(reranker, *asked), 2, clock),
+    shared = {
+        "loading": best_of(lambda: loader(without), 10),
+        "frame": best_of(lambda: rerank(candidates, nothing, [{"text": str}]), 10),
+        "packing": best_of(lambda: pickle.loads(pickle.dumps(asked)), 10),
         "bytes": len(pickle.dumps(asked)),
     }
-    return Stages(**{name: value / candidates["qid"].nunique() for name, value in taken.items()})
+    n = candidates["qid"].nunique()
+    stages = {}
+    for name, reranker in rerankers.items():
+        taken = shared | computing(reranker, *asked)
+        stages[name] = Stages(**{stage: value / n for stage, value in taken.items()})
+    return stages
+
+
+def computing(reranker: Reranker, queries: list[str], columns: Columns) -> dict[str, float]:
+    """The seconds that tokenising and the model take for these queries, measured as in `measure`."""
+    on_cpu = next(reranker.load().network.parameters()).device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    results = best_of(lambda: reranker.results(queries, columns), 2, clock)
+    return {
+        "tokenising": best_of(lambda: tokenise(reranker, queries, columns)),
+        "model": results - best_of(lambda: tokenise(reranker, queries, columns), 2, clock),
+    }
 
 
 @functools.singledispatch
