@@ -12,7 +12,6 @@ import corpora
 import first_stages
 import measured
 import pandas as pd
-import public_runs
 import pyterrier as pt
 import requests
 import torch
@@ -86,7 +85,7 @@ def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = Fal
             try:
                 yield _place(comparison, name, stage, folder / comparison.paper / name / stage, depth)
             except MISSING as error:
-                print(f"{name}, {stage}: left out. {error}; {public_runs.ADVICE}")
+                print(f"{name}, {stage}: left out. {str(error).partition('; wanted')[0]}")
 
 
 def unload(reranker: Reranker) -> None:
