@@ -1,47 +1,37 @@
-"""Measures the costs of a reranker: seconds, FLOPs, parameters, memory and tokens. PyTorch's counter counts the FLOPs,
-and tirex-tracker tracks the memory."""
+"""Measures the costs of a reranker: seconds, FLOPs, parameters and tokens. PyTorch's counter counts the FLOPs. For
+memory, see `growth.py` and `bench.py`: each of their measurements runs in a process of its own."""
 
 import importlib
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 
 import pandas as pd
 import pyterrier as pt
 import torch
-from tirex_tracker import Measure, tracking
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pyterrier_lit import PERank
 from pyterrier_lit.reranker import Reranker
 from pyterrier_lit.windows import sliding_windows
 
-MEMORY = {Measure.RAM_USED_PROCESS_KB: 1 / 1024, Measure.GPU_VRAM_USED_PROCESS_MB: 1.0}  # measure -> its unit in MB
-
 
 def of(reranker: pt.Transformer, candidates: pd.DataFrame) -> dict[str, float]:
     """The costs of reranking these candidates (qid, query, docno, text), with all queries in one call and weights
     already loaded.
 
-    `seconds` and `TFLOP` are per query. The FLOPs are those of the operations that the networks run. FLOPs for padding
-    are included, and FLOPs that a cache saves are not. `parameters` is in millions. `MB` is the memory of the weights
-    plus the working memory. The working memory is the difference between the most and the least memory that the process
-    held during the call. It is measured in RAM and on the GPU, and the larger difference counts. `parameters` and `MB`
-    are nan for a transformer that is not a reranker of this package.
+    `seconds` and `GFLOP` are per query. The FLOPs are those of the operations that the networks run. FLOPs for padding
+    are included, and FLOPs that a cache saves are not. `parameters` is in millions. It is nan if no networks are found.
     """
     reranker(candidates.groupby("qid").head(2))  # so that the additional costs of a first call do not count
-    with tracking(measures=MEMORY, poll_intervall_ms=20) as tracked:
-        begin = time.perf_counter()
-        reranker(candidates)
-        seconds = time.perf_counter() - begin
-    queries, known = candidates["qid"].nunique(), isinstance(reranker, Reranker)
-    working = max(_spread(tracked, measure) * unit for measure, unit in MEMORY.items())
+    begin = time.perf_counter()
+    reranker(candidates)
+    seconds = time.perf_counter() - begin
+    queries = candidates["qid"].nunique()
     return {
         "seconds": seconds / queries,
-        "TFLOP": flops(reranker, candidates) / queries / 1e12,
-        "parameters": parameters(reranker) / 1e6 if known else float("nan"),
-        "MB": weights(reranker) + working if known else float("nan"),
+        "GFLOP": flops(reranker, candidates) / queries / 1e9,
+        "parameters": parameters(reranker) / 1e6 or float("nan"),
     }
 
 
@@ -69,15 +59,16 @@ def counted(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def parameters(reranker: Reranker) -> int:
-    """The number of parameters that a reranker has loaded. PE-Rank's passage encoder is included only after its first
-    use."""
-    return sum(parameter.numel() for parameter in _parameters(reranker))
-
-
-def weights(reranker: Reranker) -> float:
-    """The memory of the loaded parameters, in MB."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in _parameters(reranker)) / 2**20
+def parameters(reranker: pt.Transformer) -> int:
+    """The number of parameters of a reranker's networks. PE-Rank's passage encoder is included only after its first
+    use. For a reranker of another package, or its bi-encoder, the networks are the modules among its attributes."""
+    if isinstance(reranker, Reranker):
+        loaded = reranker.load()
+        networks = [loaded.network, *([loaded.encoder.network] if getattr(loaded, "encoder", None) else [])]
+    else:
+        owner = getattr(reranker, "bi_encoder_model", reranker)
+        networks = [value for value in vars(owner).values() if isinstance(value, torch.nn.Module)]
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
 def prompt_tokens(reranker: PERank, candidates: pd.DataFrame) -> float:
@@ -93,16 +84,5 @@ def prompt_tokens(reranker: PERank, candidates: pd.DataFrame) -> float:
     return tokens / candidates["qid"].nunique()
 
 
-def _parameters(reranker: Reranker) -> list[torch.nn.Parameter]:
-    loaded = reranker.load()
-    networks = [loaded.network, *([loaded.encoder.network] if getattr(loaded, "encoder", None) else [])]
-    return [parameter for network in networks for parameter in network.parameters()]
-
-
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
     return sdpa_flop_count(query, key, value)
-
-
-def _spread(tracked: dict, measure: Measure) -> float:
-    series = json.loads(tracked[measure].value) if measure in tracked else {"max": 0, "min": 0}
-    return series["max"] - series["min"]

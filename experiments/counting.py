@@ -119,7 +119,7 @@ def language_model(prompts: int, answer: int) -> tuple[float, float]:
 
 def headlines() -> pd.DataFrame:
     """A row for each ratio that a paper reports, with the ratio that follows from counting. Columns: paper, claim,
-    value, unit, compares, counted, by. The column `by` says what was counted."""
+    published, unit, compares, counted, what was counted."""
     few, most = language_model(TEXT_TOKENS, TEXT_ANSWER)
     vectors, _ = language_model(VECTOR_TOKENS, VECTOR_ANSWER)
     large, base = cross_encoder("large"), cross_encoder("base")
@@ -138,8 +138,9 @@ def headlines() -> pd.DataFrame:
         ("PE-Rank", "latency"): (f"{few / vectors:.1f}", "FLOPs of the language model, vectors from an index"),
     }
     rows = [(paper, claim, *found) for (paper, claim), found in counted.items()]
-    found = pd.DataFrame(rows, columns=["paper", "claim", "counted", "by"])
-    return compare.claims()[["paper", "claim", "value", "unit", "compares"]].merge(found, on=["paper", "claim"])
+    found = pd.DataFrame(rows, columns=["paper", "claim", "counted", "what was counted"])
+    claims = compare.claims()[["paper", "claim", "value", "unit", "compares"]].rename(columns={"value": "published"})
+    return claims.merge(found, on=["paper", "claim"])
 
 
 def figure2() -> pd.DataFrame:

@@ -48,9 +48,10 @@ def dots(table: pd.DataFrame, title: str, per_row: int = 5) -> Figure:
     return figure
 
 
-def log_scale(panel: Axes) -> None:
-    """Make the x-axis of a panel logarithmic, with few ticks that are labelled with plain numbers."""
-    panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter(NullFormatter())
+def log_scale(panel: Axes, name: str = "x") -> None:
+    """Make the x-axis (or "y") of a panel logarithmic, with few ticks that are labelled with plain numbers."""
+    panel.set(**{f"{name}scale": "log"})
+    axis = getattr(panel, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())

@@ -254,8 +254,8 @@ def test_flops_are_those_of_the_network(cross_encoder_folder):
     assert costs.flops(reranker, frame) == pytest.approx(2 * body, rel=0.01)
     assert costs.parameters(reranker) == sum(p.numel() for p in network.parameters())
     paid = costs.of(reranker, frame)
-    assert paid["TFLOP"] * 1e12 == costs.flops(reranker, frame) and paid["seconds"] > 0
-    assert paid["MB"] >= costs.weights(reranker) == sum(p.nbytes for p in network.parameters()) / 2**20 > 0
+    assert paid["GFLOP"] * 1e9 == costs.flops(reranker, frame) and paid["seconds"] > 0
+    assert paid["parameters"] * 1e6 == costs.parameters(reranker)
 
 
 def test_costs_know_the_cpus_attention_kernel():
