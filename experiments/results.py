@@ -118,11 +118,12 @@ def part(question: Question, rows: pd.DataFrame) -> str:
     where = ", and on ".join(named(machine, sorted(used.dropna().unique())) for machine, used in machines)
     picture = f"![{question.question}]({question.picture.file})\n\n" if question.picture else ""
     notes = [f"{note['date']}: {note['text'].strip()}" for note in question.notes] + [f"Measured on {where}."]
+    values = f"{len(rows)} value{'s' * (len(rows) != 1)}"
     listed = "".join(textwrap.indent(f"- {note}", "  ")[2:] + "\n" for note in notes)
     return (
         f"\n### {question.question}\n\n{question.finding.strip()}\n\n{picture}"
         f"Measure it again: `{question.command}`\n\n"
-        f"<details><summary>Notes: {len(rows)} values, {when}</summary>\n\n{listed}\n</details>\n"
+        f"<details><summary>Notes ({values} in measured.csv, {when})</summary>\n\n{listed}\n</details>\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs every reranker of a comparison over every first stage. Runs are kept, so that an interrupted sweep resumes."""
+"""Runs every reranker of a comparison over every first stage. The runs are stored, so that an interrupted sweep resumes."""
 
 import dataclasses
 import gc

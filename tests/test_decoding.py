@@ -57,7 +57,7 @@ def test_of_equal_logits_the_lowest_token_wins_as_in_the_references_argmax():
 
 
 def test_words_that_begin_each_other_are_refused():
-    for words in ([[1], [1, 2]], [[1], [1]], [[1], []]):
+    for words in ([[1], [1, 2]], [[1], [1]], [[1], []], [[]]):
         with pytest.raises(ValueError, match="told apart"):
             Speller(words, [1])
 

@@ -76,7 +76,11 @@ def test_a_question_is_shown_with_the_newest_of_its_values():
     question = results.Question(**ENTRY, picture=picture)
     page = results.page([question], ROWS)
     assert "- [Is it fast?](#is-it-fast)\n" in page and "\n### Is it fast?\n\nIt takes 2 s.\n" in page
-    assert "![Is it fast?](a.svg)" in page and "`make demo`" in page and "Notes: 1 values, 2026-11-26" in page
+    assert (
+        "![Is it fast?](a.svg)" in page
+        and "`make demo`" in page
+        and "Notes (1 value in measured.csv, 2026-11-26)" in page
+    )
     assert results.drawn(question, ROWS) == {"ours": [2.0]}
 
 

@@ -1,9 +1,9 @@
 """Training of LiT5Score: it learns to answer questions from passages, without any relevance labels.
 
-A training example is a question with the first passages of its list and one of its answers. The student learns to
-generate the answer. To do so, the student must attend to the passages that contain the answer. When the student ranks,
-this attention gives the scores of the passages. Source: arXiv 2312.16098. The model is the FiD reader of Izacard and
-Grave, arXiv 2007.01282.
+A training example consists of a question, the first passages of its first-stage ranking, and one of its answers. The
+student learns to generate the answer. To do so, the student must attend to the passages that contain the answer. When
+the student ranks, this attention gives the scores of the passages. Source: arXiv 2312.16098. The model is the FiD
+reader of Izacard and Grave, arXiv 2007.01282.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from pyterrier_lit.training.trainer import Objective, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class AnswerRecipe(FiDRecipe):
-    """A recipe for LiT5Score. A training example is a question with the first passages of its list and one of its
-    answers.
+    """A recipe for LiT5Score. A training example consists of a question, the first passages of its first-stage
+    ranking, and one of its answers.
 
     Args:
         n_passages: the number of passages per example. None is the student's n_passages.
