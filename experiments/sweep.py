@@ -1,4 +1,5 @@
-"""Runs every reranker of a comparison over every first stage. The runs are stored, so that an interrupted sweep resumes."""
+"""Runs every reranker of a comparison over every first stage, and stores the runs, so that an interrupted sweep
+resumes."""
 
 import dataclasses
 import gc

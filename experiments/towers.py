@@ -12,15 +12,16 @@ Here, the initial weights already compare the mean vectors of query and passage:
 * Two more dimensions for each head carry a code of the token's word piece. Word pieces with the same stem have the same
   code.
 * Four layers are added. The first one is before the layers of the bi-encoder. One of its heads matches word pieces: a
-  token of the query attends to the tokens of the passage with the same code, and to [CLS]. The attention to [CLS] is such that n tokens with the same
-  code have about the share n / (n + 0.7) of the attention. The head's value is the importance of the word piece, such
-  as its idf. So the head computes for each token of the query how well the passage matches it, nearly as in BM25.
+  token of the query attends to the tokens of the passage with the same code, and to [CLS]. The attention to [CLS] is
+  such that n tokens with the same code have about the share n / (n + 0.7) of the attention. The head's value is the
+  importance of the word piece, such as its idf. So the head computes for each token of the query how well the passage
+  matches it, nearly as in BM25.
 * The second added layer is after the layers of the bi-encoder. It rounds all marks to 1, 0 or -1.
-* The third added layer computes, for each token, the mean of all tokens of the same text. Its LayerNorm scales all means
-  to the same length.
-* The fourth added layer is the last one. Half of its heads project the query's mean onto d / 2 directions, and the other
-  half project the passage's mean onto the same directions. In each direction, its feed-forward network computes the
-  product of the two projections u and v from the equation 4 u v = (u + v)^2 - (u - v)^2, where z^2 is nearly
+* The third added layer computes, for each token, the mean of all tokens of the same text. Its LayerNorm scales all
+  means to the same length.
+* The fourth added layer is the last one. Half of its heads project the query's mean onto d / 2 directions, and the
+  other half project the passage's mean onto the same directions. In each direction, its feed-forward network computes
+  the product of the two projections u and v from the equation 4 u v = (u + v)^2 - (u - v)^2, where z^2 is nearly
   proportional to gelu(z) + gelu(-z) for small z. The sum of these products, and the mean of the matches of the query's
   tokens, replace the mark. The model's head reads this mark.
 
