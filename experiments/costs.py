@@ -66,7 +66,7 @@ def parameters(reranker: pt.Transformer) -> int:
         loaded = reranker.load()
         networks = [loaded.network, *([loaded.encoder.network] if getattr(loaded, "encoder", None) else [])]
     else:
-        owner = getattr(reranker, "bi_encoder_model", reranker)
+        owner = getattr(reranker, "bi_encoder_model", reranker)  # the attribute of pyterrier_dr's scorers
         networks = [value for value in vars(owner).values() if isinstance(value, torch.nn.Module)]
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
 

@@ -1,4 +1,4 @@
-"""Runs every reranker of a comparison over every first stage, and stores the runs, so that an interrupted sweep
+"""Runs every reranker of a comparison over every first stage. The runs are stored, so that an interrupted sweep
 resumes."""
 
 import dataclasses
@@ -86,7 +86,8 @@ def places(comparison: Comparison, folder: Path, depth: int, verbose: bool = Fal
             try:
                 yield _place(comparison, name, stage, folder / comparison.paper / name / stage, depth)
             except MISSING as error:
-                print(f"{name}, {stage}: left out. {str(error).partition('; wanted')[0]}")
+                missing, _, _ = str(error).partition("; wanted")  # the rest says which format a file must have
+                print(f"{name}, {stage}: left out. {missing}")
 
 
 def unload(reranker: Reranker) -> None:

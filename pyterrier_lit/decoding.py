@@ -188,8 +188,8 @@ class Speller:
 
     def __init__(self, words: Sequence[Sequence[int]], counts: Sequence[int], needed: Sequence[int] | None = None):
         whole = {tuple(word) for word in words}
-        prefixes = {tuple(word[:end]) for word in words for end in range(len(word))}
-        if len(whole) < len(words) or whole & prefixes or () in whole:
+        prefixes = {(), *(tuple(word[:end]) for word in words for end in range(len(word)))}
+        if len(whole) < len(words) or whole & prefixes:
             raise ValueError(f"two candidates cannot be told apart, or one of them is empty: {list(words)}")
         self.words = words
         self.depth = max(map(len, words))  # number of tokens of the longest candidate
